@@ -1,0 +1,39 @@
+"""Addax for DeepSpeed: full-parameter fine-tuning at the memory of the weights.
+
+Importing this package registers the optimizer type ``"Addax"`` with DeepSpeed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from addax_ds.ds_config import ds_config
+from addax_ds.errors import UserError
+from addax_ds.noise import gaussian, parameter_id
+from addax_ds.optimizer import Addax, NonFiniteError
+from addax_ds.sharding import zero3 as _zero3
+from addax_ds.sharding.unsharded import attach
+
+if TYPE_CHECKING:
+    from addax_ds.trainer import AddaxTrainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "Addax",
+    "AddaxTrainer",
+    "NonFiniteError",
+    "UserError",
+    "attach",
+    "ds_config",
+    "gaussian",
+    "parameter_id",
+]
+
+_zero3.register(Addax)
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer takes seconds to import; users of the optimizer alone do without it.
+    if name == "AddaxTrainer":
+        from addax_ds.trainer import AddaxTrainer
+
+        return AddaxTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,332 @@
+"""Addax as a `torch.optim.Optimizer`.
+
+Li, Zhang, Zhong, Deng, Razaviyayn, Mirrokni: "Addax: Utilizing Zeroth-Order Gradients to Improve
+Memory Efficiency and Performance of SGD for Fine-Tuning Language Models", ICLR 2025
+(arXiv 2410.06441), Algorithm 1.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from addax_ds.errors import UserError
+from addax_ds.sharding.base import Shard, Sharding, evaluation_mode
+from addax_ds.update import ROUNDINGS, Rounding, Step, apply_update, perturb
+
+logger = logging.getLogger(__name__)
+
+MAX_NON_FINITE_STEPS = 10
+"""Training stops after so many steps in a row with a loss or g0 that is NaN or infinite."""
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """Too many steps in a row had a loss or a g0 that is NaN or infinite."""
+
+
+class Addax(torch.optim.Optimizer):
+    r"""In-place fine-tuning with a mixture of zeroth- and first-order gradients.
+
+    .. math::
+
+        z &\sim \mathcal N(0, I) \\
+        g^0 &= \frac{L(\theta + \epsilon z; B^0) - L(\theta - \epsilon z; B^0)}{2 \epsilon} \\
+        g^1 &= \nabla L(\theta; B^1) \\
+        \theta &\leftarrow \theta (1 - \eta \lambda)
+                 - \eta \left( \alpha g^0 z + (1 - \alpha) g^1 \right)
+
+    ==================  =====================  ================================================
+    symbol              argument               meaning
+    ==================  =====================  ================================================
+    :math:`\eta`        ``lr``                 learning rate
+    :math:`\alpha`      ``alpha``              weight of the zeroth-order part; 1 is MeZO, 0 is
+                                               in-place SGD (IP-SGD)
+    :math:`\epsilon`    ``zo_eps``             perturbation scale
+    :math:`\lambda`     ``weight_decay``       decoupled; parameters with one dimension (biases,
+                                               norm gains) are exempt
+    :math:`z`           ``seed``               `addax_ds.gaussian` of (seed, step, parameter)
+    ==================  =====================  ================================================
+
+    One step is ``zeroth_order(closure)``, then ``loss.backward()``, which updates each parameter as
+    soon as its gradient exists, then ``step()``, which updates what got no gradient. The weights
+    are all the state there is.
+
+    Args:
+        params: parameters or parameter groups, as for any optimizer; a group may have its own
+            ``lr`` and ``weight_decay``.
+        lr: learning rate, >= 0.
+        alpha: weight of the zeroth-order part, in [0, 1].
+        zo_eps: perturbation scale, > 0. It is not called ``eps`` because Trainer compares that name
+            with Adam's.
+        weight_decay: decoupled weight decay, >= 0.
+        seed: 64-bit seed of z and of stochastic rounding.
+        rounding: ``"stochastic"`` or ``"nearest"``; concerns updates of bf16 weights only.
+
+    Raises:
+        UserError: for a value outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        alpha: float = 1e-3,
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        rounding: Rounding = "stochastic",
+    ) -> None:
+        _check("lr", lr, lr >= 0, ">= 0")
+        _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+        _check("zo_eps", zo_eps, zo_eps > 0, "> 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
+        _check("seed", seed, 0 <= seed < 1 << 64, "in [0, 2**64)")
+        _check("rounding", rounding, rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.alpha = alpha
+        self.zo_eps = zo_eps
+        self.seed = seed
+        self.rounding: Rounding = rounding
+        self.index = 0
+        self.track_norm = False
+        self.first_order_norm: float | None = None
+        self.zeroth_order_loss: float | None = None
+        self._sharding: Sharding | None = None
+        self._steps: list[Step] = []
+        self._updated: set[int] = set()
+        self._norms: list[Tensor] = []
+        self._non_finite_in_a_row = 0
+        self._non_finite = False
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def zeroth_order(self, closure: Callable[[], Tensor]) -> float:
+        """Measure g0 with two forward passes; the update itself follows during backward and step.
+
+        The passes run in eval mode (as in MeZO), so that both see the same randomness, and without
+        autograd. The stored weights are bit-identical before and after, also if ``closure`` raises.
+
+        Args:
+            closure: returns this rank's loss as a scalar of fp32 or wider. The losses are averaged
+                over ranks, so a rank's loss should be a mean over as many examples as every other
+                rank's, or be scaled accordingly (`AddaxTrainer` scales by the global number of
+                target tokens).
+
+        Returns:
+            g0, the same number on every rank; 0 if alpha is 0 (the closure is then not called) or
+            if a loss was NaN or infinite (the step then has no zeroth-order part).
+
+        Raises:
+            RuntimeError: if called twice in a step or after a backward of the same step.
+            TypeError: if the loss is of a type narrower than fp32, in which the difference of the
+                two losses is lost.
+            NonFiniteError: after `MAX_NON_FINITE_STEPS` such steps in a row.
+        """
+        if self._steps:
+            raise RuntimeError(
+                "zeroth_order() has to come first in a step and once: call step() after the "
+                "backward, and zeroth_order() before the next first-order forward"
+            )
+        if self.alpha == 0.0:
+            return 0.0
+        steps = self._new_steps()
+        losses = self._perturbed_losses(closure, steps[0])
+        loss_plus, loss_minus = self.mean_over_ranks(losses)
+        g0 = (loss_plus - loss_minus) / (2 * self.zo_eps)
+        if not math.isfinite(g0):
+            self.skip_non_finite(f"zeroth-order losses {loss_plus} and {loss_minus}")
+            g0 = 0.0
+        self.zeroth_order_loss = (loss_plus + loss_minus) / 2
+        self._steps = [replace(step, g0=g0) for step in steps]
+        return g0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Finish the step: update what got no gradient, then go on to the next z.
+
+        Args:
+            closure: not supported; `zeroth_order` takes one.
+
+        Raises:
+            ValueError: if a closure is given.
+        """
+        if closure is not None:
+            raise ValueError("Addax.step takes no closure; zeroth_order() does")
+        self._begin_step()
+        for shard in self.sharding.shards():
+            if shard.parameter_id not in self._updated:
+                self._update(shard, None)
+        self.sharding.finish_step()
+        self.first_order_norm = self._reduced_norm()
+        self.index += 1
+        self._steps = []
+        self._updated.clear()
+        if not self._non_finite:
+            self._non_finite_in_a_row = 0
+        self._non_finite = False
+
+    def _perturbed_losses(self, closure: Callable[[], Tensor], step: Step) -> list[Tensor]:
+        """Return this rank's losses at theta + zo_eps z and at theta - zo_eps z."""
+
+        def perturbed(sign: int, shard: Shard) -> Tensor:
+            return perturb(shard.data, shard.parameter_id, shard.start, step, sign)
+
+        losses = []
+        with evaluation_mode(self.sharding.model), self.sharding.forward_only():
+            for sign in (+1, -1):
+                with self.sharding.perturbed(partial(perturbed, sign)):
+                    losses.append(_checked_loss(closure()))
+        return losses
+
+    def _on_gradient(self, shard: Shard, gradient: Tensor) -> None:
+        """Apply the step to a shard whose averaged gradient has just arrived."""
+        self._begin_step()
+        gradient = gradient[: shard.data.numel()]
+        if self.track_norm:
+            self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        self._update(shard, gradient)
+
+    @torch.no_grad()
+    def _update(self, shard: Shard, gradient: Tensor | None) -> None:
+        if shard.parameter_id in self._updated:
+            raise RuntimeError(
+                f"{shard.name} got a second gradient in one step: with updates in place each step "
+                "is one backward followed by step(); gradient accumulation is not supported"
+            )
+        step = self._steps[shard.group]
+        apply_update(
+            shard.data, gradient, shard.parameter_id, shard.start, step, decayed=shard.decayed
+        )
+        self._updated.add(shard.parameter_id)
+
+    def _begin_step(self) -> None:
+        """Fix the values of this step, unless `zeroth_order` did."""
+        if self._steps:
+            return
+        if self.alpha > 0.0:
+            raise RuntimeError(
+                f"alpha is {self.alpha}, but zeroth_order() was not called in this step, so it "
+                "has no g0: call it before the first-order forward, or set alpha to 0"
+            )
+        self._steps = self._new_steps()
+
+    def _new_steps(self) -> list[Step]:
+        """One value per parameter group; the groups differ in lr and weight decay alone."""
+        return [
+            Step(
+                seed=self.seed,
+                index=self.index,
+                lr=float(group["lr"]),
+                alpha=self.alpha,
+                zo_eps=self.zo_eps,
+                weight_decay=float(group["weight_decay"]),
+                rounding=self.rounding,
+            )
+            for group in self.param_groups
+        ]
+
+    # ---- what all ranks agree on ---------------------------------------------------------------
+
+    def mean_over_ranks(self, values: list[Tensor]) -> list[float]:
+        """Average scalars over ranks in fp64 with one all-reduce; all ranks get the same numbers."""
+        device = self.sharding.device
+        total = torch.stack([value.detach().to(device, torch.float64) for value in values])
+        self.sharding.sum_over_ranks(total)
+        return (total / self.sharding.world_size).tolist()
+
+    def skip_non_finite(self, what: str) -> None:
+        """Note that a part of this step is left out because its loss is NaN or infinite.
+
+        Raises:
+            NonFiniteError: after `MAX_NON_FINITE_STEPS` such steps in a row.
+        """
+        if not self._non_finite:
+            self._non_finite = True
+            self._non_finite_in_a_row += 1
+        logger.warning("step %d: %s: that part of the step is skipped", self.index, what)
+        if self._non_finite_in_a_row >= MAX_NON_FINITE_STEPS:
+            raise NonFiniteError(
+                f"{what} at step {self.index}, the {self._non_finite_in_a_row}th step in a row "
+                "with a loss that is NaN or infinite: lower the learning rate, or look at the data "
+                "of these steps"
+            )
+
+    def _reduced_norm(self) -> float | None:
+        """Norm over all ranks' shards of the first-order gradients of this step."""
+        if not self.track_norm:
+            return None
+        device = self.sharding.device
+        norms = torch.stack(self._norms) if self._norms else torch.zeros(1, device=device)
+        self._norms.clear()
+        total = norms.to(device, torch.float64).square().sum().reshape(1)
+        self.sharding.sum_over_ranks(total)
+        return math.sqrt(total.item())
+
+    # ---- binding and state ---------------------------------------------------------------------
+
+    @property
+    def sharding(self) -> Sharding:
+        """The back end that holds the weights."""
+        if self._sharding is None:
+            raise RuntimeError(
+                "Addax is not attached to a model: call addax_ds.attach(optimizer, model), or give "
+                'DeepSpeed the optimizer by "type": "Addax"'
+            )
+        return self._sharding
+
+    def bind(self, sharding: Sharding) -> None:
+        """Work on the shards of ``sharding`` from now on; `addax_ds.attach` calls this."""
+        self._sharding = sharding
+        sharding.attach(self._on_gradient)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parameter groups, the step index and the seed; there is nothing else."""
+        return {**super().state_dict(), "addax": {"index": self.index, "seed": self.seed}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a `state_dict` was taken.
+
+        Raises:
+            UserError: if the state was saved with another seed, whose z this run would not
+                reproduce.
+        """
+        own = state_dict["addax"]
+        if own["seed"] != self.seed:
+            raise UserError(
+                f"the checkpoint was written with seed {own['seed']}, this run has seed "
+                f"{self.seed}: resume with --seed {own['seed']}"
+            )
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "addax"})
+        self.index = own["index"]
+
+
+def unwrap(optimizer: Any) -> Addax:
+    """Return the `Addax` inside the wrappers of DeepSpeed and Accelerate."""
+    while not isinstance(optimizer, Addax):
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(f"expected an Addax optimizer, got {type(optimizer).__name__}")
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _checked_loss(loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError("the closure of zeroth_order() has to return the loss as a scalar tensor")
+    if not loss.is_floating_point() or torch.finfo(loss.dtype).bits < 32:
+        raise TypeError(
+            f"the closure of zeroth_order() returned a loss of type {loss.dtype}: g0 is a small "
+            "difference of two losses and would be lost. Compute the loss in fp32 "
+            "(logits.float()), or set the mixed-precision output type to fp32"
+        )
+    return loss.detach().reshape(())
+
+
+def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"Addax: {name} has to be {wanted}, got {value!r}")

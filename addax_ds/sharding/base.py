@@ -1,0 +1,167 @@
+"""What the optimizer may ask of a sharding back end, and nothing more.
+
+A back end knows where the weights live and which slice of which parameter a rank holds. It is the
+only code that touches private names of the engine it serves, in one module each. The optimizer does
+not know which back end it runs on.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from addax_ds.errors import UserError
+from addax_ds.noise import MAX_PARAMETER_ELEMENTS, parameter_id
+
+_WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The slice of one trainable parameter that this rank holds.
+
+    Attributes:
+        name: canonical parameter name, equal on all back ends.
+        parameter_id: 32-bit id of the name.
+        start: flat index of the slice's first element in the unsharded parameter.
+        data: flat view of the stored weights, without padding; writing to it writes the weights.
+        decayed: whether weight decay applies (parameters of two or more dimensions; the biases and
+            norm gains that MeZO exempts by name have one).
+        group: index of the optimizer's parameter group.
+    """
+
+    name: str
+    parameter_id: int
+    start: int
+    data: Tensor
+    decayed: bool
+    group: int
+
+
+Perturb = Callable[[Shard], Tensor]
+"""Returns a perturbed copy of a shard's ``data``."""
+
+OnGradient = Callable[[Shard, Tensor], None]
+"""Takes a shard and its averaged gradient, flat and at least as long as the shard."""
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What is known of a trainable parameter before anybody asks where its shard is."""
+
+    parameter: nn.Parameter
+    name: str
+    parameter_id: int
+    decayed: bool
+    group: int
+
+
+class Sharding(ABC):
+    """A sharding back end, bound to one model and one optimizer."""
+
+    def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
+        self.model = model
+        self.infos = describe_parameters(model, param_groups, self.full_shape)
+        self.trainable_elements = sum(self.full_shape(i.parameter).numel() for i in self.infos)
+
+    @staticmethod
+    def full_shape(parameter: Tensor) -> torch.Size:
+        """Shape of the unsharded parameter."""
+        return parameter.shape
+
+    @abstractmethod
+    def shards(self) -> Iterator[Shard]:
+        """Yield this rank's part of every trainable parameter, empty ones left out."""
+
+    @abstractmethod
+    def forward_only(self) -> AbstractContextManager[None]:
+        """Announce forward passes without a backward, so that prefetching can follow them."""
+
+    @abstractmethod
+    def perturbed(self, perturb: Perturb) -> AbstractContextManager[None]:
+        """Let forward passes see perturbed weights; the stored weights are never written."""
+
+    @abstractmethod
+    def attach(self, on_gradient: OnGradient) -> None:
+        """Call ``on_gradient`` for each reduced gradient shard as soon as it exists."""
+
+    @abstractmethod
+    def finish_step(self) -> None:
+        """Make the updated weights visible to the next pass."""
+
+    @abstractmethod
+    def step_without_backward(self) -> None:
+        """Complete a step that ran no backward.
+
+        Engines that call the optimizer themselves do it from their own ``step``; where the training
+        loop calls the optimizer, there is nothing to do.
+        """
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks over which the batch is split."""
+        return 1
+
+    def sum_over_ranks(self, values: Tensor) -> None:
+        """Sum a small tensor over all ranks, in place; every rank gets the same bits."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where scalars to be reduced have to live."""
+        return next(self.model.parameters()).device
+
+
+def describe_parameters(
+    model: nn.Module, param_groups: list[dict], full_shape: Callable[[Tensor], torch.Size]
+) -> list[ParameterInfo]:
+    """Name the optimizer's parameters canonically and check that z can serve them.
+
+    Raises:
+        UserError: for a parameter that the model does not have, two names with one id, or a
+            parameter with more elements than z has counters for.
+    """
+    names = {p: canonical_name(name) for name, p in model.named_parameters()}
+    infos: list[ParameterInfo] = []
+    by_id: dict[int, str] = {}
+    for group, entry in enumerate(param_groups):
+        for parameter in entry["params"]:
+            if not parameter.requires_grad:
+                continue
+            if parameter not in names:
+                raise UserError(
+                    f"the optimizer holds a parameter of shape {tuple(full_shape(parameter))} that "
+                    "the model does not have: build Addax from the parameters of the attached model"
+                )
+            name, shape = names[parameter], full_shape(parameter)
+            if shape.numel() > MAX_PARAMETER_ELEMENTS:
+                raise UserError(f"{name} has {shape.numel()} elements; the limit is 2**35")
+            pid = parameter_id(name)
+            if by_id.setdefault(pid, name) != name:
+                raise UserError(
+                    f"parameters {by_id[pid]!r} and {name!r} share the id {pid:#010x}, so they would "
+                    "share their z: rename one of the two modules"
+                )
+            infos.append(ParameterInfo(parameter, name, pid, len(shape) >= 2, group))
+    return infos
+
+
+def canonical_name(name: str) -> str:
+    """Remove the prefixes that wrappers add, so that all back ends agree on a name."""
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch every module to eval mode and restore each module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

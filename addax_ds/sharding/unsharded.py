@@ -1,0 +1,159 @@
+"""One process that holds the whole model.
+
+During a perturbed pass a block of the model sees ``theta + c z`` because its parameters' ``data``
+point to perturbed copies while the block runs, and to the untouched weights again afterwards. A
+block is an element of an outermost ``nn.ModuleList`` (a decoder layer); what lies outside all
+blocks, and what blocks share, is perturbed for the whole pass. So the extra memory is one block
+plus the embeddings, and a module may read any parameter of its own block.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from addax_ds.errors import UserError
+from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding
+
+if TYPE_CHECKING:
+    from addax_ds.optimizer import Addax
+
+
+def attach(optimizer: "Addax", model: nn.Module) -> None:
+    """Let an optimizer work on a plain model in one process.
+
+    Afterwards ``loss.backward()`` updates the weights as it goes, and ``model`` sees perturbed
+    weights inside `Addax.zeroth_order`.
+
+    Args:
+        optimizer: built from the parameters of ``model``.
+        model: the model, not wrapped by an engine.
+
+    Raises:
+        UserError: if several ranks are running, or the optimizer's parameters are not the model's.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(
+            f"addax_ds.attach serves one process, but {dist.get_world_size()} ranks are running "
+            'and would drift apart: use deepspeed.initialize with the optimizer type "Addax"'
+        )
+    optimizer.bind(Unsharded(model, optimizer.param_groups))
+
+
+class Unsharded(Sharding):
+    """Sharding back end of a plain model in one process."""
+
+    def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
+        super().__init__(model, param_groups)
+        self._blocks, self._outside = _split_into_blocks(model, self.infos)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def shards(self) -> Iterator[Shard]:  # noqa: D102
+        return map(_shard, self.infos)
+
+    def forward_only(self) -> AbstractContextManager[None]:  # noqa: D102
+        return nullcontext()
+
+    @contextmanager
+    def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
+        swapped: dict[nn.Parameter, Tensor] = {}
+        hooks = []
+        try:
+            for block, infos in self._blocks:
+                enter = partial(_swap_in, infos, perturb, swapped)
+                leave = partial(_swap_out, infos, swapped)
+                hooks.append(block.register_forward_pre_hook(enter))
+                hooks.append(block.register_forward_hook(leave, always_call=True))
+            _swap_in(self._outside, perturb, swapped)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            _swap_out(self.infos, swapped)
+
+    def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
+        def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            on_gradient(_shard(info), parameter.grad.reshape(-1))
+            parameter.grad = None
+
+        self.detach()
+        for info in self.infos:
+            handle = info.parameter.register_post_accumulate_grad_hook(partial(hook, info))
+            self._hooks.append(handle)
+
+    def detach(self) -> None:
+        """Remove the hooks that `attach` put on the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def finish_step(self) -> None:  # noqa: D102
+        pass  # the weights that a pass reads are the weights that were updated
+
+    def step_without_backward(self) -> None:  # noqa: D102
+        pass  # the training loop calls the optimizer's step
+
+
+def _shard(info: ParameterInfo) -> Shard:
+    data = info.parameter.data.view(-1)
+    return Shard(info.name, info.parameter_id, 0, data, info.decayed, info.group)
+
+
+def _split_into_blocks(
+    model: nn.Module, infos: list[ParameterInfo]
+) -> tuple[list[tuple[nn.Module, list[ParameterInfo]]], list[ParameterInfo]]:
+    """Return the blocks with the parameters that only they use, and the parameters left over."""
+    blocks = list(_outermost_list_elements(model))
+    users: dict[nn.Parameter, int] = {}
+    for block in blocks:
+        for parameter in block.parameters():
+            users[parameter] = users.get(parameter, 0) + 1
+    in_blocks = {p for block in blocks for p in block.parameters() if users[p] == 1}
+    elsewhere = _parameters_outside(model, set(blocks))
+    exclusive = in_blocks - elsewhere
+    by_parameter = {info.parameter: info for info in infos}
+    split = [
+        (block, [by_parameter[p] for p in block.parameters() if p in exclusive & by_parameter.keys()])
+        for block in blocks
+    ]
+    return split, [info for info in infos if info.parameter not in exclusive]
+
+
+def _outermost_list_elements(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _outermost_list_elements(child)
+
+
+def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that a module outside the blocks owns (a block may share one, when tied)."""
+    own = set(module.parameters(recurse=False))
+    for child in module.children():
+        if child not in blocks:
+            own |= _parameters_outside(child, blocks)
+    return own
+
+
+def _swap_in(
+    infos: list[ParameterInfo], perturb: Perturb, swapped: dict[nn.Parameter, Tensor], *_: Any
+) -> None:
+    for info in infos:
+        if info.parameter not in swapped:
+            copy = perturb(_shard(info))
+            swapped[info.parameter] = info.parameter.data
+            info.parameter.data = copy.view_as(info.parameter)
+
+
+def _swap_out(
+    infos: list[ParameterInfo], swapped: dict[nn.Parameter, Tensor], *_: Any
+) -> None:
+    for info in infos:
+        if info.parameter in swapped:
+            info.parameter.data = swapped.pop(info.parameter)

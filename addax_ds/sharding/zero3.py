@@ -1,0 +1,268 @@
+"""DeepSpeed ZeRO-3: the only module that touches DeepSpeed's private names (0.19.8).
+
+- `Stage3` is DeepSpeed's own ZeRO-3 optimizer without master weights and gradient partitions:
+  buckets, streams, hooks and reduce-scatter stay as they are, and each reduced gradient shard is
+  applied to ``param.ds_tensor`` as soon as it exists.
+- `Zero3Sharding` perturbs what travels. A parameter is gathered through its instance attributes
+  ``all_gather_coalesced`` and ``all_gather``; both are wrapped to gather from perturbed copies of
+  the shards, so the stored shards are never written.
+- `register` makes ``"optimizer": {"type": "Addax"}`` known to `deepspeed.initialize`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch import Tensor, nn
+
+from addax_ds.ds_config import check_ds_config
+from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding
+
+_SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
+_BASE = stage3.DeepSpeedZeroOptimizer_Stage3
+
+
+class Stage3(_BASE):
+    """ZeRO-3 whose only model state is the partitioned weights.
+
+    `deepspeed.initialize` returns it as the optimizer; `zeroth_order` is `Addax.zeroth_order`.
+    """
+
+    sharding: "Zero3Sharding"
+
+    def _setup_for_real_optimizer(self) -> None:
+        # Alias instead of master copy: checkpoints read and write the weights themselves.
+        self.fp32_partitioned_groups_flat.extend(self.fp16_partitioned_groups_flat)
+        self.gradient_accumulation_dtype = self.communication_data_type
+        if self.contiguous_gradients:
+            for dtype, bucket in self.ipg_buckets.items():
+                bucket.buffer = torch.empty(
+                    self.reduce_bucket_size, dtype=dtype, device=_current_device()
+                )
+        # The base class looks up gradient partitions here after each backward; there are none.
+        nothing = torch.empty(0)
+        self.grad_partitions_flat_buffer = nothing
+        trainable = itertools.chain.from_iterable(self.fp16_groups)
+        partitions = {parameter.ds_id: nothing for parameter in trainable}
+        setattr(self, _mangled(_BASE, "__param_id_to_grad_partition"), partitions)
+        self.sharding = Zero3Sharding(self)
+        self.optimizer.bind(self.sharding)
+
+    def zeroth_order(self, closure: Callable[[], Tensor]) -> float:
+        """See `Addax.zeroth_order`."""
+        return self.optimizer.zeroth_order(closure)
+
+    def partition_grads(
+        self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]
+    ) -> None:
+        """Apply the step to each shard whose gradient a bucket's reduce-scatter delivered."""
+        for parameter, gradient in zip(params_to_release, grad_partitions, strict=True):
+            self.sharding.deliver(parameter, gradient)
+            parameter.grad = None
+
+    def step(self, closure: None = None) -> None:
+        """Finish the step; most of it has happened during backward."""
+        self._pre_step()
+        self._global_grad_norm = 0.0
+        self.optimizer.step(closure)
+
+    # Nothing but hyperparameters is in the base optimizer, so checkpoints leave its groups alone.
+    def _set_fp32_optimizer_param_groups(self) -> None:
+        pass
+
+    def _clear_fp32_optimizer_param_groups(self) -> None:
+        pass
+
+
+class Zero3Sharding(Sharding):
+    """Sharding back end over the partitions of a `Stage3` optimizer."""
+
+    engine: DeepSpeedEngine
+
+    def __init__(self, zero: Stage3) -> None:
+        super().__init__(zero.module, zero.optimizer.param_groups)
+        self._zero = zero
+        self._infos_by_parameter = {info.parameter: info for info in self.infos}
+        self._perturb: Perturb | None = None
+        self._on_gradient: OnGradient | None = None
+        self._forward_coordinator = _new_coordinator(zero.parameter_offload)
+        # A coalesced gather is called on the first parameter of its list, which may be frozen: all
+        # parameters are wrapped, trainable ones alone are perturbed.
+        for parameter in zero.module.parameters():
+            parameter.all_gather_coalesced = self._gather_perturbed(parameter.all_gather_coalesced)
+            parameter.all_gather = self._gather_perturbed(parameter.all_gather, parameter)
+
+    @staticmethod
+    def full_shape(parameter: Tensor) -> torch.Size:  # noqa: D102
+        return parameter.ds_shape
+
+    def shards(self) -> Iterator[Shard]:  # noqa: D102
+        for info in self.infos:
+            shard = self._shard(info)
+            if shard.data.numel():
+                yield shard
+
+    def _shard(self, info: ParameterInfo) -> Shard:
+        # ZeRO-3 cuts the flat parameter into equal partitions; the last ones may be padded.
+        partition = info.parameter.ds_tensor
+        start = partition.ds_numel * self._zero._get_param_partition_rank(info.parameter)
+        held = min(max(info.parameter.ds_numel - start, 0), partition.ds_numel)
+        data = partition.data.view(-1)[:held]
+        return Shard(info.name, info.parameter_id, start, data, info.decayed, info.group)
+
+    # ---- first order ---------------------------------------------------------------------------
+
+    def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
+        self._on_gradient = on_gradient
+
+    def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Hand over a reduced gradient partition, which may be padded or padding alone."""
+        assert self._on_gradient is not None
+        shard = self._shard(self._infos_by_parameter[parameter])
+        if shard.data.numel():
+            self._on_gradient(shard, gradient)
+
+    def finish_step(self) -> None:  # noqa: D102
+        self._partition_all()
+        self._gather_persistent()
+
+    def step_without_backward(self) -> None:  # noqa: D102
+        self.engine.step()
+
+    # ---- zeroth order --------------------------------------------------------------------------
+
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:  # noqa: D102
+        # DeepSpeed prefetches along the recorded order of modules. A pass without a backward has
+        # another order: it gets a coordinator of its own, or the record is discarded every step.
+        offload = self._zero.parameter_offload
+        usual = offload.param_coordinator
+        self._partition_all()
+        offload.param_coordinator = self._forward_coordinator
+        try:
+            yield
+        finally:
+            self._partition_all()
+            offload.param_coordinator = usual
+            self._gather_persistent()
+
+    @contextmanager
+    def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
+        self._partition_all()  # what is still gathered would be seen unperturbed
+        self._perturb = perturb
+        try:
+            yield
+        finally:
+            self._perturb = None
+            self._partition_all()  # what is still gathered is perturbed
+
+    def _gather_perturbed(self, gather: Callable, own: nn.Parameter | None = None) -> Callable:
+        def wrapped(params: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if params is None:
+                params = kwargs.pop("param_list", None)
+            params = [own] if params is None else list(params)
+            if self._perturb is None:
+                return gather(params, *args, **kwargs)
+            stored = [parameter.ds_tensor for parameter in params]
+            try:
+                for parameter in params:
+                    parameter.ds_tensor = self._perturbed_partition(parameter)
+                return gather(params, *args, **kwargs)
+            finally:
+                for parameter, partition in zip(params, stored, strict=True):
+                    parameter.ds_tensor = partition
+
+        return wrapped
+
+    def _perturbed_partition(self, parameter: nn.Parameter) -> Tensor:
+        """Return a perturbed copy of a trainable parameter's partition, a frozen one's itself."""
+        stored = parameter.ds_tensor
+        info = self._infos_by_parameter.get(parameter)
+        if info is None:
+            return stored
+        assert self._perturb is not None
+        shard = self._shard(info)
+        copy = self._perturb(shard)
+        if copy.numel() < stored.numel():  # padding travels too; nobody reads it
+            copy = torch.cat((copy, copy.new_zeros(stored.numel() - copy.numel())))
+        for attribute in _SHARD_ATTRIBUTES:
+            setattr(copy, attribute, getattr(stored, attribute))
+        return copy
+
+    # ---- collectives ---------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:  # noqa: D102
+        return dist.get_world_size(group=self._zero.dp_process_group)
+
+    def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
+        dist.all_reduce(values, group=self._zero.dp_process_group)
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return torch.device(_current_device())
+
+    def _partition_all(self) -> None:
+        self._zero.parameter_offload.partition_all_parameters()
+
+    def _gather_persistent(self) -> None:
+        """Gather the small parameters that DeepSpeed keeps whole between passes."""
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather_coalesced(persistent).wait()
+
+
+def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
+    """Make a parameter coordinator like the one of ``offload``, with an empty trace."""
+    return PartitionedParameterCoordinator(
+        prefetch_bucket_sz=offload._prefetch_bucket_sz,
+        max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+        max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+        allgather_stream=getattr(offload, _mangled(type(offload), "__allgather_stream")),
+        inflight_param_registry=getattr(
+            offload, _mangled(type(offload), "__inflight_param_registry")
+        ),
+        timers=offload.timers,
+        log_trace_cache_warnings=offload.log_trace_cache_warnings,
+    )
+
+
+def _mangled(cls: type, name: str) -> str:
+    """Return the name under which Python stores a double-underscore attribute of a class."""
+    return f"_{cls.__name__}{name}"
+
+
+def _current_device() -> str:
+    return get_accelerator().current_device_name()
+
+
+def register(optimizer_class: type[torch.optim.Optimizer]) -> None:
+    """Teach DeepSpeed the optimizer type "Addax"; importing `addax_ds` does it, once."""
+    if getattr(torch.optim, "Addax", None) is optimizer_class:
+        return
+    configure = DeepSpeedEngine._configure_zero_optimizer
+
+    def configure_addax(engine: DeepSpeedEngine, optimizer: Any) -> Any:
+        if not isinstance(optimizer, optimizer_class):
+            return configure(engine, optimizer)
+        check_ds_config(engine._config._param_dict, "the DeepSpeed configuration")
+        # The engine looks the class up in its module at each call.
+        stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3
+        try:
+            zero = configure(engine, optimizer)
+        finally:
+            stage3.DeepSpeedZeroOptimizer_Stage3 = _BASE
+        zero.sharding.engine = engine
+        return zero
+
+    DeepSpeedEngine._configure_zero_optimizer = configure_addax
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+    torch.optim.Addax = optimizer_class

@@ -1,0 +1,60 @@
+"""Configurations that every back end trains, each held against the float64 loop."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.models import tiny_opt, token_batches
+from tests.reference import Hyperparameters
+
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    model: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: Hyperparameters = Hyperparameters()
+    zero_optimization: dict[str, Any] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
+
+    def build(self) -> nn.Module:
+        model = tiny_opt(**self.model)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()
+
+
+CASES = {
+    "tied": Case(),
+    "persistence-0": Case(zero_optimization={"stage3_param_persistence_threshold": 0}),
+    "offload": Case(zero_optimization={"offload_param": {"device": "cpu"}}),
+    "checkpointing": Case(gradient_checkpointing=True),
+    "untied": Case(model={"tied": False}),
+    "frozen": Case(model={"frozen": True}),
+    "frozen-persistence-0": Case(
+        model={"frozen": True}, zero_optimization={"stage3_param_persistence_threshold": 0}
+    ),
+    "unused": Case(model={"unused": True}),
+    "weight-decay": Case(hyperparameters=Hyperparameters(weight_decay=0.3)),
+    "ip-sgd": Case(hyperparameters=Hyperparameters(alpha=0.0)),
+    "mezo": Case(hyperparameters=Hyperparameters(alpha=1.0, lr=1e-4)),
+}
+"""Back ends other than ZeRO-3 ignore ``zero_optimization``."""
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    return token_batches(STEPS)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def mean_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(input_ids=x, labels=x).loss
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

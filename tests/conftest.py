@@ -1,0 +1,35 @@
+import os
+
+# Before torch and DeepSpeed are imported: the suite runs on a CPU, one thread a process.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+from tests.cases import CASES, batches, trainable
+from tests.reference import float64_loop
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def float64_results() -> dict[str, dict]:
+    """Start, end and g0 of the float64 loop, by case; equal cases are computed once."""
+    results: dict[str, dict] = {}
+    by_content: dict[str, dict] = {}
+    for name, case in CASES.items():
+        key = f"{case.model} {case.hyperparameters}"
+        if key not in by_content:
+            model = case.build().eval()
+            start = trainable(model)
+            g0 = float64_loop(model, batches(), case.hyperparameters)
+            by_content[key] = {"start": start, "g0": g0, "end": trainable(model)}
+        results[name] = by_content[key]
+    return results

@@ -1,0 +1,85 @@
+"""An independent single-process implementation of Addax in float64, written from the equation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import addax_ds
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    lr: float = 0.02
+    alpha: float = 0.001
+    zo_eps: float = 1e-3
+    weight_decay: float = 0.0
+    seed: int = 1234
+
+
+def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over target tokens in the type of the logits (no cast to fp32)."""
+    return F.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
+    )
+
+
+def float64_loop(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], h: Hyperparameters
+) -> list[float]:
+    """Train ``model`` (made float64 in place); return g0 of each step."""
+    model.double()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(x: Tensor) -> Tensor:
+        return causal_loss(model(input_ids=x).logits, x)
+
+    history = []
+    for step, (long, short) in enumerate(batches):
+        z = {
+            n: addax_ds.gaussian(h.seed, step, n, 0, p.numel()).view(p.shape).double()
+            for n, p in parameters.items()
+        }
+        g0 = two_point(loss, parameters, z, long, h.zo_eps) if h.alpha > 0 else 0.0
+        gradients = dict.fromkeys(parameters)
+        if h.alpha < 1:
+            grads = torch.autograd.grad(loss(short), list(parameters.values()), allow_unused=True)
+            gradients = dict(zip(parameters, grads, strict=True))
+        with torch.no_grad():
+            for n, p in parameters.items():
+                decay = h.lr * h.weight_decay if p.ndim >= 2 else 0.0
+                g1 = gradients[n] if gradients[n] is not None else torch.zeros_like(p)
+                p.copy_(p * (1 - decay) - h.lr * (h.alpha * g0 * z[n] + (1 - h.alpha) * g1))
+        history.append(g0)
+    return history
+
+
+@torch.no_grad()
+def two_point(
+    loss: Callable[[Tensor], Tensor],
+    parameters: dict[str, Tensor],
+    z: dict[str, Tensor],
+    batch: Tensor,
+    eps: float,
+) -> float:
+    start = {n: p.clone() for n, p in parameters.items()}
+    values = []
+    for sign in (1.0, -1.0):
+        for n, p in parameters.items():
+            p.copy_(start[n] + sign * eps * z[n])
+        values.append(loss(batch).item())
+    for n, p in parameters.items():
+        p.copy_(start[n])
+    return (values[0] - values[1]) / (2 * eps)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Euclidean distance over all parameters together."""
+    assert a.keys() == b.keys()
+    return sum((a[n].double() - b[n].double()).square().sum().item() for n in a) ** 0.5
+
+
+def norm(a: dict[str, Tensor]) -> float:
+    return sum(v.double().square().sum().item() for v in a.values()) ** 0.5

@@ -1,0 +1,166 @@
+"""Addax on one plain model against the float64 loop, and what a user of the bare API relies on."""
+
+import pytest
+import torch
+
+import addax_ds
+from tests.cases import CASES, Case, batches, mean_loss, trainable
+from tests.models import tiny_opt, token_batches
+from tests.reference import distance, norm
+
+
+def build(case: Case) -> tuple[torch.nn.Module, addax_ds.Addax]:
+    model = case.build()
+    h = case.hyperparameters
+    optimizer = addax_ds.Addax(
+        model.parameters(), h.lr, h.alpha, h.zo_eps, h.weight_decay, h.seed
+    )
+    addax_ds.attach(optimizer, model)
+    return model, optimizer
+
+
+def train(case: Case) -> tuple[torch.nn.Module, list[float]]:
+    model, optimizer = build(case)
+    history = []
+    for long, short in batches():
+        history.append(optimizer.zeroth_order(lambda x=long: mean_loss(model, x)))
+        if case.hyperparameters.alpha < 1:
+            mean_loss(model, short).backward()
+        optimizer.step()
+    return model, history
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "persistence" not in n and n != "offload"])
+def test_ten_steps_equal_the_float64_loop(name, float64_results):
+    reference = float64_results[name]
+    model, history = train(CASES[name])
+    moved = distance(reference["start"], reference["end"])
+    assert moved >= 3e-3 * norm(reference["start"])
+    assert distance(trainable(model), reference["end"]) <= 5e-4 * moved
+    assert history == pytest.approx(reference["g0"], rel=2e-3, abs=2e-3)
+
+
+def test_alpha_0_is_sgd():
+    case = CASES["ip-sgd"]
+    model, _ = train(case)
+    reference = case.build()
+    sgd = torch.optim.SGD(reference.parameters(), lr=case.hyperparameters.lr)
+    for _, short in batches():
+        sgd.zero_grad()
+        mean_loss(reference, short).backward()
+        sgd.step()
+    moved = distance(trainable(case.build()), trainable(reference))
+    assert distance(trainable(model), trainable(reference)) <= 1e-5 * moved
+
+
+def test_alpha_1_is_mezo():
+    """MeZO as published: perturb the weights in place by +eps, -2 eps, +eps, in fp64 here."""
+    case = CASES["mezo"]
+    h = case.hyperparameters
+    model, _ = train(case)
+    reference = case.build().eval().double()
+    parameters = dict(reference.named_parameters())
+
+    def shift(step: int, scale: float) -> None:
+        for name, p in parameters.items():
+            z = addax_ds.gaussian(h.seed, step, name, 0, p.numel()).view(p.shape)
+            p.data.add_(z.double(), alpha=scale)
+
+    with torch.no_grad():
+        for step, (long, _) in enumerate(batches()):
+            shift(step, h.zo_eps)
+            plus = mean_loss(reference, long)
+            shift(step, -2 * h.zo_eps)
+            minus = mean_loss(reference, long)
+            shift(step, h.zo_eps)
+            shift(step, -h.lr * ((plus - minus) / (2 * h.zo_eps)).item())
+    moved = distance(trainable(case.build()), trainable(reference))
+    assert distance(trainable(model), trainable(reference)) <= 5e-4 * moved
+
+
+@pytest.mark.parametrize(("name", "passes", "backwards"), [("ip-sgd", 1, 1), ("mezo", 2, 0)])
+def test_limits_run_no_superfluous_pass(name, passes, backwards):
+    model, optimizer = build(CASES[name])
+    counts = {"forward": 0, "backward": 0}
+    model.register_forward_pre_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
+    parameter = model.model.decoder.layers[0].fc1.weight
+    parameter.register_hook(lambda *_: counts.update(backward=counts["backward"] + 1))
+    long, short = batches()[0]
+    optimizer.zeroth_order(lambda: mean_loss(model, long))
+    if CASES[name].hyperparameters.alpha < 1:
+        mean_loss(model, short).backward()
+    optimizer.step()
+    assert counts == {"forward": passes, "backward": backwards}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"tied": False}, {"frozen": True}, {"dropout": 0.2}])
+def test_passes_see_perturbed_weights_and_the_stored_ones_stay(dtype, options):
+    model = tiny_opt(dtype=dtype, **options).train()
+    optimizer = addax_ds.Addax(model.parameters(), lr=1.0, alpha=1.0, zo_eps=1e-2, seed=5)
+    addax_ds.attach(optimizer, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    x = token_batches(1)[0][0]
+    seen = []
+
+    def closure():
+        loss = mean_loss(model, x).float()
+        seen.append(loss.item())
+        return loss
+
+    g0 = optimizer.zeroth_order(closure)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    assert all(module.training for module in model.modules())
+
+    explicit = tiny_opt(dtype=dtype, **options).eval()
+    for sign, loss in zip((1, -1), seen, strict=True):
+        with torch.no_grad():
+            for name, p in explicit.named_parameters():
+                if p.requires_grad:
+                    z = addax_ds.gaussian(5, 0, name, 0, p.numel()).view(p.shape)
+                    p.copy_(before[name].float() + sign * 1e-2 * z)
+        assert loss == mean_loss(explicit, x).float().item()
+    assert g0 == pytest.approx((seen[0] - seen[1]) / 2e-2, rel=1e-9)
+
+
+def test_weights_and_modes_survive_a_closure_that_raises():
+    model, optimizer = build(CASES["tied"])
+    model.model.decoder.layers[0].eval()
+    modes = {n: module.training for n, module in model.named_modules()}
+    before = trainable(model)
+
+    def closure():
+        mean_loss(model, batches()[0][0])
+        raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        optimizer.zeroth_order(closure)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert modes == {n: module.training for n, module in model.named_modules()}
+    # and inside a block, while its parameters are swapped
+    hook = model.model.decoder.layers[1].fc2.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0]))
+    hook.remove()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0])) != 0.0
+
+
+def test_perturbation_needs_one_block_more_not_a_second_model():
+    model, optimizer = build(CASES["untied"])
+    stored = {p.data_ptr() for p in model.parameters()}
+    peak = 0
+
+    def measure(*_):
+        nonlocal peak
+        extra = sum(p.numel() for p in model.parameters() if p.data_ptr() not in stored)
+        peak = max(peak, extra)
+
+    handles = [m.register_forward_pre_hook(measure) for m in model.modules()]
+    optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0]))
+    for handle in handles:
+        handle.remove()
+    layers = [sum(p.numel() for p in la.parameters()) for la in model.model.decoder.layers]
+    outside = sum(p.numel() for p in model.parameters()) - sum(layers)
+    assert 0 < peak <= outside + max(layers)

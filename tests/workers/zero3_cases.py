@@ -1,0 +1,77 @@
+"""Trains every case under ZeRO-3 and writes weights and g0 of each to the folder."""
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm
+
+import addax_ds
+from tests.cases import CASES, Case, batches, mean_loss
+from tests.workers.teardown import shut_down
+
+
+def zero3_config(case: Case) -> dict:
+    h = case.hyperparameters
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {
+            "type": "Addax",
+            "params": {
+                "lr": h.lr,
+                "alpha": h.alpha,
+                "zo_eps": h.zo_eps,
+                "weight_decay": h.weight_decay,
+                "seed": h.seed,
+            },
+        },
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 150_000,
+            "stage3_prefetch_bucket_size": 100_000,
+            "log_trace_cache_warnings": True,
+            **case.zero_optimization,
+        },
+    }
+
+
+def train(case: Case) -> dict:
+    model = case.build()
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, config=zero3_config(case))
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    calls = {"forward": 0}
+    engine.module.register_forward_pre_hook(
+        lambda *_: calls.__setitem__("forward", calls["forward"] + 1)
+    )
+    history = []
+    alpha = case.hyperparameters.alpha
+    for index, (long, short) in enumerate(batches()):
+        long, short = long.chunk(world_size)[rank], short.chunk(world_size)[rank]
+        if comm.get_rank() == 0:
+            print("step", index, flush=True)
+        history.append(optimizer.zeroth_order(lambda x=long: mean_loss(engine, x)))
+        if alpha < 1:
+            engine.backward(mean_loss(engine, short))
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    engine.destroy()
+    return {"g0": history, "weights": weights, "forwards": calls["forward"]}
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    for name in names or CASES:
+        if comm.get_rank() == 0:
+            print("case", name, flush=True)
+        result = train(CASES[name])
+        torch.save(result, folder / f"{name}-rank{comm.get_rank()}.pt")
+    assert addax_ds.Addax is torch.optim.Addax
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
