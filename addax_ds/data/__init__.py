@@ -1,0 +1,1 @@
+"""From files to the tensors of a step: records -> encoding -> partition -> batches."""

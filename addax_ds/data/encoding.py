@@ -1,0 +1,213 @@
+"""Tokens of a record, and which of them carry loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from addax_ds.data.records import Record
+from addax_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LOSS = -100
+"""Label of a token that carries no loss, as everywhere in torch and Transformers."""
+
+_CHUNK = 1000  # records a tokenizer call: enough for its threads, little enough for memory
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Example:
+    """One tokenised sequence.
+
+    Attributes:
+        input_ids: int32, shape [length].
+        labels: int32, shape [length]: the token itself where it carries loss, else `NO_LOSS`. Not
+            shifted: the model compares the output at position t with the label at t + 1.
+        origin: Where the row comes from, for messages.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    origin: str
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def target_count(self) -> int:
+        """Number of predicted tokens: nothing predicts position 0 in a causal model."""
+        return int(np.count_nonzero(self.labels[1:] != NO_LOSS))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the tokenizer says about one text.
+
+    Attributes:
+        ids: int32, shape [n].
+        offsets: int64, shape [n, 2]: characters covered by a token.
+        added: bool, shape [n]: special tokens that the tokenizer put there itself.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    added: NDArray[np.bool_]
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    model_positions: int | None,
+) -> list[Example]:
+    """Tokenise records and label the tokens that overlap a target span.
+
+    Each text is tokenised once, as a whole, so that its tokens are those the model meets at
+    inference; a token that straddles the border of a span is a target. The appended EOS is a target
+    if the last span reaches the end of the text.
+
+    Args:
+        records: What to encode.
+        tokenizer: A fast one: only these report which characters a token covers.
+        max_length: Longer sequences lose tokens on the left, never BOS and never a target.
+        model_positions: The longest sequence that the model can take; None if it has no limit.
+
+    Returns:
+        One example a record, in order.
+
+    Raises:
+        UserError: The tokenizer is slow, or lacks the EOS that a record wants; `max_length` exceeds
+            `model_positions`; or a record has no token to learn or is too long.
+    """
+    _check_limits(max_length, model_positions)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} does not say which characters a token covers; use the "
+            "model's fast tokenizer (a folder with tokenizer.json)"
+        )
+    examples = []
+    for record, tokens in zip(records, _tokenise(records, tokenizer), strict=True):
+        example = _label(record, tokens, tokenizer.eos_token_id)
+        head = _head(tokens, tokenizer.bos_token_id)
+        examples.append(_fit(example, head, max_length, model_positions))
+    return examples
+
+
+def _check_limits(max_length: int | None, model_positions: int | None) -> None:
+    if max_length is None:
+        return
+    if max_length < 2:
+        raise UserError(f"--max_length {max_length} leaves nothing to predict; give at least 2")
+    if model_positions is not None and max_length > model_positions:
+        raise UserError(
+            f"--max_length {max_length} is more than the model's {model_positions} positions; "
+            f"give at most {model_positions}"
+        )
+
+
+def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    """Yield the tokens of every record, in order."""
+    for add_special_tokens, group in groupby(records, key=lambda record: record.add_special_tokens):
+        texts = [record.text for record in group]
+        for start in range(0, len(texts), _CHUNK):
+            batch = tokenizer(
+                texts[start : start + _CHUNK],
+                add_special_tokens=add_special_tokens,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                verbose=False,  # `_fit` judges the length
+            )
+            for ids, offsets, added in zip(
+                batch["input_ids"],
+                batch["offset_mapping"],
+                batch["special_tokens_mask"],
+                strict=True,
+            ):
+                yield _Tokens(
+                    np.asarray(ids, np.int32),
+                    np.asarray(offsets, np.int64).reshape(-1, 2),
+                    np.asarray(added, np.bool_),
+                )
+
+
+def _label(record: Record, tokens: _Tokens, eos: int | None) -> Example:
+    """Return the whole record as an example, EOS included."""
+    learnt = _overlaps(tokens, record.targets)
+    empty = not learnt.any()
+    ids = tokens.ids
+    if record.append_eos:
+        if eos is None:
+            raise UserError(
+                f"{record.origin}: the sequence is to end in EOS, but the tokenizer has no EOS "
+                "token; name one as eos_token in tokenizer_config.json"
+            )
+        if not len(ids) or ids[-1] != eos:
+            ids, learnt = np.append(ids, np.int32(eos)), np.append(learnt, False)
+        learnt[-1] |= record.targets[-1][1] == len(record.text)
+    example = Example(ids, np.where(learnt, ids, NO_LOSS).astype(np.int32), record.origin)
+    if empty or not example.target_count:
+        raise UserError(
+            f"{record.origin}: no token carries loss: the tokenizer makes nothing of the part to "
+            "learn, or it is the sequence's first token, which nothing predicts"
+        )
+    return example
+
+
+def _overlaps(tokens: _Tokens, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Return which tokens overlap a span; added special tokens, at (0, 0), never do."""
+    start, end = tokens.offsets[:, 0], tokens.offsets[:, 1]
+    # Byte-level BPE with trimmed offsets reports a run of spaces as empty, at the run's end; give
+    # it the characters since the previous token, or indentation would never be learnt.
+    previous_end = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(end)])[:-1]
+    start = np.where(start == end, np.minimum(start, previous_end), start)
+    learnt = np.zeros(len(tokens.ids), np.bool_)
+    for span_start, span_end in spans:
+        learnt |= (end > span_start) & (start < span_end)
+    return learnt & (end > start)
+
+
+def _head(tokens: _Tokens, bos: int | None) -> int:
+    """Return how many tokens in front truncation must keep: BOS and what else was added there."""
+    added = len(tokens.added) if tokens.added.all() else int(np.argmin(tokens.added))
+    written_by_template = bool(len(tokens.ids)) and tokens.ids[0] == bos
+    return max(added, int(written_by_template))
+
+
+def _fit(
+    example: Example, head: int, max_length: int | None, model_positions: int | None
+) -> Example:
+    """Cut the example to `max_length` between its first `head` tokens and its first target."""
+    length, limit = example.length, max_length if max_length is not None else model_positions
+    if limit is None or length <= limit:
+        return example
+    if max_length is None:
+        raise UserError(
+            f"{example.origin}: {length} tokens, more than the model's {limit} positions; "
+            f"shorten the row, or pass --max_length {limit} to cut the part without loss from "
+            "the left"
+        )
+    first_target = int(np.argmax(example.labels != NO_LOSS))
+    # Without a head, one token must stay in front of the first target to predict it from.
+    last_cut = first_target if head else max(first_target - 1, 0)
+    cut = length - (limit - head)
+    if cut > last_cut:
+        raise UserError(
+            f"{example.origin}: the part from the first token with loss to the end needs "
+            f"{head + length - last_cut} tokens, more than --max_length {limit}; shorten it, or "
+            "raise --max_length"
+        )
+    keep = np.r_[0:head, cut:length]
+    return Example(example.input_ids[keep], example.labels[keep], example.origin)

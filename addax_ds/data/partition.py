@@ -1,0 +1,108 @@
+"""Assignment of sequences to the zeroth- and the first-order stream, by length."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from addax_ds.errors import UserError
+
+Method = Literal["addax", "addax-wa", "mezo", "ip-sgd"]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Which examples each stream draws from.
+
+    Attributes:
+        zeroth_order: D0, int64 indices, ascending; empty if there is no zeroth-order stream.
+        first_order: D1, int64 indices, ascending; empty if there is no first-order stream.
+        threshold: L_T in tokens; None for methods that do not divide by length.
+    """
+
+    zeroth_order: NDArray[np.int64]
+    first_order: NDArray[np.int64]
+    threshold: int | None
+
+    def describe(self, lengths: Sequence[int]) -> str:
+        """Return the partition in words, two lines: size, longest sequence and L_T of each side."""
+        above, below = "", ""
+        if self.threshold is not None:
+            above, below = f", longer than L_T = {self.threshold}", f", at most {self.threshold}"
+        return "\n".join(
+            (
+                f"D0 (zeroth-order{above}): {_side(self.zeroth_order, lengths)}",
+                f"D1 (first-order{below}): {_side(self.first_order, lengths)}",
+            )
+        )
+
+
+def partition(
+    lengths: Sequence[int], method: Method, threshold: int | Literal["median"] | None
+) -> Partition:
+    """Divide examples between the streams.
+
+    Args:
+        lengths: Tokens of each example.
+        method: "addax": D0 = longer than L_T, D1 = the rest. "addax-wa" (without assignment):
+            both are the whole set. "mezo": D0 is the whole set, D1 empty. "ip-sgd": the reverse.
+        threshold: L_T in tokens for "addax", or "median": the lower median, which never leaves D1
+            empty, and D0 only if no length exceeds it. None for other methods.
+
+    Raises:
+        UserError: No examples, a threshold that is missing or has no effect, or one that leaves a
+            side empty.
+    """
+    if not len(lengths):
+        raise UserError("there are no examples to train on")
+    if method == "addax":
+        if threshold is None:
+            raise UserError("--method addax needs --length_threshold: a number of tokens or median")
+        if threshold == "median":
+            threshold = statistics.median_low(lengths)
+        return _by_length(lengths, threshold)
+    if threshold is not None:
+        raise UserError(f"--length_threshold has no effect with --method {method}; leave it out")
+    whole, none = np.arange(len(lengths)), np.arange(0)
+    if method == "addax-wa":
+        return Partition(whole, whole, None)
+    if method == "mezo":
+        return Partition(whole, none, None)
+    if method == "ip-sgd":
+        return Partition(none, whole, None)
+    raise UserError(f"--method {method} is unknown; choose from {', '.join(get_args(Method))}")
+
+
+def _by_length(lengths: Sequence[int], threshold: int) -> Partition:
+    longer = np.asarray(lengths) > threshold
+    shortest, longest = min(lengths), max(lengths)
+    advice = (
+        "all sequences are equally long, so nothing can be divided:"
+        if shortest == longest
+        else f"give a --length_threshold from {shortest} to {longest - 1}, or"
+    )
+    if longer.all():
+        raise UserError(
+            f"no sequence has at most L_T = {threshold} tokens (they have {shortest} to {longest}),"
+            f" so the first-order stream D1 is empty; {advice} use --method addax-wa or mezo"
+        )
+    if not longer.any():
+        raise UserError(
+            f"no sequence is longer than L_T = {threshold} tokens (they have {shortest} to "
+            f"{longest}), so the zeroth-order stream D0 is empty; {advice} use --method addax-wa "
+            "or ip-sgd"
+        )
+    return Partition(np.flatnonzero(longer), np.flatnonzero(~longer), threshold)
+
+
+def _side(indices: NDArray[np.int64], lengths: Sequence[int]) -> str:
+    if not len(indices):
+        return "none"
+    longest = max(lengths[index] for index in indices)
+    plural = "s" if len(indices) > 1 else ""
+    return f"{len(indices)} sequence{plural}, the longest of {longest} tokens"

@@ -1,0 +1,322 @@
+"""Rows of a data set as text with the spans that carry loss.
+
+A `Record` is what every source of training text is reduced to, before any tokenizer is involved:
+JSON Lines files come through `read_jsonl`; a task builds its records with `prompt_completion`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from addax_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SHAPES: dict[str, tuple[str, ...]] = {
+    "prompt + completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+"""The row shapes of a JSON Lines file: name -> columns that a row of this shape has."""
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of text and the parts of it that are learnt.
+
+    Attributes:
+        text: Everything that is tokenised.
+        targets: Ascending character spans `(start, end)` of `text` whose tokens carry loss.
+        origin: Where the row comes from, for messages: "train.jsonl:17".
+        add_special_tokens: Whether the tokenizer adds its own BOS and the like. False for chat,
+            whose template has written them.
+        append_eos: Whether the sequence ends in an EOS token, which is learnt if the last target
+            reaches the end of the text.
+    """
+
+    text: str
+    targets: tuple[tuple[int, int], ...]
+    origin: str
+    add_special_tokens: bool = True
+    append_eos: bool = True
+
+
+def prompt_completion(prompt: str, completion: str, origin: str, append_eos: bool = True) -> Record:
+    """Return the record `prompt + completion` (joined as they are) with loss on the completion.
+
+    Raises:
+        UserError: The completion is empty. An empty prompt is allowed.
+    """
+    if not completion:
+        raise UserError(f"{origin}: the completion is empty, so there is nothing to learn from it")
+    text = prompt + completion
+    return Record(text, ((len(prompt), len(text)),), origin, append_eos=append_eos)
+
+
+def plain_text(text: str, origin: str, append_eos: bool = True) -> Record:
+    """Return the record `text` with loss on all of it.
+
+    Raises:
+        UserError: The text is empty.
+    """
+    if not text:
+        raise UserError(f"{origin}: the text is empty, so there is nothing to learn from it")
+    return Record(text, ((0, len(text)),), origin, append_eos=append_eos)
+
+
+def chat(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, origin: str
+) -> Record:
+    """Return a conversation in the tokenizer's chat template, with loss on the assistant's turns.
+
+    A turn is found by rendering prefixes: it is what the template writes for `messages[:i + 1]`
+    beyond `messages[:i]` with the generation prompt, so it is exactly what the model has to
+    produce at inference, end-of-turn mark included. Special tokens are the template's business:
+    none are added.
+
+    Args:
+        messages: Dicts with a "role" and a "content" string; further keys reach the template.
+        tokenizer: Has a chat template.
+        origin: Where the row comes from.
+
+    Raises:
+        UserError: There is no template or no assistant turn, a turn is empty or comes first, the
+            template refuses the conversation, or it writes earlier turns differently once later
+            ones follow (some templates drop earlier reasoning), so that no prefix is a prefix.
+    """
+    require_chat_template(tokenizer, origin)
+    text = _render(messages, tokenizer, origin, add_generation_prompt=False)
+    targets = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if index == 0:
+            raise UserError(f"{origin}: messages start with the assistant; put a message before")
+        if not message["content"]:
+            raise UserError(f"{origin}: messages[{index}], an assistant's turn, is empty")
+        before = _render(messages[:index], tokenizer, origin, add_generation_prompt=True)
+        through = _render(messages[: index + 1], tokenizer, origin, add_generation_prompt=False)
+        if not (through.startswith(before) and text.startswith(through)):
+            raise UserError(
+                f"{origin}: the tokenizer's chat template writes the conversation up to "
+                f"messages[{index}] differently when later text follows, so the assistant's "
+                "tokens cannot be told apart; write the rows as prompt + completion instead"
+            )
+        turn = through[len(before) :]
+        targets.append((len(before), len(before) + _learnt_length(turn, message["content"])))
+    if not targets:
+        raise UserError(f"{origin}: messages hold no turn of the role 'assistant' to learn from")
+    return Record(text, tuple(targets), origin, add_special_tokens=False, append_eos=False)
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    """Raise a `UserError` if the tokenizer cannot render conversations."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{origin}: messages need a chat template and this model's tokenizer has none; use an "
+            "instruction-tuned model, add chat_template.jinja to the model's folder, or write the "
+            "rows as prompt + completion"
+        )
+
+
+def read_jsonl(
+    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+) -> list[Record]:
+    """Read a JSON Lines file (UTF-8, one object a line, blank lines skipped).
+
+    The first row decides which of `SHAPES` the file has: `prompt` and `completion` (strings, loss
+    on the completion), `messages` (see `chat`) or `text` (loss on all of it). Every row must have
+    that shape and no other. A null counts as a missing column; other columns are ignored, which is
+    logged once.
+
+    Args:
+        path: The file.
+        tokenizer: Its chat template renders `messages`; not used for the other shapes.
+        append_eos: As in `Record`, for `prompt` + `completion` and `text`. A chat template ends
+            its turns itself.
+
+    Returns:
+        One record a row, in the file's order; `origin` is "path:line".
+
+    Raises:
+        UserError: The file or a row cannot be used; the message names the file and the line.
+    """
+    path = Path(path)
+    records: list[Record] = []
+    shape: str | None = None
+    unused: set[str] = set()
+    for origin, row in _rows(path):
+        if shape is None:
+            shape = _shape_of(row, origin)
+        _require_shape(row, shape, origin, path)
+        unused.update(row.keys() - set(SHAPES[shape]))
+        records.append(_record(row, shape, tokenizer, origin, append_eos))
+    if not records:
+        raise UserError(f"{path}: the file holds no rows; expected one JSON object a line")
+    if unused:
+        logger.info("%s: columns that are not used: %s", path, ", ".join(sorted(unused)))
+    return records
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (origin, row) for every line that is not blank."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory; expected a JSON Lines file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
+    with file:
+        # Bytes, because text mode would report a decoding error without its line.
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(_UTF8_BOM)
+            if line.strip():
+                origin = f"{path}:{number}"
+                yield origin, _parse(line, origin)
+
+
+def _parse(line: bytes, origin: str) -> dict[str, Any]:
+    """Return the JSON object of one line."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise UserError(f"{origin}: duplicate JSON keys: {', '.join(twice)}")
+        return row
+
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not valid JSON ({error}); expected one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{origin}: expected a JSON object, got a {type(row).__name__}")
+    return row
+
+
+def _shapes_in(row: Mapping[str, Any]) -> list[str]:
+    return [
+        shape
+        for shape, columns in SHAPES.items()
+        if all(row.get(column) is not None for column in columns)
+    ]
+
+
+def _shape_of(row: Mapping[str, Any], origin: str) -> str:
+    """Return the shape of a file's first row."""
+    shapes = _shapes_in(row)
+    if not shapes:
+        found = ", ".join(f"{key} (null)" if row[key] is None else key for key in sorted(row))
+        raise UserError(
+            f"{origin}: found columns [{found}], which fit none of the known shapes: "
+            f"{' | '.join(SHAPES)}"
+        )
+    return shapes[0]
+
+
+def _require_shape(row: Mapping[str, Any], shape: str, origin: str, path: Path) -> None:
+    """Raise unless the row has the file's shape and no other."""
+    missing = [column for column in SHAPES[shape] if row.get(column) is None]
+    if missing:
+        raise UserError(
+            f"{origin}: no {' and no '.join(missing)} (or null), but by its first row {path} holds "
+            f"rows of the shape '{shape}'; found columns [{', '.join(sorted(row))}]"
+        )
+    shapes = _shapes_in(row)
+    if len(shapes) > 1:
+        raise UserError(
+            f"{origin}: the columns fit several shapes ({' | '.join(shapes)}); keep one"
+        )
+
+
+def _record(
+    row: Mapping[str, Any],
+    shape: str,
+    tokenizer: PreTrainedTokenizerBase,
+    origin: str,
+    append_eos: bool,
+) -> Record:
+    if shape == "messages":
+        record = chat(_messages(row["messages"], origin), tokenizer, origin)
+    elif shape == "text":
+        record = plain_text(_string(row["text"], "text", origin), origin, append_eos)
+    else:
+        prompt = _string(row["prompt"], "prompt", origin)
+        completion = _string(row["completion"], "completion", origin)
+        record = prompt_completion(prompt, completion, origin, append_eos)
+    # JSON can spell half a surrogate pair ("\ud800"), which is no text: tokenizers die on it.
+    try:
+        record.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(record.text[error.start])
+        raise UserError(f"{origin}: the text holds half a surrogate pair ({half})") from None
+    return record
+
+
+def _string(value: object, name: str, origin: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{origin}: {name} must be a string, got a {type(value).__name__}")
+    return value
+
+
+def _messages(value: object, origin: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{origin}: messages must be a non-empty list of {{role, content}} objects")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict):
+            kind = type(message).__name__
+            raise UserError(f"{origin}: messages[{index}] must be an object, got a {kind}")
+        for key in ("role", "content"):
+            _string(message.get(key), f"messages[{index}].{key}", origin)
+    return value
+
+
+def _render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    origin: str,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """Return the conversation as the chat template writes it."""
+    import jinja2  # a dependency of torch; only chat needs it
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{origin}: the chat template refuses the messages: {error}") from error
+    assert isinstance(text, str)  # because of tokenize=False
+    return text
+
+
+def _learnt_length(turn: str, content: str) -> int:
+    """Return how many characters of an assistant's turn are learnt.
+
+    Many templates write a newline after the end-of-turn mark. Generation stops at the mark, so the
+    model never has to produce what follows. Without a mark, the whitespace is the end of the turn.
+    """
+    bare = turn.rstrip()
+    return len(turn) if bare.endswith(content.rstrip()) else len(bare)
