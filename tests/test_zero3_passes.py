@@ -1,0 +1,40 @@
+"""Under ZeRO-3 the stored weights never drift, and the passes do see the perturbed ones."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.workers.zero3_passes import CASES, EPS
+
+WORLD_SIZES = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    found = {}
+    for world_size in WORLD_SIZES:
+        folder = tmp_path_factory.mktemp(f"passes{world_size}")
+        run_ranks("zero3_passes", world_size, folder)
+        for name in CASES:
+            found[name, world_size] = [
+                torch.load(folder / f"{name}-rank{r}.pt") for r in range(world_size)
+            ]
+    return found
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_passes(results, name, world_size):
+    ranks = results[name, world_size]
+    for found in ranks:
+        assert found["unchanged"] == [True] * 3  # also after the closure raised
+        assert found["raised"]
+        assert found["training"]
+        assert found["seen"] == found["explicit"]
+        assert found["clean"][0] == found["clean"][1]
+        assert found["moved"]
+    assert len({tuple(found["g0"]) for found in ranks}) == 1
+    for step, g0 in enumerate(ranks[0]["g0"]):
+        plus, minus = (sum(f["seen"][step][k] for f in ranks) / world_size for k in (0, 1))
+        assert plus != minus
+        assert g0 == pytest.approx((plus - minus) / (2 * EPS), rel=1e-6)
