@@ -8,7 +8,7 @@ Memory Efficiency and Performance of SGD for Fine-Tuning Language Models", ICLR 
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,27 @@ logger = logging.getLogger(__name__)
 
 MAX_NON_FINITE_STEPS = 10
 """Training stops after so many steps in a row with a loss or g0 that is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last step did, equal on all ranks.
+
+    Attributes:
+        g0: zeroth-order projected gradient; None if alpha is 0.
+        zeroth_order_loss: mean of the losses at theta + zo_eps z and theta - zo_eps z, or None.
+        zeroth_order_norm: norm of the zeroth-order part of the update, lr * alpha * |g0| * sqrt(d)
+            for d trainable elements; ||z|| is sqrt(d) to a relative 1 / sqrt(2 d).
+        first_order_norm: norm of the first-order part, lr * (1 - alpha) * ||g1||; None unless
+            `Addax.track_norm` was set.
+        gradient_norm: ||g1|| over all parameters, before weighting; None likewise.
+    """
+
+    g0: float | None
+    zeroth_order_loss: float | None
+    zeroth_order_norm: float
+    first_order_norm: float | None
+    gradient_norm: float | None
 
 
 class NonFiniteError(UserError, ArithmeticError):
@@ -55,6 +76,12 @@ class Addax(torch.optim.Optimizer):
     One step is ``zeroth_order(closure)``, then ``loss.backward()``, which updates each parameter as
     soon as its gradient exists, then ``step()``, which updates what got no gradient. The weights
     are all the state there is.
+
+    Attributes:
+        index: number of the next step.
+        track_norm: whether steps measure the norm of the first-order gradient, which costs one more
+            read of it and one all-reduce.
+        report: what the last step did.
 
     Args:
         params: parameters or parameter groups, as for any optimizer; a group may have its own
@@ -94,12 +121,12 @@ class Addax(torch.optim.Optimizer):
         self.rounding: Rounding = rounding
         self.index = 0
         self.track_norm = False
-        self.first_order_norm: float | None = None
-        self.zeroth_order_loss: float | None = None
+        self.report: StepReport | None = None
         self._sharding: Sharding | None = None
         self._steps: list[Step] = []
         self._updated: set[int] = set()
         self._norms: list[Tensor] = []
+        self._zeroth_order_loss: float | None = None
         self._non_finite_in_a_row = 0
         self._non_finite = False
 
@@ -142,7 +169,7 @@ class Addax(torch.optim.Optimizer):
         if not math.isfinite(g0):
             self.skip_non_finite(f"zeroth-order losses {loss_plus} and {loss_minus}")
             g0 = 0.0
-        self.zeroth_order_loss = (loss_plus + loss_minus) / 2
+        self._zeroth_order_loss = (loss_plus + loss_minus) / 2
         self._steps = [replace(step, g0=g0) for step in steps]
         return g0
 
@@ -163,10 +190,11 @@ class Addax(torch.optim.Optimizer):
             if shard.parameter_id not in self._updated:
                 self._update(shard, None)
         self.sharding.finish_step()
-        self.first_order_norm = self._reduced_norm()
+        self.report = self._make_report()
         self.index += 1
         self._steps = []
         self._updated.clear()
+        self._zeroth_order_loss = None
         if not self._non_finite:
             self._non_finite_in_a_row = 0
         self._non_finite = False
@@ -257,7 +285,21 @@ class Addax(torch.optim.Optimizer):
                 "of these steps"
             )
 
-    def _reduced_norm(self) -> float | None:
+    def _make_report(self) -> StepReport:
+        step, gradient_norm = self._steps[0], self._gradient_norm()
+        first_order = step.lr * (1 - step.alpha)
+        return StepReport(
+            g0=step.g0 if step.alpha > 0 else None,
+            zeroth_order_loss=self._zeroth_order_loss,
+            zeroth_order_norm=step.lr
+            * step.alpha
+            * abs(step.g0)
+            * math.sqrt(self.sharding.trainable_elements),
+            first_order_norm=None if gradient_norm is None else first_order * gradient_norm,
+            gradient_norm=gradient_norm,
+        )
+
+    def _gradient_norm(self) -> float | None:
         """Norm over all ranks' shards of the first-order gradients of this step."""
         if not self.track_norm:
             return None

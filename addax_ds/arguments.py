@@ -1,0 +1,353 @@
+"""The command line of `launch/train.py`: typed arguments, their defaults and their checks.
+
+`parse_arguments` refuses what can be refused before anything slow happens: before a process group
+exists and before a model is loaded. `configure` settles the arguments against the DeepSpeed JSON.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from addax_ds.ds_config import check_ds_config, load_ds_config, pick, warn_without_effect
+from addax_ds.errors import UserError
+from addax_ds.rules import did_you_mean, raise_problems
+from addax_ds.settings import AddaxArguments, AddaxSettings, resolve, settle_arguments
+from addax_ds.training_arguments import DEFAULTS, check_training_arguments, check_values
+
+__all__ = [
+    "DEMO_PRESET",
+    "GENERAL_DEFAULTS",
+    "AddaxArguments",
+    "AddaxSettings",
+    "DataArguments",
+    "ModelArguments",
+    "configure",
+    "parse_arguments",
+    "resolve",
+]
+
+# Where Transformers' own defaults would be refused or would not run.
+GENERAL_DEFAULTS: dict[str, Any] = {
+    "output_dir": "output",
+    "max_grad_norm": 0.0,
+    "use_cpu": not torch.accelerator.is_available(),
+}
+
+# K0 = K1 of the demo, over all ranks.
+DEMO_GLOBAL_BATCH_SIZE = 8
+
+# What the command without --model_name_or_path and --train_file runs; any flag overrides it. The
+# batch sizes per device follow from DEMO_GLOBAL_BATCH_SIZE, alpha and zo_eps are the defaults.
+DEMO_PRESET: dict[str, Any] = {
+    "max_steps": 40,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "constant",
+    "bf16": True,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 20,
+    "save_strategy": "no",
+    "seed": 0,
+}
+
+# Any of these says that a launcher has started this process.
+_LAUNCHER_VARIABLES = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub name of a causal language model (default: the demo's)."},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model on the hub."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the checkpoint."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel: eager, sdpa, flash_attention_2, ..."}
+    )
+    cpu_threads: int = field(
+        default=1,
+        metadata={
+            "help": "Threads of one rank on a CPU. Ranks that contend for cores are many times "
+            "slower: ranks times threads should not exceed the cores."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which records are trained on, and how they are encoded."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL with prompt and completion, messages, or text (default: SST-2 rows)."
+        },
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same, for --eval_strategy. Needs --train_file."}
+    )
+    test_file: str | None = field(
+        default=None,
+        metadata={"help": "The same, evaluated before and after training. Needs --train_file."},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest sequence in tokens (default: the model's limit)."}
+    )
+    append_eos: bool = field(
+        default=True, metadata={"help": "End every completion with the end-of-sequence token."}
+    )
+
+
+def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> AddaxSettings:
+    """Check the training arguments and settle Addax's against the DeepSpeed JSON, in place.
+
+    The JSON that `training_args` holds gets an `optimizer` block with numbers for every setting, so
+    that `deepspeed.initialize` builds Addax from it. A second call changes nothing.
+
+    Raises:
+        UserError: a training argument or a key of the JSON that Addax refuses, several ranks or
+            GPUs without DeepSpeed, or a contradiction between arguments and JSON.
+    """
+    check_training_arguments(training_args)
+    deepspeed = getattr(training_args, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        if training_args.world_size > 1 or training_args.n_gpu > 1:
+            _refuse_unsharded(max(training_args.world_size, training_args.n_gpu))
+        return resolve(addax_args, training_args, {})
+    original, where = load_ds_config(training_args.deepspeed or {})
+    warn_without_effect(original, where)
+    config = deepspeed.config
+    check_ds_config(config, where)
+    # Trainer would report these after the model is loaded.
+    raise_problems(
+        f'{where} contradicts the training arguments; "auto" in the JSON takes the argument:',
+        [mismatch.removeprefix("- ") for mismatch in deepspeed.mismatches],
+    )
+    params = config.get("optimizer", {}).get("params", {})
+    settings = resolve(addax_args, training_args, params, where)
+    optimizer = config.setdefault("optimizer", {"type": "Addax"})
+    # Numbers, not "auto": Trainer has filled its "auto" values by now, and Accelerate would put
+    # its own default learning rate into one that is left.
+    optimizer.setdefault("params", {}).update(
+        lr=training_args.learning_rate,
+        weight_decay=training_args.weight_decay,
+        alpha=settings.alpha,
+        zo_eps=settings.zo_eps,
+        seed=settings.seed,
+        rounding=settings.rounding,
+    )
+    if "train_batch_size" not in config:
+        config.setdefault(
+            "train_micro_batch_size_per_gpu", training_args.per_device_train_batch_size
+        )
+    return settings
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]:
+    """Parse a command line, an argument file, or an argument file with overriding flags.
+
+    One `.yaml`, `.yml` or `.json` file may stand among the flags; its keys are the names of the
+    flags, and flags win over it. With neither a model nor a training file the demo runs, with
+    `DEMO_PRESET` below what the user gives. With only one of the two the other is the demo's, and
+    the preset is not used: it was tuned for that model on that data.
+
+    Args:
+        argv: the arguments (default: `sys.argv[1:]`).
+
+    Raises:
+        UserError: any argument, file or DeepSpeed JSON that can be refused at this point, and
+            whatever `TrainingArguments` itself rejects.
+    """
+    types: Any = (ModelArguments, DataArguments, AddaxArguments, TrainingArguments)
+    parser = _Parser(
+        types,
+        allow_abbrev=False,
+        description="Fine-tune a causal language model with Addax.",
+    )
+    parser.set_defaults(**GENERAL_DEFAULTS)
+    given = parser.given(list(sys.argv[1:] if argv is None else argv))
+    is_demo = "model_name_or_path" not in given and "train_file" not in given
+    values = {**GENERAL_DEFAULTS, **(_demo_preset(given) if is_demo else {}), **given}
+    params: Mapping[str, Any] = {}
+    where = "the DeepSpeed config"
+    if values.get("deepspeed"):
+        config, where = load_ds_config(values["deepspeed"])
+        check_ds_config(config, where)
+        params = config.get("optimizer", {}).get("params", {})
+        values |= _from_json(params, given, where)
+    _check_before_start(values, given, params, where)
+    try:
+        parsed = parser.parse_dict(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"TrainingArguments: {error}") from error
+    return cast("tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]", parsed)
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` that tells what was given from what was not, and raises `UserError`."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+    def given(self, argv: list[str]) -> dict[str, Any]:
+        """Return only what `argv`, and the argument file that it may name, says."""
+        known, files = self._parse(argv)
+        if not files:
+            return known
+        if len(files) > 1 or Path(files[0]).suffix not in (".yaml", ".yml", ".json"):
+            raise UserError(f"Not a flag, nor one .yaml or .json argument file: {' '.join(files)}.")
+        return {**self._read(Path(files[0])), **known}
+
+    def _parse(self, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """Parse flags; return what was given and the words that are not flags."""
+        missing = object()
+        names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+        # argparse leaves alone what the namespace already holds.
+        start = argparse.Namespace(**dict.fromkeys(names, missing))
+        namespace, rest = self.parse_known_args(argv, namespace=start)
+        for word in rest:
+            if word.startswith("--"):
+                name = word[2:].partition("=")[0].replace("-", "_")
+                raise UserError(f"Unknown flag --{name}.{did_you_mean(name, names)} See --help.")
+        return {k: v for k, v in vars(namespace).items() if v is not missing}, rest
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Read an argument file; scalars go through the types of the flags (YAML's 1e-3 too)."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except FileNotFoundError:
+            raise UserError(f"There is no argument file {path}.") from None
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"Cannot read the argument file {path}: {error}.") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path} must map the names of flags to values.")
+        names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+        unknown = [
+            f"{key}: no such argument.{did_you_mean(str(key), names)}"
+            for key in content
+            if key not in names
+        ]
+        raise_problems(f"{path}:", unknown)
+        compound = {k: v for k, v in content.items() if isinstance(v, list | dict)}
+        scalars = {k: v for k, v in content.items() if v is not None and k not in compound}
+        parsed, _ = self._parse([f"--{name}={value}" for name, value in scalars.items()])
+        return {**parsed, **compound}
+
+
+def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the demo's defaults, with the global batch divided over the ranks."""
+    ranks = _ranks()
+    if "per_device_train_batch_size" in given:
+        return dict(DEMO_PRESET)
+    if DEMO_GLOBAL_BATCH_SIZE % ranks:
+        raise UserError(
+            f"The demo's batch of {DEMO_GLOBAL_BATCH_SIZE} does not divide over {ranks} ranks: "
+            f"start 1, 2, 4 or 8 ranks (--num_gpus), or give --per_device_train_batch_size."
+        )
+    return {**DEMO_PRESET, "per_device_train_batch_size": DEMO_GLOBAL_BATCH_SIZE // ranks}
+
+
+def _from_json(params: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the training arguments that stand in the JSON alone, which wins over a default."""
+    found = {}
+    for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay"), ("seed", "seed")):
+        names = (f"--{name}", f"optimizer.params.{key}")
+        value = pick(params.get(key), given.get(name), None, names, where)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _check_before_start(
+    values: Mapping[str, Any], given: Mapping[str, Any], params: Mapping[str, Any], where: str
+) -> None:
+    """Raise `UserError` for what can be known before a process group and a model exist."""
+    check_values({name: values[name] for name in DEFAULTS if name in values})
+    names = {f.name for f in fields(AddaxArguments)}
+    addax = AddaxArguments(**{name: value for name, value in values.items() if name in names})
+    settle_arguments(addax, SimpleNamespace(**{**DEFAULTS, **values}), params, where)
+    both = [given.get(f"per_device_{kind}_batch_size") for kind in ("train", "zo")]
+    problems = []
+    if addax.method == "mezo" and None not in both and both[0] != both[1]:
+        problems.append(
+            "--per_device_train_batch_size has no effect with --method mezo beside "
+            "--per_device_zo_batch_size; remove it."
+        )
+    problems += _model_problems(values) + _data_problems(values)
+    raise_problems("These arguments cannot be used:", problems)
+    if not values.get("deepspeed"):
+        if _ranks() > 1:
+            _refuse_unsharded(_ranks())
+    elif not any(name in os.environ for name in _LAUNCHER_VARIABLES):
+        raise UserError(
+            "--deepspeed needs a launcher, which tells each process its rank: start with "
+            "`deepspeed launch/train.py --deepspeed ...` (or torchrun)."
+        )
+
+
+def _model_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if values.get("model_name_or_path") is None:
+        problems += [
+            f"--{name} has no effect without --model_name_or_path."
+            for name in ("model_revision", "trust_remote_code")
+            if values.get(name)
+        ]
+    if values.get("cpu_threads", 1) < 1:
+        problems.append("--cpu_threads must be at least 1.")
+    return problems
+
+
+def _data_problems(values: Mapping[str, Any]) -> list[str]:
+    files = {name: values.get(name) for name in ("train_file", "validation_file", "test_file")}
+    problems = [
+        f"--{name} {path}: there is no such file."
+        for name, path in files.items()
+        if path is not None and not Path(path).is_file()
+    ]
+    if files["train_file"] is None:
+        problems += [
+            f"--{name} needs --train_file: the demo's rows have their own split."
+            for name in ("validation_file", "test_file")
+            if files[name] is not None
+        ]
+    elif files["validation_file"] is None and values.get("eval_strategy", "no") != "no":
+        problems.append("--eval_strategy needs --validation_file.")
+    if values.get("max_length") is not None and values["max_length"] < 2:
+        problems.append("--max_length must be at least 2 tokens.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if values.get(name, 1) < 1:
+            problems.append(f"--{name} must be at least 1.")
+    return problems
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _refuse_unsharded(count: int) -> None:
+    raise UserError(
+        f"Without --deepspeed one process trains one unsharded model, and there are {count} ranks "
+        f"or GPUs: add --deepspeed ds_configs/zero3.json, or start one process that sees one GPU "
+        f"(CUDA_VISIBLE_DEVICES=0)."
+    )

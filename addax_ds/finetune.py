@@ -1,0 +1,304 @@
+"""The recipe behind ``launch/train.py``: arguments, data, model, train, evaluate, save.
+
+Features: own JSONL data or the embedded demo task; any causal language model of Transformers;
+DeepSpeed ZeRO-3 with parameter offload, or one process; bf16 or fp32 weights; resuming; evaluation
+during training on the validation set, and on the test set before and after.
+
+It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
+``test_results.json``, ``train_results.json``, ``trainer_state.json``, ``training.png``, and what
+``--save_strategy`` and ``--report_to`` ask for.
+
+Raises:
+    UserError: for every mistake in arguments, configuration or data, before the model is loaded
+        wherever it can be known by then.
+"""
+
+import gc
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from addax_ds import demo, plotting
+from addax_ds.arguments import (
+    AddaxArguments,
+    DataArguments,
+    ModelArguments,
+    configure,
+    parse_arguments,
+)
+from addax_ds.data.encoding import Example, encode
+from addax_ds.data.records import prompt_completion, read_jsonl
+from addax_ds.errors import UserError
+from addax_ds.evaluation import Choice, EvaluationSet
+from addax_ds.tasks import SST2_DEMO, ChoiceRow
+from addax_ds.trainer import AddaxTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `finetune` as a program: a user's mistake is a sentence and exit status 1."""
+    try:
+        finetune(argv)
+    except UserError as error:
+        # Every rank says it: the mistake may be on one machine only.
+        print(f"\naddax_ds: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    if dist.is_initialized():
+        # Without an orderly end, ranks that exit at different times abort now and then.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Fine-tune as the arguments say; return what ``all_results.json`` holds."""
+    model_args, data_args, addax_args, args = parse_arguments(argv)
+    configure(args, addax_args)
+    _set_up(args, model_args)
+
+    source = _ModelSource.find(model_args)
+    tokenizer = source.load_tokenizer()
+    data = _load_data(data_args, tokenizer, source.positions)
+    trainer = AddaxTrainer(
+        source.load(torch.bfloat16 if args.bf16 else torch.float32),
+        args,
+        addax_args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+    )
+    _announce(trainer, source.label, data)
+    if data.test is not None:
+        trainer.add_callback(_TestBeforeTraining(trainer, data.test))
+
+    result = trainer.train(resume_from_checkpoint=_checkpoint(args))
+    trainer.save_model(str(Path(args.output_dir) / "model"))
+    trainer.save_metrics("train", result.metrics)
+    if data.test is not None:
+        metrics = trainer.evaluate(data.test, metric_key_prefix="test")
+        trainer.save_metrics("test", {**_before(trainer), **metrics})
+    trainer.save_state()
+    return _report(trainer, f"{source.label}\n{data.description}")
+
+
+# ---- model -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ModelSource:
+    """Where the model comes from, known before it is loaded."""
+
+    path: str
+    label: str
+    options: dict[str, Any]
+    model_options: dict[str, Any]
+    positions: int | None
+
+    @classmethod
+    def find(cls, model_args: ModelArguments) -> "_ModelSource":
+        path, label = model_args.model_name_or_path, model_args.model_name_or_path
+        if path is None:
+            path, label = str(demo.model_folder()), demo.MODEL_LABEL
+        options = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": model_args.trust_remote_code,
+        }
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model_name_or_path {path}: {error}") from error
+        return cls(
+            path,
+            label or path,
+            options,
+            {"attn_implementation": model_args.attn_implementation},
+            getattr(config.get_text_config(), "max_position_embeddings", None),
+        )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self.options)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer in {self.path}: {error}") from error
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """Load the weights; under ZeRO-3 Transformers partitions them as they are read."""
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, **self.options, **self.model_options
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the model from {self.path}: {error}") from error
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Data:
+    description: str
+    train: list[Example]
+    validation: EvaluationSet | None
+    test: EvaluationSet | None
+
+
+def _load_data(
+    data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, positions: int | None
+) -> _Data:
+    limits = {"max_length": data_args.max_length, "model_positions": positions}
+    if data_args.train_file is None:
+        rows = SST2_DEMO.rows()
+        answers = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in rows["train"]]
+        return _Data(
+            SST2_DEMO.description,
+            encode(answers, tokenizer, **limits),
+            _choices(rows["dev"], tokenizer, limits),
+            _choices(rows["test"], tokenizer, limits),
+        )
+
+    def read(path: str) -> list[Example]:
+        records = read_jsonl(path, tokenizer, append_eos=data_args.append_eos)
+        return encode(records, tokenizer, **limits)
+
+    train = read(data_args.train_file)
+    validation, test = (
+        None if path is None else EvaluationSet(read(path))
+        for path in (data_args.validation_file, data_args.test_file)
+    )
+    return _Data(data_args.train_file, train, validation, test)
+
+
+def _choices(
+    rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, limits: dict[str, int | None]
+) -> EvaluationSet:
+    records, choices = [], []
+    for row in rows:
+        choices.append(Choice(len(records), len(row.candidates), row.label))
+        records += [prompt_completion(row.prompt, c, row.origin, False) for c in row.candidates]
+    return EvaluationSet(encode(records, tokenizer, **limits), choices)
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+
+def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
+    """Set threads and logging; rank 0 alone speaks, except for warnings."""
+    if args.device.type == "cpu":
+        torch.set_num_threads(model_args.cpu_threads)
+    if args.deepspeed:
+        # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
+        # for the number of ranks.
+        deepspeed.init_distributed()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("addax_ds")
+    package.handlers = [handler]
+    package.propagate = False
+    package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+
+
+def _announce(trainer: AddaxTrainer, model: str, data: _Data) -> None:
+    args, settings = trainer.args, trainer.settings
+    assert trainer.partition is not None
+    lengths = [example.length for example in data.train]
+    k0, k1 = settings.per_device_zo_batch_size, args.per_device_train_batch_size
+    logger.info(
+        "Model: %s, %s, %d parameters\nData:  %s, %d training examples\n%s\n"
+        "Method: %s, alpha %g, zo_eps %g, learning rate %g, K0 %d, K1 %d, ranks %d\nOutput: %s",
+        model,
+        "bf16" if args.bf16 else "fp32",
+        trainer.model.num_parameters(),
+        data.description,
+        len(data.train),
+        trainer.partition.describe(lengths),
+        settings.method,
+        settings.alpha,
+        settings.zo_eps,
+        args.learning_rate,
+        k0 * args.world_size,
+        k1 * args.world_size,
+        args.world_size,
+        Path(args.output_dir).resolve(),
+    )
+
+
+class _TestBeforeTraining(TrainerCallback):
+    """Evaluates the untrained model on the test set, once the engine exists."""
+
+    def __init__(self, trainer: AddaxTrainer, test: EvaluationSet) -> None:
+        self._trainer = trainer
+        self._test = test
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._trainer.evaluate(self._test, metric_key_prefix="test_before")
+
+
+def _before(trainer: AddaxTrainer) -> dict[str, float]:
+    """Find the test metrics from before training in the log, which a resumed run has too."""
+    for entry in trainer.state.log_history:
+        found = {
+            f"test_{name}_before": entry[f"test_before_{name}"]
+            for name in ("accuracy", "loss")
+            if f"test_before_{name}" in entry
+        }
+        if found:
+            return found
+    return {}
+
+
+def _checkpoint(args: TrainingArguments) -> str | bool | None:
+    """Resolve ``--resume_from_checkpoint``, a path or True for the newest one."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        folder = Path(args.output_dir)
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if found is None:
+            raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
+        return found
+    if not Path(wanted).is_dir():
+        raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder")
+    return wanted
+
+
+def _report(trainer: AddaxTrainer, title: str) -> dict[str, float]:
+    """Draw the curves, and say how it went and where everything is."""
+    folder = Path(trainer.args.output_dir)
+    results: dict[str, float] = {}
+    if trainer.is_world_process_zero():
+        plotting.training_curves(trainer.state.log_history, folder / "training.png", title)
+        results = json.loads((folder / "all_results.json").read_text())
+        for name in ("accuracy", "loss"):
+            if f"test_{name}" in results:
+                before, after = results.get(f"test_{name}_before"), results[f"test_{name}"]
+                change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
+                logger.info("Test %s: %s", name, change)
+        logger.info(
+            "Trained for %.0f s. Model: %s\nResults: %s\nCurves:  %s",
+            results["train_runtime"],
+            (folder / "model").resolve(),
+            (folder / "all_results.json").resolve(),
+            (folder / "training.png").resolve(),
+        )
+    return results

@@ -1,0 +1,243 @@
+"""`transformers.Trainer` with Addax: Trainer's loop as it is, another step inside it."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from addax_ds.arguments import AddaxArguments, configure
+from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
+from addax_ds.data.encoding import Example
+from addax_ds.data.partition import Partition, partition
+from addax_ds.errors import UserError
+from addax_ds.evaluation import EvaluationCollator, EvaluationSet, token_scores
+from addax_ds.optimizer import Addax, unwrap
+from addax_ds.sharding.unsharded import attach
+
+
+class AddaxTrainer(Trainer):
+    """Trainer whose step takes a zeroth-order batch of D0 and a first-order batch of D1.
+
+    It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, in one process. Both losses
+    are sums over the global batch divided by its global number of target tokens. An epoch is one
+    pass over D1; D0 cycles through its own permutations.
+
+    Besides Trainer's own values it reports, every ``logging_steps``, those of the last step:
+    ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and ``fo_update_norm`` (norms of the two
+    parts of the update) and ``grad_norm`` (of the first-order gradient).
+
+    Args:
+        model: a causal language model whose ``forward`` takes ``num_items_in_batch`` (all of
+            Transformers' do).
+        args: Trainer's arguments; `addax_ds.training_arguments` says which fields work.
+        addax: the method and its hyperparameters.
+        train_dataset: tokenised examples (`addax_ds.data.encoding.encode`).
+        eval_dataset: what ``evaluate`` scores, or a dict of such sets.
+        processing_class: the tokenizer; saved with the model.
+        **kwargs: passed to Trainer (``callbacks``, ``compute_metrics``, ...).
+
+    Raises:
+        UserError: for arguments that do not fit together, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        addax: AddaxArguments,
+        train_dataset: Sequence[Example] | None = None,
+        eval_dataset: EvaluationSet | dict[str, EvaluationSet] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.settings = configure(args, addax)
+        self._pad_token_id = _pad_token_id(processing_class)
+        kwargs.setdefault("data_collator", EvaluationCollator(self._pad_token_id))
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if not self.model_accepts_loss_kwargs:
+            raise UserError(
+                f"{type(model).__name__}.forward takes no **kwargs, so its loss cannot be divided "
+                "by the global number of target tokens: let it accept num_items_in_batch"
+            )
+        self.partition: Partition | None = None
+        if train_dataset is not None:
+            lengths = [example.length for example in train_dataset]
+            self.partition = partition(
+                lengths, self.settings.method, self.settings.length_threshold
+            )
+        self._first_order_loss: float | None = None
+        self._scores_own_metrics = self.compute_metrics is None
+
+    # ---- seams of Trainer ----------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return a loader with one item a step: this rank's part of both batches."""
+        if self.partition is None:
+            raise UserError("AddaxTrainer: training needs a train_dataset")
+        args, world_size = self.args, self.args.world_size
+        schedule = StepSchedule(
+            self.partition.zeroth_order,
+            self.partition.first_order,
+            self.settings.per_device_zo_batch_size * world_size,
+            args.per_device_train_batch_size * world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            args.dataloader_drop_last,
+        )
+        steps = StepBatches(
+            self.train_dataset, schedule, args.process_index, world_size, self._pad_token_id
+        )
+        return train_dataloader(
+            steps,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            self.optimizer = Addax(
+                [p for p in model.parameters() if p.requires_grad],
+                lr=self.args.learning_rate,
+                alpha=self.settings.alpha,
+                zo_eps=self.settings.zo_eps,
+                weight_decay=self.args.weight_decay,
+                seed=self.settings.seed,
+                rounding=self.settings.rounding,
+            )
+            attach(self.optimizer, model)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One step of Algorithm 1; the weights are updated inside ``backward``."""
+        model.train()
+        addax = self.addax
+        addax.track_norm = self._logs_after_this_step()
+        if addax.alpha > 0:
+            addax.zeroth_order(lambda: self._batch_loss(model, inputs, "zeroth_order"))
+        if addax.alpha < 1:
+            loss = self._batch_loss(model, inputs, "first_order")
+            (self._first_order_loss,) = addax.mean_over_ranks([loss])
+            if math.isfinite(self._first_order_loss):
+                self.accelerator.backward(loss)
+                return self._scalar(self._first_order_loss)
+            addax.skip_non_finite(f"first-order loss {self._first_order_loss}")
+        addax.sharding.step_without_backward()
+        return self._scalar(self._first_order_loss)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Score each example by itself, so that not logits but two numbers a row are gathered."""
+        if not self._scores_own_metrics:
+            inputs = {k: v for k, v in inputs.items() if k != "index"}
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).logits
+        return None, token_scores(logits, inputs["labels"]), inputs["index"]
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """Run Trainer's loop as forward-only passes, with the metrics of the data set."""
+        dataset = dataloader.dataset
+        if self._scores_own_metrics:
+            kwargs["prediction_loss_only"] = False
+            self.compute_metrics = lambda p: dataset.metrics(p.label_ids, p.predictions)
+        prefetching = nullcontext() if self.optimizer is None else self.addax.sharding.forward_only()
+        try:
+            with prefetching:
+                return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            if self._scores_own_metrics:
+                self.compute_metrics = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the values of the last step to what Trainer reports while it trains."""
+        if "loss" in logs and self.addax.report is not None:
+            report = self.addax.report
+            values = {
+                "g0": report.g0,
+                "zo_loss": report.zeroth_order_loss,
+                "fo_loss": self._first_order_loss,
+                "zo_update_norm": report.zeroth_order_norm,
+                "fo_update_norm": report.first_order_norm,
+                "grad_norm": report.gradient_norm,
+            }
+            logs.update({key: value for key, value in values.items() if value is not None})
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a step: 4 a parameter and token zeroth-order, 6 first-order."""
+        weights = {"zeroth_order": 4 * (self.addax.alpha > 0), "first_order": 6}
+        tokens = sum(
+            weight * inputs[stream]["input_ids"].numel()
+            for stream, weight in weights.items()
+            if stream in inputs
+        )
+        return tokens * self.addax.sharding.trainable_elements
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """No gradient is left to take the norm of; `log` adds the one that was tracked."""
+
+    # ---- helpers -------------------------------------------------------------------------------
+
+    @property
+    def addax(self) -> Addax:
+        """The optimizer, out of the wrappers of DeepSpeed and Accelerate."""
+        return unwrap(self.optimizer)
+
+    def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], stream: str) -> Tensor:
+        """Return a loss whose mean over ranks is the mean over the global batch's target tokens.
+
+        ``compute_loss`` divides the rank's sum by the global number and multiplies by the number of
+        ranks, to undo the mean that DeepSpeed and `Addax.zeroth_order` take over them.
+        """
+        batch = self._prepare_inputs(inputs[stream])
+        targets = torch.tensor(inputs[f"{stream}_targets"], device=self.args.device)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, batch, num_items_in_batch=targets)
+
+    def _logs_after_this_step(self) -> bool:
+        step, args = self.state.global_step + 1, self.args
+        if args.logging_strategy == "steps":
+            return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        return args.logging_strategy == "epoch"
+
+    def _scalar(self, loss: float | None) -> Tensor:
+        """Return the loss that Trainer reports: the zeroth-order one if there is no other."""
+        if loss is None:
+            report = self.addax.report
+            loss = math.nan if report is None else report.zeroth_order_loss
+        return torch.tensor(math.nan if loss is None else loss, device=self.args.device)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return a token to pad with; masked out, so any will do where the tokenizer names none."""
+    if tokenizer is None:
+        return 0
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0

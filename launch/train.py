@@ -1,0 +1,11 @@
+"""Fine-tune a causal language model with Addax.
+
+    deepspeed launch/train.py --deepspeed ds_configs/zero3.json
+
+runs the embedded demo; ``--help`` lists the arguments.
+"""
+
+from addax_ds.finetune import main
+
+if __name__ == "__main__":
+    main()
