@@ -34,18 +34,18 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import get_last_checkpoint
 
 from addax_ds import demo, plotting
 from addax_ds.arguments import (
-    AddaxArguments,
     DataArguments,
     ModelArguments,
     configure,
     parse_arguments,
 )
 from addax_ds.data.encoding import Example, encode
-from addax_ds.data.records import prompt_completion, read_jsonl
+from addax_ds.data.records import Record, prompt_completion, read_jsonl
 from addax_ds.errors import UserError
 from addax_ds.evaluation import Choice, EvaluationSet
 from addax_ds.tasks import SST2_DEMO, ChoiceRow
@@ -91,7 +91,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.add_callback(_TestBeforeTraining(trainer, data.test))
 
     result = trainer.train(resume_from_checkpoint=_checkpoint(args))
-    trainer.save_model(str(Path(args.output_dir) / "model"))
+    trainer.save_model(str(_folder(args) / "model"))
     trainer.save_metrics("train", result.metrics)
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
@@ -190,7 +190,8 @@ def _load_data(
 def _choices(
     rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, limits: dict[str, int | None]
 ) -> EvaluationSet:
-    records, choices = [], []
+    records: list[Record] = []
+    choices: list[Choice] = []
     for row in rows:
         choices.append(Choice(len(records), len(row.candidates), row.label))
         records += [prompt_completion(row.prompt, c, row.origin, False) for c in row.candidates]
@@ -226,7 +227,7 @@ def _announce(trainer: AddaxTrainer, model: str, data: _Data) -> None:
         "Method: %s, alpha %g, zo_eps %g, learning rate %g, K0 %d, K1 %d, ranks %d\nOutput: %s",
         model,
         "bf16" if args.bf16 else "fp32",
-        trainer.model.num_parameters(),
+        get_model_param_count(trainer.model),
         data.description,
         len(data.train),
         trainer.partition.describe(lengths),
@@ -237,8 +238,13 @@ def _announce(trainer: AddaxTrainer, model: str, data: _Data) -> None:
         k0 * args.world_size,
         k1 * args.world_size,
         args.world_size,
-        Path(args.output_dir).resolve(),
+        _folder(args).resolve(),
     )
+
+
+def _folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir)
 
 
 class _TestBeforeTraining(TrainerCallback):
@@ -272,7 +278,7 @@ def _checkpoint(args: TrainingArguments) -> str | bool | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        folder = Path(args.output_dir)
+        folder = _folder(args)
         found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if found is None:
             raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
@@ -284,7 +290,7 @@ def _checkpoint(args: TrainingArguments) -> str | bool | None:
 
 def _report(trainer: AddaxTrainer, title: str) -> dict[str, float]:
     """Draw the curves, and say how it went and where everything is."""
-    folder = Path(trainer.args.output_dir)
+    folder = _folder(trainer.args)
     results: dict[str, float] = {}
     if trainer.is_world_process_zero():
         plotting.training_curves(trainer.state.log_history, folder / "training.png", title)

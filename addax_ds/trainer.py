@@ -56,6 +56,7 @@ class AddaxTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.settings = configure(args, addax)
+        self._examples = train_dataset
         self._pad_token_id = _pad_token_id(processing_class)
         kwargs.setdefault("data_collator", EvaluationCollator(self._pad_token_id))
         super().__init__(
@@ -84,7 +85,7 @@ class AddaxTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader with one item a step: this rank's part of both batches."""
-        if self.partition is None:
+        if self.partition is None or self._examples is None:
             raise UserError("AddaxTrainer: training needs a train_dataset")
         args, world_size = self.args, self.args.world_size
         schedule = StepSchedule(
@@ -96,7 +97,7 @@ class AddaxTrainer(Trainer):
             args.dataloader_drop_last,
         )
         steps = StepBatches(
-            self.train_dataset, schedule, args.process_index, world_size, self._pad_token_id
+            self._examples, schedule, args.process_index, world_size, self._pad_token_id
         )
         return train_dataloader(
             steps,
@@ -109,7 +110,8 @@ class AddaxTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON."""
         if self.optimizer is None:
-            model = self.model if model is None else model
+            model = model or self.model
+            assert model is not None
             self.optimizer = Addax(
                 [p for p in model.parameters() if p.requires_grad],
                 lr=self.args.learning_rate,
@@ -161,11 +163,13 @@ class AddaxTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Run Trainer's loop as forward-only passes, with the metrics of the data set."""
-        dataset = dataloader.dataset
+        dataset: Any = dataloader.dataset
         if self._scores_own_metrics:
             kwargs["prediction_loss_only"] = False
             self.compute_metrics = lambda p: dataset.metrics(p.label_ids, p.predictions)
-        prefetching = nullcontext() if self.optimizer is None else self.addax.sharding.forward_only()
+        prefetching = (
+            nullcontext() if self.optimizer is None else self.addax.sharding.forward_only()
+        )
         try:
             with prefetching:
                 return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -217,7 +221,9 @@ class AddaxTrainer(Trainer):
         batch = self._prepare_inputs(inputs[stream])
         targets = torch.tensor(inputs[f"{stream}_targets"], device=self.args.device)
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, batch, num_items_in_batch=targets)
+            loss = self.compute_loss(model, batch, num_items_in_batch=targets)
+        assert isinstance(loss, Tensor)
+        return loss
 
     def _logs_after_this_step(self) -> bool:
         step, args = self.state.global_step + 1, self.args

@@ -15,7 +15,7 @@ STEPS = 10
 @dataclass(frozen=True)
 class Case:
     model: dict[str, Any] = field(default_factory=dict)
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     zero_optimization: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
 

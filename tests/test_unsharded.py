@@ -12,9 +12,7 @@ from tests.reference import distance, norm
 def build(case: Case) -> tuple[torch.nn.Module, addax_ds.Addax]:
     model = case.build()
     h = case.hyperparameters
-    optimizer = addax_ds.Addax(
-        model.parameters(), h.lr, h.alpha, h.zo_eps, h.weight_decay, h.seed
-    )
+    optimizer = addax_ds.Addax(model.parameters(), h.lr, h.alpha, h.zo_eps, h.weight_decay, h.seed)
     addax_ds.attach(optimizer, model)
     return model, optimizer
 

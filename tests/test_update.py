@@ -89,7 +89,9 @@ def test_stochastic_rounding_applies_tiny_updates_and_nearest_loses_them():
 
 
 def test_stochastic_rounding_is_unbiased_on_both_signs_and_exact_values_stay():
-    value = torch.tensor([1 + 1 / 512, -1 - 1 / 512, 3e-5 * (1 + 1 / 300)]).repeat_interleave(40_000)
+    value = torch.tensor([1 + 1 / 512, -1 - 1 / 512, 3e-5 * (1 + 1 / 300)]).repeat_interleave(
+        40_000
+    )
     weight = torch.zeros(120_000, dtype=torch.bfloat16)
     step = Step(1, 0, lr=1.0, alpha=0.0, zo_eps=1e-3)
     apply_update(weight, -value, 5, 0, step, decayed=False)

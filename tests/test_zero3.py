@@ -19,7 +19,10 @@ def results(tmp_path_factory) -> dict[int, dict]:
         log = run_ranks("zero3_cases", world_size, folder)
         outcome[world_size] = {
             "log": log,
-            **{n: [torch.load(folder / f"{n}-rank{r}.pt") for r in range(world_size)] for n in CASES},
+            **{
+                n: [torch.load(folder / f"{n}-rank{r}.pt") for r in range(world_size)]
+                for n in CASES
+            },
         }
     return outcome
 

@@ -101,10 +101,11 @@ class Sharding(ABC):
         """
 
     @property
+    @abstractmethod
     def world_size(self) -> int:
         """Number of ranks over which the batch is split."""
-        return 1
 
+    @abstractmethod
     def sum_over_ranks(self, values: Tensor) -> None:
         """Sum a small tensor over all ranks, in place; every rank gets the same bits."""
 
@@ -141,8 +142,8 @@ def describe_parameters(
             pid = parameter_id(name)
             if by_id.setdefault(pid, name) != name:
                 raise UserError(
-                    f"parameters {by_id[pid]!r} and {name!r} share the id {pid:#010x}, so they would "
-                    "share their z: rename one of the two modules"
+                    f"parameters {by_id[pid]!r} and {name!r} share the id {pid:#010x}, so they "
+                    "would share their z: rename one of the two modules"
                 )
             infos.append(ParameterInfo(parameter, name, pid, len(shape) >= 2, group))
     return infos

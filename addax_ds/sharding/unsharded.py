@@ -98,6 +98,13 @@ class Unsharded(Sharding):
     def step_without_backward(self) -> None:  # noqa: D102
         pass  # the training loop calls the optimizer's step
 
+    @property
+    def world_size(self) -> int:  # noqa: D102
+        return 1
+
+    def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
+        pass
+
 
 def _shard(info: ParameterInfo) -> Shard:
     data = info.parameter.data.view(-1)
@@ -118,7 +125,10 @@ def _split_into_blocks(
     exclusive = in_blocks - elsewhere
     by_parameter = {info.parameter: info for info in infos}
     split = [
-        (block, [by_parameter[p] for p in block.parameters() if p in exclusive & by_parameter.keys()])
+        (
+            block,
+            [by_parameter[p] for p in block.parameters() if p in exclusive & by_parameter.keys()],
+        )
         for block in blocks
     ]
     return split, [info for info in infos if info.parameter not in exclusive]
@@ -151,9 +161,7 @@ def _swap_in(
             info.parameter.data = copy.view_as(info.parameter)
 
 
-def _swap_out(
-    infos: list[ParameterInfo], swapped: dict[nn.Parameter, Tensor], *_: Any
-) -> None:
+def _swap_out(infos: list[ParameterInfo], swapped: dict[nn.Parameter, Tensor], *_: Any) -> None:
     for info in infos:
         if info.parameter in swapped:
             info.parameter.data = swapped.pop(info.parameter)

@@ -21,16 +21,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from addax_ds.ds_config import check_ds_config
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding
 
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
-_BASE = stage3.DeepSpeedZeroOptimizer_Stage3
 
 
-class Stage3(_BASE):
+class Stage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3 whose only model state is the partitioned weights.
 
     `deepspeed.initialize` returns it as the optimizer; `zeroth_order` is `Addax.zeroth_order`.
@@ -52,7 +52,11 @@ class Stage3(_BASE):
         self.grad_partitions_flat_buffer = nothing
         trainable = itertools.chain.from_iterable(self.fp16_groups)
         partitions = {parameter.ds_id: nothing for parameter in trainable}
-        setattr(self, _mangled(_BASE, "__param_id_to_grad_partition"), partitions)
+        setattr(
+            self,
+            _mangled(DeepSpeedZeroOptimizer_Stage3, "__param_id_to_grad_partition"),
+            partitions,
+        )
         self.sharding = Zero3Sharding(self)
         self.optimizer.bind(self.sharding)
 
@@ -101,7 +105,7 @@ class Zero3Sharding(Sharding):
             parameter.all_gather = self._gather_perturbed(parameter.all_gather, parameter)
 
     @staticmethod
-    def full_shape(parameter: Tensor) -> torch.Size:  # noqa: D102
+    def full_shape(parameter: Any) -> torch.Size:  # noqa: D102
         return parameter.ds_shape
 
     def shards(self) -> Iterator[Shard]:  # noqa: D102
@@ -112,9 +116,10 @@ class Zero3Sharding(Sharding):
 
     def _shard(self, info: ParameterInfo) -> Shard:
         # ZeRO-3 cuts the flat parameter into equal partitions; the last ones may be padded.
-        partition = info.parameter.ds_tensor
-        start = partition.ds_numel * self._zero._get_param_partition_rank(info.parameter)
-        held = min(max(info.parameter.ds_numel - start, 0), partition.ds_numel)
+        parameter: Any = info.parameter
+        partition = parameter.ds_tensor
+        start = partition.ds_numel * self._zero._get_param_partition_rank(parameter)
+        held = min(max(parameter.ds_numel - start, 0), partition.ds_numel)
         data = partition.data.view(-1)[:held]
         return Shard(info.name, info.parameter_id, start, data, info.decayed, info.group)
 
@@ -182,7 +187,7 @@ class Zero3Sharding(Sharding):
 
         return wrapped
 
-    def _perturbed_partition(self, parameter: nn.Parameter) -> Tensor:
+    def _perturbed_partition(self, parameter: Any) -> Tensor:
         """Return a perturbed copy of a trainable parameter's partition, a frozen one's itself."""
         stored = parameter.ds_tensor
         info = self._infos_by_parameter.get(parameter)
@@ -259,10 +264,10 @@ def register(optimizer_class: type[torch.optim.Optimizer]) -> None:
         try:
             zero = configure(engine, optimizer)
         finally:
-            stage3.DeepSpeedZeroOptimizer_Stage3 = _BASE
+            stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
         zero.sharding.engine = engine
         return zero
 
     DeepSpeedEngine._configure_zero_optimizer = configure_addax
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
-    torch.optim.Addax = optimizer_class
+    torch.optim.Addax = optimizer_class  # type: ignore[attr-defined]

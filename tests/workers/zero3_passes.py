@@ -67,9 +67,7 @@ def local_loss(model: nn.Module, x: Tensor) -> Tensor:
     return model(input_ids=x, labels=x).loss.float()
 
 
-def explicit_losses(
-    options: dict, weights: dict[str, Tensor], step: int, x: Tensor
-) -> list[float]:
+def explicit_losses(options: dict, weights: dict[str, Tensor], step: int, x: Tensor) -> list[float]:
     """Losses of a plain model whose weights are set to theta +- eps z."""
     losses = []
     for sign in (1, -1):
