@@ -130,6 +130,8 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
     if deepspeed is None:
         if training_args.world_size > 1 or training_args.n_gpu > 1:
             _refuse_unsharded(max(training_args.world_size, training_args.n_gpu))
+        # --bf16 is the type of the weights, as it is under DeepSpeed; Accelerate would add autocast.
+        training_args.mixed_precision = "no"
         return resolve(addax_args, training_args, {})
     original, where = load_ds_config(training_args.deepspeed or {})
     warn_without_effect(original, where)

@@ -48,11 +48,12 @@ def model_folder(cache_dir: str | Path | None = None) -> Path:
     folder = cache / f"{_FOLDER_NAME}-{_digest(source)}"
     if folder.is_dir():
         return folder
+    logger.info("Unpacking %s into %s, once", MODEL_LABEL, folder)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                logger.info("Unpacking %s into %s, once", MODEL_LABEL, folder)
+                logger.debug("Process %d unpacks", os.getpid())
                 _convert_in_subprocess(source, folder)
     except OSError as error:
         raise UserError(

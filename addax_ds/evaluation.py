@@ -45,13 +45,17 @@ class EvaluationSet(Dataset[tuple[int, Example]]):
         assert not choices or choices[-1].first + choices[-1].count == len(examples)
         self.examples = examples
         self.choices = choices
+        # Batches of like lengths have little padding; the longest come first, so that too large a
+        # batch fails at once.
+        self._order = np.argsort([-example.length for example in examples], kind="stable")
 
     def __len__(self) -> int:
         """Return the number of examples to be scored."""
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> tuple[int, Example]:
-        """Return an example with its index, by which its score is found again."""
+    def __getitem__(self, position: int) -> tuple[int, Example]:
+        """Return the example at a position of the order of length, with its index."""
+        index = int(self._order[position])
         return index, self.examples[index]
 
     def metrics(self, indices: np.ndarray, scores: np.ndarray) -> dict[str, float]:

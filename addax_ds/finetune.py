@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,8 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
         # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
         # for the number of ranks.
         deepspeed.init_distributed()
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("addax_ds")

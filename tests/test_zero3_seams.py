@@ -1,0 +1,74 @@
+"""The private names of DeepSpeed that addax_ds relies on; a failure here says which one moved."""
+
+import inspect
+
+import deepspeed
+import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import utils
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+SOURCES = {
+    DeepSpeedZeroOptimizer_Stage3: (
+        "def _setup_for_real_optimizer(self)",
+        "self._setup_for_real_optimizer()",
+        "def partition_grads(self, params_to_release",
+        "self.partition_grads(params_in_bucket, grad_partitions)",
+        "def _set_fp32_optimizer_param_groups(self)",
+        "def _clear_fp32_optimizer_param_groups(self)",
+        "def _pre_step(self)",
+        "def _get_param_partition_rank(self, param)",
+        "self.__param_id_to_grad_partition[",
+        "self.grad_partitions_flat_buffer",
+        "self.fp16_partitioned_groups_flat",
+        "self.fp32_partitioned_groups_flat",
+        "self.gradient_accumulation_dtype",
+        "self.communication_data_type",
+        "self.persistent_parameters",
+        "bucket.buffer = torch.empty(self.reduce_bucket_size",
+    ),
+    DeepSpeedZeRoOffload: (
+        "self.param_coordinator = ",
+        "return self.param_coordinator",
+        "def partition_all_parameters(self)",
+        "self.__allgather_stream",
+        "self.__inflight_param_registry",
+        "self._prefetch_bucket_sz",
+        "self._max_reuse_distance_in_numel",
+        "self._max_available_parameters_in_numel",
+        "self.log_trace_cache_warnings",
+    ),
+    Init: (
+        "param.all_gather = all_gather",
+        "param.all_gather_coalesced = all_gather_coalesced",
+        "def all_gather(param_list=None, async_op=False, hierarchy=0)",
+        "def all_gather_coalesced(params: Iterable[Parameter]",
+        "p.ds_tensor.to(get_accelerator().current_device_name())",
+    ),
+    PartitionedParameterCoordinator: ("param_group[0].all_gather_coalesced(param_group",),
+    DeepSpeedEngine: (
+        "def _configure_zero_optimizer(self, optimizer)",
+        "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3",
+        "getattr(torch.optim, self.optimizer_name())",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "text"), [(owner, text) for owner, texts in SOURCES.items() for text in texts]
+)
+def test_deepspeed_still_has_the_seam(owner, text):
+    assert text in inspect.getsource(owner), (
+        f"DeepSpeed {deepspeed.__version__}: {owner.__name__} has no {text!r} any more; "
+        "addax_ds/sharding/zero3.py relies on it"
+    )
+
+
+def test_importing_addax_ds_registers_the_optimizer():
+    import addax_ds
+
+    assert addax_ds.Addax in utils.ZERO_SUPPORTED_OPTIMIZERS
+    assert utils.ZERO_SUPPORTED_OPTIMIZERS.count(addax_ds.Addax) == 1
