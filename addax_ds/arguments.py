@@ -107,6 +107,9 @@ class DataArguments:
         default=None,
         metadata={"help": "The same, evaluated before and after training. Needs --train_file."},
     )
+    skip_test: bool = field(
+        default=False, metadata={"help": "Leave the test set unread, as for choosing settings."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest sequence in tokens (default: the model's limit)."}
     )
@@ -130,7 +133,7 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
     if deepspeed is None:
         if training_args.world_size > 1 or training_args.n_gpu > 1:
             _refuse_unsharded(max(training_args.world_size, training_args.n_gpu))
-        # --bf16 is the type of the weights, as it is under DeepSpeed; Accelerate would add autocast.
+        # --bf16 is the type of the weights, as under DeepSpeed; Accelerate would add autocast.
         training_args.mixed_precision = "no"
         return resolve(addax_args, training_args, {})
     original, where = load_ds_config(training_args.deepspeed or {})

@@ -173,7 +173,7 @@ def _load_data(
             SST2_DEMO.description,
             encode(answers, tokenizer, **limits),
             _choices(rows["dev"], tokenizer, limits),
-            _choices(rows["test"], tokenizer, limits),
+            None if data_args.skip_test else _choices(rows["test"], tokenizer, limits),
         )
 
     def read(path: str) -> list[Example]:
@@ -181,9 +181,10 @@ def _load_data(
         return encode(records, tokenizer, **limits)
 
     train = read(data_args.train_file)
+    test_file = None if data_args.skip_test else data_args.test_file
     validation, test = (
         None if path is None else EvaluationSet(read(path))
-        for path in (data_args.validation_file, data_args.test_file)
+        for path in (data_args.validation_file, test_file)
     )
     return _Data(data_args.train_file, train, validation, test)
 

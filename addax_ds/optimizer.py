@@ -262,7 +262,7 @@ class Addax(torch.optim.Optimizer):
     # ---- what all ranks agree on ---------------------------------------------------------------
 
     def mean_over_ranks(self, values: list[Tensor]) -> list[float]:
-        """Average scalars over ranks in fp64 with one all-reduce; all ranks get the same numbers."""
+        """Average scalars over ranks in fp64 with one all-reduce; the same on all ranks."""
         device = self.sharding.device
         total = torch.stack([value.detach().to(device, torch.float64) for value in values])
         self.sharding.sum_over_ranks(total)
