@@ -20,7 +20,15 @@ def free_port() -> int:
 def run_ranks(
     worker: str, world_size: int, folder: Path, *arguments: str, timeout: float = 240.0
 ) -> str:
-    """Run ``python -m tests.workers.<worker> <folder> <arguments>`` on each rank.
+    """Run ``tests.workers.<worker> <folder> <arguments>`` on each rank; see `run_module`."""
+    module = f"tests.workers.{worker}"
+    return run_module(module, world_size, folder, str(folder), *arguments, timeout=timeout)
+
+
+def run_module(
+    module: str, world_size: int, folder: Path, *arguments: str, timeout: float = 240.0
+) -> str:
+    """Run ``python -m <module> <arguments>`` on each rank, with logs in ``folder``.
 
     Returns rank 0's output. Fails with the output of all ranks if one exits with a non-zero status
     or the time is up; no process is left behind.
@@ -29,7 +37,7 @@ def run_ranks(
     environment = rank_environment(world_size)
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, "-m", f"tests.workers.{worker}", str(folder), *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         processes.append(
             subprocess.Popen(
                 command,

@@ -4,19 +4,16 @@ import json
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.workers.zero3_memory import BUCKET_ELEMENTS
-
-BYTES = 2  # bf16
+from tests.ranks import run_module
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def measured(request, tmp_path_factory) -> tuple[int, list[dict]]:
     world_size = request.param
     folder = tmp_path_factory.mktemp(f"memory{world_size}")
-    run_ranks("zero3_memory", world_size, folder)
-    paths = [folder / f"memory{world_size}-{rank}.json" for rank in range(world_size)]
-    return world_size, [json.loads(path.read_text()) for path in paths]
+    run_module("benchmarks.memory", world_size, folder, "--output", str(folder))
+    paths = [folder / f"memory-{rank}-of-{world_size}.json" for rank in range(world_size)]
+    return world_size, [json.loads(path.read_text())["optimizers"] for path in paths]
 
 
 def test_state_is_the_weights_and_one_bucket(measured):
@@ -24,7 +21,7 @@ def test_state_is_the_weights_and_one_bucket(measured):
     for rank in ranks:
         addax = rank["addax"]
         weights = 2.05 * addax["parameters"] / world_size
-        assert addax["state_bytes"] <= weights + BYTES * BUCKET_ELEMENTS
+        assert addax["state_bytes"] <= weights + addax["bucket_bytes"]
         # fp32 master weights and gradient partition, and Adam's two moments on top
         assert rank["sgd"]["state_bytes"] >= (2 + 4) * addax["parameters"] / world_size
         assert rank["adamw"]["state_bytes"] >= (2 + 4 + 8) * addax["parameters"] / world_size
@@ -35,6 +32,6 @@ def test_live_gradients_are_two_buckets_and_the_largest_one(measured):
     for rank in ranks:
         addax = rank["addax"]
         # A gradient that needs padding, or that shares a collective, travels as a copy.
-        limit = BYTES * (2 * BUCKET_ELEMENTS + 2 * addax["largest_parameter"])
+        limit = 2 * addax["bucket_bytes"] + 2 * 2 * addax["largest_parameter"]
         assert 0 < addax["peak_gradient_bytes"] <= limit
         assert addax["peak_gradient_bytes"] < rank["sgd"]["peak_gradient_bytes"]
