@@ -217,7 +217,6 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("addax_ds")
     package.handlers = [handler]
-    package.propagate = False
     package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
 
 

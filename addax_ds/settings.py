@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from addax_ds.data.partition import Method
 from addax_ds.ds_config import OPTIMIZER_DEFAULTS, optimizer_problems, pick
 from addax_ds.errors import UserError
 from addax_ds.rules import raise_problems
@@ -14,12 +15,7 @@ from addax_ds.update import Rounding
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["addax", "addax-wa", "mezo", "ip-sgd"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-# Below this ε a bf16 loss difference is noise: at 1e-4 the correlation of g0 with <z, grad> was
-# -0.12 on SmolLM2-135M, at 1e-3 it was 0.97.
-SMALLEST_BF16_ZO_EPS = 5e-4
 
 
 @dataclass
@@ -103,13 +99,6 @@ def resolve(
             which names both places and both values.
     """
     settings = settle_arguments(addax_args, training_args, json_params, where)
-    if settings.alpha > 0 and training_args.bf16 and settings.zo_eps < SMALLEST_BF16_ZO_EPS:
-        logger.warning(
-            "zo_eps %g is below %g with bf16 weights: the loss difference drowns in rounding and "
-            "g0 is noise. Use a larger zo_eps or fp32.",
-            settings.zo_eps,
-            SMALLEST_BF16_ZO_EPS,
-        )
     if addax_args.rounding is not None and not training_args.bf16:
         logger.warning("--rounding has no effect without --bf16: fp32 weights are not rounded.")
     return settings

@@ -1,6 +1,5 @@
 """Settling the arguments of Addax: defaults, methods, ranges, and contradictions with the JSON."""
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,25 +98,3 @@ def test_contradiction_names_both(
         settled(in_json, **addax)
     for part in [*parts, "ds.json"]:
         assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("bf16", "zo_eps", "method", "warns"),
-    [
-        (True, 4e-4, "addax", True),
-        (True, 5e-4, "addax", False),
-        (False, 1e-5, "addax", False),
-        (True, 1e-4, "mezo", True),
-        (True, 1e-4, "ip-sgd", False),
-    ],
-)
-def test_small_zo_eps_in_bf16_warns(
-    caplog: pytest.LogCaptureFixture,
-    bf16: bool,
-    zo_eps: float,
-    method: Any,
-    warns: bool,
-) -> None:
-    with caplog.at_level(logging.WARNING, logger="addax_ds"):
-        resolve(AddaxArguments(method), training_args(bf16=bf16), {"zo_eps": zo_eps})
-    assert ("zo_eps" in caplog.text) == warns

@@ -162,3 +162,25 @@ def test_perturbation_needs_one_block_more_not_a_second_model():
     layers = [sum(p.numel() for p in la.parameters()) for la in model.model.decoder.layers]
     outside = sum(p.numel() for p in model.parameters()) - sum(layers)
     assert 0 < peak <= outside + max(layers)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "zo_eps", "warns"),
+    [
+        (torch.bfloat16, 0.5, 4e-4, True),
+        (torch.bfloat16, 0.5, 5e-4, False),
+        (torch.bfloat16, 0.0, 1e-4, False),
+        (torch.float32, 0.5, 1e-5, False),
+    ],
+)
+def test_small_zo_eps_with_bf16_weights_warns(caplog, dtype, alpha, zo_eps, warns):
+    model = tiny_opt(dtype=dtype)
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=alpha, zo_eps=zo_eps)
+    addax_ds.attach(optimizer, model)
+    assert ("zo_eps" in caplog.text) == warns
+
+
+def test_fp16_weights_are_refused():
+    model = tiny_opt(dtype=torch.float16)
+    with pytest.raises(addax_ds.UserError, match="fp16"):
+        addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)
