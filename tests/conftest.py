@@ -7,8 +7,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.cases import CASES, batches, trainable
 from tests.reference import float64_loop
@@ -17,6 +20,13 @@ from tests.reference import float64_loop
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_live_deepspeed_config() -> Iterator[None]:
+    """`TrainingArguments` leaves ZeRO-3 switched on for every model that Transformers makes."""
+    yield
+    unset_hf_deepspeed_config()
 
 
 @pytest.fixture(scope="session")
