@@ -49,13 +49,14 @@ DEMO_GLOBAL_BATCH_SIZE = 8
 # What the command without --model_name_or_path and --train_file runs; any flag overrides it. The
 # batch sizes per device follow from DEMO_GLOBAL_BATCH_SIZE, alpha and zo_eps are the defaults.
 DEMO_PRESET: dict[str, Any] = {
-    "max_steps": 40,
+    "max_steps": 50,
     "learning_rate": 2e-3,
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "linear",
     "bf16": True,
     "logging_steps": 1,
     "eval_strategy": "steps",
-    "eval_steps": 20,
+    "eval_steps": 25,
+    "per_device_eval_batch_size": 32,
     "save_strategy": "no",
     "seed": 0,
 }

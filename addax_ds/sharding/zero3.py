@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
@@ -103,6 +104,8 @@ class Zero3Sharding(Sharding):
         for parameter in zero.module.parameters():
             parameter.all_gather_coalesced = self._gather_perturbed(parameter.all_gather_coalesced)
             parameter.all_gather = self._gather_perturbed(parameter.all_gather, parameter)
+        # Before DeepSpeed's own hooks, which would fetch them module by module.
+        zero.module.register_forward_pre_hook(self._gather_persistent, prepend=True)
 
     @staticmethod
     def full_shape(parameter: Any) -> torch.Size:  # noqa: D102
@@ -136,8 +139,7 @@ class Zero3Sharding(Sharding):
             self._on_gradient(shard, gradient)
 
     def finish_step(self) -> None:  # noqa: D102
-        self._partition_all()
-        self._gather_persistent()
+        self._partition_all()  # what is still gathered is from before the update
 
     def step_without_backward(self) -> None:  # noqa: D102
         self.engine.step()
@@ -157,7 +159,6 @@ class Zero3Sharding(Sharding):
         finally:
             self._partition_all()
             offload.param_coordinator = usual
-            self._gather_persistent()
 
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
@@ -218,11 +219,19 @@ class Zero3Sharding(Sharding):
     def _partition_all(self) -> None:
         self._zero.parameter_offload.partition_all_parameters()
 
-    def _gather_persistent(self) -> None:
-        """Gather the small parameters that DeepSpeed keeps whole between passes."""
-        persistent = self._zero.persistent_parameters
-        if persistent:
-            persistent[0].all_gather_coalesced(persistent).wait()
+    def _gather_persistent(self, *_: Any) -> None:
+        """At the start of a pass, gather the small parameters that DeepSpeed keeps whole.
+
+        They were partitioned since the last pass that saw other weights. One collective for all of
+        them, where each module would else fetch its own.
+        """
+        missing = [
+            parameter
+            for parameter in self._zero.persistent_parameters
+            if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+        ]
+        if missing:
+            missing[0].all_gather_coalesced(missing).wait()
 
 
 def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:

@@ -1,0 +1,48 @@
+"""What a step communicates under ZeRO-3: four gathers, one reduce-scatter, 16 bytes of losses."""
+
+import json
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.workers.zero3_collectives import CASES
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("collectives")
+    run_ranks("zero3_collectives", 2, folder)
+    ranks = [json.loads((folder / f"collectives-{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    return ranks[0]
+
+
+def calls(case: dict, part: str, kind: str) -> list[int]:
+    """Bytes of each collective of a kind in a part of the step."""
+    return [size for name, size in case["parts"][part] if kind in name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes(measured, name):
+    case = measured[name]
+    model = case["model_bytes"]
+    assert sum(calls(case, "zeroth_order", "allgather")) == 2 * model
+    assert sum(calls(case, "forward", "allgather")) == model
+    assert 0 < sum(calls(case, "backward", "allgather")) <= model
+    assert sum(calls(case, "backward", "reduce_scatter")) == model
+    assert calls(case, "zeroth_order", "allreduce") == [16]
+    names = {name for part in case["parts"].values() for name, _ in part}
+    assert names == {"_allgather_base_", "_reduce_scatter_base_", "allreduce_"}
+    for part in ("forward", "backward", "step"):
+        assert not calls(case, part, "allreduce")
+
+
+def test_persistent_parameters_travel_together(measured):
+    """One collective a pass for all of them; none in the step itself."""
+    default, none = measured["default"], measured["persistence-0"]
+    assert default["persistent"] > 20
+    assert none["persistent"] == 0
+    for part, passes in (("zeroth_order", 2), ("forward", 1), ("backward", 0)):
+        gathers = len(calls(default, part, "allgather"))
+        assert gathers <= len(calls(none, part, "allgather")) + passes
+    assert default["parts"]["step"] == none["parts"]["step"] == []

@@ -1,0 +1,99 @@
+"""Counts the collectives of one Addax step under ZeRO-3, calls and bytes, at the dispatcher."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import addax_ds  # noqa: F401  (registers the optimizer)
+from tests.cases import mean_loss
+from tests.models import tiny_opt, token_batches
+from tests.workers.teardown import shut_down
+
+CASES: dict[str, dict[str, Any]] = {
+    "persistence-0": {"stage3_param_persistence_threshold": 0},
+    "default": {"stage3_param_persistence_threshold": 1000},
+}
+SETTLED = 3  # the step from which DeepSpeed follows its recorded traces
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Collects ``(operation, bytes of its largest tensor)`` of every collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function.namespace == "c10d":
+            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
+            self.calls.append((function._schema.name.removeprefix("c10d::"), max(sizes, default=0)))
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, list | tuple):
+        return [tensor for argument in arguments for tensor in _tensors(argument)]
+    return []
+
+
+def examine(zero: dict[str, Any]) -> dict[str, Any]:
+    model = tiny_opt(tied=False, dtype=torch.bfloat16)  # a tied weight is gathered for each use
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "Addax", "params": {"lr": 1e-3, "alpha": 1e-3}},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 10**7,
+            # Small enough that backward has to gather again.
+            "stage3_prefetch_bucket_size": 50_000,
+            "stage3_max_live_parameters": 100_000,
+            "stage3_max_reuse_distance": 0,
+            **zero,
+        },
+    }
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
+    parts: dict[str, list] = {}
+    for step, (long, short) in enumerate(token_batches(SETTLED + 1)):
+        with CollectiveCounter() as counter:
+            optimizer.zeroth_order(lambda x=long: mean_loss(engine, x))
+            parts["zeroth_order"] = counter.calls[:]
+            loss = mean_loss(engine, short)
+            parts["forward"] = counter.calls[len(parts["zeroth_order"]) :]
+            done = len(counter.calls)
+            engine.backward(loss)
+            parts["backward"] = counter.calls[done:]
+            done = len(counter.calls)
+            engine.step()
+            parts["step"] = counter.calls[done:]
+        assert step <= SETTLED
+    world_size = comm.get_world_size()
+    result = {
+        "parts": parts,
+        "persistent": sum(hasattr(p, "ds_persist") and p.ds_persist for p in model.parameters()),
+        "model_bytes": sum(2 * world_size * p.ds_tensor.ds_numel for p in model.parameters()),
+    }
+    engine.destroy()
+    return result
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    results = {name: examine(zero) for name, zero in CASES.items()}
+    (folder / f"collectives-{comm.get_rank()}.json").write_text(json.dumps(results))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
