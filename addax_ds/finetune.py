@@ -18,7 +18,8 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -50,7 +52,7 @@ from addax_ds.data.records import Record, prompt_completion, read_jsonl
 from addax_ds.errors import UserError
 from addax_ds.evaluation import Choice, EvaluationSet
 from addax_ds.tasks import SST2_DEMO, ChoiceRow
-from addax_ds.trainer import AddaxTrainer
+from addax_ds.trainer import AddaxTrainer, plan_steps
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fine-tune as the arguments say; return what ``all_results.json`` holds."""
     model_args, data_args, addax_args, args = parse_arguments(argv)
-    configure(args, addax_args)
     _set_up(args, model_args)
-
-    source = _ModelSource.find(model_args)
-    tokenizer = source.load_tokenizer()
-    data = _load_data(data_args, tokenizer, source.positions)
+    with _all_ranks_or_none(args):
+        settings = configure(args, addax_args)
+        checkpoint = _checkpoint(args)
+        source = _ModelSource.find(model_args)
+        tokenizer = source.load_tokenizer()
+        data = _load_data(data_args, tokenizer, source.positions)
+        plan_steps(data.train, settings, args)  # the trainer does, too, but with the model loaded
     trainer = AddaxTrainer(
         source.load(torch.bfloat16 if args.bf16 else torch.float32),
         args,
@@ -91,7 +95,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     if data.test is not None:
         trainer.add_callback(_TestBeforeTraining(trainer, data.test))
 
-    result = trainer.train(resume_from_checkpoint=_checkpoint(args))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(_folder(args) / "model"))
     trainer.save_metrics("train", result.metrics)
     if data.test is not None:
@@ -220,6 +224,27 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
 
 
+@contextmanager
+def _all_ranks_or_none(args: TrainingArguments) -> Iterator[None]:
+    """Let no rank go on when another could not, and wait for it in a collective.
+
+    Raises:
+        UserError: on the ranks that could; the others raise what they met.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    if dist.is_initialized():
+        failed = torch.tensor(int(problem is not None), device=args.device)
+        dist.all_reduce(failed)
+        if problem is None and failed:
+            raise UserError(f"stopped, as {int(failed)} other rank(s) had an error: see there")
+    if problem is not None:
+        raise problem
+
+
 def _announce(trainer: AddaxTrainer, model: str, data: _Data) -> None:
     args, settings = trainer.args, trainer.settings
     assert trainer.partition is not None
@@ -275,7 +300,7 @@ def _before(trainer: AddaxTrainer) -> dict[str, float]:
     return {}
 
 
-def _checkpoint(args: TrainingArguments) -> str | bool | None:
+def _checkpoint(args: TrainingArguments) -> str | None:
     """Resolve ``--resume_from_checkpoint``, a path or True for the newest one."""
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -285,10 +310,28 @@ def _checkpoint(args: TrainingArguments) -> str | bool | None:
         found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if found is None:
             raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
-        return found
-    if not Path(wanted).is_dir():
-        raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder")
-    return wanted
+        wanted = found
+    problem = _resume_problem(Path(wanted), args)
+    if problem:
+        raise UserError(f"--resume_from_checkpoint {wanted}: {problem}")
+    return str(wanted)
+
+
+def _resume_problem(folder: Path, args: TrainingArguments) -> str | None:
+    """Say why a run like this one cannot go on from a folder, or return None."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        return "there is no checkpoint in this folder"
+    sharded = len(list(folder.glob("global_step*/*_optim_states.pt")))
+    if not args.deepspeed and not (folder / OPTIMIZER_NAME).is_file():
+        how = "with --deepspeed" if sharded else "with --save_only_model"
+        return f"it was written {how}, so it does not hold the optimizer's step: train as it did"
+    if args.deepspeed and not sharded:
+        return "it holds no shards: it was written without --deepspeed or with --save_only_model"
+    if args.deepspeed and sharded != args.world_size:
+        return f"{sharded} ranks wrote it and this run has {args.world_size}: start {sharded} ranks"
+    return None
 
 
 def _report(trainer: AddaxTrainer, title: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from addax_ds.arguments import AddaxArguments, configure
+from addax_ds.arguments import AddaxArguments, AddaxSettings, configure
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.encoding import Example
 from addax_ds.data.partition import Partition, partition
@@ -18,6 +18,27 @@ from addax_ds.errors import UserError
 from addax_ds.evaluation import EvaluationCollator, EvaluationSet, token_scores
 from addax_ds.optimizer import Addax, unwrap
 from addax_ds.sharding.unsharded import attach
+
+
+def plan_steps(
+    examples: Sequence[Example], settings: AddaxSettings, args: TrainingArguments
+) -> tuple[Partition, StepSchedule]:
+    """Divide the examples between the streams and say which of them each step sees.
+
+    Raises:
+        UserError: a stream is empty or has fewer examples than its global batch.
+    """
+    lengths = [example.length for example in examples]
+    streams = partition(lengths, settings.method, settings.length_threshold)
+    schedule = StepSchedule(
+        streams.zeroth_order,
+        streams.first_order,
+        settings.per_device_zo_batch_size * args.world_size,
+        args.per_device_train_batch_size * args.world_size,
+        args.seed if args.data_seed is None else args.data_seed,
+        args.dataloader_drop_last,
+    )
+    return streams, schedule
 
 
 class AddaxTrainer(Trainer):
@@ -28,12 +49,12 @@ class AddaxTrainer(Trainer):
     pass over D1; D0 cycles through its own permutations.
 
     Besides Trainer's own values it reports, every ``logging_steps``, those of the last step:
-    ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and ``fo_update_norm`` (norms of the two
-    parts of the update) and ``grad_norm`` (of the first-order gradient).
+    ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and ``fo_update_norm``
+    (norms of the two parts of the update) and ``grad_norm`` (of the first-order gradient).
 
     Args:
-        model: a causal language model whose ``forward`` takes ``num_items_in_batch`` (all of
-            Transformers' do).
+        model: a causal language model; what it returns has ``logits``. The loss is their
+            cross-entropy (`causal_loss`); a loss of the model's own is not used.
         args: Trainer's arguments; `addax_ds.training_arguments` says which fields work.
         addax: the method and its hyperparameters.
         train_dataset: tokenised examples (`addax_ds.data.encoding.encode`).
@@ -56,9 +77,16 @@ class AddaxTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.settings = configure(args, addax)
-        self._examples = train_dataset
+        self.partition: Partition | None = None
+        self._steps: StepBatches | None = None
         self._pad_token_id = _pad_token_id(processing_class)
+        if train_dataset is not None:
+            self.partition, schedule = plan_steps(train_dataset, self.settings, args)
+            self._steps = StepBatches(
+                train_dataset, schedule, args.process_index, args.world_size, self._pad_token_id
+            )
         kwargs.setdefault("data_collator", EvaluationCollator(self._pad_token_id))
+        kwargs.setdefault("compute_loss_func", causal_loss)
         super().__init__(
             model,
             args,
@@ -67,40 +95,19 @@ class AddaxTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if not self.model_accepts_loss_kwargs:
-            raise UserError(
-                f"{type(model).__name__}.forward takes no **kwargs, so its loss cannot be divided "
-                "by the global number of target tokens: let it accept num_items_in_batch"
-            )
-        self.partition: Partition | None = None
-        if train_dataset is not None:
-            lengths = [example.length for example in train_dataset]
-            self.partition = partition(
-                lengths, self.settings.method, self.settings.length_threshold
-            )
         self._first_order_loss: float | None = None
+        self._learning_rate = args.learning_rate
         self._scores_own_metrics = self.compute_metrics is None
 
     # ---- seams of Trainer ----------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader with one item a step: this rank's part of both batches."""
-        if self.partition is None or self._examples is None:
+        if self._steps is None:
             raise UserError("AddaxTrainer: training needs a train_dataset")
-        args, world_size = self.args, self.args.world_size
-        schedule = StepSchedule(
-            self.partition.zeroth_order,
-            self.partition.first_order,
-            self.settings.per_device_zo_batch_size * world_size,
-            args.per_device_train_batch_size * world_size,
-            args.seed if args.data_seed is None else args.data_seed,
-            args.dataloader_drop_last,
-        )
-        steps = StepBatches(
-            self._examples, schedule, args.process_index, world_size, self._pad_token_id
-        )
+        args = self.args
         return train_dataloader(
-            steps,
+            self._steps,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -108,7 +115,16 @@ class AddaxTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON."""
+        """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON.
+
+        Raises:
+            UserError: if DeepSpeed's engine is there already, as it cannot be made twice.
+        """
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            raise UserError(
+                "under DeepSpeed a trainer trains once, and before it evaluates: make a new "
+                "AddaxTrainer, or set eval_on_start to evaluate before the first step"
+            )
         if self.optimizer is None:
             model = model or self.model
             assert model is not None
@@ -131,6 +147,8 @@ class AddaxTrainer(Trainer):
         model.train()
         addax = self.addax
         addax.track_norm = self._logs_after_this_step()
+        # Before DeepSpeed's engine goes on to the next one, which is what Trainer would report.
+        self._learning_rate = float(addax.param_groups[0]["lr"])
         if addax.alpha > 0:
             addax.zeroth_order(lambda: self._batch_loss(model, inputs, "zeroth_order"))
         if addax.alpha < 1:
@@ -182,6 +200,7 @@ class AddaxTrainer(Trainer):
         if "loss" in logs and self.addax.report is not None:
             report = self.addax.report
             values = {
+                "learning_rate": self._learning_rate,
                 "g0": report.g0,
                 "zo_loss": report.zeroth_order_loss,
                 "fo_loss": self._first_order_loss,
@@ -237,6 +256,23 @@ class AddaxTrainer(Trainer):
             report = self.addax.report
             loss = math.nan if report is None else report.zeroth_order_loss
         return torch.tensor(math.nan if loss is None else loss, device=self.args.device)
+
+
+def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """Cross-entropy of the target tokens, in fp32, summed in fp64 and divided by a given number.
+
+    Trainer's ``compute_loss_func``, because not every model heeds ``num_items_in_batch`` in its own
+    loss. Logits are widened at target positions alone: prompts cost no fp32 copy.
+
+    Args:
+        outputs: of the model; ``logits`` of shape ``(rows, length, vocabulary)``.
+        labels: int64 ``(rows, length)``, not shifted.
+        num_items_in_batch: number of target tokens in the global batch.
+
+    Returns:
+        fp64 scalar.
+    """
+    return -token_scores(outputs.logits, labels)[:, 0].sum() / num_items_in_batch
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

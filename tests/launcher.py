@@ -1,0 +1,71 @@
+"""Runs the real `deepspeed` command with a time limit and sees to it that nothing outlives it."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.ranks import ROOT, free_port
+
+_MARK = "ADDAX_TEST_LAUNCH"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``status`` is None if the time was up."""
+
+    status: int | None
+    output: str
+    left_behind: int
+
+
+def launch(script: str, *flags: str, ranks: int = 2, timeout: float = 150.0) -> Outcome:
+    """Run ``deepspeed --num_gpus <ranks> <script> <flags>`` as on a machine without a GPU."""
+    mark = uuid.uuid4().hex
+    programs = Path(sys.executable).parent
+    launcher = [str(programs / "deepspeed"), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+    environment = {
+        **{k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        _MARK: mark,
+    }
+    process = subprocess.Popen(
+        [*launcher, script, *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    status: int | None
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        status = process.returncode
+        time.sleep(0.5)  # a rank that was told to end may still be ending
+        left_behind = len(_running(mark))
+    except subprocess.TimeoutExpired:
+        status, left_behind = None, len(_running(mark))
+    finally:
+        for survivor in _running(mark):
+            survivor.kill()
+    if status is None:
+        output, _ = process.communicate()
+    return Outcome(status, output, left_behind)
+
+
+def _running(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

@@ -1,0 +1,333 @@
+"""The command line: what it refuses, how ranks end, and one real run with everything in it."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
+
+from addax_ds import UserError, finetune
+from tests.launcher import launch
+from tests.tiny import (
+    POSITIONS,
+    row,
+    rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_model,
+    write_rows,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows(7, 9))
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch) -> Iterator[None]:
+    """No launcher's variables before, and none of the program's settings after a test."""
+    logger = logging.getLogger("addax_ds")
+    settings = logger.handlers, logger.propagate, logger.level
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    logger.handlers, logger.propagate, logger.level = settings
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+# ---- refused before the model is loaded, in this process ----------------------------------------
+
+LINES = {
+    "empty": ("", "the file holds no rows"),
+    "malformed": (
+        '{"prompt": "w0", "completion": " w1"}\n{"prompt": "w0",\n',
+        ":2: not valid JSON",
+    ),
+    "no-completion": (
+        '{"prompt": "w0", "completion": " w1"}\n{"prompt": "w0"}\n',
+        ":2: no completion (or null)",
+    ),
+    "columns": ('{"question": "w0", "answer": "w1"}\n', ":1: found columns [answer, question]"),
+    "too-long": (
+        json.dumps(row(3, 2)) + "\n" + json.dumps(row(POSITIONS, 2)) + "\n",
+        f":2: {POSITIONS + 3} tokens, more than the model's {POSITIONS} positions",
+    ),
+}
+"""Contents of a training file and what has to be said about it after its name."""
+
+ARGUMENTS = {
+    "no-train-file": ({"train_file": "nowhere.jsonl"}, ["--train_file nowhere.jsonl", "no such"]),
+    "no-model": ({"model_name_or_path": "/no/model"}, ["--model_name_or_path /no/model"]),
+    "clipping": ({"max_grad_norm": 1.0}, ["--max_grad_norm 1.0", "set it to 0"]),
+    "fp16": ({"fp16": True}, ["--fp16", "use --bf16 or fp32"]),
+    "accumulation": (
+        {"gradient_accumulation_steps": 2},
+        ["--gradient_accumulation_steps 2", "raise --per_device_train_batch_size"],
+    ),
+    "d0-empty": ({"length_threshold": 40}, ["D0 is empty", "--length_threshold from"]),
+    "d1-empty": ({"length_threshold": 2}, ["D1 is empty", "--length_threshold from"]),
+    "few-long": ({"per_device_zo_batch_size": 8}, ["D0 holds 7 examples", "batch of 8"]),
+    "few-short": (
+        {"per_device_train_batch_size": 10, "per_device_zo_batch_size": 2},
+        ["D1 holds 9 examples", "batch of 10"],
+    ),
+    "no-checkpoint": ({"resume_from_checkpoint": True}, ["there is no checkpoint in"]),
+    "no-such-checkpoint": ({"resume_from_checkpoint": "/no/folder"}, ["/no/folder", "no such"]),
+    "not-a-checkpoint": ({"resume_from_checkpoint": "/usr"}, ["/usr", "no checkpoint"]),
+    "alpha-1": ({"alpha": 1.0}, ["alpha", "--method mezo"]),
+    "unknown": ({"learning-rat": 1.0}, ["--learning_rat", "Did you mean 'learning_rate'"]),
+}
+
+JSONS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "clipping": ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "set it to 0"]),
+    "fp16": ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "use bf16 or fp32"]),
+    "offload-optimizer": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+        ["zero_optimization.offload_optimizer", "use offload_param"],
+    ),
+    "nvme": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        ["zero_optimization.offload_param.device", "NVMe offload is not supported"],
+    ),
+    "stage-2": ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage = 2", "write 3"]),
+    "alpha": (
+        {"optimizer": {"type": "Addax", "params": {"alpha": 0.2}}},
+        ["--alpha is 0.1", "optimizer.params.alpha", "0.2"],
+    ),
+}
+
+
+def refused(argv: list[str], output: Path, capsys, monkeypatch) -> str:
+    """What the program says before it gives up, without a model and without a trace on disk."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the model is loaded before the mistake is found")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(SystemExit) as exit_:
+        finetune.main([*argv, f"--output_dir={output}"])
+    assert exit_.value.code == 1
+    assert not output.exists()
+    said = capsys.readouterr().err
+    assert "addax_ds: error: " in said
+    assert "Traceback" not in said
+    return said.split("addax_ds: error: ")[1]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_bad_rows(name, model, tmp_path, capsys, monkeypatch):
+    text, message = LINES[name]
+    path = tmp_path / "train.jsonl"
+    path.write_text(text)
+    argv = flags({"model_name_or_path": model, "train_file": path})
+    said = refused(argv, tmp_path / "output", capsys, monkeypatch)
+    assert str(path) in said
+    assert message in said
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_bad_arguments(name, model, data, tmp_path, capsys, monkeypatch):
+    given, parts = ARGUMENTS[name]
+    argv = flags({"model_name_or_path": model, "train_file": data, **given})
+    said = refused(argv, tmp_path / "output", capsys, monkeypatch)
+    for part in parts:
+        assert part in said
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_bad_deepspeed_json(name, model, data, tmp_path, capsys, monkeypatch):
+    given, parts = JSONS[name]
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, **given}))
+    argv = flags({"model_name_or_path": model, "train_file": data, "alpha": 0.1, "deepspeed": path})
+    said = refused(argv, tmp_path / "output", capsys, monkeypatch)
+    for part in [*parts, str(path)]:
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("files", "ranks", "message"),
+    [
+        (["trainer_state.json"], 0, "with --save_only_model, so it does not hold"),
+        (["trainer_state.json", "global_step4/a_optim_states.pt"], 0, "written with --deepspeed"),
+        (["trainer_state.json", "optimizer.pt"], 2, "without --deepspeed or with --save_only"),
+        (["trainer_state.json", "global_step4/a_optim_states.pt"], 2, "1 ranks wrote it and this"),
+        (["optimizer.pt"], 0, "there is no checkpoint in this folder"),
+    ],
+)
+def test_checkpoint_of_another_kind_of_run(files, ranks, message, tmp_path):
+    """Trainer would go on without the step's number, or DeepSpeed fail with the model loaded."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    args = SimpleNamespace(
+        resume_from_checkpoint=str(tmp_path),
+        deepspeed="ds_configs/zero3.json" if ranks else None,
+        world_size=ranks or 1,
+    )
+    with pytest.raises(UserError, match=message):
+        finetune._checkpoint(args)
+
+
+def test_demo_on_three_ranks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = refused([], tmp_path / "output", capsys, monkeypatch)
+    assert "8 does not divide over 3 ranks" in said
+    assert "1, 2, 4 or 8 ranks" in said
+
+
+def test_model_folder_without_a_tokenizer(model, data, tmp_path, capsys, monkeypatch):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((model / "config.json").read_text())
+    argv = flags({"model_name_or_path": bare, "train_file": data})
+    said = refused(argv, tmp_path / "output", capsys, monkeypatch)
+    assert f"no tokenizer in {bare}" in said
+
+
+# ---- real launches -----------------------------------------------------------------------------
+
+TRAIN = "launch/train.py"
+STEPS = 6
+
+
+def full_run(model: Path, folder: Path, output: Path, **more: Any) -> list[str]:
+    """Flags of a bf16 run on own files that evaluates, saves and reports."""
+    return flags(
+        {
+            "deepspeed": "ds_configs/zero3.json",
+            "model_name_or_path": model,
+            "train_file": write_rows(folder / "train.jsonl", rows(7, 9)),
+            "validation_file": write_rows(folder / "validation.jsonl", rows(2, 3, seed=1)),
+            "test_file": write_rows(folder / "test.jsonl", rows(2, 3, seed=2)),
+            "output_dir": output,
+            "bf16": True,
+            "alpha": 0.01,
+            "learning_rate": 0.05,
+            "length_threshold": 12,
+            "per_device_train_batch_size": 2,
+            "per_device_zo_batch_size": 1,
+            "max_steps": STEPS,
+            "warmup_steps": 1,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 4,
+            "seed": 3,
+            "report_to": "tensorboard",
+            **more,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(model, tmp_path_factory) -> dict[str, Any]:
+    """A run of 6 steps, and one that goes on from its checkpoint of step 4 in a folder of its own.
+
+    The second is what is left of a run that was killed after step 4.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    whole, killed = folder / "whole", folder / "killed"
+    first = launch(TRAIN, *full_run(model, folder, whole))
+    assert first.status == 0, first.output
+    shutil.copytree(whole / "checkpoint-4", killed / "checkpoint-4")
+    second = launch(TRAIN, *full_run(model, folder, killed, resume_from_checkpoint=True))
+    assert second.status == 0, second.output
+    return {"whole": whole, "killed": killed, "outcomes": [first, second]}
+
+
+def log_of(folder: Path, key: str) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def test_a_run_leaves_its_results(runs):
+    folder = runs["whole"]
+    results = json.loads((folder / "all_results.json").read_text())
+    assert {"train_runtime", "train_loss", "test_loss", "test_loss_before", "epoch"} <= set(results)
+    assert results["test_loss"] < results["test_loss_before"]
+    assert json.loads((folder / "test_results.json").read_text())["test_loss"]
+    assert json.loads((folder / "train_results.json").read_text())["train_runtime"]
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert len(log_of(folder, "g0")) == STEPS
+    assert len(log_of(folder, "eval_loss")) == STEPS // 3
+    assert list(folder.glob("runs/*/events*"))
+    for outcome in runs["outcomes"]:
+        assert outcome.left_behind == 0
+        assert "Traceback" not in outcome.output
+
+
+def test_a_run_says_what_it_did(runs):
+    output, folder = runs["outcomes"][0].output, runs["whole"]
+    assert output.count("D0 (zeroth-order, longer than L_T = 12): 7 sequences, the longest of") == 1
+    assert output.count("D1 (first-order, at most 12): 9 sequences, the longest of 12 tokens") == 1
+    for name in ("model", "all_results.json", "training.png"):
+        assert str(folder / name) in output
+
+
+def test_a_resumed_run_ends_with_the_same_bits(runs):
+    for key in ("g0", "zo_loss", "fo_loss", "learning_rate", "eval_loss"):
+        assert log_of(runs["killed"], key) == log_of(runs["whole"], key)
+    models = [
+        AutoModelForCausalLM.from_pretrained(runs[name] / "model") for name in ("whole", "killed")
+    ]
+    assert models[0].dtype == torch.bfloat16
+    other = dict(models[1].named_parameters())
+    assert all(torch.equal(p, other[n]) for n, p in models[0].named_parameters())
+    results = [
+        json.loads((runs[name] / "all_results.json").read_text()) for name in ("whole", "killed")
+    ]
+    assert results[0]["test_loss_before"] == results[1]["test_loss_before"]
+
+
+@pytest.mark.parametrize("text", [None, '{"prompt": "w0"'], ids=["missing", "malformed"])
+def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
+    """A missing file is found before the ranks have met, a malformed one after."""
+    bad = tmp_path / "other.jsonl"
+    if text is not None:
+        bad.write_text(text)
+    given = full_run(model, tmp_path, tmp_path / "output")
+    outcome = launch("tests/workers/one_bad_rank.py", *given, str(bad))
+    assert outcome.status not in (0, None), outcome.output
+    assert f"{bad}: there is no such file" in outcome.output or f"{bad}:1: not" in outcome.output
+    if text is not None:
+        assert "addax_ds: error: stopped, as 1 other rank(s) had an error" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert outcome.left_behind == 0
+    assert not (tmp_path / "output").exists()
+
+
+def test_losses_that_are_not_finite_end_all_ranks(tmp_path):
+    model = tiny_model("llama", torch.bfloat16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    output = tmp_path / "output"
+    more = {"max_steps": 20, "eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
+    outcome = launch(TRAIN, *full_run(tmp_path / "model", tmp_path, output, **more))
+    assert outcome.status not in (0, None), outcome.output
+    assert outcome.output.count("the 10th step in a row") == 2
+    assert outcome.output.count("addax_ds: error:") == 2
+    assert "Traceback" not in outcome.output
+    assert outcome.left_behind == 0
+    assert not (output / "model").exists()

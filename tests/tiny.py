@@ -1,0 +1,139 @@
+"""Tiny random models of several families with a tokenizer, rows and files, all made here.
+
+A word is a token, so a text of n words has n tokens, and EOS closes each row: `row(5, 2)` is a
+sequence of 8 tokens of which 3 carry loss.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from addax_ds.data.encoding import Example, encode
+from addax_ds.data.records import prompt_completion
+from addax_ds.evaluation import Choice, EvaluationSet
+
+VOCABULARY = 211  # odd, so that partitions of the embedding are uneven
+POSITIONS = 48
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+MARKER = VOCABULARY - 1
+"""The last word, which occurs in no row unless a test puts it there."""
+
+_DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+_OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_dim": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 32,
+    "max_position_embeddings": POSITIONS,
+    "init_std": 0.1,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "opt": (OPTConfig, _OPT),
+    "llama": (LlamaConfig, _DECODER),
+    "qwen3": (Qwen3Config, _DECODER),
+    "mistral": (MistralConfig, {**_DECODER, "sliding_window": 16}),
+    "gemma3": (Gemma3TextConfig, {**_DECODER, "sliding_window": 16}),
+}
+
+
+def tiny_model(
+    family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
+) -> nn.Module:
+    """Random weights, the same in every process; ``options`` override the configuration."""
+    config_class, defaults = FAMILIES[family]
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config_class(**{**defaults, **options}))
+    return model.to(dtype)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = [*SPECIAL, *(f"w{index}" for index in range(VOCABULARY - len(SPECIAL)))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def write_model(folder: Path, family: str = "llama", **options: Any) -> Path:
+    """Write model and tokenizer as `from_pretrained` reads them."""
+    tiny_model(family, **options).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def words(count: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, MARKER - len(SPECIAL), (count,), generator=generator)
+    return " ".join(f"w{number}" for number in numbers.tolist())
+
+
+def row(prompt: int, completion: int, seed: int = 0) -> dict[str, str]:
+    """A row of so many words; no two words rows of different seeds are likely to be equal."""
+    return {"prompt": words(prompt, 2 * seed), "completion": " " + words(completion, 2 * seed + 1)}
+
+
+def rows(long: int, short: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of very unequal completions: ``long`` ones of 17 tokens and more, ``short`` up to 12."""
+    lengths = [(10 + i % 5, 6 + 7 * (i % 3)) for i in range(long)]
+    lengths += [(2 + i % 3, 1 + 3 * (i % 3)) for i in range(short)]
+    return [row(p, c, 1000 * seed + i) for i, (p, c) in enumerate(lengths)]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def examples(rows: list[dict[str, str]]) -> list[Example]:
+    records = [
+        prompt_completion(r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(rows)
+    ]
+    return encode(records, tiny_tokenizer(), max_length=None, model_positions=POSITIONS)
+
+
+def choice_set() -> EvaluationSet:
+    """5 rows with 2 or 3 candidates of 1 to 4 words, 13 candidates in all."""
+    candidates, choices = [], []
+    for index, count in enumerate((3, 2, 3, 2, 3)):
+        choices.append(Choice(len(candidates), count, index % count))
+        prompt = words(3 + 2 * index, 500 + index)
+        candidates += [
+            {"prompt": prompt, "completion": " " + words(1 + (index + c) % 4, 600 + 10 * index + c)}
+            for c in range(count)
+        ]
+    return EvaluationSet(examples(candidates), choices)

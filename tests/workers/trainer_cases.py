@@ -1,0 +1,297 @@
+"""Trains every case with `AddaxTrainer` and writes what came of it to the folder.
+
+``python -m tests.workers.trainer_cases FOLDER [NAME ...]`` runs under ZeRO-3; the tests call `run`
+themselves for one process without DeepSpeed. ``FOLDER/models/NAME`` holds each case's model.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate.state import AcceleratorState
+from deepspeed import comm
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from addax_ds import UserError
+from addax_ds.arguments import AddaxArguments
+from addax_ds.data.encoding import Example
+from addax_ds.trainer import AddaxTrainer
+from tests.tiny import MARKER, choice_set, examples, rows, tiny_tokenizer, write_model
+from tests.workers.teardown import shut_down
+
+GLOBAL_BATCH = {"zo": 2, "train": 4}
+THRESHOLD = 12
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """``long`` and ``short`` rows; the short ones fill no whole number of batches of 4."""
+
+    family: str = "opt"
+    model: dict[str, Any] = field(default_factory=dict)
+    addax: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    long: int = 7
+    short: int = 9
+    lora: bool = False
+    marked: tuple[int, ...] = ()
+    resume: bool = False
+
+    def examples(self) -> list[Example]:
+        texts = rows(self.long, self.short)
+        for index in self.marked:
+            texts[index]["prompt"] += f" w{MARKER - 3}"
+        return examples(texts)
+
+
+CASES = {
+    "addax": Case(
+        addax={"length_threshold": THRESHOLD, "alpha": 0.01},
+        training={
+            "num_train_epochs": 2,
+            "warmup_steps": 2,
+            "weight_decay": 0.1,
+            "report_to": ["tensorboard"],
+        },
+    ),
+    "addax-wa": Case(
+        family="llama",
+        model={"tie_word_embeddings": True},
+        addax={"method": "addax-wa", "alpha": 0.1},
+        training={"max_steps": 4, "gradient_checkpointing": True},
+        zero={"stage3_param_persistence_threshold": 0},
+    ),
+    "mezo": Case(
+        model={"tie_word_embeddings": False},
+        addax={"method": "mezo"},
+        training={"max_steps": 6, "learning_rate": 1e-3, "save_steps": 4},
+        resume=True,
+    ),
+    "ip-sgd": Case(family="gemma3", addax={"method": "ip-sgd"}, training={"num_train_epochs": 1}),
+    "dropout": Case(model={"dropout": 0.3}, addax={"alpha": 0.1}, training={"max_steps": 1}),
+    "lora": Case(
+        family="llama",
+        addax={"length_threshold": THRESHOLD, "alpha": 0.1},
+        training={"max_steps": 4, "learning_rate": 0.1},
+        lora=True,
+    ),
+    # Row 2 is a long one and row 10 a short one: their losses are NaN.
+    "not-a-number": Case(
+        addax={"length_threshold": THRESHOLD, "alpha": 0.01},
+        training={"num_train_epochs": 1.34},
+        marked=(2, 10),
+    ),
+    "resume": Case(
+        family="llama",
+        addax={"length_threshold": THRESHOLD, "alpha": 0.01},
+        training={
+            "bf16": True,
+            "max_steps": 7,
+            "save_steps": 2,
+            "save_total_limit": 3,
+            "warmup_steps": 1,
+        },
+        resume=True,
+    ),
+}
+
+
+def write_models(folder: Path) -> None:
+    for name, case in CASES.items():
+        write_model(folder / "models" / name, case.family, **case.model)
+
+
+def run(name: str, folder: Path, world_size: int, zero3: bool) -> dict[str, Any]:
+    """Train a case; in the result everything is plain Python or a tensor."""
+    case = CASES[name]
+    output = folder / f"{'zero3' if zero3 else 'plain'}-{world_size}" / name
+    args = arguments(case, output, world_size, zero3)
+    if zero3:
+        deepspeed.init_distributed()
+    try:
+        found = train(case, folder / "models" / name, args)
+        if case.resume:
+            again = arguments(case, output / "again", world_size, zero3)
+            checkpoint = str(output / "checkpoint-4")
+            found["resumed"] = train(case, folder / "models" / name, again, checkpoint)
+            other = arguments(case, output / "other", world_size, zero3, seed=SEED + 1)
+            try:
+                train(case, folder / "models" / name, other, checkpoint)
+            except UserError as error:
+                found["other seed"] = str(error)
+    finally:
+        AcceleratorState._reset_state()
+    return found
+
+
+def evaluate(folder: Path, world_size: int, zero3: bool) -> dict[str, Any]:
+    """Evaluate 13 candidates of 5 rows, by 4 a rank, without training."""
+    args = arguments(Case(), folder / "evaluation", world_size, zero3, per_device_eval_batch_size=4)
+    model = AutoModelForCausalLM.from_pretrained(folder / "models" / "addax", dtype=torch.float32)
+    trainer = AddaxTrainer(
+        model,
+        args,
+        AddaxArguments(per_device_zo_batch_size=GLOBAL_BATCH["zo"] // world_size),
+        Case().examples(),
+        eval_dataset=choice_set(),
+        processing_class=tiny_tokenizer(),
+    )
+    found: dict[str, Any] = {"metrics": trainer.evaluate()}
+    try:
+        trainer.train()
+    except UserError as error:
+        found["train"] = str(error)
+    AcceleratorState._reset_state()
+    return found
+
+
+def arguments(
+    case: Case, output: Path, world_size: int, zero3: bool, **options: Any
+) -> TrainingArguments:
+    # Accelerate keeps the DeepSpeed settings of the first run in this process otherwise.
+    AcceleratorState._reset_state()
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "Addax", "params": {"lr": "auto", "alpha": "auto"}},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 5000,
+            "stage3_prefetch_bucket_size": 4000,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            **case.zero,
+        },
+        "csv_monitor": {"enabled": True, "output_path": str(output), "job_name": "csv"},
+    }
+    defaults = {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.05,
+        "per_device_train_batch_size": GLOBAL_BATCH["train"] // world_size,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "steps" if "save_steps" in case.training else "no",
+        "seed": SEED,
+        "disable_tqdm": True,
+        "deepspeed": config if zero3 else None,
+    }
+    return TrainingArguments(**{**defaults, **case.training, **options})
+
+
+def train(
+    case: Case, model_folder: Path, args: TrainingArguments, checkpoint: str | None = None
+) -> dict[str, Any]:
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    if case.lora:
+        model = with_adapters(model)
+    zo_batch = None
+    if case.addax.get("method", "addax") in ("addax", "addax-wa"):
+        zo_batch = GLOBAL_BATCH["zo"] // args.world_size
+    trainer = AddaxTrainer(
+        model,
+        args,
+        AddaxArguments(per_device_zo_batch_size=zo_batch, **case.addax),
+        case.examples(),
+        processing_class=tiny_tokenizer(),
+    )
+    passes = record_passes(model)
+    if case.marked:
+        model.register_forward_hook(spoil_marked, with_kwargs=True)
+    with warnings() as lines:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(Path(args.output_dir) / "model"))
+    found = {
+        "log": [entry for entry in trainer.state.log_history if "g0" in entry or "loss" in entry],
+        "result": result.metrics,
+        "passes": passes,
+        "weights": gathered(trainer.model),
+        "warnings": lines,
+        "training": all(module.training for module in trainer.model.modules()),
+    }
+    if args.deepspeed:
+        trainer.model_wrapped.destroy()
+    return found
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(11)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0
+    )
+    # A random B: with the usual zeros the adapters' A would get no gradient in the first step.
+    config.init_lora_weights = False
+    return get_peft_model(model, config)
+
+
+def record_passes(model: nn.Module) -> list[dict[str, Any]]:
+    """Note what each forward pass is given, padding removed, and in which mode it runs."""
+    passes: list[dict[str, Any]] = []
+
+    def note(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        rows = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        passes.append({"rows": rows, "grad": torch.is_grad_enabled(), "train": module.training})
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return passes
+
+
+def spoil_marked(module: nn.Module, args: Any, inputs: dict[str, Any], output: Any) -> Any:
+    if (inputs["input_ids"] == MARKER).any():
+        output.logits = output.logits * torch.nan
+        if output.loss is not None:
+            output.loss = output.loss * torch.nan
+    return output
+
+
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """Collect the package's warnings."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: lines.append(entry.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("addax_ds")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    sharded = [p for p in parameters.values() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    for name in sys.argv[2:] or CASES:
+        found = run(name, folder, world_size, zero3=True)
+        torch.save(found, folder / f"{name}-zero3-{world_size}-rank{rank}.pt")
+    found = evaluate(folder, world_size, zero3=True)
+    torch.save(found, folder / f"evaluation-zero3-{world_size}-rank{rank}.pt")
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
