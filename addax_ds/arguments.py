@@ -63,6 +63,7 @@ DEMO_PRESET: dict[str, Any] = {
 
 # Any of these says that a launcher has started this process.
 _LAUNCHER_VARIABLES = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+_WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 @dataclass
@@ -348,7 +349,7 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(next((os.environ[name] for name in _WORLD_SIZE_VARIABLES if name in os.environ), 1))
 
 
 def _refuse_unsharded(count: int) -> None:

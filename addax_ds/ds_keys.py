@@ -185,7 +185,9 @@ DS_KEYS: dict[str, Rule] = {
     "torch_autocast.dtype": no_effect("Autocast is off."),
     "torch_autocast.lower_precision_safe_modules": no_effect("Autocast is off."),
     "data_types": works(),
-    "data_types.grad_accum_dtype": works("The dtype in which the update sees a gradient."),
+    "data_types.grad_accum_dtype": no_effect(
+        "An update sees the gradient in communication_data_type."
+    ),
     "data_types.param_dtype": works("DeepSpeed requires it to agree with bf16.enabled."),
     "data_types.buffer_dtype": works(),
     "data_types.keep_in_fp32_modules": works(),
@@ -202,7 +204,9 @@ DS_KEYS: dict[str, Rule] = {
     ),
     "checkpoint": works(),
     "checkpoint.tag_validation": works(),
-    "checkpoint.use_node_local_storage": works(),
+    "checkpoint.use_node_local_storage": only(
+        False, note="A resume looks for every rank's shards in one folder."
+    ),
     "checkpoint.checkpoint_serialization": works(),
     "checkpoint.load_universal": only(
         False, note="Universal checkpoints hold fp32 master weights, which Addax does not keep."

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Fine-tune as the arguments say; return what ``all_results.json`` holds."""
+    """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds."""
     model_args, data_args, addax_args, args = parse_arguments(argv)
     _set_up(args, model_args)
     with _all_ranks_or_none(args):
@@ -86,7 +86,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer = AddaxTrainer(
         source.load(torch.bfloat16 if args.bf16 else torch.float32),
         args,
-        addax_args,
+        settings,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import mul
 from typing import Any
 
 import torch
@@ -86,7 +87,12 @@ class Addax(torch.optim.Optimizer):
         index: number of the next step.
         track_norm: whether steps measure the norm of the first-order gradient, which costs one more
             read of it and one all-reduce.
+        zeroth_order_loss: mean of the two losses that `zeroth_order` measured last.
         report: what the last step did.
+
+    A first-order loss that is NaN or infinite must not reach ``backward()``, which would write it
+    into the weights: `AddaxTrainer` compares it over ranks first (`mean_over_ranks`) and leaves out
+    that part of the step (`skip_non_finite`).
 
     Args:
         params: parameters or parameter groups, as for any optimizer; a group may have its own
@@ -113,12 +119,11 @@ class Addax(torch.optim.Optimizer):
         seed: int = 0,
         rounding: Rounding = "stochastic",
     ) -> None:
-        _check("lr", lr, lr >= 0, ">= 0")
         _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
         _check("zo_eps", zo_eps, zo_eps > 0, "> 0")
-        _check("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
         _check("seed", seed, 0 <= seed < 1 << 64, "in [0, 2**64)")
         _check("rounding", rounding, rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
+        self._sharding: Sharding | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.alpha = alpha
         self.zo_eps = zo_eps
@@ -127,11 +132,10 @@ class Addax(torch.optim.Optimizer):
         self.index = 0
         self.track_norm = False
         self.report: StepReport | None = None
-        self._sharding: Sharding | None = None
+        self.zeroth_order_loss: float | None = None
         self._steps: list[Step] = []
         self._updated: set[int] = set()
-        self._norms: list[Tensor] = []
-        self._zeroth_order_loss: float | None = None
+        self._norms: list[tuple[int, Tensor]] = []
         self._non_finite_in_a_row = 0
         self._non_finite = False
 
@@ -174,7 +178,7 @@ class Addax(torch.optim.Optimizer):
         if not math.isfinite(g0):
             self.skip_non_finite(f"zeroth-order losses {loss_plus} and {loss_minus}")
             g0 = 0.0
-        self._zeroth_order_loss = (loss_plus + loss_minus) / 2
+        self.zeroth_order_loss = (loss_plus + loss_minus) / 2
         self._steps = [replace(step, g0=g0) for step in steps]
         return g0
 
@@ -199,7 +203,7 @@ class Addax(torch.optim.Optimizer):
         self.index += 1
         self._steps = []
         self._updated.clear()
-        self._zeroth_order_loss = None
+        self._norms.clear()
         if not self._non_finite:
             self._non_finite_in_a_row = 0
         self._non_finite = False
@@ -222,7 +226,8 @@ class Addax(torch.optim.Optimizer):
         self._begin_step()
         gradient = gradient[: shard.data.numel()]
         if self.track_norm:
-            self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            self._norms.append((shard.group, norm))
         self._update(shard, gradient)
 
     @torch.no_grad()
@@ -251,6 +256,7 @@ class Addax(torch.optim.Optimizer):
 
     def _new_steps(self) -> list[Step]:
         """One value per parameter group; the groups differ in lr and weight decay alone."""
+        self.sharding.check_unchanged()
         return [
             Step(
                 seed=self.seed,
@@ -291,29 +297,29 @@ class Addax(torch.optim.Optimizer):
             )
 
     def _make_report(self) -> StepReport:
-        step, gradient_norm = self._steps[0], self._gradient_norm()
-        first_order = step.lr * (1 - step.alpha)
+        step, norms = self._steps[0], self._gradient_norms()
+        lrs = [group.lr for group in self._steps]
+        sizes = [math.sqrt(elements) for elements in self.sharding.group_elements]
         return StepReport(
             g0=step.g0 if step.alpha > 0 else None,
-            zeroth_order_loss=self._zeroth_order_loss,
-            zeroth_order_norm=step.lr
-            * step.alpha
-            * abs(step.g0)
-            * math.sqrt(self.sharding.trainable_elements),
-            first_order_norm=None if gradient_norm is None else first_order * gradient_norm,
-            gradient_norm=gradient_norm,
+            zeroth_order_loss=self.zeroth_order_loss if step.alpha > 0 else None,
+            zeroth_order_norm=step.alpha * abs(step.g0) * math.hypot(*map(mul, lrs, sizes)),
+            first_order_norm=(1 - step.alpha) * math.hypot(*map(mul, lrs, norms))
+            if norms
+            else None,
+            gradient_norm=math.hypot(*norms) if norms else None,
         )
 
-    def _gradient_norm(self) -> float | None:
-        """Norm over all ranks' shards of the first-order gradients of this step."""
+    def _gradient_norms(self) -> list[float]:
+        """Norm of this step's first-order gradient over all ranks' shards, by parameter group."""
         if not self.track_norm:
-            return None
+            return []
         device = self.sharding.device
-        norms = torch.stack(self._norms) if self._norms else torch.zeros(1, device=device)
-        self._norms.clear()
-        total = norms.to(device, torch.float64).square().sum().reshape(1)
-        self.sharding.sum_over_ranks(total)
-        return math.sqrt(total.item())
+        squares = torch.zeros(len(self.param_groups), dtype=torch.float64, device=device)
+        for group, norm in self._norms:
+            squares[group] += norm.to(device, torch.float64).square()
+        self.sharding.sum_over_ranks(squares)
+        return squares.sqrt().tolist()
 
     # ---- binding and state ---------------------------------------------------------------------
 
@@ -331,14 +337,16 @@ class Addax(torch.optim.Optimizer):
         """Work on the shards of ``sharding`` from now on; `addax_ds.attach` calls this.
 
         Raises:
-            UserError: for fp16 weights, whose small gradients vanish without loss scaling.
+            UserError: for weights that are neither fp32 nor bf16; fp16 gradients need loss scaling.
         """
+        if self._sharding is not None:
+            self._sharding.detach()
         dtypes = {info.parameter.dtype for info in sharding.infos}
-        if torch.float16 in dtypes:
+        if dtypes - {torch.float32, torch.bfloat16}:
             raise UserError(
-                "Addax does not train fp16 weights: their gradients need loss scaling, and an "
-                "update applied during backward cannot be undone after an overflow; use bf16 or "
-                "fp32"
+                "Addax trains fp32 and bf16 weights, and these are "
+                f"{', '.join(sorted(map(str, dtypes)))}. fp16 gradients need loss scaling, and an "
+                "update applied during backward cannot be undone after an overflow: use bf16"
             )
         if torch.bfloat16 in dtypes and self.alpha > 0 and self.zo_eps < SMALLEST_BF16_ZO_EPS:
             logger.warning(
@@ -349,6 +357,19 @@ class Addax(torch.optim.Optimizer):
             )
         self._sharding = sharding
         sharding.attach(self._on_gradient)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with its own ``lr`` and ``weight_decay``, before the optimizer is attached.
+
+        Raises:
+            UserError: if it is attached, or a value lies outside its range.
+        """
+        if self._sharding is not None:
+            raise UserError("Addax: add parameter groups before the optimizer is attached")
+        super().add_param_group(param_group)
+        for name in ("lr", "weight_decay"):
+            value = self.param_groups[-1][name]
+            _check(name, value, value >= 0, ">= 0")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameter groups, the step index and the seed; there is nothing else."""

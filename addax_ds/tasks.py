@@ -70,17 +70,6 @@ class Task:
         return ChoiceRow(self.prompt(row.columns), candidates, label, row.origin)
 
 
-def find_task(name: str) -> Task:
-    """Return the task called ``name``.
-
-    Raises:
-        UserError: there is none; the message lists those that there are.
-    """
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}: choose from {', '.join(sorted(TASKS))}")
-    return TASKS[name]
-
-
 def partition(
     rows: Sequence[SourceRow], sizes: Mapping[str, int], seed: int
 ) -> dict[str, list[SourceRow]]:
@@ -135,5 +124,3 @@ SST2_DEMO = Task(
     candidates=lambda columns: (" terrible", " great"),
     label=lambda columns: columns["label"],
 )
-
-TASKS = {task.name: task for task in (SST2_DEMO,)}

@@ -56,7 +56,7 @@ class AddaxTrainer(Trainer):
         model: a causal language model; what it returns has ``logits``. The loss is their
             cross-entropy (`causal_loss`); a loss of the model's own is not used.
         args: Trainer's arguments; `addax_ds.training_arguments` says which fields work.
-        addax: the method and its hyperparameters.
+        addax: the method and its hyperparameters, or what `configure` made of them.
         train_dataset: tokenised examples (`addax_ds.data.encoding.encode`).
         eval_dataset: what ``evaluate`` scores, or a dict of such sets.
         processing_class: the tokenizer; saved with the model.
@@ -70,13 +70,13 @@ class AddaxTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        addax: AddaxArguments,
+        addax: AddaxArguments | AddaxSettings,
         train_dataset: Sequence[Example] | None = None,
         eval_dataset: EvaluationSet | dict[str, EvaluationSet] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        self.settings = configure(args, addax)
+        self.settings = addax if isinstance(addax, AddaxSettings) else configure(args, addax)
         self.partition: Partition | None = None
         self._steps: StepBatches | None = None
         self._pad_token_id = _pad_token_id(processing_class)
@@ -128,6 +128,13 @@ class AddaxTrainer(Trainer):
         if self.optimizer is None:
             model = model or self.model
             assert model is not None
+            has_bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+            if has_bf16 != self.args.bf16:
+                raise UserError(
+                    f"the model has {'' if has_bf16 else 'no '}bf16 weights, but bf16 is "
+                    f"{self.args.bf16} in the training arguments: load the model with the dtype "
+                    "that they ask for"
+                )
             self.optimizer = Addax(
                 [p for p in model.parameters() if p.requires_grad],
                 lr=self.args.learning_rate,
@@ -252,10 +259,8 @@ class AddaxTrainer(Trainer):
 
     def _scalar(self, loss: float | None) -> Tensor:
         """Return the loss that Trainer reports: the zeroth-order one if there is no other."""
-        if loss is None:
-            report = self.addax.report
-            loss = math.nan if report is None else report.zeroth_order_loss
-        return torch.tensor(math.nan if loss is None else loss, device=self.args.device)
+        reported = self.addax.zeroth_order_loss if loss is None else loss
+        return torch.tensor(reported, device=self.args.device)
 
 
 def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 
 from addax_ds import tasks
 from addax_ds.errors import UserError
-from addax_ds.tasks import SST2_DEMO, ChoiceRow, SourceRow, Task, find_task, partition
+from addax_ds.tasks import SST2_DEMO, ChoiceRow, SourceRow, Task, partition
 
 
 def is_installed(package: str) -> bool:
@@ -129,12 +129,6 @@ def test_task_turns_source_rows_into_choices():
 def test_label_without_a_candidate_is_refused(label):
     with pytest.raises(UserError, match=rf"toy, file line 7: label {label} "):
         choice_task(label).rows()
-
-
-def test_find_task():
-    assert find_task("sst2-demo") is SST2_DEMO
-    with pytest.raises(UserError, match=r"'sst3'.*sst2-demo"):
-        find_task("sst3")
 
 
 def test_missing_data_package_names_the_remedy():

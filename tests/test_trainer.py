@@ -196,6 +196,12 @@ def test_world_sizes_agree(results, name):
     assert distance(one["weights"], two["weights"]) <= 1e-4 * norm(one["weights"])
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_without_a_first_order_loss_the_zeroth_order_one_is_reported(results, topology):
+    (result, *_) = results[topology]["mezo"]
+    assert logged(result, "loss") == pytest.approx(logged(result, "zo_loss"), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_agree_to_the_bit(results, name):
     first, second = results["zero3-2"][name]

@@ -145,3 +145,11 @@ def test_a_model_that_ignores_the_number_of_targets_trains_like_any_other(tmp_pa
         logs.append(fit.state.log_history[0])
     assert logs[0]["fo_loss"] == logs[1]["fo_loss"]
     assert distance(gathered(plain), before) > 0
+
+
+def test_the_weights_have_the_type_that_the_arguments_ask_for(tmp_path):
+    with pytest.raises(addax_ds.UserError, match="no bf16 weights"):
+        trainer(tiny_model("opt"), tmp_path, bf16=True).train()
+    with pytest.raises(addax_ds.UserError, match="bf16 is False"):
+        trainer(tiny_model("opt", torch.bfloat16), tmp_path).train()
+    trainer(tiny_model("opt", torch.bfloat16), tmp_path, bf16=True).train()

@@ -184,3 +184,99 @@ def test_fp16_weights_are_refused():
     model = tiny_opt(dtype=torch.float16)
     with pytest.raises(addax_ds.UserError, match="fp16"):
         addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)
+
+
+class Nested(torch.nn.Module):
+    """Its lists hold a list, and a module that is read without being called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(8, 8)])])
+        self.tables = torch.nn.ModuleList([torch.nn.Embedding(4, 8)])
+
+    def forward(self, x: torch.Tensor, read_table: bool) -> torch.Tensor:
+        x = self.experts[0][0](x)
+        return (x + self.tables[0].weight[0] if read_table else x).square().mean()
+
+
+@pytest.mark.parametrize("read_table", [False, True])
+def test_lists_of_lists_are_perturbed_and_uncalled_blocks_are_named(read_table, caplog):
+    model, x = Nested(), torch.randn(3, 8)
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=1.0, zo_eps=1e-2, seed=3)
+    addax_ds.attach(optimizer, model)
+    g0 = optimizer.zeroth_order(lambda: model(x, read_table))
+    optimizer.step()
+    explicit = []
+    for sign in (1, -1):
+        other = Nested()
+        with torch.no_grad():
+            for n, p in other.experts.named_parameters(prefix="experts"):
+                p.add_(
+                    sign
+                    * torch.tensor(1e-2)
+                    * addax_ds.gaussian(3, 0, n, 0, p.numel()).view(p.shape)
+                )
+            explicit.append(other(x, read_table).item())
+    assert g0 == pytest.approx((explicit[0] - explicit[1]) / 2e-2, rel=1e-4)
+    optimizer.zeroth_order(lambda: model(x, read_table))
+    assert caplog.text.count("tables.0.weight") == 1
+
+
+def test_detach_gives_the_model_back():
+    model = tiny_opt()
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=0.0)
+    addax_ds.attach(optimizer, model)
+    sharding = addax_ds.attach(optimizer, model)  # a second time: no hook is left twice
+    before = trainable(model)
+    mean_loss(model, batches()[0][1]).backward()
+    optimizer.step()
+    assert distance(trainable(model), before) > 0
+    sharding.detach()
+    before = trainable(model)
+    mean_loss(model, batches()[0][1]).backward()
+    assert distance(trainable(model), before) == 0
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_freezing_after_attaching_is_an_error():
+    model, optimizer = build(CASES["tied"])
+    model.model.decoder.embed_tokens.weight.requires_grad_(False)
+    with pytest.raises(addax_ds.UserError, match="requires_grad"):
+        optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0]))
+
+
+def test_groups_are_added_before_attaching():
+    model, optimizer = build(CASES["tied"])
+    with pytest.raises(addax_ds.UserError, match="before the optimizer is attached"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    with pytest.raises(addax_ds.UserError, match="lr has to be >= 0"):
+        addax_ds.Addax([{"params": list(model.parameters()), "lr": -1.0}], lr=0.1)
+
+
+def test_norms_of_a_step_weigh_each_group_with_its_own_rate():
+    model = tiny_opt()
+    first, *others = model.parameters()
+    groups = [{"params": [first], "lr": 0.0}, {"params": others, "lr": 0.5}]
+    optimizer = addax_ds.Addax(groups, lr=0.1, alpha=0.25, zo_eps=1e-3, seed=1)
+    addax_ds.attach(optimizer, model)
+    optimizer.track_norm = True
+    long, short = batches()[0]
+    plain = tiny_opt()
+    mean_loss(plain, short).backward()
+    g0 = optimizer.zeroth_order(lambda: mean_loss(model, long))
+    mean_loss(model, short).backward()
+    optimizer.step()
+    squares = [p.grad.double().square().sum().item() for p in plain.parameters()]
+    elements = sum(p.numel() for p in others)
+    assert optimizer.report.gradient_norm == pytest.approx(sum(squares) ** 0.5, rel=1e-4)
+    assert optimizer.report.first_order_norm == pytest.approx(
+        0.5 * 0.75 * sum(squares[1:]) ** 0.5, rel=1e-4
+    )
+    assert optimizer.report.zeroth_order_norm == pytest.approx(0.5 * 0.25 * abs(g0) * elements**0.5)
+
+
+def test_float64_weights_are_refused():
+    model = tiny_opt().double()
+    with pytest.raises(addax_ds.UserError, match="float64"):
+        addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)

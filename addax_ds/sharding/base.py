@@ -65,7 +65,27 @@ class Sharding(ABC):
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
         self.infos = describe_parameters(model, param_groups, self.full_shape)
-        self.trainable_elements = sum(self.full_shape(i.parameter).numel() for i in self.infos)
+        self.group_elements = [0] * len(param_groups)
+        for info in self.infos:
+            self.group_elements[info.group] += self.full_shape(info.parameter).numel()
+        self._held = [(p, p.requires_grad) for group in param_groups for p in group["params"]]
+
+    @property
+    def trainable_elements(self) -> int:
+        """Number of trainable elements of the whole model."""
+        return sum(self.group_elements)
+
+    def check_unchanged(self) -> None:
+        """Check that no parameter was frozen or unfrozen since the optimizer was bound.
+
+        Raises:
+            UserError: if one was; it would be updated, or left alone, in silence.
+        """
+        if any(p.requires_grad != trainable for p, trainable in self._held):
+            raise UserError(
+                "requires_grad of a parameter has changed since the optimizer was attached: freeze "
+                "and unfreeze before, or make a new optimizer"
+            )
 
     @staticmethod
     def full_shape(parameter: Tensor) -> torch.Size:
@@ -87,6 +107,10 @@ class Sharding(ABC):
     @abstractmethod
     def attach(self, on_gradient: OnGradient) -> None:
         """Call ``on_gradient`` for each reduced gradient shard as soon as it exists."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Remove every hook and wrapper from the model and its parameters."""
 
     @abstractmethod
     def finish_step(self) -> None:

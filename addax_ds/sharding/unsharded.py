@@ -7,6 +7,7 @@ blocks, and what blocks share, is perturbed for the whole pass. So the extra mem
 plus the embeddings, and a module may read any parameter of its own block.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -22,8 +23,10 @@ from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sh
 if TYPE_CHECKING:
     from addax_ds.optimizer import Addax
 
+logger = logging.getLogger(__name__)
 
-def attach(optimizer: "Addax", model: nn.Module) -> None:
+
+def attach(optimizer: "Addax", model: nn.Module) -> Sharding:
     """Let an optimizer work on a plain model in one process.
 
     Afterwards ``loss.backward()`` updates the weights as it goes, and ``model`` sees perturbed
@@ -33,15 +36,21 @@ def attach(optimizer: "Addax", model: nn.Module) -> None:
         optimizer: built from the parameters of ``model``.
         model: the model, not wrapped by an engine.
 
+    Returns:
+        The back end; its ``detach()`` gives the model back as it was.
+
     Raises:
-        UserError: if several ranks are running, or the optimizer's parameters are not the model's.
+        UserError: if several ranks are running, the optimizer's parameters are not the model's, or
+            one is not contiguous.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UserError(
             f"addax_ds.attach serves one process, but {dist.get_world_size()} ranks are running "
             'and would drift apart: use deepspeed.initialize with the optimizer type "Addax"'
         )
-    optimizer.bind(Unsharded(model, optimizer.param_groups))
+    sharding = Unsharded(model, optimizer.param_groups)
+    optimizer.bind(sharding)
+    return sharding
 
 
 class Unsharded(Sharding):
@@ -49,6 +58,10 @@ class Unsharded(Sharding):
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         super().__init__(model, param_groups)
+        for info in self.infos:
+            if not info.parameter.is_contiguous():
+                raise UserError(f"{info.name} is not contiguous: call .contiguous() on its data")
+        self._warned_of_blocks = False
         self._blocks, self._outside = _split_into_blocks(model, self.infos)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -61,15 +74,17 @@ class Unsharded(Sharding):
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
         swapped: dict[nn.Parameter, Tensor] = {}
+        ran: set[nn.Module] = set()
         hooks = []
         try:
             for block, infos in self._blocks:
-                enter = partial(_swap_in, infos, perturb, swapped)
+                enter = partial(_enter_block, infos, perturb, swapped, ran)
                 leave = partial(_swap_out, infos, swapped)
                 hooks.append(block.register_forward_pre_hook(enter))
                 hooks.append(block.register_forward_hook(leave, always_call=True))
             _swap_in(self._outside, perturb, swapped)
             yield
+            self._warn_of_unseen_blocks(ran)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -78,16 +93,15 @@ class Unsharded(Sharding):
     def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
         def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
-            on_gradient(_shard(info), parameter.grad.reshape(-1))
-            parameter.grad = None
+            gradient, parameter.grad = parameter.grad, None
+            on_gradient(_shard(info), gradient.reshape(-1))
 
         self.detach()
         for info in self.infos:
             handle = info.parameter.register_post_accumulate_grad_hook(partial(hook, info))
             self._hooks.append(handle)
 
-    def detach(self) -> None:
-        """Remove the hooks that `attach` put on the parameters."""
+    def detach(self) -> None:  # noqa: D102
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -104,6 +118,17 @@ class Unsharded(Sharding):
 
     def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
         pass
+
+    def _warn_of_unseen_blocks(self, ran: set[nn.Module]) -> None:
+        """Warn, once, of blocks that no pass went through: what read them read them unperturbed."""
+        unseen = [infos[0].name for block, infos in self._blocks if infos and block not in ran]
+        if unseen and not self._warned_of_blocks:
+            self._warned_of_blocks = True
+            logger.warning(
+                "the forward pass did not call the modules of %s: their weights were not perturbed "
+                "and, if something else reads them, g0 does not account for them",
+                ", ".join(unseen),
+            )
 
 
 def _shard(info: ParameterInfo) -> Shard:
@@ -136,10 +161,15 @@ def _split_into_blocks(
 
 def _outermost_list_elements(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
+        if isinstance(module, nn.ModuleList) and _is_called(child):
+            yield child
         else:
             yield from _outermost_list_elements(child)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Containers such as a nested ``ModuleList`` have no ``forward`` that hooks could follow."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
@@ -151,8 +181,20 @@ def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Par
     return own
 
 
+def _enter_block(
+    infos: list[ParameterInfo],
+    perturb: Perturb,
+    swapped: dict[nn.Parameter, Tensor],
+    ran: set[nn.Module],
+    block: nn.Module,
+    *_: Any,
+) -> None:
+    ran.add(block)
+    _swap_in(infos, perturb, swapped)
+
+
 def _swap_in(
-    infos: list[ParameterInfo], perturb: Perturb, swapped: dict[nn.Parameter, Tensor], *_: Any
+    infos: list[ParameterInfo], perturb: Perturb, swapped: dict[nn.Parameter, Tensor]
 ) -> None:
     for info in infos:
         if info.parameter not in swapped:

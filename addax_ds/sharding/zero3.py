@@ -71,6 +71,9 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         """Apply the step to each shard whose gradient a bucket's reduce-scatter delivered."""
         for parameter, gradient in zip(params_to_release, grad_partitions, strict=True):
             self.sharding.deliver(parameter, gradient)
+            if parameter.grad is not None and not get_accelerator().is_synchronized_device():
+                # A gradient too large for the bucket is read where it lies, on this stream.
+                parameter.grad.record_stream(get_accelerator().current_stream())
             parameter.grad = None
 
     def step(self, closure: None = None) -> None:
@@ -78,6 +81,11 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self._pre_step()
         self._global_grad_norm = 0.0
         self.optimizer.step(closure)
+
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks and ours."""
+        self.sharding.detach()
+        super().destroy()
 
     # Nothing but hyperparameters is in the base optimizer, so checkpoints leave its groups alone.
     def _set_fp32_optimizer_param_groups(self) -> None:
@@ -101,11 +109,14 @@ class Zero3Sharding(Sharding):
         self._forward_coordinator = _new_coordinator(zero.parameter_offload)
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
         # parameters are wrapped, trainable ones alone are perturbed.
+        self._gathers: list[tuple[Any, Callable, Callable]] = []
         for parameter in zero.module.parameters():
-            parameter.all_gather_coalesced = self._gather_perturbed(parameter.all_gather_coalesced)
-            parameter.all_gather = self._gather_perturbed(parameter.all_gather, parameter)
+            coalesced, single = parameter.all_gather_coalesced, parameter.all_gather
+            self._gathers.append((parameter, coalesced, single))
+            parameter.all_gather_coalesced = self._gather_perturbed(coalesced)
+            parameter.all_gather = self._gather_perturbed(single, parameter)
         # Before DeepSpeed's own hooks, which would fetch them module by module.
-        zero.module.register_forward_pre_hook(self._gather_persistent, prepend=True)
+        self._hook = zero.module.register_forward_pre_hook(self._gather_persistent, prepend=True)
 
     @staticmethod
     def full_shape(parameter: Any) -> torch.Size:  # noqa: D102
@@ -131,6 +142,14 @@ class Zero3Sharding(Sharding):
     def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
         self._on_gradient = on_gradient
 
+    def detach(self) -> None:  # noqa: D102
+        self._hook.remove()
+        for parameter, coalesced, single in self._gathers:
+            parameter.all_gather_coalesced = coalesced
+            parameter.all_gather = single
+        self._gathers.clear()
+        self._on_gradient = None
+
     def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Hand over a reduced gradient partition, which may be padded or padding alone."""
         assert self._on_gradient is not None
@@ -140,6 +159,12 @@ class Zero3Sharding(Sharding):
 
     def finish_step(self) -> None:  # noqa: D102
         self._partition_all()  # what is still gathered is from before the update
+        if not get_accelerator().resolves_data_dependency():
+            # The update of shards without a gradient ran on the current stream, and DeepSpeed lets
+            # no gather wait for that one.
+            offload = self._zero.parameter_offload
+            gather_stream = getattr(offload, _mangled(type(offload), "__allgather_stream"))
+            gather_stream.wait_stream(get_accelerator().current_stream())
 
     def step_without_backward(self) -> None:  # noqa: D102
         self.engine.step()
