@@ -1,15 +1,29 @@
 """The two operations on slices of a parameter that everything else is made of.
 
 `gaussian` fills a slice with z; `fused` perturbs and updates. `reference` defines them in plain
-torch.
+torch; `cpu` (C++) and `gpu` (Triton) compute the same bits faster. Which one runs follows the
+device of the tensors; the environment variable ``ADDAX_KERNELS``, ``reference``, ``cpp`` or
+``triton``, forces one.
 """
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from addax_ds.errors import UserError
 from addax_ds.kernels import reference
 from addax_ds.kernels.operation import Draw
+
+logger = logging.getLogger(__name__)
+
+_MODULES = {"reference": "reference", "cpp": "cpu", "triton": "gpu"}
 
 
 @torch.no_grad()
@@ -21,7 +35,9 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
         draw: which z.
         start: flat index of the slice's first element in the unsharded parameter.
     """
-    reference.gaussian(out, draw, start)
+    assert out.dtype == torch.float32
+    assert out.is_contiguous()
+    implementation(out.device.type).gaussian(out, draw, start)
 
 
 @torch.no_grad()
@@ -40,13 +56,14 @@ def fused(
 
     Computed in fp32 in exactly this order without fused multiply-add, with the coefficients rounded
     to fp32 first, and rounded once to the type of the weights. A term whose coefficient is 0 (for
-    ``c0``: 1) is left out.
+    ``c0``: 1) is left out. Every NaN comes out as the same one, positive, quiet and without
+    payload.
 
     Args:
         out: flat tensor like ``weight``, and possibly ``weight`` itself.
         weight: flat, contiguous; fp32, bf16 or fp16.
-        gradient: flat, as long as ``weight``, fp32 or of the weights' type; None for none. It is
-            moved to the weights' device if it is elsewhere.
+        gradient: flat, contiguous, as long as ``weight``, of any floating type; None for none. It
+            is moved to the weights' device if it is elsewhere.
         draw: which z and rounding bits.
         start: flat index of the slice's first element in the unsharded parameter.
         c0: coefficient of the weight.
@@ -55,6 +72,77 @@ def fused(
         stochastic: round stochastically instead of to nearest; bf16 only.
     """
     c0, c1, c2 = (float(np.float32(c)) for c in (c0, c1, c2))
+    tensors = [out, weight]
+    if c1 == 0.0:
+        gradient = None
     if gradient is not None:
-        gradient = None if c1 == 0.0 else gradient.to(weight.device)
-    reference.fused(out, weight, gradient, draw, start, c0, c1, c2, stochastic)
+        dtype = weight.dtype if gradient.dtype == weight.dtype else torch.float32
+        gradient = gradient.to(weight.device, dtype)
+        tensors.append(gradient)
+    assert all(t.is_contiguous() and t.numel() == weight.numel() for t in tensors)
+    assert out.dtype == weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    assert out.device == weight.device
+    assert not stochastic or weight.dtype == torch.bfloat16
+    chosen = implementation(weight.device.type)
+    chosen.fused(out, weight, gradient, draw, start, c0, c1, c2, stochastic)
+
+
+@functools.cache
+def implementation(device_type: str) -> ModuleType:
+    """Return the module whose kernels serve a type of device, chosen at the first call.
+
+    Raises:
+        UserError: ``ADDAX_KERNELS`` is unknown, or names what cannot run here.
+    """
+    forced = os.environ.get("ADDAX_KERNELS")
+    if forced and forced not in _MODULES:
+        raise UserError(f"ADDAX_KERNELS is {forced!r}; it must be one of {', '.join(_MODULES)}")
+    name = forced or {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
+    obstacle = _obstacle(name, device_type)
+    if obstacle is not None and forced:
+        raise UserError(
+            f"ADDAX_KERNELS={forced} cannot serve {device_type} tensors here: {obstacle}. Mend "
+            "that, or unset the variable"
+        )
+    if obstacle is not None:
+        logger.warning(
+            "Falling back to the slow kernels in plain torch, which ADDAX_KERNELS=reference asks "
+            "for without this warning: %s",
+            obstacle,
+        )
+        name = "reference"
+    logger.info("Kernels for %s tensors: %s", device_type, name)
+    return _module(name)
+
+
+def _obstacle(name: str, device_type: str) -> str | None:
+    """Say why an implementation cannot serve a type of device, or None."""
+    if name == "cpp" and device_type != "cpu":
+        return "the C++ kernels run on a CPU"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if name == "triton" and device_type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return "the Triton kernels run on a GPU, or anywhere under TRITON_INTERPRET=1"
+    try:
+        if name == "reference" or _agrees(_module(name), device_type):
+            return None
+    except Exception as error:  # compilers fail in many ways
+        return f"{type(error).__name__}: {error}"
+    return f"the {name} kernels compute other bits than the reference on this machine"
+
+
+def _agrees(module: ModuleType, device_type: str) -> bool:
+    """Whether an implementation computes what the reference computes on the CPU."""
+    draw, start, results = Draw(1, 2, 3), 5, []
+    for kernels, device in ((reference, "cpu"), (module, device_type)):
+        z = torch.empty(4096, dtype=torch.float32, device=device)
+        kernels.gaussian(z, draw, start)
+        weight = z.bfloat16()
+        weight.view(torch.int16)[0] = -1  # a NaN with sign and payload
+        kernels.fused(weight, weight, z, draw, start, 0.875, 0.5, 0.25, True)
+        results.append((z.cpu(), weight.view(torch.int16).cpu()))
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"addax_ds.kernels.{_MODULES[name]}")

@@ -8,6 +8,8 @@ bit-identical on every device that rounds as IEEE 754 asks.
 Source of the generator: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,10 +80,12 @@ def fused(
             value.mul_(c0)
         if decrement is not None:
             value.sub_(decrement)
+        nans = value.isnan()
         if stochastic:
             words = random_words(draw, first, count, STREAM_ROUNDING, device)
             value = _round_stochastically(value, rounding_bits(words, first, count))
-        out[low:high] = value
+        # Processors differ in the NaN that they make, and torch's conversions in the one they keep.
+        out[low:high] = value.to(out.dtype).masked_fill_(nans, math.nan)
 
 
 def chunks(start: int, count: int, device: torch.device) -> list[tuple[int, int, int]]:
@@ -196,10 +200,12 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 def _round_stochastically(value: Tensor, bits: Tensor) -> Tensor:
     """Round fp32 to bf16, up with the probability that the dropped bits stand for.
 
+    What becomes of a NaN is undefined.
+
     Args:
         value: fp32 tensor.
         bits: int32 tensor of the same shape, uniform in [0, 2**16).
     """
-    # Adding to the 16 bits about to be dropped carries with just that probability. A NaN stays one.
+    # Adding to the 16 bits about to be dropped carries with just that probability.
     rounded = (value.view(torch.int32) + bits).bitwise_right_shift_(16).to(torch.int16)
-    return torch.where(value.isnan(), value.to(torch.bfloat16), rounded.view(torch.bfloat16))
+    return rounded.view(torch.bfloat16)

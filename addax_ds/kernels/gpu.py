@@ -1,0 +1,266 @@
+"""The kernels in Triton. Not run on a GPU.
+
+What has been tested: under Triton's interpreter they compute the bits of `reference`, and compiled
+for compute capability 9.0 they hold no fused multiply-add and a correctly rounded square root. The
+interpreter cannot see either, and by Triton's defaults multiply and add are fused.
+
+bf16 tensors travel as int16.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw
+
+OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+"""What the kernels must be compiled with; fusion would change the bits of z."""
+
+_TILE = 128
+_LANES = 16
+# Counters of a program, eight elements each. The interpreter wants few programs.
+BLOCK = 1 << 11 if triton.knobs.runtime.interpret else 1 << 9
+
+
+def gaussian(out: Tensor, draw: Draw, start: int) -> None:
+    """See `addax_ds.kernels.gaussian`."""
+    if out.numel() == 0:
+        return
+    with _device(out):
+        gaussian_kernel[_grid(start, out.numel())](
+            out, *_slice(start, out.numel()), *_counter(draw, STREAM_Z), BLOCK, **OPTIONS
+        )
+
+
+def fused(
+    out: Tensor,
+    weight: Tensor,
+    gradient: Tensor | None,
+    draw: Draw,
+    start: int,
+    c0: float,
+    c1: float,
+    c2: float,
+    stochastic: bool,
+) -> None:
+    """See `addax_ds.kernels.fused`."""
+    if weight.numel() == 0:
+        return
+    with _device(weight):
+        fused_kernel[_grid(start, weight.numel())](
+            _as_integers(out),
+            _as_integers(weight),
+            None if gradient is None else _as_integers(gradient),
+            *(c0, c1, c2),
+            *_slice(start, weight.numel()),
+            *_counter(draw, STREAM_Z),
+            *(STREAM_ROUNDING, c2 != 0.0, stochastic, BLOCK),
+            **OPTIONS,
+        )
+
+
+def _device(tensor: Tensor) -> torch.cuda.device | nullcontext:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _grid(start: int, count: int) -> tuple[int]:
+    tiles = (start + count - 1) // _TILE - start // _TILE + 1
+    return (triton.cdiv(tiles * _LANES, BLOCK),)
+
+
+def _slice(start: int, count: int) -> tuple[int, int, int]:
+    """First tile, elements of it before the slice, elements of the slice."""
+    return start // _TILE, start % _TILE, count
+
+
+def _counter(draw: Draw, stream: int) -> tuple[int, ...]:
+    """Seed (low, high) and the counter's words from the second on.
+
+    As signed integers of 32 bits, since Triton compiles anew for every type of integer.
+    """
+    words = (draw.seed, draw.seed >> 32, draw.parameter_id, draw.step, draw.probe << 1 | stream)
+    return tuple((word + (1 << 31)) % (1 << 32) - (1 << 31) for word in words)
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+_SCALARS = (
+    *("c0", "c1", "c2", "first_tile", "skipped", "count"),
+    *("seed_low", "seed_high", "parameter_id", "step", "probe_and_stream"),
+)
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def gaussian_kernel(
+    out: tl.tensor,
+    first_tile: tl.tensor,
+    skipped: tl.tensor,
+    count: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    parameter_id: tl.tensor,
+    step: tl.tensor,
+    probe_and_stream: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Fill a slice with z; see `_slice` and `_counter` for the arguments."""
+    local = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = (local // 16) * 128 + local % 16 - skipped
+    words = _words(local, first_tile, seed_low, seed_high, parameter_id, step, probe_and_stream)
+    for i in tl.static_range(4):
+        even, odd = _normals(words[i])
+        first = element + 32 * i
+        second = first + 16
+        tl.store(out + first, even, mask=(first >= 0) & (first < count))
+        tl.store(out + second, odd, mask=(second >= 0) & (second < count))
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def fused_kernel(
+    out: tl.tensor,
+    weight: tl.tensor,
+    gradient: tl.tensor | None,
+    c0: tl.tensor,
+    c1: tl.tensor,
+    c2: tl.tensor,
+    first_tile: tl.tensor,
+    skipped: tl.tensor,
+    count: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    parameter_id: tl.tensor,
+    step: tl.tensor,
+    probe_and_stream: tl.tensor,
+    STREAM_ROUNDING: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """``out = weight * c0 - (gradient * c1 + z * c2)``; see `_slice` and `_counter`."""
+    local = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = (local // 16) * 128 + local % 16 - skipped
+    z_words = _words(local, first_tile, seed_low, seed_high, parameter_id, step, probe_and_stream)
+    random_words = _words(
+        local,
+        first_tile,
+        seed_low,
+        seed_high,
+        parameter_id,
+        step,
+        probe_and_stream | STREAM_ROUNDING,
+    )
+    for i in tl.static_range(4):
+        even, odd = _normals(z_words[i])
+        for half in tl.static_range(2):
+            at = element + 32 * i + 16 * half
+            mask = (at >= 0) & (at < count)
+            value = _widen(tl.load(weight + at, mask=mask, other=0)) * c0
+            if gradient is not None:
+                decrement = _widen(tl.load(gradient + at, mask=mask, other=0)) * c1
+                if HAS_Z:
+                    decrement = decrement + (odd if half else even) * c2
+                value = value - decrement
+            elif HAS_Z:
+                value = value - (odd if half else even) * c2
+            bits = _with_canonical_nan(value)
+            if STOCHASTIC:
+                # Adding to the 16 bits about to be dropped carries with just the probability that
+                # they stand for.
+                random = (random_words[i] >> 16) if half else (random_words[i] & 0xFFFF)
+                rounded = ((bits + random) >> 16).to(tl.int16)
+            else:
+                rounded = _narrow(bits, out.dtype.element_ty)
+            tl.store(out + at, rounded, mask=mask)
+
+
+@triton.jit
+def _words(
+    local: tl.tensor,
+    first_tile: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    parameter_id: tl.tensor,
+    step: tl.tensor,
+    probe_and_stream: tl.tensor,
+) -> tl.tuple:
+    """The Philox words of counters: four blocks of uint32."""
+    c0 = (local + first_tile.to(tl.int64) * 16).to(tl.uint32)
+    low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
+    c1 = parameter_id.to(tl.uint32, bitcast=True)
+    c2 = step.to(tl.uint32, bitcast=True)
+    c3 = probe_and_stream.to(tl.uint32, bitcast=True)
+    return tl.philox(seed, c0, c1, c2, c3)
+
+
+@triton.jit
+def _normals(word: tl.tensor) -> tl.tuple:
+    """The normals of an even row (cosine half) and of the odd row after it."""
+    angle = (((word >> 16) << 18) | (1 << 17)).to(tl.int32, bitcast=True)
+    theta = angle.to(tl.float32) * 3.6572951981930078e-10  # pi / 4 over 2**31
+    square = theta * theta
+    sine = (square * 0.008151647634804249 - 0.16662481427192688) * square + 0.9999985694885254
+    sine = sine * theta
+    cosine = (square * -0.001358591951429844 + 0.041655026376247406) * square - 0.4999985694885254
+    cosine = cosine * square + 1.0
+    radius = _radius(word)
+    even = ((cosine - sine) * radius).to(tl.uint32, bitcast=True) ^ (word & 0x80000000)
+    odd = ((cosine + sine) * radius).to(tl.uint32, bitcast=True) ^ ((word << 1) & 0x80000000)
+    return even.to(tl.float32, bitcast=True), odd.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _radius(word: tl.tensor) -> tl.tensor:
+    n = (((word & 0xFFFF) << 1) | 1).to(tl.int32, bitcast=True).to(tl.float32)
+    bits = n.to(tl.int32, bitcast=True)
+    exponent = (bits - (0x3F3504F3 + (17 << 23))) >> 23
+    x = (bits - ((exponent + 17) << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = x * -0.11896100640296936 + 0.18667858839035034
+    p = p * x - 0.2049633264541626
+    p = p * x + 0.24909743666648865
+    p = p * x - 0.3331450819969177
+    p = p * x + 0.500011146068573
+    p = p * x - 1.0000009536743164
+    return tl.sqrt_rn(p * x - exponent.to(tl.float32) * 0.6931471805599453)
+
+
+@triton.jit
+def _widen(value: tl.tensor) -> tl.tensor:
+    if value.dtype == tl.int16:
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def _with_canonical_nan(value: tl.tensor) -> tl.tensor:
+    """The bits of fp32 as uint32, where every NaN is the same."""
+    return tl.where(value != value, 0x7FC00000, value.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def _narrow(bits: tl.tensor, to: tl.constexpr) -> tl.tensor:
+    """Round the bits of fp32 to the nearest of a type; int16 stands for bf16.
+
+    In integers, since a conversion by hardware may return another NaN.
+    """
+    if to == tl.int16:
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    elif to == tl.float16:
+        magnitude = bits & 0x7FFFFFFF
+        # Normal range: rebias the exponent and round; 65520 and above carry into infinity.
+        capped = tl.minimum(magnitude, 0x47800000)
+        normal = (capped - 0x38000000 + 0xFFF + ((capped >> 13) & 1)) >> 13
+        # Below 2^-14: adding 1/2 puts the unit of fp16 subnormals, 2^-24, at the sum's last bit.
+        half = (magnitude.to(tl.float32, bitcast=True) + 0.5).to(tl.uint32, bitcast=True)
+        rounded = tl.where(magnitude < 0x38800000, half - 0x3F000000, normal)
+        rounded = tl.where(magnitude > 0x7F800000, 0x7E00, rounded) | ((bits >> 16) & 0x8000)
+        return rounded.to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        return bits.to(tl.float32, bitcast=True)

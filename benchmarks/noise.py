@@ -1,0 +1,201 @@
+"""Speed of the kernels on a CPU, beside torch.normal + add_ and a plain copy.
+
+The contenders take turns, round after round, so that a busy spell of the machine meets them all;
+medians and quartiles over the rounds are reported, and how busy the machine was. Column "x" is the
+speed relative to torch.normal + add_ on bf16 weights with one thread, by wall-clock time and, for a
+machine that others use too, by CPU time summed over threads.
+
+    OMP_NUM_THREADS=2 python benchmarks/noise.py --output noise.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import addax_ds
+from addax_ds.kernels import cpu, reference
+from addax_ds.kernels.operation import Draw
+
+DRAW = Draw(seed=1, step=2, parameter_id=3)
+START = 5  # not at the border of a tile
+C = 1e-9  # small, since the weights are updated over and over
+
+# By operation and implementation.
+Contenders = dict[tuple[str, str], Callable[[], object]]
+# Wall and CPU seconds of each round, by operation, implementation and number of threads.
+Timings = dict[tuple[str, str, int], list[tuple[float, float]]]
+
+
+def contenders(elements: int) -> tuple[Contenders, dict[str, int]]:
+    """Return calls by (operation, implementation), and bytes moved per element by operation."""
+    weight = torch.randn(elements).mul_(0.02).bfloat16()
+    out = torch.empty_like(weight)
+    gradient = torch.randn(elements)
+    narrow_gradient = gradient.bfloat16()
+    z = torch.empty(elements)
+
+    def torch_perturb() -> None:
+        noise = torch.normal(0.0, 1.0, size=weight.shape, dtype=weight.dtype)
+        weight.add_(noise, alpha=C)
+
+    def torch_update() -> None:
+        weight.add_(narrow_gradient, alpha=C)
+        torch_perturb()
+
+    calls: Contenders = {
+        ("copy bf16", "torch"): lambda: out.copy_(weight),
+        ("gaussian fp32", "torch"): lambda: torch.normal(0.0, 1.0, size=(elements,), out=z),
+        ("perturb bf16", "torch"): torch_perturb,
+        ("update bf16", "torch"): torch_update,
+    }
+    for name, kernels in (("reference", reference), ("cpp", cpu)):
+        update = partial(kernels.fused, weight, weight)
+        calls |= {
+            ("gaussian fp32", name): partial(kernels.gaussian, z, DRAW, START),
+            ("perturb bf16", name): partial(
+                kernels.fused, out, weight, None, DRAW, START, 1.0, 0.0, C, False
+            ),
+            ("update bf16", name): partial(update, narrow_gradient, DRAW, START, 1.0, C, C, True),
+            ("update bf16, fp32 gradient", name): partial(
+                update, gradient, DRAW, START, 1.0, C, C, True
+            ),
+        }
+    moved = {
+        "copy bf16": 4,
+        "gaussian fp32": 4,
+        "perturb bf16": 4,
+        "update bf16": 6,
+        "update bf16, fp32 gradient": 8,
+    }
+    return calls, moved
+
+
+def measure(calls: Contenders, threads: list[int], rounds: int) -> Timings:
+    """Time every call in every round, the reference on one thread only."""
+    seconds: Timings = {}
+    for turn in range(rounds + 1):
+        for (operation, name), call in calls.items():
+            for number in threads:
+                if name == "reference" and number > 1:
+                    continue
+                torch.set_num_threads(number)
+                cpu_before, before = time.process_time(), time.perf_counter()
+                call()
+                wall, cpu_seconds = time.perf_counter() - before, time.process_time() - cpu_before
+                if turn > 0:  # the first one warms up
+                    timings = seconds.setdefault((operation, name, number), [])
+                    timings.append((wall, cpu_seconds))
+    return seconds
+
+
+def summarise(seconds: Timings, elements: int, moved: dict[str, int]) -> list[dict]:
+    """One row a contender, compared with torch.normal + add_ on one thread."""
+    rows: list[dict] = []
+    for (operation, name, number), timings in seconds.items():
+        wall = [w for w, _ in timings]
+        low, median, high = statistics.quantiles(wall, n=4)
+        cpu_median = statistics.median(c for _, c in timings)
+        rows.append(
+            {
+                "operation": operation,
+                "implementation": name,
+                "threads": number,
+                "seconds": {"median": median, "quartiles": [low, high], "best": min(wall)},
+                "cpu_seconds_median": cpu_median,
+                "elements_per_second": elements / median,
+                "elements_per_cpu_second": elements / cpu_median,
+                "gigabytes_per_second": elements * moved[operation] / median / 1e9,
+            }
+        )
+    baseline = next(
+        row
+        for row in rows
+        if (row["operation"], row["implementation"], row["threads"]) == ("perturb bf16", "torch", 1)
+    )
+    for row in rows:
+        row["times_normal_and_add"] = baseline["seconds"]["median"] / row["seconds"]["median"]
+        row["times_normal_and_add_by_cpu_time"] = (
+            baseline["cpu_seconds_median"] / row["cpu_seconds_median"]
+        )
+    return rows
+
+
+def circumstances() -> dict:
+    """What the numbers depend on besides the code."""
+    model = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    return {
+        "processor": model[0] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "lanes": cpu.load().addax_lanes(),
+        "compiler": cpu.compiler_version().splitlines()[0],
+        "flags": list(cpu.FLAGS),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "addax_ds": addax_ds.__version__,
+        "commit": commit.stdout.strip() or None,
+        "uncommitted_changes": bool(changes.stdout.strip()),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    head = "operation, implementation, threads, G elements/s, quartiles, GB/s, x, x by CPU time"
+    columns = head.split(", ")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        elements = row["elements_per_second"] * row["seconds"]["median"]
+        low, high = (elements / t / 1e9 for t in reversed(row["seconds"]["quartiles"]))
+        lines.append(
+            f"| {row['operation']} | {row['implementation']} | {row['threads']} "
+            f"| {row['elements_per_second'] / 1e9:.2f} | {low:.2f} to {high:.2f} "
+            f"| {row['gigabytes_per_second']:.1f} | {row['times_normal_and_add']:.1f} "
+            f"| {row['times_normal_and_add_by_cpu_time']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, default=1 << 24, help="length of every tensor")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, at least 2")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="must include 1")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2 or 1 not in arguments.threads:
+        parser.error("--rounds must be 2 or more, and --threads must include 1")
+
+    load_before = os.getloadavg()
+    calls, moved = contenders(arguments.elements)
+    seconds = measure(calls, arguments.threads, arguments.rounds)
+    rows = summarise(seconds, arguments.elements, moved)
+    result = {
+        "configuration": {k: v for k, v in vars(arguments).items() if k != "output"},
+        "circumstances": circumstances(),
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "results": rows,
+    }
+    print(table(rows))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
