@@ -130,7 +130,8 @@ class _ModelSource:
         try:
             config = AutoConfig.from_pretrained(path, **options)
         except (OSError, ValueError) as error:
-            raise UserError(f"--model_name_or_path {path}: {error}") from error
+            missing = "" if Path(path).exists() else "there is no such folder, nor a hub's model: "
+            raise UserError(f"--model_name_or_path {path}: {missing}{error}") from error
         return cls(
             path,
             label or path,
