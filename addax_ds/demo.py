@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from addax_ds.cache import cache_folder
 from addax_ds.errors import UserError
 
 MODEL_LABEL = "SmolLM2-135M-Instruct, dequantised from Q4_1"
@@ -44,7 +45,7 @@ def model_folder(cache_dir: str | Path | None = None) -> Path:
     source = _gguf_file()
     if importlib.util.find_spec("gguf") is None:
         raise UserError("the demo's model needs the package gguf: run `pip install gguf`")
-    cache = Path(cache_dir or os.environ.get("ADDAX_CACHE") or "~/.cache/addax_ds").expanduser()
+    cache = Path(cache_dir) if cache_dir else cache_folder()
     folder = cache / f"{_FOLDER_NAME}-{_digest(source)}"
     if folder.is_dir():
         return folder

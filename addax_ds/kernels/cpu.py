@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from addax_ds.cache import cache_folder
 from addax_ds.kernels.operation import Draw
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def _command() -> list[str]:
 
 def _built() -> Path:
     """Return the path of the library, which is whole, building it if it is missing or damaged."""
-    cache = Path(os.environ.get("ADDAX_CACHE") or "~/.cache/addax_ds").expanduser()
+    cache = cache_folder()
     path = cache / f"kernels-{_key(_command())}.so"
     if not _is_whole(path):
         cache.mkdir(parents=True, exist_ok=True)
