@@ -38,7 +38,7 @@ constexpr int TILE = 128;  // elements: 8 rows of 16 lanes
 constexpr int TILE_LANES = 16;
 constexpr int WORDS = 4;
 constexpr int ROUNDS = 10;
-constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;  // fewer are not worth waking a thread for
+constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;  // fewer are not worth waking another for
 
 template <class V, class T>
 INLINE V broadcast(T value) {
@@ -55,6 +55,11 @@ INLINE V load(const T* from) {
 template <class V, class T>
 INLINE void store(T* to, V value) {
   std::memcpy(to, &value, sizeof value);
+}
+
+template <class T>
+INLINE void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
 // ---- z and rounding bits ------------------------------------------------------------------------
@@ -257,8 +262,9 @@ struct Block {
 // Calls work(block) for each block that the slice touches.
 template <class Work>
 INLINE void for_each_block(const Slice& slice, const Work& work) {
+  if (slice.count == 0) return;
   const int64_t stop = slice.start + slice.count;
-  const int64_t useful = (slice.count + ELEMENTS_PER_THREAD - 1) / ELEMENTS_PER_THREAD;
+  const int64_t useful = 1 + slice.count / ELEMENTS_PER_THREAD;
   const int threads = int(useful < slice.threads ? useful : slice.threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = slice.start / BLOCK; i < (stop + BLOCK - 1) / BLOCK; i++) {
@@ -366,11 +372,15 @@ struct Fused {
     const W* const weight = static_cast<const W*>(weight_);
     const G* const gradient = static_cast<const G*>(gradient_);
     for_each_block(slice, [&, c](const Block& block) INLINE_LAMBDA {
+      const int64_t base = block.first - slice.start;  // of the block's first element in the slice
+      if constexpr (HAS_GRADIENT) {  // two streams to read: they travel while z is made
+        prefetch(weight + base + block.low, block.high - block.low);
+        prefetch(gradient + base + block.low, block.high - block.low);
+      }
       alignas(64) float z[BLOCK];
       alignas(64) uint32_t bits[BLOCK];
       if constexpr (HAS_Z) fill_z(z, block, counter);
       if constexpr (STOCHASTIC) fill_rounding_bits(bits, block, counter);
-      const int64_t base = block.first - slice.start;  // of the block's first element in the slice
       const auto gradient_at = [&](int64_t i) { return HAS_GRADIENT ? gradient + i : nullptr; };
       int k = block.low;
       for (; k + LANES <= block.high; k += LANES) {
@@ -401,7 +411,7 @@ Run choose(bool has_gradient, bool same_type, bool has_z) {
 
 }  // namespace
 
-// The interface to addax_ds/kernels/cpu.py. A pointer to a gradient may be null.
+// The interface to addax_ds/kernels/cpu.py. The pointer to the gradient may be null.
 extern "C" {
 
 void addax_gaussian(float* out, int64_t start, int64_t count, uint64_t seed, uint32_t step,
