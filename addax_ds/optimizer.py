@@ -339,8 +339,6 @@ class Addax(torch.optim.Optimizer):
         Raises:
             UserError: for weights that are neither fp32 nor bf16; fp16 gradients need loss scaling.
         """
-        if self._sharding is not None:
-            self._sharding.detach()
         dtypes = {info.parameter.dtype for info in sharding.infos}
         if dtypes - {torch.float32, torch.bfloat16}:
             raise UserError(
@@ -355,6 +353,8 @@ class Addax(torch.optim.Optimizer):
                 self.zo_eps,
                 SMALLEST_BF16_ZO_EPS,
             )
+        if self._sharding is not None:
+            self._sharding.detach()
         self._sharding = sharding
         sharding.attach(self._on_gradient)
 

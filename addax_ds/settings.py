@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
+# Methods that are Addax at one end of alpha.
+_FIXED_ALPHA = {"mezo": 1.0, "ip-sgd": 0.0}
+
 
 @dataclass
 class AddaxArguments:
@@ -110,7 +113,7 @@ def settle_arguments(
     """`resolve` without its warnings, on anything that has the three training arguments."""
     _check_addax_arguments(args)
     raise_problems(f"{where}:", list(optimizer_problems(json_params, "optimizer.params.")))
-    fixed_alpha = {"mezo": 1.0, "ip-sgd": 0.0}.get(args.method)
+    fixed_alpha = _FIXED_ALPHA.get(args.method)
 
     def settle(name: str, given: Any, default: Any, argument: str = "") -> Any:
         names = (argument or f"--{name}", f"optimizer.params.{name}")
@@ -149,7 +152,7 @@ def _check_addax_arguments(args: AddaxArguments) -> None:
     problems = list(optimizer_problems(vars(args), "--"))
     if args.per_device_zo_batch_size is not None and args.per_device_zo_batch_size < 1:
         problems.append("--per_device_zo_batch_size must be at least 1.")
-    fixed_alpha = {"mezo": 1.0, "ip-sgd": 0.0}.get(args.method, args.alpha)
+    fixed_alpha = _FIXED_ALPHA.get(args.method, args.alpha)
     if args.alpha not in (None, fixed_alpha):
         problems.append(
             f"--alpha {args.alpha:g} contradicts --method {args.method}, whose alpha is "

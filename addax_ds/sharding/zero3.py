@@ -162,8 +162,7 @@ class Zero3Sharding(Sharding):
         if not get_accelerator().resolves_data_dependency():
             # The update of shards without a gradient ran on the current stream, and DeepSpeed lets
             # no gather wait for that one.
-            offload = self._zero.parameter_offload
-            gather_stream = getattr(offload, _mangled(type(offload), "__allgather_stream"))
+            gather_stream = _gather_stream(self._zero.parameter_offload)
             gather_stream.wait_stream(get_accelerator().current_stream())
 
     def step_without_backward(self) -> None:  # noqa: D102
@@ -265,13 +264,18 @@ def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
         prefetch_bucket_sz=offload._prefetch_bucket_sz,
         max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
         max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
-        allgather_stream=getattr(offload, _mangled(type(offload), "__allgather_stream")),
+        allgather_stream=_gather_stream(offload),
         inflight_param_registry=getattr(
             offload, _mangled(type(offload), "__inflight_param_registry")
         ),
         timers=offload.timers,
         log_trace_cache_warnings=offload.log_trace_cache_warnings,
     )
+
+
+def _gather_stream(offload: Any) -> Any:
+    """Return the stream on which DeepSpeed gathers; None where streams do not exist."""
+    return getattr(offload, _mangled(type(offload), "__allgather_stream"))
 
 
 def _mangled(cls: type, name: str) -> str:
