@@ -23,11 +23,15 @@ import torch
 
 import addax_ds
 from addax_ds.kernels import cpu, reference
-from addax_ds.kernels.operation import Draw
+from addax_ds.kernels.operation import Draw, Operation
 
 DRAW = Draw(seed=1, step=2, parameter_id=3)
 START = 5  # not at the border of a tile
 C = 1e-9  # small, since the weights are updated over and over
+ZO_EPS = 1e-3
+# What training computes for bf16 weights.
+PERTURB = Operation(DRAW, c2=C)
+UPDATE = Operation(DRAW, c1=C, c2=C / (2 * ZO_EPS), zo_eps=ZO_EPS, stochastic=True)
 
 # By operation and implementation.
 Contenders = dict[tuple[str, str], Callable[[], object]]
@@ -59,15 +63,14 @@ def contenders(elements: int) -> tuple[Contenders, dict[str, int]]:
         ("update bf16", "torch"): torch_update,
     }
     for name, kernels in (("reference", reference), ("cpp", cpu)):
-        update = partial(kernels.fused, weight, weight)
         calls |= {
             ("gaussian fp32", name): partial(kernels.gaussian, z, DRAW, START),
-            ("perturb bf16", name): partial(
-                kernels.fused, out, weight, None, DRAW, START, 1.0, 0.0, C, False
+            ("perturb bf16", name): partial(kernels.fused, out, weight, None, PERTURB, START),
+            ("update bf16", name): partial(
+                kernels.fused, weight, weight, narrow_gradient, UPDATE, START
             ),
-            ("update bf16", name): partial(update, narrow_gradient, DRAW, START, 1.0, C, C, True),
             ("update bf16, fp32 gradient", name): partial(
-                update, gradient, DRAW, START, 1.0, C, C, True
+                kernels.fused, weight, weight, gradient, UPDATE, START
             ),
         }
     moved = {

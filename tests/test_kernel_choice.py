@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,15 @@ def set_maths_without_nan(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-ffinite-math-only"))
 
 
+def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
+    right = cpu.fused
+
+    def wrong(out, weight, gradient, operation, start) -> None:
+        right(out, weight, gradient, replace(operation, zo_eps=0.0), start)
+
+    monkeypatch.setattr(cpu, "fused", wrong)
+
+
 @pytest.mark.parametrize(
     ("obstruct", "reason"),
     [
@@ -148,6 +158,7 @@ def set_maths_without_nan(folder: Path, monkeypatch) -> None:
             marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="-mfma is an x86 flag"),
         ),
         (set_maths_without_nan, "other bits"),
+        (set_z_for_the_realised_difference, "other bits"),
     ],
 )
 def test_without_a_library_one_warning_and_plain_torch(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from addax_ds import kernels
 from addax_ds.kernels import cpu, reference
-from addax_ds.kernels.operation import Draw
+from addax_ds.kernels.operation import Draw, Operation
 
 X86 = platform.machine() == "x86_64"
 # Native width, AVX2 and SSE2 as on older processors, and a width for which there is no intrinsic.
@@ -34,6 +34,7 @@ WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 CANONICAL_NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 MARGIN = 16
+DRAW = Draw(1, 2, 3)
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -118,27 +119,32 @@ def check_gaussian(
 
 def check_fused(module: ModuleType, draw: Draw, start: int, count: int, rng: random.Random) -> None:
     dtype = rng.choice(WEIGHTS)
-    c0, c1, c2 = rng.choice((1.0, 0.875)), rng.choice((0.0, 0.1)), rng.choice((0.0, 1e-3, -1.5))
-    c0, c1, c2 = torch.tensor((c0, c1, c2)).tolist()
-    stochastic = dtype == torch.bfloat16 and rng.random() < 0.5
+    operation = Operation(
+        draw,
+        c0=rng.choice((1.0, 0.875)),
+        c1=rng.choice((0.0, 0.1)),
+        c2=rng.choice((0.0, 1e-3, -1.5, 400.0)),
+        zo_eps=rng.choice((0.0, 1e-6, 1e-3, 0.3)),
+        stochastic=dtype == torch.bfloat16 and rng.random() < 0.5,
+    )
     weight = random_tensor(rng, count + 2 * MARGIN, dtype)
-    gradient_type = rng.choice((None, torch.float32, dtype)) if c1 else None
+    gradient_type = rng.choice((None, torch.float32, dtype)) if operation.c1 else None
     gradient = None
     if gradient_type is not None:
         offset = rng.randrange(MARGIN)
         gradient = random_tensor(rng, count + MARGIN, gradient_type)[offset : offset + count]
     offset = rng.randrange(MARGIN)
     inside = slice(offset, offset + count)
-    arguments = (gradient, draw, start, c0, c1, c2, stochastic)
 
     expected = weight.clone()
-    reference.fused(expected[inside], weight[inside], *arguments)
+    reference.fused(expected[inside], weight[inside], gradient, operation, start)
     in_place = rng.random() < 0.5
     before = None if gradient is None else gradient.clone()
     out, source = weight.clone(), weight.clone()
     with threads(rng.choice((1, 2))):
-        module.fused(out[inside], (out if in_place else source)[inside], *arguments)
-    case = (dtype, gradient_type, draw, start, count, offset, c0, c1, c2, stochastic, in_place)
+        read = out if in_place else source
+        module.fused(out[inside], read[inside], gradient, operation, start)
+    case = (dtype, gradient_type, operation, start, count, offset, in_place)
     assert torch.equal(bits(out), bits(expected)), case  # its surroundings included
     assert torch.equal(bits(source), bits(weight)), case
     assert gradient is None or torch.equal(bits(gradient), bits(before)), case
@@ -158,14 +164,14 @@ def check_conversions(module: ModuleType) -> None:
     ):
         weight = every.view(dtype)
         out = torch.empty_like(weight)
-        module.fused(out, weight, None, Draw(1, 2, 3), 0, 1.0, 0.0, 0.0, stochastic)
+        module.fused(out, weight, None, Operation(DRAW, stochastic=stochastic), 0)
         expected = bits(weight).clone()
         expected[weight.isnan()] = CANONICAL_NAN[dtype]
         assert torch.equal(bits(out), expected), (dtype, stochastic)
     for dtype in (torch.float16, torch.bfloat16):
         values = ties(dtype)
         out = torch.full((len(values),), -0.0, dtype=dtype)
-        module.fused(out, out, -values, Draw(1, 2, 3), 7, 1.0, 1.0, 0.0, False)
+        module.fused(out, out, -values, Operation(DRAW, c1=1.0), 7)
         assert torch.equal(bits(out), bits(values.to(dtype))), dtype
 
 
@@ -208,9 +214,9 @@ def test_special_values(build, dtype, stochastic):
     expected[exact.isnan()] = CANONICAL_NAN[dtype]
     for module in (cpu, reference):
         out = torch.empty_like(weight)
-        module.fused(out, weight, gradient, Draw(1, 2, 3), 9, 1.0, 1.0, 0.0, stochastic)
+        module.fused(out, weight, gradient, Operation(DRAW, c1=1.0, stochastic=stochastic), 9)
         assert torch.equal(bits(out), expected), module
-        module.fused(out, weight, -gradient, Draw(1, 2, 3), 9, 1.0, -1.0, 0.0, stochastic)
+        module.fused(out, weight, -gradient, Operation(DRAW, c1=-1.0, stochastic=stochastic), 9)
         assert torch.equal(bits(out), expected), module
 
 
@@ -236,7 +242,8 @@ def test_a_gradient_of_another_type_counts_as_fp32(gradient_type):
     results = []
     for g in (gradient, gradient.float()):
         results.append(torch.empty_like(weight))
-        kernels.fused(results[-1], weight, g, Draw(1, 2, 3), 5, 1.0, 0.1, 0.1, True)
+        operation = Operation(DRAW, c1=0.1, c2=0.1, stochastic=True)
+        kernels.fused(results[-1], weight, g, operation, 5)
     assert torch.equal(*results)
 
 
@@ -248,9 +255,9 @@ def test_tensors_must_be_contiguous():
         (torch.zeros(10), torch.zeros(10), weight[::2]),
     ):
         with pytest.raises(AssertionError):
-            kernels.fused(out, source, gradient, Draw(1, 2, 3), 0, 1.0, 1.0, 1.0, False)
+            kernels.fused(out, source, gradient, Operation(DRAW, c1=1.0, c2=1.0), 0)
     with pytest.raises(AssertionError):
-        kernels.gaussian(weight[::2], Draw(1, 2, 3), 0)
+        kernels.gaussian(weight[::2], DRAW, 0)
 
 
 # ---- Triton --------------------------------------------------------------------------------------
@@ -276,18 +283,23 @@ def test_triton_equals_the_reference_under_the_interpreter(tmp_path):
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("weight", "gradient", "stochastic"),
+    ("weight", "gradient", "realised", "stochastic"),
     [
-        (None, None, False),
-        ("*i16", None, False),
-        ("*i16", "*fp32", True),
-        ("*i16", "*i16", True),
-        ("*fp16", "*fp16", False),
-        ("*fp32", "*fp32", False),
+        (None, None, False, False),
+        ("*i16", None, False, False),
+        ("*i16", None, True, True),
+        ("*i16", "*fp32", False, True),
+        ("*i16", "*fp32", True, True),
+        ("*i16", "*i16", True, True),
+        ("*i16", "*i16", True, False),
+        ("*fp16", "*fp16", False, False),
+        ("*fp16", "*fp16", True, False),
+        ("*fp32", "*fp32", False, False),
+        ("*fp32", "*fp32", True, False),
     ],
 )
 def test_triton_compiles_without_fused_multiply_add(
-    weight, gradient, stochastic, tmp_path, monkeypatch
+    weight, gradient, realised, stochastic, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from addax_ds.kernels import gpu
@@ -296,8 +308,9 @@ def test_triton_compiles_without_fused_multiply_add(
         ptx = compiled(gpu.gaussian_kernel, {"out": "*fp32"}, {}, gpu.OPTIONS)
     else:
         types = {"out": weight, "weight": weight, "gradient": gradient}
-        types |= {"c0": "fp32", "c1": "fp32", "c2": "fp32"}
-        constants = {"STREAM_ROUNDING": 1, "HAS_Z": True, "STOCHASTIC": stochastic}
+        types |= {"c0": "fp32", "c1": "fp32", "c2": "fp32", "zo_eps": "fp32"}
+        constants = {"STREAM_ROUNDING": 1, "HAS_D": True}
+        constants |= {"REALISED": realised, "STOCHASTIC": stochastic}
         if gradient is None:
             constants["gradient"] = None
         ptx = compiled(gpu.fused_kernel, types, constants, gpu.OPTIONS)

@@ -1,6 +1,7 @@
 """The pure update: arithmetic against float64, rounding, and independence of how it is sliced."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,39 +12,72 @@ from addax_ds.update import Step, apply_update, perturb
 STEP = Step(seed=9, index=3, lr=0.1, alpha=0.25, zo_eps=1e-2, g0=1.5, rounding="nearest")
 
 
-def with_changes(**changes) -> Step:
-    return Step(**{**STEP.__dict__, **changes})
-
-
 def random(shape, dtype=torch.float32, seed=0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gains(count: int, dtype=torch.bfloat16) -> torch.Tensor:
+    """Numbers near 1, of which a small perturbation in 16 bits moves few."""
+    return (1 + 0.02 * random(count)).to(dtype)
+
+
+def realised_difference(
+    weight: torch.Tensor, parameter_id: int, start: int, step: Step
+) -> torch.Tensor:
+    """What the two passes saw of z, in float64."""
+    plus, minus = (perturb(weight, parameter_id, start, step, sign) for sign in (1, -1))
+    return (plus.double() - minus.double()) / (2 * step.zo_eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, None])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_update_is_the_equation_rounded_once(dtype, gradient_dtype, weight_decay):
-    step = with_changes(weight_decay=weight_decay)
-    weight = random(5000, dtype)
-    gradient = None if gradient_dtype is None else random(5000, gradient_dtype, seed=1)
-    z = addax_ds.gaussian(9, 3, 77, 123, 5000).double()
+@pytest.mark.parametrize("zo_eps", [1e-2, 1e-3])
+def test_update_is_the_equation_rounded_once(dtype, gradient_dtype, weight_decay, zo_eps):
+    step = replace(STEP, weight_decay=weight_decay, zo_eps=zo_eps)
+    weight = torch.cat([random(5000, dtype), gains(5000, dtype)])
+    gradient = None if gradient_dtype is None else random(10_000, gradient_dtype, seed=1)
+    if dtype == torch.float32:
+        d = addax_ds.gaussian(9, 3, 77, 123, 10_000).double()
+    else:
+        d = realised_difference(weight, 77, 123, step)
     g1 = 0 if gradient is None else gradient.double()
-    exact = weight.double() * (1 - 0.1 * weight_decay) - 0.1 * (0.25 * 1.5 * z + 0.75 * g1)
+    exact = weight.double() * (1 - 0.1 * weight_decay) - 0.1 * (0.25 * 1.5 * d + 0.75 * g1)
     apply_update(weight, gradient, 77, 123, step, decayed=True)
     unit = torch.finfo(dtype).eps
     assert weight.dtype == dtype
     assert ((weight.double() - exact).abs() <= 0.51 * unit * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_what_neither_pass_moved_gets_no_zeroth_order_update(rounding):
+    step = replace(STEP, alpha=0.9, zo_eps=1e-3, rounding=rounding)
+    weight, gradient = gains(10_000), random(10_000, seed=1)
+    plus, minus = (perturb(weight, 5, 7, step, sign) for sign in (1, -1))
+    unmoved = (plus == weight) & (minus == weight)
+    assert 0.5 < unmoved.double().mean() < 0.99  # eps z is mostly below half the spacing at 1
+
+    zeroth = weight.clone()
+    apply_update(zeroth, None, 5, 7, step, decayed=False)
+    assert torch.equal(zeroth[unmoved], weight[unmoved])
+    assert (zeroth[~unmoved] != weight[~unmoved]).double().mean() > 0.99
+
+    both, first = weight.clone(), weight.clone()
+    apply_update(both, gradient, 5, 7, step, decayed=False)
+    apply_update(first, gradient, 5, 7, replace(step, g0=0.0), decayed=False)
+    assert torch.equal(both[unmoved], first[unmoved])
+    assert (both[~unmoved] != first[~unmoved]).double().mean() > 0.9
+
+
 def test_weight_decay_spares_undecayed_parameters():
     weight = torch.ones(10)
-    apply_update(weight, None, 1, 0, with_changes(weight_decay=0.5, alpha=0.0), decayed=False)
+    apply_update(weight, None, 1, 0, replace(STEP, weight_decay=0.5, alpha=0.0), decayed=False)
     assert torch.equal(weight, torch.ones(10))
 
 
 def test_alpha_1_ignores_a_gradient_even_if_it_is_infinite():
     one, two = random(100), random(100)
-    step = with_changes(alpha=1.0)
+    step = replace(STEP, alpha=1.0)
     apply_update(one, torch.full((100,), math.inf), 1, 0, step, decayed=True)
     apply_update(two, None, 1, 0, step, decayed=True)
     assert torch.equal(one, two)
@@ -63,7 +97,7 @@ def test_perturb_adds_z_and_leaves_the_weight(dtype):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slicing_does_not_change_a_bit(rounding, dtype):
-    step = with_changes(rounding=rounding)
+    step = replace(STEP, rounding=rounding)
     whole, gradient = random(300_000, dtype), random(300_000, seed=1)
     parts = whole.clone()
     apply_update(whole, gradient, 5, 1000, step, decayed=True)

@@ -13,13 +13,12 @@ import logging
 import os
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from addax_ds.errors import UserError
 from addax_ds.kernels import reference
-from addax_ds.kernels.operation import Draw
+from addax_ds.kernels.operation import Draw, Operation
 
 logger = logging.getLogger(__name__)
 
@@ -42,38 +41,20 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 @torch.no_grad()
 def fused(
-    out: Tensor,
-    weight: Tensor,
-    gradient: Tensor | None,
-    draw: Draw,
-    start: int,
-    c0: float,
-    c1: float,
-    c2: float,
-    stochastic: bool,
+    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
 ) -> None:
-    """``out = weight * c0 - (gradient * c1 + z * c2)`` over one slice.
-
-    Computed in fp32 in exactly this order without fused multiply-add, with the coefficients rounded
-    to fp32 first, and rounded once to the type of the weights. A term whose coefficient is 0 (for
-    ``c0``: 1) is left out. Every NaN comes out as the same one, positive, quiet and without
-    payload.
+    """Compute an `Operation` over one slice.
 
     Args:
         out: flat tensor like ``weight``, and possibly ``weight`` itself.
         weight: flat, contiguous; fp32, bf16 or fp16.
         gradient: flat, contiguous, as long as ``weight``, of any floating type; None for none. It
             is moved to the weights' device if it is elsewhere.
-        draw: which z and rounding bits.
+        operation: the equation's coefficients, z and rounding.
         start: flat index of the slice's first element in the unsharded parameter.
-        c0: coefficient of the weight.
-        c1: coefficient of the gradient.
-        c2: coefficient of z.
-        stochastic: round stochastically instead of to nearest; bf16 only.
     """
-    c0, c1, c2 = (float(np.float32(c)) for c in (c0, c1, c2))
     tensors = [out, weight]
-    if c1 == 0.0:
+    if operation.c1 == 0.0:
         gradient = None
     if gradient is not None:
         dtype = weight.dtype if gradient.dtype == weight.dtype else torch.float32
@@ -82,9 +63,8 @@ def fused(
     assert all(t.is_contiguous() and t.numel() == weight.numel() for t in tensors)
     assert out.dtype == weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     assert out.device == weight.device
-    assert not stochastic or weight.dtype == torch.bfloat16
-    chosen = implementation(weight.device.type)
-    chosen.fused(out, weight, gradient, draw, start, c0, c1, c2, stochastic)
+    assert not operation.stochastic or weight.dtype == torch.bfloat16
+    implementation(weight.device.type).fused(out, weight, gradient, operation, start)
 
 
 @functools.cache
@@ -139,7 +119,9 @@ def _agrees(module: ModuleType, device_type: str) -> bool:
         kernels.gaussian(z, draw, start)
         weight = z.bfloat16()
         weight.view(torch.int16)[0] = -1  # a NaN with sign and payload
-        kernels.fused(weight, weight, z, draw, start, 0.875, 0.5, 0.25, True)
+        for zo_eps in (0.0, 0.01):
+            operation = Operation(draw, 0.875, 0.5, 0.25, zo_eps, stochastic=True)
+            kernels.fused(weight, weight, z, operation, start)
         results.append((z.cpu(), weight.view(torch.int16).cpu()))
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -174,47 +174,53 @@ INLINE void rounding_bits(U32 word, U32* bits) {
 
 // ---- types of weights and gradients -------------------------------------------------------------
 
-// Conversions from fp32 expect NaNs in the canonical form, see `canonical`.
+// Each type has widen, to fp32; nearest, from fp32, which expects NaNs in the canonical form; and
+// rounded, which is both one after the other except that a NaN may become anything.
 
 struct Float32 {
   typedef float T;
-  INLINE F32 widen(const T* from) { return load<F32>(from); }
-  INLINE void narrow(T* to, F32 x) { store(to, x); }
+  typedef F32 V;
+  INLINE F32 widen(V x) { return x; }
+  INLINE V nearest(F32 x) { return x; }
+  INLINE F32 rounded(F32 x) { return x; }
 };
 
 struct BFloat16 {
   typedef uint16_t T;
-  INLINE F32 widen(const T* from) {
+  typedef U16 V;
+  INLINE F32 widen(V x) {
 #if LANES == 16 && defined(__AVX512F__)  // which the generic form below does not become
-    return (F32)((U32)_mm512_cvtepu16_epi32(load<__m256i>(from)) << 16);
+    return (F32)((U32)_mm512_cvtepu16_epi32((__m256i)x) << 16);
 #else
-    return (F32)(__builtin_convertvector(load<U16>(from), U32) << 16);
+    return (F32)(__builtin_convertvector(x, U32) << 16);
 #endif
   }
-  INLINE void truncate(T* to, U32 bits) { store(to, __builtin_convertvector(bits >> 16, U16)); }
-  INLINE void narrow(T* to, F32 x) {
-    const U32 bits = (U32)x;
-    truncate(to, bits + 0x7fffu + ((bits >> 16) & 1u));
-  }
+  // Of these bits, the lower half is to be dropped.
+  INLINE U32 carried(F32 x) { return (U32)x + 0x7fffu + (((U32)x >> 16) & 1u); }
+  INLINE V nearest(F32 x) { return __builtin_convertvector(carried(x) >> 16, U16); }
+  INLINE F32 rounded(F32 x) { return (F32)(carried(x) & 0xffff0000u); }
   // Adding to the 16 bits about to be dropped carries with just the probability they stand for.
-  INLINE void narrow(T* to, F32 x, U32 random) { truncate(to, (U32)x + random); }
+  INLINE V stochastic(F32 x, U32 random) {
+    return __builtin_convertvector(((U32)x + random) >> 16, U16);
+  }
 };
 
 struct Float16 {
   typedef uint16_t T;
+  typedef U16 V;
 #if LANES == 16 && defined(__AVX512F__)
-  INLINE F32 widen(const T* from) { return (F32)_mm512_cvtph_ps(load<__m256i>(from)); }
-  INLINE void narrow(T* to, F32 x) {
-    store(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  INLINE F32 widen(V x) { return (F32)_mm512_cvtph_ps((__m256i)x); }
+  INLINE V nearest(F32 x) {
+    return (V)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 #elif LANES == 8 && defined(__F16C__)
-  INLINE F32 widen(const T* from) { return (F32)_mm256_cvtph_ps(load<__m128i>(from)); }
-  INLINE void narrow(T* to, F32 x) {
-    store(to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  INLINE F32 widen(V x) { return (F32)_mm256_cvtph_ps((__m128i)x); }
+  INLINE V nearest(F32 x) {
+    return (V)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 #else
-  INLINE F32 widen(const T* from) {
-    const U32 half = __builtin_convertvector(load<U16>(from), U32);
+  INLINE F32 widen(V x) {
+    const U32 half = __builtin_convertvector(x, U32);
     const U32 magnitude = half & 0x7fffu;
     // As fp32 bits the exponent is too small by 112: exact, for subnormals too. Inf and NaN are not
     // numbers to be scaled.
@@ -223,7 +229,7 @@ struct Float16 {
     const U32 bits = magnitude >= 0x7c00u ? special : (U32)scaled;
     return (F32)(bits | ((half & 0x8000u) << 16));
   }
-  INLINE void narrow(T* to, F32 x) {
+  INLINE V nearest(F32 x) {
     const U32 bits = (U32)x;
     const U32 magnitude = bits & 0x7fffffffu;
     // Normal range: rebias the exponent and round to nearest even in integers; 65520 and above
@@ -234,10 +240,16 @@ struct Float16 {
     const U32 subnormal = (U32)((F32)magnitude + 0.5f) - 0x3f000000u;
     U32 half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude > 0x7f800000u ? broadcast<U32>(0x7e00u) : half;
-    store(to, __builtin_convertvector(half | ((bits >> 16) & 0x8000u), U16));
+    return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), U16);
   }
 #endif
+  INLINE F32 rounded(F32 x) { return widen(nearest(x)); }
 };
+
+template <class Type>
+INLINE F32 widened(const typename Type::T* from) {
+  return Type::widen(load<typename Type::V>(from));
+}
 
 // Which NaN comes out of an operation depends on the processor; one is chosen for all.
 INLINE F32 canonical(F32 x) { return x != x ? (F32)broadcast<U32>(0x7fc00000u) : x; }
@@ -325,29 +337,41 @@ void gaussian(float* out, const Slice& slice, const Counter& counter) {
 }
 
 struct Coefficients {
-  float c0, c1, c2;
+  float c0, c1, c2, zo_eps;
 };
 
-template <class Weight, class Gradient, bool HAS_GRADIENT, bool HAS_Z, bool STOCHASTIC>
+enum class Direction { NONE, Z, REALISED };  // what d is
+
+template <class Weight, class Gradient, bool HAS_GRADIENT, Direction D, bool STOCHASTIC>
 struct Fused {
   typedef typename Weight::T W;
   typedef typename Gradient::T G;
+  static constexpr bool HAS_D = D != Direction::NONE;
 
-  // out = weight * c0 - (gradient * c1 + z * c2) on LANES elements.
-  INLINE void lanes(W* out, const W* weight, const G* gradient, const float* z,
+  INLINE F32 direction(F32 weight, F32 z, const Coefficients& c) {
+    if constexpr (D == Direction::Z) return z;
+    // A NaN among the weights makes the result NaN, whatever this is.
+    const F32 shift = z * c.zo_eps;
+    return Weight::rounded(weight + shift) - Weight::rounded(weight - shift);
+  }
+
+  // out = weight * c0 - (gradient * c1 + d * c2) on LANES elements.
+  INLINE void lanes(W* out, const W* weight_, const G* gradient, const float* z,
                     const uint32_t* bits, const Coefficients& c) {
-    F32 value = Weight::widen(weight) * c.c0;
-    if constexpr (HAS_GRADIENT && HAS_Z) {
-      value -= Gradient::widen(gradient) * c.c1 + load<F32>(z) * c.c2;
+    const F32 weight = widened<Weight>(weight_);
+    F32 value = weight * c.c0;
+    if constexpr (HAS_GRADIENT && HAS_D) {
+      value -= widened<Gradient>(gradient) * c.c1 + direction(weight, load<F32>(z), c) * c.c2;
     } else if constexpr (HAS_GRADIENT) {
-      value -= Gradient::widen(gradient) * c.c1;
-    } else if constexpr (HAS_Z) {
-      value -= load<F32>(z) * c.c2;
+      value -= widened<Gradient>(gradient) * c.c1;
+    } else if constexpr (HAS_D) {
+      value -= direction(weight, load<F32>(z), c) * c.c2;
     }
+    value = canonical(value);
     if constexpr (STOCHASTIC) {
-      Weight::narrow(out, canonical(value), load<U32>(bits));
+      store(out, Weight::stochastic(value, load<U32>(bits)));
     } else {
-      Weight::narrow(out, canonical(value));
+      store(out, Weight::nearest(value));
     }
   }
 
@@ -360,7 +384,7 @@ struct Fused {
     uint32_t padded_bits[LANES] = {};
     std::memcpy(padded, weight, count * sizeof *weight);
     if constexpr (HAS_GRADIENT) std::memcpy(padded_gradient, gradient, count * sizeof *gradient);
-    if constexpr (HAS_Z) std::memcpy(padded_z, z, count * sizeof *z);
+    if constexpr (HAS_D) std::memcpy(padded_z, z, count * sizeof *z);
     if constexpr (STOCHASTIC) std::memcpy(padded_bits, bits, count * sizeof *bits);
     lanes(padded, padded, padded_gradient, padded_z, padded_bits, c);
     std::memcpy(out, padded, count * sizeof *out);
@@ -379,7 +403,7 @@ struct Fused {
       }
       alignas(64) float z[BLOCK];
       alignas(64) uint32_t bits[BLOCK];
-      if constexpr (HAS_Z) fill_z(z, block, counter);
+      if constexpr (HAS_D) fill_z(z, block, counter);
       if constexpr (STOCHASTIC) fill_rounding_bits(bits, block, counter);
       const auto gradient_at = [&](int64_t i) { return HAS_GRADIENT ? gradient + i : nullptr; };
       int k = block.low;
@@ -397,16 +421,22 @@ struct Fused {
 typedef void (*Run)(void*, const void*, const void*, Coefficients, const Slice&, const Counter&);
 
 template <class Weight, class Gradient, bool HAS_GRADIENT, bool STOCHASTIC>
-Run choose(bool has_z) {
-  return has_z ? Fused<Weight, Gradient, HAS_GRADIENT, true, STOCHASTIC>::run
-               : Fused<Weight, Gradient, HAS_GRADIENT, false, STOCHASTIC>::run;
+Run choose(Direction d) {
+  switch (d) {
+    case Direction::NONE:
+      return Fused<Weight, Gradient, HAS_GRADIENT, Direction::NONE, STOCHASTIC>::run;
+    case Direction::Z:
+      return Fused<Weight, Gradient, HAS_GRADIENT, Direction::Z, STOCHASTIC>::run;
+    default:
+      return Fused<Weight, Gradient, HAS_GRADIENT, Direction::REALISED, STOCHASTIC>::run;
+  }
 }
 
 template <class Weight, bool STOCHASTIC>
-Run choose(bool has_gradient, bool same_type, bool has_z) {
-  if (!has_gradient) return choose<Weight, Weight, false, STOCHASTIC>(has_z);
-  return same_type ? choose<Weight, Weight, true, STOCHASTIC>(has_z)
-                   : choose<Weight, Float32, true, STOCHASTIC>(has_z);
+Run choose(bool has_gradient, bool same_type, Direction d) {
+  if (!has_gradient) return choose<Weight, Weight, false, STOCHASTIC>(d);
+  return same_type ? choose<Weight, Weight, true, STOCHASTIC>(d)
+                   : choose<Weight, Float32, true, STOCHASTIC>(d);
 }
 
 }  // namespace
@@ -421,15 +451,18 @@ void addax_gaussian(float* out, int64_t start, int64_t count, uint64_t seed, uin
 
 // type: 0 fp32, 1 bf16, 2 fp16. same_type: the gradient has the type of the weights, else fp32.
 void addax_fused(void* out, const void* weight, const void* gradient, int type, int same_type,
-                 int stochastic, float c0, float c1, float c2, int64_t start, int64_t count,
-                 uint64_t seed, uint32_t step, uint32_t parameter_id, uint32_t probe,
-                 int threads) {
-  const bool has_gradient = gradient != nullptr, has_z = c2 != 0.0f;
-  const Run run = type == 0     ? choose<Float32, false>(has_gradient, same_type, has_z)
-                  : type == 2   ? choose<Float16, false>(has_gradient, same_type, has_z)
-                  : stochastic  ? choose<BFloat16, true>(has_gradient, same_type, has_z)
-                                : choose<BFloat16, false>(has_gradient, same_type, has_z);
-  run(out, weight, gradient, {c0, c1, c2}, {start, count, threads},
+                 int stochastic, float c0, float c1, float c2, float zo_eps, int64_t start,
+                 int64_t count, uint64_t seed, uint32_t step, uint32_t parameter_id,
+                 uint32_t probe, int threads) {
+  const bool has_gradient = gradient != nullptr;
+  const Direction d = c2 == 0.0f       ? Direction::NONE
+                      : zo_eps == 0.0f ? Direction::Z
+                                       : Direction::REALISED;
+  const Run run = type == 0    ? choose<Float32, false>(has_gradient, same_type, d)
+                  : type == 2  ? choose<Float16, false>(has_gradient, same_type, d)
+                  : stochastic ? choose<BFloat16, true>(has_gradient, same_type, d)
+                               : choose<BFloat16, false>(has_gradient, same_type, d);
+  run(out, weight, gradient, {c0, c1, c2, zo_eps}, {start, count, threads},
       {seed, parameter_id, step, probe << 1});
 }
 

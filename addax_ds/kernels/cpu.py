@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from addax_ds.cache import cache_folder
-from addax_ds.kernels.operation import Draw
+from addax_ds.kernels.operation import Draw, Operation
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,7 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
-    out: Tensor,
-    weight: Tensor,
-    gradient: Tensor | None,
-    draw: Draw,
-    start: int,
-    c0: float,
-    c1: float,
-    c2: float,
-    stochastic: bool,
+    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
 ) -> None:
     """See `addax_ds.kernels.fused`."""
     load().addax_fused(
@@ -63,10 +55,10 @@ def fused(
         None if gradient is None else gradient.data_ptr(),
         _TYPES[weight.dtype],
         gradient is not None and gradient.dtype == weight.dtype,
-        stochastic,
-        *(c0, c1, c2),
+        operation.stochastic,
+        *(operation.c0, operation.c1, operation.c2, operation.zo_eps),
         *(start, weight.numel()),
-        *_draw(draw),
+        *_draw(operation.draw),
         torch.get_num_threads(),
     )
 
@@ -97,7 +89,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.addax_fused.argtypes = [
         *(pointer, pointer, pointer),
         *(i32, i32, i32),
-        *(ctypes.c_float, ctypes.c_float, ctypes.c_float),
+        *(ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_float),
         *(i64, i64),
         *draw,
         i32,

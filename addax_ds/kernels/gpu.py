@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw
+from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw, Operation
 
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 """What the kernels must be compiled with; fusion would change the bits of z."""
@@ -36,15 +36,7 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
-    out: Tensor,
-    weight: Tensor,
-    gradient: Tensor | None,
-    draw: Draw,
-    start: int,
-    c0: float,
-    c1: float,
-    c2: float,
-    stochastic: bool,
+    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
 ) -> None:
     """See `addax_ds.kernels.fused`."""
     if weight.numel() == 0:
@@ -54,10 +46,11 @@ def fused(
             _as_integers(out),
             _as_integers(weight),
             None if gradient is None else _as_integers(gradient),
-            *(c0, c1, c2),
+            *(operation.c0, operation.c1, operation.c2, operation.zo_eps),
             *_slice(start, weight.numel()),
-            *_counter(draw, STREAM_Z),
-            *(STREAM_ROUNDING, c2 != 0.0, stochastic, BLOCK),
+            *_counter(operation.draw, STREAM_Z),
+            *(STREAM_ROUNDING, operation.c2 != 0.0, operation.zo_eps != 0.0),
+            *(operation.stochastic, BLOCK),
             **OPTIONS,
         )
 
@@ -90,7 +83,7 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 
 _SCALARS = (
-    *("c0", "c1", "c2", "first_tile", "skipped", "count"),
+    *("c0", "c1", "c2", "zo_eps", "first_tile", "skipped", "count"),
     *("seed_low", "seed_high", "parameter_id", "step", "probe_and_stream"),
 )
 
@@ -128,6 +121,7 @@ def fused_kernel(
     c0: tl.tensor,
     c1: tl.tensor,
     c2: tl.tensor,
+    zo_eps: tl.tensor,
     first_tile: tl.tensor,
     skipped: tl.tensor,
     count: tl.tensor,
@@ -137,11 +131,12 @@ def fused_kernel(
     step: tl.tensor,
     probe_and_stream: tl.tensor,
     STREAM_ROUNDING: tl.constexpr,
-    HAS_Z: tl.constexpr,
+    HAS_D: tl.constexpr,
+    REALISED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """``out = weight * c0 - (gradient * c1 + z * c2)``; see `_slice` and `_counter`."""
+    """An `Operation` over a slice; see `_slice` and `_counter`."""
     local = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     element = (local // 16) * 128 + local % 16 - skipped
     z_words = _words(local, first_tile, seed_low, seed_high, parameter_id, step, probe_and_stream)
@@ -159,14 +154,19 @@ def fused_kernel(
         for half in tl.static_range(2):
             at = element + 32 * i + 16 * half
             mask = (at >= 0) & (at < count)
-            value = _widen(tl.load(weight + at, mask=mask, other=0)) * c0
+            wide = _widen(tl.load(weight + at, mask=mask, other=0))
+            value = wide * c0
+            if HAS_D:
+                d = odd if half else even
+                if REALISED:
+                    d = _realised_difference(wide, d * zo_eps, weight.dtype.element_ty)
             if gradient is not None:
                 decrement = _widen(tl.load(gradient + at, mask=mask, other=0)) * c1
-                if HAS_Z:
-                    decrement = decrement + (odd if half else even) * c2
+                if HAS_D:
+                    decrement = decrement + d * c2
                 value = value - decrement
-            elif HAS_Z:
-                value = value - (odd if half else even) * c2
+            elif HAS_D:
+                value = value - d * c2
             bits = _with_canonical_nan(value)
             if STOCHASTIC:
                 # Adding to the 16 bits about to be dropped carries with just the probability that
@@ -236,6 +236,14 @@ def _widen(value: tl.tensor) -> tl.tensor:
         return bits.to(tl.float32, bitcast=True)
     else:
         return value.to(tl.float32)
+
+
+@triton.jit
+def _realised_difference(weight: tl.tensor, shift: tl.tensor, to: tl.constexpr) -> tl.tensor:
+    """The difference of weights shifted up and down and rounded; undefined where one is NaN."""
+    plus = (weight + shift).to(tl.uint32, bitcast=True)
+    minus = (weight - shift).to(tl.uint32, bitcast=True)
+    return _widen(_narrow(plus, to)) - _widen(_narrow(minus, to))
 
 
 @triton.jit

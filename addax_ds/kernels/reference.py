@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw
+from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw, Operation
 
 _TILE = 128  # elements that share a tile: 16 lanes of 8 rows
 _LANES = 16
@@ -54,35 +54,30 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
-    out: Tensor,
-    weight: Tensor,
-    gradient: Tensor | None,
-    draw: Draw,
-    start: int,
-    c0: float,
-    c1: float,
-    c2: float,
-    stochastic: bool,
+    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
 ) -> None:
     """See `addax_ds.kernels.fused`."""
     device = weight.device
     for low, high, first in chunks(start, weight.numel(), device):
         count = high - low
         decrement = None
-        if c2 != 0.0:
-            words = random_words(draw, first, count, STREAM_Z, device)
-            decrement = normals(words, first, count).mul_(c2)
+        if operation.c2 != 0.0:
+            words = random_words(operation.draw, first, count, STREAM_Z, device)
+            d = normals(words, first, count)
+            if operation.zo_eps != 0.0:
+                d = _realised_difference(weight[low:high], d.mul_(operation.zo_eps))
+            decrement = d.mul_(operation.c2)
         if gradient is not None:
-            part = gradient[low:high].to(torch.float32, copy=True).mul_(c1)
+            part = gradient[low:high].to(torch.float32, copy=True).mul_(operation.c1)
             decrement = part if decrement is None else part.add_(decrement)
         value = weight[low:high].to(torch.float32, copy=True)
-        if c0 != 1.0:
-            value.mul_(c0)
+        if operation.c0 != 1.0:
+            value.mul_(operation.c0)
         if decrement is not None:
             value.sub_(decrement)
         nans = value.isnan()
-        if stochastic:
-            words = random_words(draw, first, count, STREAM_ROUNDING, device)
+        if operation.stochastic:
+            words = random_words(operation.draw, first, count, STREAM_ROUNDING, device)
             value = _round_stochastically(value, rounding_bits(words, first, count))
         # Processors differ in the NaN that they make, and torch's conversions in the one they keep.
         out[low:high] = value.to(out.dtype).masked_fill_(nans, math.nan)
@@ -195,6 +190,16 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     for coefficient in coefficients[1:-1]:
         value.add_(coefficient).mul_(x)
     return value.add_(coefficients[-1])
+
+
+def _realised_difference(weight: Tensor, shift: Tensor) -> Tensor:
+    """What is left of ``2 * shift`` when weights are shifted up and down in their own type, fp32.
+
+    Undefined where a weight is NaN.
+    """
+    wide = weight.float()
+    plus, minus = (wide + shift).to(weight.dtype), (wide - shift).to(weight.dtype)
+    return plus.float() - minus.float()
 
 
 def _round_stochastically(value: Tensor, bits: Tensor) -> Tensor:
