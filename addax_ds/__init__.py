@@ -10,7 +10,7 @@ from addax_ds.errors import UserError
 from addax_ds.noise import gaussian, parameter_id
 from addax_ds.optimizer import Addax, NonFiniteError
 from addax_ds.sharding import zero3 as _zero3
-from addax_ds.sharding.unsharded import attach
+from addax_ds.sharding.attach import attach
 
 if TYPE_CHECKING:
     from addax_ds.trainer import AddaxTrainer

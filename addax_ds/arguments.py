@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -65,6 +65,8 @@ DEMO_PRESET: dict[str, Any] = {
 _LAUNCHER_VARIABLES = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
+ShardingName = Literal["zero3", "fsdp2", "none"]
+
 
 @dataclass
 class ModelArguments:
@@ -82,6 +84,13 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel: eager, sdpa, flash_attention_2, ..."}
+    )
+    sharding: ShardingName | None = field(
+        default=None,
+        metadata={
+            "help": "Where the weights live: zero3 (needs, and is the default with, --deepspeed), "
+            "fsdp2, or none: whole on each rank (default without --deepspeed)."
+        },
     )
     cpu_threads: int = field(
         default=1,
@@ -127,14 +136,17 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
     that `deepspeed.initialize` builds Addax from it. A second call changes nothing.
 
     Raises:
-        UserError: a training argument or a key of the JSON that Addax refuses, several ranks or
-            GPUs without DeepSpeed, or a contradiction between arguments and JSON.
+        UserError: a training argument or a key of the JSON that Addax refuses, several GPUs in
+            one process, or a contradiction between arguments and JSON.
     """
     check_training_arguments(training_args)
     deepspeed = getattr(training_args, "hf_deepspeed_config", None)
     if deepspeed is None:
-        if training_args.world_size > 1 or training_args.n_gpu > 1:
-            _refuse_unsharded(max(training_args.world_size, training_args.n_gpu))
+        if training_args.n_gpu > 1:
+            raise UserError(
+                f"One process sees {training_args.n_gpu} GPUs: start one a GPU (torchrun "
+                "--nproc_per_node), or let it see one (CUDA_VISIBLE_DEVICES=0)."
+            )
         # --bf16 is the type of the weights, as under DeepSpeed; Accelerate would add autocast.
         training_args.mixed_precision = "no"
         return resolve(addax_args, training_args, {})
@@ -302,14 +314,35 @@ def _check_before_start(
         )
     problems += _model_problems(values) + _data_problems(values)
     raise_problems("These arguments cannot be used:", problems)
-    if not values.get("deepspeed"):
-        if _ranks() > 1:
-            _refuse_unsharded(_ranks())
-    elif not any(name in os.environ for name in _LAUNCHER_VARIABLES):
+    _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
+
+
+def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
+    """Raise `UserError` if the back end does not fit the launcher or --deepspeed."""
+    launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
+    if deepspeed and sharding not in (None, "zero3"):
+        raise UserError(
+            f"--sharding {sharding} contradicts --deepspeed, which is --sharding zero3: remove one."
+        )
+    if sharding == "zero3" and not deepspeed:
+        raise UserError("--sharding zero3 needs --deepspeed ds_configs/zero3.json.")
+    if deepspeed and not launched:
         raise UserError(
             "--deepspeed needs a launcher, which tells each process its rank: start with "
             "`deepspeed launch/train.py --deepspeed ...` (or torchrun)."
         )
+    if sharding == "fsdp2" and not launched:
+        raise UserError(
+            "--sharding fsdp2 needs a launcher, which tells each process its rank: start with "
+            "`torchrun --nproc_per_node N launch/train.py --sharding fsdp2 ...`."
+        )
+    for variable, flag in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero3")):
+        if os.environ.get(variable, "false").lower() in ("1", "true") and not deepspeed:
+            raise UserError(
+                f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
+                "shard the model in its own way: use launch/accelerate.yaml, which starts ranks "
+                f"and nothing else, with --sharding {flag}."
+            )
 
 
 def _model_problems(values: Mapping[str, Any]) -> list[str]:
@@ -350,11 +383,3 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 
 def _ranks() -> int:
     return int(next((os.environ[name] for name in _WORLD_SIZE_VARIABLES if name in os.environ), 1))
-
-
-def _refuse_unsharded(count: int) -> None:
-    raise UserError(
-        f"Without --deepspeed one process trains one unsharded model, and there are {count} ranks "
-        f"or GPUs: add --deepspeed ds_configs/zero3.json, or start one process that sees one GPU "
-        f"(CUDA_VISIBLE_DEVICES=0)."
-    )

@@ -51,6 +51,7 @@ from addax_ds.data.encoding import Example, encode
 from addax_ds.data.records import Record, prompt_completion, read_jsonl
 from addax_ds.errors import UserError
 from addax_ds.evaluation import Choice, EvaluationSet
+from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.tasks import SST2_DEMO, ChoiceRow
 from addax_ds.trainer import AddaxTrainer, plan_steps
 
@@ -84,7 +85,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         data = _load_data(data_args, tokenizer, source.positions)
         plan_steps(data.train, settings, args)  # the trainer does, too, but with the model loaded
     trainer = AddaxTrainer(
-        source.load(torch.bfloat16 if args.bf16 else torch.float32),
+        source.load(torch.bfloat16 if args.bf16 else torch.float32, model_args.sharding == "fsdp2"),
         args,
         settings,
         train_dataset=data.train,
@@ -146,14 +147,17 @@ class _ModelSource:
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer in {self.path}: {error}") from error
 
-    def load(self, dtype: torch.dtype) -> nn.Module:
+    def load(self, dtype: torch.dtype, fsdp2: bool) -> nn.Module:
         """Load the weights; under ZeRO-3 Transformers partitions them as they are read."""
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 self.path, dtype=dtype, **self.options, **self.model_options
             )
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the model from {self.path}: {error}") from error
+        if fsdp2:
+            shard_model(model)
+        return model
 
 
 # ---- data --------------------------------------------------------------------------------------

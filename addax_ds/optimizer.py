@@ -22,6 +22,8 @@ from addax_ds.update import ROUNDINGS, Rounding, Step, apply_update, perturb
 
 logger = logging.getLogger(__name__)
 
+Closure = Callable[[], Tensor]
+
 MAX_NON_FINITE_STEPS = 10
 """Training stops after so many steps in a row with a loss or g0 that is NaN or infinite."""
 
@@ -38,8 +40,11 @@ class StepReport:
     Attributes:
         g0: zeroth-order projected gradient; None if alpha is 0.
         zeroth_order_loss: mean of the losses at theta + zo_eps z and theta - zo_eps z, or None.
+        first_order_loss: mean over ranks of the first-order loss; None if `Addax.measure` did not
+            compute it.
         zeroth_order_norm: norm of the zeroth-order part of the update, lr * alpha * |g0| * sqrt(d)
-            for d trainable elements; ||z|| is sqrt(d) to a relative 1 / sqrt(2 d).
+            for d trainable elements; ||z|| is sqrt(d) to a relative 1 / sqrt(2 d) (bf16 weights
+            were perturbed by rounded multiples of z, whose norm differs a little).
         first_order_norm: norm of the first-order part, lr * (1 - alpha) * ||g1||; None unless
             `Addax.track_norm` was set.
         gradient_norm: ||g1|| over all parameters, before weighting; None likewise.
@@ -47,6 +52,7 @@ class StepReport:
 
     g0: float | None
     zeroth_order_loss: float | None
+    first_order_loss: float | None
     zeroth_order_norm: float
     first_order_norm: float | None
     gradient_norm: float | None
@@ -79,6 +85,9 @@ class Addax(torch.optim.Optimizer):
     :math:`z`           ``seed``               `addax_ds.gaussian` of (seed, step, parameter)
     ==================  =====================  ================================================
 
+    For bf16 weights the update credits, in place of z, what the passes saw of it after rounding
+    (`addax_ds.update`).
+
     One step is ``zeroth_order(closure)``, then ``loss.backward()``, which updates each parameter as
     soon as its gradient exists, then ``step()``, which updates what got no gradient. The weights
     are all the state there is.
@@ -87,12 +96,13 @@ class Addax(torch.optim.Optimizer):
         index: number of the next step.
         track_norm: whether steps measure the norm of the first-order gradient, which costs one more
             read of it and one all-reduce.
-        zeroth_order_loss: mean of the two losses that `zeroth_order` measured last.
+        zeroth_order_loss: mean over ranks of the two losses that `measure` computed last.
+        first_order_loss: mean over ranks of the first-order loss that `measure` computed last.
         report: what the last step did.
 
     A first-order loss that is NaN or infinite must not reach ``backward()``, which would write it
-    into the weights: `AddaxTrainer` compares it over ranks first (`mean_over_ranks`) and leaves out
-    that part of the step (`skip_non_finite`).
+    into the weights. ``measure(zeroth_order, first_order)`` computes both losses, averages them
+    with one all-reduce, and returns the first-order loss only if all ranks may go backward from it.
 
     Args:
         params: parameters or parameter groups, as for any optimizer; a group may have its own
@@ -133,6 +143,7 @@ class Addax(torch.optim.Optimizer):
         self.track_norm = False
         self.report: StepReport | None = None
         self.zeroth_order_loss: float | None = None
+        self.first_order_loss: float | None = None
         self._steps: list[Step] = []
         self._updated: set[int] = set()
         self._norms: list[tuple[int, Tensor]] = []
@@ -141,46 +152,72 @@ class Addax(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def zeroth_order(self, closure: Callable[[], Tensor]) -> float:
+    def zeroth_order(self, closure: Closure) -> float:
         """Measure g0 with two forward passes; the update itself follows during backward and step.
 
-        The passes run in eval mode (as in MeZO), so that both see the same randomness, and without
-        autograd. The stored weights are bit-identical before and after, also if ``closure`` raises.
-
-        Args:
-            closure: returns this rank's loss as a scalar of fp32 or wider. The losses are averaged
-                over ranks, so a rank's loss should be a mean over as many examples as every other
-                rank's, or be scaled accordingly (`AddaxTrainer` scales by the global number of
-                target tokens).
+        For training loops that compute the first-order loss themselves; see `measure` for the
+        passes, the errors and a step that is also safe from a first-order loss that is NaN.
 
         Returns:
             g0, the same number on every rank; 0 if alpha is 0 (the closure is then not called) or
             if a loss was NaN or infinite (the step then has no zeroth-order part).
+        """
+        self.measure(closure, None)
+        return self._steps[0].g0 if self._steps else 0.0
+
+    def measure(self, zeroth_order: Closure | None, first_order: Closure | None) -> Tensor | None:
+        """Run the forward passes of a step and average their losses with one all-reduce.
+
+        The two zeroth-order passes run in eval mode (as in MeZO), so that both see the same
+        randomness, and without autograd. The stored weights are bit-identical before and after,
+        also if a closure raises.
+
+        Args:
+            zeroth_order: returns this rank's loss of the zeroth-order batch; not called if alpha
+                is 0.
+            first_order: returns this rank's loss of the first-order batch; not called if alpha is
+                1, and None if the caller computes that loss.
+
+        Both losses are scalars of fp32 or wider. They are averaged over ranks, so a rank's loss
+        should be a mean over as many examples as every other rank's, or be scaled accordingly
+        (`AddaxTrainer` scales by the global number of target tokens).
+
+        Returns:
+            The first-order loss of this rank, to call ``backward()`` on. None if there is none, or
+            if its mean over ranks is NaN or infinite: the step is then completed without it.
 
         Raises:
             RuntimeError: if called twice in a step or after a backward of the same step.
-            TypeError: if the loss is of a type narrower than fp32, in which the difference of the
-                two losses is lost.
-            NonFiniteError: after `MAX_NON_FINITE_STEPS` such steps in a row.
+            TypeError: if a loss is of a type narrower than fp32, in which the difference of two
+                losses is lost.
+            NonFiniteError: after `MAX_NON_FINITE_STEPS` steps in a row with such a loss.
         """
         if self._steps:
             raise RuntimeError(
-                "zeroth_order() has to come first in a step and once: call step() after the "
-                "backward, and zeroth_order() before the next first-order forward"
+                "the zeroth-order passes have to come first in a step and once: call step() after "
+                "the backward, and zeroth_order() before the next first-order forward"
             )
-        if self.alpha == 0.0:
-            return 0.0
+        if self.alpha > 0.0 and self.sharding.awaiting_backward:
+            raise RuntimeError(
+                "a forward with autograd ran since the last step, and the zeroth-order passes come "
+                "before it: its backward would see other weights. Call zeroth_order() first, and "
+                "put forwards that train nothing under torch.no_grad()"
+            )
         steps = self._new_steps()
-        losses = self._perturbed_losses(closure, steps[0])
-        loss_plus, loss_minus = self.mean_over_ranks(losses)
-        g0 = (loss_plus - loss_minus) / (2 * self.zo_eps)
-        if not math.isfinite(g0):
-            self.skip_non_finite(f"zeroth-order losses {loss_plus} and {loss_minus}")
-            g0 = 0.0
-        self.zeroth_order_loss = (loss_plus + loss_minus) / 2
-        self._steps = [replace(step, g0=g0) for step in steps]
-        return g0
+        losses: list[Tensor] = []
+        if self.alpha > 0.0 and zeroth_order is not None:
+            losses += self._perturbed_losses(zeroth_order, steps[0])
+        loss = first_order() if self.alpha < 1.0 and first_order is not None else None
+        if loss is not None:
+            losses.append(_checked_loss(loss))
+        means = self._mean_over_ranks(losses) if losses else []
+        self.first_order_loss = means.pop() if loss is not None else None
+        if means:
+            self._steps = [replace(step, g0=self._projected_gradient(*means)) for step in steps]
+        if self.first_order_loss is not None and not math.isfinite(self.first_order_loss):
+            self._skip_non_finite(f"first-order loss {self.first_order_loss}")
+            return None
+        return loss
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -195,10 +232,12 @@ class Addax(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Addax.step takes no closure; zeroth_order() does")
         self._begin_step()
+        self._check_all_applied()
         for shard in self.sharding.shards():
             if shard.parameter_id not in self._updated:
                 self._update(shard, None)
         self.sharding.finish_step()
+        self.sharding.awaiting_backward = False
         self.report = self._make_report()
         self.index += 1
         self._steps = []
@@ -208,7 +247,8 @@ class Addax(torch.optim.Optimizer):
             self._non_finite_in_a_row = 0
         self._non_finite = False
 
-    def _perturbed_losses(self, closure: Callable[[], Tensor], step: Step) -> list[Tensor]:
+    @torch.no_grad()
+    def _perturbed_losses(self, closure: Closure, step: Step) -> list[Tensor]:
         """Return this rank's losses at theta + zo_eps z and at theta - zo_eps z."""
 
         def perturbed(sign: int, shard: Shard) -> Tensor:
@@ -220,6 +260,15 @@ class Addax(torch.optim.Optimizer):
                 with self.sharding.perturbed(partial(perturbed, sign)):
                     losses.append(_checked_loss(closure()))
         return losses
+
+    def _projected_gradient(self, loss_plus: float, loss_minus: float) -> float:
+        """Return g0; 0, with a note that this part is left out, where it is NaN or infinite."""
+        self.zeroth_order_loss = (loss_plus + loss_minus) / 2
+        g0 = (loss_plus - loss_minus) / (2 * self.zo_eps)
+        if math.isfinite(g0):
+            return g0
+        self._skip_non_finite(f"zeroth-order losses {loss_plus} and {loss_minus}")
+        return 0.0
 
     def _on_gradient(self, shard: Shard, gradient: Tensor) -> None:
         """Apply the step to a shard whose averaged gradient has just arrived."""
@@ -242,6 +291,15 @@ class Addax(torch.optim.Optimizer):
             shard.data, gradient, shard.parameter_id, shard.start, step, decayed=shard.decayed
         )
         self._updated.add(shard.parameter_id)
+
+    def _check_all_applied(self) -> None:
+        name = self.sharding.unapplied_gradient()
+        if name is not None:
+            raise RuntimeError(
+                f"{name} has a gradient that was not applied, because it was not reduced (no_sync, "
+                "set_requires_gradient_sync) or was there before the optimizer was attached: each "
+                "step is one backward with reduction, and gradients are set to None before"
+            )
 
     def _begin_step(self) -> None:
         """Fix the values of this step, unless `zeroth_order` did."""
@@ -272,14 +330,14 @@ class Addax(torch.optim.Optimizer):
 
     # ---- what all ranks agree on ---------------------------------------------------------------
 
-    def mean_over_ranks(self, values: list[Tensor]) -> list[float]:
+    def _mean_over_ranks(self, values: list[Tensor]) -> list[float]:
         """Average scalars over ranks in fp64 with one all-reduce; the same on all ranks."""
         device = self.sharding.device
         total = torch.stack([value.detach().to(device, torch.float64) for value in values])
         self.sharding.sum_over_ranks(total)
         return (total / self.sharding.world_size).tolist()
 
-    def skip_non_finite(self, what: str) -> None:
+    def _skip_non_finite(self, what: str) -> None:
         """Note that a part of this step is left out because its loss is NaN or infinite.
 
         Raises:
@@ -303,6 +361,7 @@ class Addax(torch.optim.Optimizer):
         return StepReport(
             g0=step.g0 if step.alpha > 0 else None,
             zeroth_order_loss=self.zeroth_order_loss if step.alpha > 0 else None,
+            first_order_loss=self.first_order_loss,
             zeroth_order_norm=step.alpha * abs(step.g0) * math.hypot(*map(mul, lrs, sizes)),
             first_order_norm=(1 - step.alpha) * math.hypot(*map(mul, lrs, norms))
             if norms
@@ -319,7 +378,7 @@ class Addax(torch.optim.Optimizer):
         for group, norm in self._norms:
             squares[group] += norm.to(device, torch.float64).square()
         self.sharding.sum_over_ranks(squares)
-        return squares.sqrt().tolist()
+        return (squares / self.sharding.replicas).sqrt().tolist()
 
     # ---- binding and state ---------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """`transformers.Trainer` with Addax: Trainer's loop as it is, another step inside it."""
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ from addax_ds.data.partition import Partition, partition
 from addax_ds.errors import UserError
 from addax_ds.evaluation import EvaluationCollator, EvaluationSet, token_scores
 from addax_ds.optimizer import Addax, unwrap
-from addax_ds.sharding.unsharded import attach
+from addax_ds.sharding.attach import attach
 
 
 def plan_steps(
@@ -44,9 +43,10 @@ def plan_steps(
 class AddaxTrainer(Trainer):
     """Trainer whose step takes a zeroth-order batch of D0 and a first-order batch of D1.
 
-    It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, in one process. Both losses
-    are sums over the global batch divided by its global number of target tokens. An epoch is one
-    pass over D1; D0 cycles through its own permutations.
+    It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, on a model that is sharded
+    by ``fully_shard`` or whole on each rank. Both losses are sums over the global batch divided by
+    its global number of target tokens. An epoch is one pass over D1; D0 cycles through its own
+    permutations.
 
     Besides Trainer's own values it reports, every ``logging_steps``, those of the last step:
     ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and ``fo_update_norm``
@@ -95,7 +95,9 @@ class AddaxTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._first_order_loss: float | None = None
+        if not self.is_deepspeed_enabled:
+            # Accelerate would wrap a model on several ranks in DistributedDataParallel.
+            model._is_accelerate_prepared = True  # type: ignore[assignment]
         self._learning_rate = args.learning_rate
         self._scores_own_metrics = self.compute_metrics is None
 
@@ -156,17 +158,16 @@ class AddaxTrainer(Trainer):
         addax.track_norm = self._logs_after_this_step()
         # Before DeepSpeed's engine goes on to the next one, which is what Trainer would report.
         self._learning_rate = float(addax.param_groups[0]["lr"])
-        if addax.alpha > 0:
-            addax.zeroth_order(lambda: self._batch_loss(model, inputs, "zeroth_order"))
-        if addax.alpha < 1:
-            loss = self._batch_loss(model, inputs, "first_order")
-            (self._first_order_loss,) = addax.mean_over_ranks([loss])
-            if math.isfinite(self._first_order_loss):
-                self.accelerator.backward(loss)
-                return self._scalar(self._first_order_loss)
-            addax.skip_non_finite(f"first-order loss {self._first_order_loss}")
-        addax.sharding.step_without_backward()
-        return self._scalar(self._first_order_loss)
+        loss = addax.measure(
+            lambda: self._batch_loss(model, inputs, "zeroth_order"),
+            lambda: self._batch_loss(model, inputs, "first_order"),
+        )
+        if loss is None:
+            addax.sharding.step_without_backward()
+        else:
+            self.accelerator.backward(loss)
+        means = (addax.first_order_loss, addax.zeroth_order_loss)
+        return torch.tensor(next(m for m in means if m is not None), device=self.args.device)
 
     def prediction_step(
         self,
@@ -210,7 +211,7 @@ class AddaxTrainer(Trainer):
                 "learning_rate": self._learning_rate,
                 "g0": report.g0,
                 "zo_loss": report.zeroth_order_loss,
-                "fo_loss": self._first_order_loss,
+                "fo_loss": report.first_order_loss,
                 "zo_update_norm": report.zeroth_order_norm,
                 "fo_update_norm": report.first_order_norm,
                 "grad_norm": report.gradient_norm,
@@ -256,11 +257,6 @@ class AddaxTrainer(Trainer):
         if args.logging_strategy == "steps":
             return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
         return args.logging_strategy == "epoch"
-
-    def _scalar(self, loss: float | None) -> Tensor:
-        """Return the loss that Trainer reports: the zeroth-order one if there is no other."""
-        reported = self.addax.zeroth_order_loss if loss is None else loss
-        return torch.tensor(reported, device=self.args.device)
 
 
 def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:

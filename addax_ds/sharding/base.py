@@ -9,9 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from addax_ds.errors import UserError
 from addax_ds.noise import MAX_PARAMETER_ELEMENTS, parameter_id
@@ -60,7 +62,14 @@ class ParameterInfo:
 
 
 class Sharding(ABC):
-    """A sharding back end, bound to one model and one optimizer."""
+    """A sharding back end, bound to one model and one optimizer.
+
+    Attributes:
+        model: the model, whose stored weights are the shards.
+        infos: the trainable parameters.
+        group_elements: number of trainable elements of the whole model, by parameter group.
+        awaiting_backward: whether a forward with autograd ran since the last step.
+    """
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
@@ -69,6 +78,8 @@ class Sharding(ABC):
         for info in self.infos:
             self.group_elements[info.group] += self.full_shape(info.parameter).numel()
         self._held = [(p, p.requires_grad) for group in param_groups for p in group["params"]]
+        self.awaiting_backward = False
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def trainable_elements(self) -> int:
@@ -87,6 +98,13 @@ class Sharding(ABC):
                 "and unfreeze before, or make a new optimizer"
             )
 
+    def _note_forward(self, *_: Any) -> None:
+        self.awaiting_backward |= torch.is_grad_enabled()
+
+    def unapplied_gradient(self) -> str | None:
+        """Name a parameter with a gradient that was not handed to ``on_gradient``, or None."""
+        return next((info.name for info in self.infos if info.parameter.grad is not None), None)
+
     @staticmethod
     def full_shape(parameter: Tensor) -> torch.Size:
         """Shape of the unsharded parameter."""
@@ -104,13 +122,15 @@ class Sharding(ABC):
     def perturbed(self, perturb: Perturb) -> AbstractContextManager[None]:
         """Let forward passes see perturbed weights; the stored weights are never written."""
 
-    @abstractmethod
     def attach(self, on_gradient: OnGradient) -> None:
         """Call ``on_gradient`` for each reduced gradient shard as soon as it exists."""
+        self._hooks.append(self.model.register_forward_hook(self._note_forward))
 
-    @abstractmethod
     def detach(self) -> None:
         """Remove every hook and wrapper from the model and its parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @abstractmethod
     def finish_step(self) -> None:
@@ -128,6 +148,11 @@ class Sharding(ABC):
     @abstractmethod
     def world_size(self) -> int:
         """Number of ranks over which the batch is split."""
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks that hold each shard."""
+        return 1
 
     @abstractmethod
     def sum_over_ranks(self, values: Tensor) -> None:
@@ -171,6 +196,20 @@ def describe_parameters(
                 )
             infos.append(ParameterInfo(parameter, name, pid, len(shape) >= 2, group))
     return infos
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the decoder layers: elements of outermost ``nn.ModuleList`` that are called."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and _is_called(child):
+            yield child
+        else:
+            yield from blocks(child)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Containers such as a nested ``ModuleList`` have no ``forward`` that hooks could follow."""
+    return type(module).forward is not nn.Module.forward
 
 
 def canonical_name(name: str) -> str:

@@ -1,4 +1,8 @@
-"""One process that holds the whole model.
+"""The whole model on each rank, one or several.
+
+Several ranks are replicas: each gradient is averaged over them when backward has made it, before it
+is applied. (A hook runs before DistributedDataParallel has reduced anything, so a model wrapped by
+that would drift apart.)
 
 During a perturbed pass a block of the model sees ``theta + c z`` because its parameters' ``data``
 point to perturbed copies while the block runs, and to the untouched weights again afterwards. A
@@ -11,59 +15,33 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from addax_ds.errors import UserError
-from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding
-
-if TYPE_CHECKING:
-    from addax_ds.optimizer import Addax
+from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, blocks
 
 logger = logging.getLogger(__name__)
 
 
-def attach(optimizer: "Addax", model: nn.Module) -> Sharding:
-    """Let an optimizer work on a plain model in one process.
-
-    Afterwards ``loss.backward()`` updates the weights as it goes, and ``model`` sees perturbed
-    weights inside `Addax.zeroth_order`.
-
-    Args:
-        optimizer: built from the parameters of ``model``.
-        model: the model, not wrapped by an engine.
-
-    Returns:
-        The back end; its ``detach()`` gives the model back as it was.
+class Unsharded(Sharding):
+    """Sharding back end of a plain model, in one process or replicated on several ranks.
 
     Raises:
-        UserError: if several ranks are running, the optimizer's parameters are not the model's, or
-            one is not contiguous.
+        UserError: if the model is wrapped by an engine, or a parameter is not contiguous.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise UserError(
-            f"addax_ds.attach serves one process, but {dist.get_world_size()} ranks are running "
-            'and would drift apart: use deepspeed.initialize with the optimizer type "Addax"'
-        )
-    sharding = Unsharded(model, optimizer.param_groups)
-    optimizer.bind(sharding)
-    return sharding
-
-
-class Unsharded(Sharding):
-    """Sharding back end of a plain model in one process."""
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         super().__init__(model, param_groups)
         for info in self.infos:
             if not info.parameter.is_contiguous():
                 raise UserError(f"{info.name} is not contiguous: call .contiguous() on its data")
+        self._replicate()
         self._warned_of_blocks = False
         self._blocks, self._outside = _split_into_blocks(model, self.infos)
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def shards(self) -> Iterator[Shard]:  # noqa: D102
         return map(_shard, self.infos)
@@ -93,18 +71,17 @@ class Unsharded(Sharding):
     def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
         def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
-            gradient, parameter.grad = parameter.grad, None
-            on_gradient(_shard(info), gradient.reshape(-1))
+            gradient, parameter.grad = parameter.grad.contiguous(), None
+            if self.world_size > 1:
+                # Backward runs in the same order on every rank, so these meet.
+                dist.all_reduce(gradient)
+                gradient /= self.world_size
+            on_gradient(_shard(info), gradient.view(-1))
 
-        self.detach()
+        super().attach(on_gradient)
         for info in self.infos:
             handle = info.parameter.register_post_accumulate_grad_hook(partial(hook, info))
             self._hooks.append(handle)
-
-    def detach(self) -> None:  # noqa: D102
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     def finish_step(self) -> None:  # noqa: D102
         pass  # the weights that a pass reads are the weights that were updated
@@ -112,12 +89,31 @@ class Unsharded(Sharding):
     def step_without_backward(self) -> None:  # noqa: D102
         pass  # the training loop calls the optimizer's step
 
+    def check_unchanged(self) -> None:  # noqa: D102
+        super().check_unchanged()
+        if any(isinstance(module, FSDPModule) for module in self.model.modules()):
+            raise UserError(
+                "fully_shard was applied after the optimizer was attached, which then no longer "
+                "sees the weights: shard first, then make the optimizer and attach it"
+            )
+
     @property
     def world_size(self) -> int:  # noqa: D102
-        return 1
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def replicas(self) -> int:  # noqa: D102
+        return self.world_size
 
     def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
-        pass
+        if self.world_size > 1:
+            dist.all_reduce(values)
+
+    def _replicate(self) -> None:
+        """Let all ranks start from rank 0's weights and buffers."""
+        if self.world_size > 1:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                dist.broadcast(tensor.data, src=0)
 
     def _warn_of_unseen_blocks(self, ran: set[nn.Module]) -> None:
         """Warn, once, of blocks that no pass went through: what read them read them unperturbed."""
@@ -140,13 +136,13 @@ def _split_into_blocks(
     model: nn.Module, infos: list[ParameterInfo]
 ) -> tuple[list[tuple[nn.Module, list[ParameterInfo]]], list[ParameterInfo]]:
     """Return the blocks with the parameters that only they use, and the parameters left over."""
-    blocks = list(_outermost_list_elements(model))
+    all_blocks = list(blocks(model))
     users: dict[nn.Parameter, int] = {}
-    for block in blocks:
+    for block in all_blocks:
         for parameter in block.parameters():
             users[parameter] = users.get(parameter, 0) + 1
-    in_blocks = {p for block in blocks for p in block.parameters() if users[p] == 1}
-    elsewhere = _parameters_outside(model, set(blocks))
+    in_blocks = {p for block in all_blocks for p in block.parameters() if users[p] == 1}
+    elsewhere = _parameters_outside(model, set(all_blocks))
     exclusive = in_blocks - elsewhere
     by_parameter = {info.parameter: info for info in infos}
     split = [
@@ -154,22 +150,9 @@ def _split_into_blocks(
             block,
             [by_parameter[p] for p in block.parameters() if p in exclusive & by_parameter.keys()],
         )
-        for block in blocks
+        for block in all_blocks
     ]
     return split, [info for info in infos if info.parameter not in exclusive]
-
-
-def _outermost_list_elements(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(module, nn.ModuleList) and _is_called(child):
-            yield child
-        else:
-            yield from _outermost_list_elements(child)
-
-
-def _is_called(module: nn.Module) -> bool:
-    """Containers such as a nested ``ModuleList`` have no ``forward`` that hooks could follow."""
-    return type(module).forward is not nn.Module.forward
 
 
 def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:

@@ -34,7 +34,7 @@ _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
 class Stage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3 whose only model state is the partitioned weights.
 
-    `deepspeed.initialize` returns it as the optimizer; `zeroth_order` is `Addax.zeroth_order`.
+    `deepspeed.initialize` returns it as the optimizer, hence the two methods of `Addax`.
     """
 
     sharding: "Zero3Sharding"
@@ -60,6 +60,14 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         )
         self.sharding = Zero3Sharding(self)
         self.optimizer.bind(self.sharding)
+
+    def measure(
+        self,
+        zeroth_order: Callable[[], Tensor] | None,
+        first_order: Callable[[], Tensor] | None,
+    ) -> Tensor | None:
+        """See `Addax.measure`."""
+        return self.optimizer.measure(zeroth_order, first_order)
 
     def zeroth_order(self, closure: Callable[[], Tensor]) -> float:
         """See `Addax.zeroth_order`."""
@@ -115,8 +123,6 @@ class Zero3Sharding(Sharding):
             self._gathers.append((parameter, coalesced, single))
             parameter.all_gather_coalesced = self._gather_perturbed(coalesced)
             parameter.all_gather = self._gather_perturbed(single, parameter)
-        # Before DeepSpeed's own hooks, which would fetch them module by module.
-        self._hook = zero.module.register_forward_pre_hook(self._gather_persistent, prepend=True)
 
     @staticmethod
     def full_shape(parameter: Any) -> torch.Size:  # noqa: D102
@@ -140,10 +146,14 @@ class Zero3Sharding(Sharding):
     # ---- first order ---------------------------------------------------------------------------
 
     def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
+        super().attach(on_gradient)
         self._on_gradient = on_gradient
+        # Before DeepSpeed's own hooks, which would fetch them module by module.
+        hook = self.model.register_forward_pre_hook(self._gather_persistent, prepend=True)
+        self._hooks.append(hook)
 
     def detach(self) -> None:  # noqa: D102
-        self._hook.remove()
+        super().detach()
         for parameter, coalesced, single in self._gathers:
             parameter.all_gather_coalesced = coalesced
             parameter.all_gather = single

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +63,22 @@ def examine(zero: dict[str, Any]) -> dict[str, Any]:
         },
     }
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
-    parts: dict[str, list] = {}
-    for step, (long, short) in enumerate(token_batches(SETTLED + 1)):
+    for long, short in token_batches(SETTLED + 1):
         with CollectiveCounter() as counter:
-            optimizer.zeroth_order(lambda x=long: mean_loss(engine, x))
-            parts["zeroth_order"] = counter.calls[:]
-            loss = mean_loss(engine, short)
-            parts["forward"] = counter.calls[len(parts["zeroth_order"]) :]
-            done = len(counter.calls)
+            ends: list[int] = []
+            loss = optimizer.measure(
+                partial(_counted_loss, engine, long, counter, ends),
+                partial(_counted_loss, engine, short, counter, ends),
+            )
+            ends.append(len(counter.calls))
             engine.backward(loss)
-            parts["backward"] = counter.calls[done:]
-            done = len(counter.calls)
+            ends.append(len(counter.calls))
             engine.step()
-            parts["step"] = counter.calls[done:]
-        assert step <= SETTLED
+        ends.append(len(counter.calls))
+        names = ("zeroth_order", "zeroth_order", "forward", "agree", "backward", "step")
+        parts = {name: [] for name in names}
+        for name, begin, end in zip(names, [0, *ends], ends, strict=False):
+            parts[name] += counter.calls[begin:end]
     world_size = comm.get_world_size()
     result = {
         "parts": parts,
@@ -84,6 +87,15 @@ def examine(zero: dict[str, Any]) -> dict[str, Any]:
     }
     engine.destroy()
     return result
+
+
+def _counted_loss(
+    engine: Any, batch: Tensor, counter: CollectiveCounter, ends: list[int]
+) -> Tensor:
+    """Note how many collectives there were when a pass ended."""
+    loss = mean_loss(engine, batch)
+    ends.append(len(counter.calls))
+    return loss
 
 
 def main() -> None:

@@ -1,0 +1,45 @@
+"""Binding an optimizer to a model that no engine drives."""
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from addax_ds.errors import UserError
+from addax_ds.optimizer import Addax
+from addax_ds.sharding.base import Sharding
+from addax_ds.sharding.fsdp2 import Fsdp2
+from addax_ds.sharding.unsharded import Unsharded
+
+
+def attach(optimizer: Addax, model: nn.Module) -> Sharding:
+    """Let an optimizer work on a model: sharded by ``fully_shard``, or whole on each rank.
+
+    Afterwards ``loss.backward()`` updates the weights as it goes, and ``model`` sees perturbed
+    weights inside `Addax.measure`. A whole model on several ranks is replicated: the ranks start
+    from rank 0's weights, and each gradient is averaged before it is applied.
+
+    Args:
+        optimizer: built from the parameters of ``model``.
+        model: the model. Shard it first; do not wrap it in DistributedDataParallel.
+
+    Returns:
+        The back end; its ``detach()`` gives the model back as it was.
+
+    Raises:
+        UserError: if the optimizer's parameters are not the model's, or for a model that is
+            sharded or wrapped in another way.
+    """
+    if isinstance(model, DistributedDataParallel):
+        raise UserError(
+            "addax_ds.attach takes the model without DistributedDataParallel, whose gradients are "
+            "averaged too late for updates in place: attach model.module, which averages itself"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            "the model is partitioned by DeepSpeed: use deepspeed.initialize with the optimizer "
+            'type "Addax" instead of addax_ds.attach'
+        )
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    sharding = (Fsdp2 if sharded else Unsharded)(model, optimizer.param_groups)
+    optimizer.bind(sharding)
+    return sharding

@@ -1,0 +1,227 @@
+"""PyTorch FSDP2 (``fully_shard``): the only module that touches its private names (torch 2.13).
+
+- A parameter is gathered from the attribute ``_sharded_param_data`` of its ``FSDPParam``. During a
+  perturbed pass reading it yields a perturbed copy, wherever the shard lives and whatever the
+  precision policy makes of it afterwards; the stored shard is never written.
+- FSDP2 runs a parameter's post-accumulate hooks as soon as its gradient is reduced, on the stream
+  of the reduction: the update happens there, while the next layer's backward runs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from addax_ds.errors import UserError
+from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, blocks
+
+
+def shard_model(model: nn.Module, **options: Any) -> None:
+    """Shard a model in place: each decoder layer by itself, and what is left with the root.
+
+    Args:
+        model: the model; its parameters may lie on the meta device.
+        **options: passed to ``fully_shard`` (``mesh``, ``offload_policy``, ...).
+    """
+    for block in blocks(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+class _PerturbableParam(FSDPParam):
+    """What FSDP2 keeps of a parameter, gathered from a perturbed copy while ``perturb`` is set."""
+
+    perturb: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def _sharded_param_data(self) -> Tensor:
+        stored = self.stored
+        return stored if self.perturb is None else self.perturb(stored)
+
+    @_sharded_param_data.setter
+    def _sharded_param_data(self, value: Tensor) -> None:
+        vars(self)["_sharded_param_data"] = value
+
+    @property
+    def stored(self) -> Tensor:
+        """Flat view of the shard as it is stored, with padding."""
+        return vars(self)["_sharded_param_data"]
+
+
+class Fsdp2(Sharding):
+    """Sharding back end over the shards of a model that ``fully_shard`` was applied to.
+
+    Raises:
+        UserError: for ways to shard that this back end does not serve.
+    """
+
+    def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
+        if not isinstance(model, FSDPModule):
+            raise UserError(
+                "parts of the model are sharded by fully_shard, but the model itself is not: call "
+                "fully_shard(model) too, after its layers"
+            )
+        self._root = model
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        super().__init__(model, param_groups)
+        self._fsdp_params: dict[Tensor, Any] = {}
+        for fsdp_param in _fsdp_params(model):
+            _check(fsdp_param)
+            self._fsdp_params[fsdp_param.sharded_param] = fsdp_param
+        self._starts = {info.parameter: _start(info) for info in self.infos}
+
+    def shards(self) -> Iterator[Shard]:  # noqa: D102
+        for info in self.infos:
+            shard = self._shard(info)
+            if shard.data.numel():
+                yield shard
+
+    def _shard(self, info: ParameterInfo) -> Shard:
+        held = _local(info.parameter).numel()
+        data = self._fsdp_params[info.parameter].stored[:held]
+        start = self._starts[info.parameter]
+        return Shard(info.name, info.parameter_id, start, data, info.decayed, info.group)
+
+    # ---- first order ---------------------------------------------------------------------------
+
+    def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
+        def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = _local(parameter.grad), None
+            shard = self._shard(info)
+            if shard.data.numel():
+                on_gradient(shard, gradient.reshape(-1))
+
+        super().attach(on_gradient)
+        for fsdp_param in self._fsdp_params.values():
+            fsdp_param.__class__ = _PerturbableParam
+        for info in self.infos:
+            handle = info.parameter.register_post_accumulate_grad_hook(partial(hook, info))
+            self._hooks.append(handle)
+
+    def detach(self) -> None:  # noqa: D102
+        super().detach()
+        for fsdp_param in self._fsdp_params.values():
+            fsdp_param.__class__ = FSDPParam
+
+    def finish_step(self) -> None:  # noqa: D102
+        self._reshard()  # what is still gathered is from before the update
+
+    def step_without_backward(self) -> None:  # noqa: D102
+        pass  # the training loop calls the optimizer's step
+
+    def unapplied_gradient(self) -> str | None:  # noqa: D102
+        for info in self.infos:
+            fsdp_param = self._fsdp_params[info.parameter]
+            unsharded = getattr(fsdp_param, "_unsharded_param", None)
+            gradients = (
+                info.parameter.grad,
+                fsdp_param.unsharded_accumulated_grad,
+                None if unsharded is None else unsharded.grad,
+            )
+            if any(gradient is not None for gradient in gradients):
+                return info.name
+        return None
+
+    # ---- zeroth order --------------------------------------------------------------------------
+
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:  # noqa: D102
+        try:
+            yield
+        finally:
+            # Backward prefetches along the order of forwards since the last one.
+            self._reshard()
+
+    @contextmanager
+    def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
+        self._reshard()  # what is still gathered would be seen unperturbed
+        for info in self.infos:
+            self._fsdp_params[info.parameter].perturb = self._perturbed_copy(info, perturb)
+        try:
+            yield
+        finally:
+            for info in self.infos:
+                self._fsdp_params[info.parameter].perturb = None
+            self._reshard()  # what is still gathered is perturbed
+
+    def _perturbed_copy(self, info: ParameterInfo, perturb: Perturb) -> Callable[[Tensor], Tensor]:
+        def copy(stored: Tensor) -> Tensor:
+            result = perturb(self._shard(info))
+            missing = stored.numel() - result.numel()  # padding travels too; nobody reads it
+            return torch.cat((result, result.new_zeros(missing))) if missing else result
+
+        return copy
+
+    def _reshard(self) -> None:
+        """Free all that is gathered; the root is not resharded by its own forward."""
+        if self._root._get_fsdp_state()._is_root:  # else no forward has run yet
+            self._root.reset_iter_state()
+
+    # ---- collectives ---------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:  # noqa: D102
+        return dist.get_world_size()
+
+    @property
+    def replicas(self) -> int:  # noqa: D102
+        mesh = next(iter(self._fsdp_params.values())).mesh_info.mesh
+        return mesh.size(0) if mesh.ndim > 1 else 1
+
+    def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
+        dist.all_reduce(values)
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        # With CPU offload the shards live elsewhere than the collectives.
+        return next(iter(self._fsdp_params.values())).device
+
+
+def _fsdp_params(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                if group.post_forward_mesh_info not in (None, group.mesh_info):
+                    raise UserError(
+                        "fully_shard(reshard_after_forward=<a number>) gathers for backward from "
+                        "copies that an update in place would not reach: use True or False"
+                    )
+                yield from group.fsdp_params
+
+
+def _check(fsdp_param: Any) -> None:
+    mesh = fsdp_param.mesh_info.mesh
+    if fsdp_param.is_dtensor or mesh.size() != dist.get_world_size():
+        raise UserError(
+            "Addax serves FSDP2 over all ranks, with or without replicas (HSDP), not beside tensor "
+            "or other parallelism: give fully_shard plain parameters and a mesh of all ranks"
+        )
+    if fsdp_param.fsdp_placement.dim != 0:
+        raise UserError(
+            "Addax needs shards that are contiguous in the parameter, along dimension 0: call "
+            "fully_shard without shard_placement_fn"
+        )
+
+
+def _start(info: ParameterInfo) -> int:
+    """Flat index of the local shard's first element in the unsharded parameter."""
+    parameter: Any = info.parameter
+    shape, mesh, placements = parameter.shape, parameter.device_mesh, parameter.placements
+    _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return offsets[0] * shape[1:].numel()
+
+
+def _local(tensor: Any) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor._local_tensor
