@@ -1,5 +1,7 @@
 # `make demo` and `make test` install what they need on first use. Options:
 #   make demo ARGS="--seed 1"        flags appended to the demo's command
+#   make bench                       the benchmarks, on a CPU
+#   make test-gpu                    what only a GPU can show
 #   make install PYTHON=python3.12   the interpreter that .venv is made from
 # On a machine without a GPU, pip takes a CPU build of torch 2.13.0 where PIP_FIND_LINKS or
 # PIP_EXTRA_INDEX_URL offers one; otherwise it downloads the CUDA build, several GB.
@@ -15,11 +17,13 @@ VENV_PATH := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Without an accelerator DeepSpeed must be told so, and ranks that share cores get one thread each.
 CPU_ONLY := DS_ACCELERATOR=cpu OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 COUNT_ACCELERATORS := import torch; print(torch.accelerator.device_count())
+NEEDS_CUDA := import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: no CUDA GPU here")
+TWO_RANKS := benchmarks/memory.py benchmarks/step.py
 CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.exit( \
     "addax_ds needs Python 3.11 or 3.12, but %s is %d.%d. Remove .venv if there is one, and " \
     "name another interpreter: make install PYTHON=python3.12" % (sys.executable, v[0], v[1]))
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-gpu bench lint clean
 
 install: $(STAMP)
 
@@ -49,6 +53,19 @@ lint: $(STAMP)
 
 test: lint
 	$(VENV_PATH) pytest -q tests
+
+# For machines with a CUDA GPU; two or more of them are used as two ranks over NCCL.
+test-gpu: $(STAMP)
+	@$(VENV)/bin/python -c '$(NEEDS_CUDA)'
+	DS_ACCELERATOR=cuda $(VENV_PATH) pytest -q tests/gpu
+	$(VENV_PATH) deepspeed --num_gpus 1 benchmarks/step.py --shape opt-125m
+
+# Some minutes each, on an otherwise idle machine; benchmarks/README.md says what they measure.
+bench: $(STAMP)
+	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/noise.py --output benchmarks/results/noise.json
+	export $(CPU_ONLY) $(VENV_PATH) && for benchmark in $(TWO_RANKS); do \
+	    deepspeed --num_gpus 2 $$benchmark --shape opt-125m --output benchmarks/results || exit 1; \
+	done && $(VENV)/bin/python benchmarks/growth.py --output benchmarks/results
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

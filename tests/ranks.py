@@ -18,15 +18,25 @@ def free_port() -> int:
 
 
 def run_ranks(
-    worker: str, world_size: int, folder: Path, *arguments: str, timeout: float = 240.0
+    worker: str,
+    world_size: int,
+    folder: Path,
+    *arguments: str,
+    timeout: float = 240.0,
+    accelerator: str = "cpu",
 ) -> str:
     """Run ``tests.workers.<worker> <folder> <arguments>`` on each rank; see `run_module`."""
-    module = f"tests.workers.{worker}"
-    return run_module(module, world_size, folder, str(folder), *arguments, timeout=timeout)
+    module, words = f"tests.workers.{worker}", (str(folder), *arguments)
+    return run_module(module, world_size, folder, *words, timeout=timeout, accelerator=accelerator)
 
 
 def run_module(
-    module: str, world_size: int, folder: Path, *arguments: str, timeout: float = 240.0
+    module: str,
+    world_size: int,
+    folder: Path,
+    *arguments: str,
+    timeout: float = 240.0,
+    accelerator: str = "cpu",
 ) -> str:
     """Run ``python -m <module> <arguments>`` on each rank, with logs in ``folder``.
 
@@ -34,7 +44,7 @@ def run_module(
     or the time is up; no process is left behind.
     """
     logs = [folder / f"rank{rank}-of-{world_size}.log" for rank in range(world_size)]
-    environment = rank_environment(world_size)
+    environment = rank_environment(world_size, accelerator)
     processes = []
     for rank, log in enumerate(logs):
         command = [sys.executable, "-m", module, *arguments]
@@ -54,10 +64,10 @@ def run_module(
     return output[0]
 
 
-def rank_environment(world_size: int) -> dict[str, str]:
+def rank_environment(world_size: int, accelerator: str = "cpu") -> dict[str, str]:
     return {
         **os.environ,
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": accelerator,
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),

@@ -47,7 +47,7 @@ def train(case: Case) -> dict:
     history = []
     alpha = case.hyperparameters.alpha
     for index, (long, short) in enumerate(batches()):
-        long, short = long.chunk(world_size)[rank], short.chunk(world_size)[rank]
+        long, short = (x.chunk(world_size)[rank].to(engine.device) for x in (long, short))
         if comm.get_rank() == 0:
             print("step", index, flush=True)
         history.append(optimizer.zeroth_order(lambda x=long: mean_loss(engine, x)))
@@ -55,7 +55,7 @@ def train(case: Case) -> dict:
             engine.backward(mean_loss(engine, short))
         engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
     engine.destroy()
     return {"g0": history, "weights": weights, "forwards": calls["forward"]}
 

@@ -1,0 +1,54 @@
+"""The Triton kernels on a GPU against the definition on the CPU, bit by bit."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import addax_ds
+from addax_ds import kernels
+from addax_ds.kernels import reference
+from addax_ds.kernels.operation import Draw, Operation
+
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.cpu().view(BITS[tensor.dtype])
+
+
+def test_triton_serves_the_gpu():
+    assert kernels.implementation("cuda").__name__ == "addax_ds.kernels.gpu"
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_thousand_random_slices(dtype):
+    rng, generator = random.Random(1), torch.Generator().manual_seed(1)
+    for _ in range(1000):
+        count, start = rng.randrange(1, 5000), rng.randrange(2**35 - 5000)
+        offset = rng.randrange(16)  # from the alignment of an allocation
+        stored = torch.randn(offset + count, generator=generator).mul_(0.1).to(dtype)
+        gradient_dtype = rng.choice((None, torch.float32, dtype))
+        gradient = None
+        if gradient_dtype is not None:
+            gradient = torch.randn(count, generator=generator).to(gradient_dtype)
+        operation = Operation(
+            Draw(rng.randrange(2**64), rng.randrange(2**32), rng.randrange(2**32)),
+            c0=rng.choice((1.0, 0.99)),
+            c1=rng.choice((0.0, 1e-3)),
+            c2=rng.choice((0.0, 1e-3)),
+            zo_eps=rng.choice((0.0, 1e-3)),
+            stochastic=dtype == torch.bfloat16 and rng.random() < 0.5,
+        )
+        expected, on_gpu = stored.clone()[offset:], stored.cuda()[offset:]
+        reference.fused(expected, expected, gradient, operation, start)
+        moved = None if gradient is None else gradient.cuda()
+        kernels.fused(on_gpu, on_gpu, moved, operation, start)
+        assert torch.equal(bits(on_gpu), bits(expected)), (count, start, offset, operation)
+
+
+def test_ten_million_normals():
+    count = 10**7
+    on_gpu = addax_ds.gaussian(7, 3, "w", 2**34 + 11, count, device="cuda")
+    assert torch.equal(on_gpu.cpu(), addax_ds.gaussian(7, 3, "w", 2**34 + 11, count))
