@@ -82,7 +82,9 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[str, int]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "c10d":
             sizes = [t.numel() * t.element_size() for t in _tensors(args)]
             self.calls.append((function._schema.name.removeprefix("c10d::"), max(sizes, default=0)))

@@ -10,26 +10,28 @@ nothing is persistent. SGD and AdamW are torch's own, in DeepSpeed's ZeRO-3 opti
 import argparse
 import gc
 import json
-import platform
-from collections.abc import Iterable
+import sys
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from deepspeed import comm
 from deepspeed.runtime.comm import coalesced_collectives
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, OPTConfig
+from torch import Tensor
 
-import addax_ds
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-SHAPES = {
-    "tiny": {"hidden_size": 128, "num_hidden_layers": 3, "ffn_dim": 256, "vocab_size": 1003},
-    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "vocab_size": 50272},
-}
+import addax_ds  # noqa: F401  (registers the optimizer)
+from benchmarks.common import (
+    all_live_tensors,
+    circumstances,
+    live_bytes,
+    parameter_count,
+    random_model,
+)
+
 BUCKETS = {"tiny": 100_000, "opt-125m": 5_000_000}
 BYTES = 2  # bf16
 
@@ -38,21 +40,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"type": "SGD", "params": {"lr": 1e-3}},
     "adamw": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
 }
-
-
-def live_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def all_live_tensors() -> list[Tensor]:
-    """Every tensor that Python can reach."""
-    gc.collect()
-    return [o for o in gc.get_objects() if isinstance(o, Tensor)]
 
 
 class GradientWatch:
@@ -84,7 +71,7 @@ class GradientWatch:
 
 def examine(name: str, shape: str) -> dict[str, int]:
     """Train three steps with one optimizer and return what was alive, in bytes on this rank."""
-    model = random_model(shape)
+    model: Any = random_model(shape)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
@@ -99,7 +86,7 @@ def examine(name: str, shape: str) -> dict[str, int]:
     other = live_bytes(all_live_tensors()) - live_bytes(model.parameters())
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
     watch = GradientWatch(model, optimizer)
-    tokens = torch.randint(0, SHAPES[shape]["vocab_size"], (2, 32))
+    tokens = torch.randint(0, 1000, (2, 32))  # words that every shape knows
 
     def loss() -> Tensor:
         return engine(input_ids=tokens, labels=tokens).loss
@@ -113,25 +100,12 @@ def examine(name: str, shape: str) -> dict[str, int]:
     result = {
         "state_bytes": live_bytes(all_live_tensors()) - other - live_bytes([tokens]),
         "peak_gradient_bytes": watch.peak,
-        "parameters": sum(p.ds_numel for p in model.parameters()),
+        "parameters": parameter_count(shape),
         "largest_parameter": max(p.ds_numel for p in model.parameters()),
         "bucket_bytes": BYTES * BUCKETS[shape],
     }
     engine.destroy()
     return result
-
-
-def random_model(shape: str) -> nn.Module:
-    """OPT of a shape with random bf16 weights, the same on all ranks."""
-    values = SHAPES[shape]
-    config = OPTConfig(
-        **values,
-        num_attention_heads=values["hidden_size"] // 32,
-        max_position_embeddings=66,
-        word_embed_proj_dim=values["hidden_size"],
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
 
 
 def report(results: dict[str, dict[str, int]], shape: str) -> dict[str, Any]:
@@ -143,13 +117,7 @@ def report(results: dict[str, dict[str, int]], shape: str) -> dict[str, Any]:
     return {
         "shape": shape,
         "ranks": ranks,
-        "versions": {
-            "addax_ds": addax_ds.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "circumstances": circumstances(),
         "optimizers": results,
     }
 
@@ -157,7 +125,7 @@ def report(results: dict[str, dict[str, int]], shape: str) -> dict[str, Any]:
 def main() -> None:
     """Measure all optimizers, and print or write the result on each rank."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--shape", choices=BUCKETS, default="tiny")
     parser.add_argument("--output", type=Path, help="folder for one JSON file a rank")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     arguments = parser.parse_args()

@@ -10,9 +10,9 @@ import deepspeed
 import torch
 from deepspeed import comm
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import addax_ds  # noqa: F401  (registers the optimizer)
+from benchmarks.common import CollectiveCounter
 from tests.cases import mean_loss
 from tests.models import tiny_opt, token_batches
 from tests.workers.teardown import shut_down
@@ -22,28 +22,6 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {"stage3_param_persistence_threshold": 1000},
 }
 SETTLED = 3  # the step from which DeepSpeed follows its recorded traces
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Collects ``(operation, bytes of its largest tensor)`` of every collective."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        if function.namespace == "c10d":
-            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
-            self.calls.append((function._schema.name.removeprefix("c10d::"), max(sizes, default=0)))
-        return function(*args, **(kwargs or {}))
-
-
-def _tensors(arguments: Any) -> list[Tensor]:
-    if isinstance(arguments, Tensor):
-        return [arguments]
-    if isinstance(arguments, list | tuple):
-        return [tensor for argument in arguments for tensor in _tensors(argument)]
-    return []
 
 
 def examine(zero: dict[str, Any]) -> dict[str, Any]:
