@@ -297,8 +297,8 @@ class Addax(torch.optim.Optimizer):
         if name is not None:
             raise RuntimeError(
                 f"{name} has a gradient that was not applied, because it was not reduced (no_sync, "
-                "set_requires_gradient_sync) or was there before the optimizer was attached: each "
-                "step is one backward with reduction, and gradients are set to None before"
+                "set_requires_gradient_sync, set_requires_all_reduce): each step is one backward "
+                "with reduction"
             )
 
     def _begin_step(self) -> None:
@@ -412,6 +412,12 @@ class Addax(torch.optim.Optimizer):
                 self.zo_eps,
                 SMALLEST_BF16_ZO_EPS,
             )
+        name = sharding.unapplied_gradient()
+        if name is not None:
+            raise UserError(
+                f"{name} has a gradient from before the optimizer was attached, which would be "
+                "added to that of the first step: call model.zero_grad() first"
+            )
         if self._sharding is not None:
             self._sharding.detach()
         self._sharding = sharding
@@ -465,9 +471,10 @@ def _checked_loss(loss: Tensor) -> Tensor:
         raise TypeError("the closure of zeroth_order() has to return the loss as a scalar tensor")
     if not loss.is_floating_point() or torch.finfo(loss.dtype).bits < 32:
         raise TypeError(
-            f"the closure of zeroth_order() returned a loss of type {loss.dtype}: g0 is a small "
-            "difference of two losses and would be lost. Compute the loss in fp32 "
-            "(logits.float()), or set the mixed-precision output type to fp32"
+            f"a pass returned a loss of type {loss.dtype}: g0 is a small difference of two losses "
+            "and would be lost. Compute the loss in fp32 (logits.float()); under FSDP2 set "
+            "MixedPrecisionPolicy(output_dtype=torch.float32), which Accelerate takes as "
+            "mixed_precision_policy of FullyShardedDataParallelPlugin and whose default is bf16"
         )
     return loss.detach().reshape(())
 

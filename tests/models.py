@@ -13,18 +13,25 @@ def tiny_opt(
     frozen: bool = False,
     unused: bool = False,
     dropout: float = 0.0,
+    vocabulary: int = VOCABULARY,
+    activation: str = "relu",
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """OPT with 3 layers; its odd vocabulary makes the embedding's partitions uneven."""
+    """OPT with 3 layers; its odd vocabulary makes the embedding's partitions uneven.
+
+    GELU for runs on several world sizes: a ReLU that two of them see on two sides of its kink
+    makes their gradients differ by more than rounding.
+    """
     config = OPTConfig(
         hidden_size=128,
         num_hidden_layers=3,
         ffn_dim=256,
         num_attention_heads=4,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=66,
         word_embed_proj_dim=128,
         dropout=dropout,
+        activation_function=activation,
         tie_word_embeddings=tied,
     )
     torch.manual_seed(7)

@@ -1,68 +1,55 @@
-"""Trains every case on a model that no engine drives; writes weights and g0 to the folder.
+"""Trains cases on a model that no engine drives; writes weights and g0 of each to the folder.
 
 Arguments: the folder, the layout (`LAYOUTS`), and the cases.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-import addax_ds
-from addax_ds.sharding.fsdp2 import shard_model
 from tests.cases import CASES, Case, batches, mean_loss
+from tests.layouts import Attached, Layout, Run, device_type, fsdp2
 from tests.workers.teardown import shut_down
 
-
-def mesh(*shape: int) -> Any:
-    names = ("shard",) if len(shape) == 1 else ("replicate", "shard")
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
-
-
 LAYOUTS = {
-    "replicated": lambda model, world: None,
-    "fsdp2": lambda model, world: shard_model(model, mesh=mesh(world)),
-    "fsdp2-offload": lambda model, world: shard_model(
-        model, mesh=mesh(world), offload_policy=CPUOffloadPolicy(pin_memory=False)
-    ),
-    "hsdp": lambda model, world: shard_model(model, mesh=mesh(2, world // 2)),
+    "replicated": Layout(2, Attached),
+    "fsdp2": Layout(2, fsdp2),
+    "fsdp2-offload": Layout(2, fsdp2, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
 }
 
 
-def train(case: Case, layout: str) -> dict:
-    model, world = case.build(), dist.get_world_size()
-    LAYOUTS[layout](model, world)
-    h = case.hyperparameters
-    optimizer = addax_ds.Addax(model.parameters(), h.lr, h.alpha, h.zo_eps, h.weight_decay, h.seed)
-    addax_ds.attach(optimizer, model)
-    history = []
-    for batch in batches():
-        long, short = (x.chunk(world)[dist.get_rank()] for x in batch)
-        history.append(optimizer.zeroth_order(lambda x=long: mean_loss(model, x)))
-        if h.alpha < 1:
-            mean_loss(model, short).backward()
-        optimizer.step()
-    return {"g0": history, "weights": whole_weights(model)}
+def train(layout: Layout, case: Case, device: str = "cpu") -> dict[str, Any]:
+    run = layout.run(case.build().to(device), case.hyperparameters)
+    g0 = [train_step(run, case, *(x.to(device) for x in batch)) for batch in batches()]
+    result = {"g0": g0, "weights": run.weights()}
+    run.close()
+    return result
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        n: getattr(p, "full_tensor", p.detach)().detach().clone()
-        for n, p in model.named_parameters()
-    }
+def train_step(run: Run, case: Case, long: Tensor, short: Tensor) -> float:
+    """One step on this rank's rows of the two global batches."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    long, short = long.chunk(world_size)[rank], short.chunk(world_size)[rank]
+    first_order = (lambda: mean_loss(run.model, short)) if case.hyperparameters.alpha < 1 else None
+    return run.train(lambda: mean_loss(run.model, long), first_order)
 
 
 def main() -> None:
     folder, layout, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    device = device_type()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for name in names or CASES:
-        torch.save(train(CASES[name], layout), folder / f"{name}-rank{dist.get_rank()}.pt")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    for name in names:
+        result = train(LAYOUTS[layout], CASES[name], device)
+        torch.save(result, folder / f"{name}-rank{dist.get_rank()}.pt")
     shut_down()
 
 
