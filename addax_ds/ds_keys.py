@@ -17,6 +17,7 @@ _NO_STATE = (
     "Addax keeps no optimizer state, so there is nothing to offload; "
     "remove the block and use offload_param to keep the weights in host memory."
 )
+_CHECKPOINT = "Checkpoints are Hugging Face folders, which addax_ds writes itself."
 _ONE_STAGE_OLDER = "It belongs to ZeRO stages 1 and 2."
 _QUANTIZED = (
     "Quantised transport would round away the perturbation of the zeroth-order passes; remove it."
@@ -85,13 +86,13 @@ ZERO_KEYS: dict[str, Rule] = {
     "stage3_model_persistence_threshold": works(),
     "stage3_max_live_parameters": works(),
     "stage3_max_reuse_distance": works(),
-    "stage3_gather_16bit_weights_on_model_save": works("Needed for a model folder at the end."),
+    "stage3_gather_16bit_weights_on_model_save": no_effect("Model folders are always written."),
     "stage3_module_granularity_threshold": only(0, note=_LEAF),
     "stage3_use_all_reduce_for_fetch_params": only(
         False, note="Fetching by all-reduce is not verified with perturbed weights; remove it."
     ),
     "stage3_allgather_sequential": works(),
-    "stage3_gather_fp16_weights_on_model_save": works(
+    "stage3_gather_fp16_weights_on_model_save": no_effect(
         "Deprecated name of stage3_gather_16bit_weights_on_model_save."
     ),
     "ignore_unused_parameters": no_effect(_ONE_STAGE_OLDER),
@@ -202,12 +203,14 @@ DS_KEYS: dict[str, Rule] = {
     "activation_checkpointing": no_effect(
         "Transformers models use their own: --activation_checkpointing."
     ),
-    "checkpoint": works(),
-    "checkpoint.tag_validation": works(),
+    "checkpoint": no_effect(
+        "Checkpoints are addax_ds's own: docs/architecture.md, weights on disk."
+    ),
+    "checkpoint.tag_validation": no_effect("Checkpoints are addax_ds's own."),
     "checkpoint.use_node_local_storage": only(
         False, note="A resume looks for every rank's shards in one folder."
     ),
-    "checkpoint.checkpoint_serialization": works(),
+    "checkpoint.checkpoint_serialization": no_effect("Checkpoints are addax_ds's own."),
     "checkpoint.load_universal": only(
         False, note="Universal checkpoints hold fp32 master weights, which Addax does not keep."
     ),

@@ -1,8 +1,9 @@
 """The recipe behind ``launch/train.py``: arguments, data, model, train, evaluate, save.
 
 Features: own JSONL data or the embedded demo task; any causal language model of Transformers;
-DeepSpeed ZeRO-3 with parameter offload, or one process; bf16 or fp32 weights; resuming; evaluation
-during training on the validation set, and on the test set before and after.
+DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each rank; bf16 or fp32
+weights; resuming, also on another number of ranks; evaluation during training on the validation
+set, and on the test set before and after.
 
 It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
 ``test_results.json``, ``train_results.json``, ``trainer_state.json``, ``training.png``, and what
@@ -14,12 +15,12 @@ Raises:
 """
 
 import gc
+import hashlib
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import get_last_checkpoint
 
-from addax_ds import demo, plotting
+import addax_ds
+from addax_ds import checkpoint, plotting
+from addax_ds.agreement import all_ranks_or_none, check_same_everywhere
 from addax_ds.arguments import (
     DataArguments,
     ModelArguments,
@@ -51,11 +46,15 @@ from addax_ds.data.encoding import Example, encode
 from addax_ds.data.records import Record, prompt_completion, read_jsonl
 from addax_ds.errors import UserError
 from addax_ds.evaluation import Choice, EvaluationSet
-from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.model_source import ModelSource
 from addax_ds.tasks import SST2_DEMO, ChoiceRow
 from addax_ds.trainer import AddaxTrainer, plan_steps
+from addax_ds.weights import WeightFiles
 
 logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parent
+_OF_ONE_RANK = ("local_rank", "output_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,15 +76,17 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds."""
     model_args, data_args, addax_args, args = parse_arguments(argv)
     _set_up(args, model_args)
-    with _all_ranks_or_none(args):
+    with all_ranks_or_none():
         settings = configure(args, addax_args)
-        checkpoint = _checkpoint(args)
-        source = _ModelSource.find(model_args)
+        sharding = model_args.sharding or ("zero3" if args.deepspeed else "none")
+        resumed = _checkpoint(args, checkpoint.Run.of(args, settings, sharding))
+        source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         data = _load_data(data_args, tokenizer, source.positions)
         plan_steps(data.train, settings, args)  # the trainer does, too, but with the model loaded
+    check_same_everywhere(dict(_identity(args, model_args, addax_args, train=data.train)))
     trainer = AddaxTrainer(
-        source.load(torch.bfloat16 if args.bf16 else torch.float32, model_args.sharding == "fsdp2"),
+        _load_model(source, args, sharding),
         args,
         settings,
         train_dataset=data.train,
@@ -96,7 +97,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     if data.test is not None:
         trainer.add_callback(_TestBeforeTraining(trainer, data.test))
 
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=resumed)
     trainer.save_model(str(_folder(args) / "model"))
     trainer.save_metrics("train", result.metrics)
     if data.test is not None:
@@ -104,60 +105,6 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.save_metrics("test", {**_before(trainer), **metrics})
     trainer.save_state()
     return _report(trainer, f"{source.label}\n{data.description}")
-
-
-# ---- model -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _ModelSource:
-    """Where the model comes from, known before it is loaded."""
-
-    path: str
-    label: str
-    options: dict[str, Any]
-    model_options: dict[str, Any]
-    positions: int | None
-
-    @classmethod
-    def find(cls, model_args: ModelArguments) -> "_ModelSource":
-        path, label = model_args.model_name_or_path, model_args.model_name_or_path
-        if path is None:
-            path, label = str(demo.model_folder()), demo.MODEL_LABEL
-        options = {
-            "revision": model_args.model_revision,
-            "trust_remote_code": model_args.trust_remote_code,
-        }
-        try:
-            config = AutoConfig.from_pretrained(path, **options)
-        except (OSError, ValueError) as error:
-            missing = "" if Path(path).exists() else "there is no such folder, nor a hub's model: "
-            raise UserError(f"--model_name_or_path {path}: {missing}{error}") from error
-        return cls(
-            path,
-            label or path,
-            options,
-            {"attn_implementation": model_args.attn_implementation},
-            getattr(config.get_text_config(), "max_position_embeddings", None),
-        )
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
-            return AutoTokenizer.from_pretrained(self.path, **self.options)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer in {self.path}: {error}") from error
-
-    def load(self, dtype: torch.dtype, fsdp2: bool) -> nn.Module:
-        """Load the weights; under ZeRO-3 Transformers partitions them as they are read."""
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, **self.options, **self.model_options
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the model from {self.path}: {error}") from error
-        if fsdp2:
-            shard_model(model)
-        return model
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -229,25 +176,33 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
 
 
-@contextmanager
-def _all_ranks_or_none(args: TrainingArguments) -> Iterator[None]:
-    """Let no rank go on when another could not, and wait for it in a collective.
+def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    if sharding == "fsdp2":
+        return source.load_fsdp2(dtype, args.device)
+    return source.load(dtype)
 
-    Raises:
-        UserError: on the ranks that could; the others raise what they met.
-    """
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    if dist.is_initialized():
-        failed = torch.tensor(int(problem is not None), device=args.device)
-        dist.all_reduce(failed)
-        if problem is None and failed:
-            raise UserError(f"stopped, as {int(failed)} other rank(s) had an error: see there")
-    if problem is not None:
-        raise problem
+
+def _identity(
+    args: TrainingArguments, *more: Any, train: Sequence[Example]
+) -> Iterator[tuple[str, str]]:
+    """Yield what has to be the same on all ranks, by names for a message."""
+    yield "version of addax_ds", addax_ds.__version__
+    code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
+    yield "code of addax_ds", _digest(path.read_bytes() for path in code)
+    yield "version of torch", torch.__version__
+    for settings in (args.to_dict(), *map(vars, more)):
+        for name, value in settings.items():
+            if name not in _OF_ONE_RANK:
+                yield f"--{name}", str(value)
+    yield "training data", _digest(e.input_ids.tobytes() + e.labels.tobytes() for e in train)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _announce(trainer: AddaxTrainer, model: str, data: _Data) -> None:
@@ -305,7 +260,7 @@ def _before(trainer: AddaxTrainer) -> dict[str, float]:
     return {}
 
 
-def _checkpoint(args: TrainingArguments) -> str | None:
+def _checkpoint(args: TrainingArguments, run: checkpoint.Run) -> str | None:
     """Resolve ``--resume_from_checkpoint``, a path or True for the newest one."""
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -316,27 +271,12 @@ def _checkpoint(args: TrainingArguments) -> str | None:
         if found is None:
             raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
         wanted = found
-    problem = _resume_problem(Path(wanted), args)
-    if problem:
-        raise UserError(f"--resume_from_checkpoint {wanted}: {problem}")
+    try:
+        checkpoint.check(Path(wanted), run)
+        WeightFiles(Path(wanted))
+    except UserError as error:
+        raise UserError(f"--resume_from_checkpoint {error}") from error
     return str(wanted)
-
-
-def _resume_problem(folder: Path, args: TrainingArguments) -> str | None:
-    """Say why a run like this one cannot go on from a folder, or return None."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    if not (folder / TRAINER_STATE_NAME).is_file():
-        return "there is no checkpoint in this folder"
-    sharded = len(list(folder.glob("global_step*/*_optim_states.pt")))
-    if not args.deepspeed and not (folder / OPTIMIZER_NAME).is_file():
-        how = "with --deepspeed" if sharded else "with --save_only_model"
-        return f"it was written {how}, so it does not hold the optimizer's step: train as it did"
-    if args.deepspeed and not sharded:
-        return "it holds no shards: it was written without --deepspeed or with --save_only_model"
-    if args.deepspeed and sharded != args.world_size:
-        return f"{sharded} ranks wrote it and this run has {args.world_size}: start {sharded} ranks"
-    return None
 
 
 def _report(trainer: AddaxTrainer, title: str) -> dict[str, float]:

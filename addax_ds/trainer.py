@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from addax_ds import checkpoint
 from addax_ds.arguments import AddaxArguments, AddaxSettings, configure
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.encoding import Example
@@ -16,7 +18,7 @@ from addax_ds.data.partition import Partition, partition
 from addax_ds.errors import UserError
 from addax_ds.evaluation import EvaluationCollator, EvaluationSet, token_scores
 from addax_ds.optimizer import Addax, unwrap
-from addax_ds.sharding.attach import attach
+from addax_ds.sharding.attach import attach, back_end_of
 
 
 def plan_steps(
@@ -137,6 +139,7 @@ class AddaxTrainer(Trainer):
                     f"{self.args.bf16} in the training arguments: load the model with the dtype "
                     "that they ask for"
                 )
+            back_end_of(model).free_gathered(model)
             self.optimizer = Addax(
                 [p for p in model.parameters() if p.requires_grad],
                 lr=self.args.learning_rate,
@@ -229,6 +232,37 @@ class AddaxTrainer(Trainer):
         )
         return tokens * self.addax.sharding.trainable_elements
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a folder that ``from_pretrained`` loads; every rank has to call it."""
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        assert self.model is not None
+        checkpoint.save_model(self.model, Path(folder), self.args, self.processing_class)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            checkpoint.save_state(Path(output_dir), self.addax, self.lr_scheduler, self._run())
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing yet: `_prepare_for_training` fills the shards, once there are any."""
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            checkpoint.load_state(folder, self.addax, self.lr_scheduler, self._run())
+            self._load_weights(folder)
+            self.addax.sharding.resume_at(self.state.global_step)
+        return prepared
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_weights(Path(self.state.best_model_checkpoint))
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """No gradient is left to take the norm of; `log` adds the one that was tracked."""
 
@@ -238,6 +272,14 @@ class AddaxTrainer(Trainer):
     def addax(self) -> Addax:
         """The optimizer, out of the wrappers of DeepSpeed and Accelerate."""
         return unwrap(self.optimizer)
+
+    def _run(self) -> checkpoint.Run:
+        return checkpoint.Run.of(self.args, self.settings, self.addax.sharding.name)
+
+    def _load_weights(self, folder: Path) -> None:
+        assert self.model is not None
+        checkpoint.load_weights(self.model, folder)
+        self.addax.sharding.finish_step()  # what is gathered is from before
 
     def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], stream: str) -> Tensor:
         """Return a loss whose mean over ranks is the mean over the global batch's target tokens.

@@ -126,10 +126,10 @@ RULES: dict[str, Rule] = {
     "eval_accumulation_steps": default_only(_EVALUATION),
     "include_for_metrics": default_only(_EVALUATION),
     "batch_eval_metrics": default_only(_EVALUATION),
-    "save_only_model": works(),
+    "save_only_model": works("Weights alone: no run can be resumed from them."),
     "save_strategy": works(),
     "save_steps": works(),
-    "save_on_each_node": works(),
+    "save_on_each_node": works("Else the ranks of the first node write the weights."),
     "save_total_limit": works(),
     "enable_jit_checkpoint": default_only(
         "It may save between the backward pass and the end of the update, when part of the "
@@ -186,7 +186,10 @@ RULES: dict[str, Rule] = {
     "do_train": no_effect("launch/train.py always trains."),
     "do_eval": works("Follows eval_strategy."),
     "do_predict": no_effect("launch/train.py evaluates the test rows at the end if there are any."),
-    "resume_from_checkpoint": works("A path, or True for the last checkpoint in output_dir."),
+    "resume_from_checkpoint": works(
+        "A path, or True for the last checkpoint in output_dir. The number of ranks and the way to "
+        "shard may have changed, the global batches may not."
+    ),
     "local_rank": works("Given by launchers."),
 }
 

@@ -185,7 +185,7 @@ def test_configure_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     args = training_args(tmp_path)
     assert configure(args, AddaxArguments()).alpha == 1e-3
     args._n_gpu = 4
-    with pytest.raises(UserError, match="4 ranks or GPUs"):
+    with pytest.raises(UserError, match="One process sees 4 GPUs: start one a GPU"):
         configure(args, AddaxArguments())
 
 
@@ -335,10 +335,35 @@ def test_bad_flags_are_user_errors(flags: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_several_ranks_need_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="there are 2 ranks"):
-        parse_arguments([])
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (["--sharding", "zero3"], {}, r"--sharding zero3 needs --deepspeed ds_configs/zero3\.json"),
+        (["--sharding", "fsdp2"], {}, "--sharding fsdp2 needs a launcher"),
+        (
+            ["--sharding", "fsdp2"],
+            {"LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"},
+            r"sets ACCELERATE_USE_FSDP, .* use launch/accelerate\.yaml",
+        ),
+        (
+            [],
+            {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
+            r"sets ACCELERATE_USE_DEEPSPEED, .* use launch/accelerate\.yaml",
+        ),
+        (
+            ["--sharding", "none", "--deepspeed", "ds_configs/zero3.json"],
+            {"LOCAL_RANK": "0"},
+            "--sharding none contradicts --deepspeed",
+        ),
+    ],
+)
+def test_back_ends_that_do_not_fit_the_launcher(
+    flags: list[str], environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        parse_arguments(flags)
     assert not torch.distributed.is_initialized()
 
 

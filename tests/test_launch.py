@@ -1,7 +1,9 @@
 """The command line: what it refuses, how ranks end, and one real run with everything in it."""
 
+import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,10 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from addax_ds import UserError, finetune
+from addax_ds.checkpoint import Run
 from tests.launcher import launch
+from tests.ranks import run_module
+from tests.reference import distance
 from tests.tiny import (
     POSITIONS,
     row,
@@ -164,28 +169,67 @@ def test_bad_deepspeed_json(name, model, data, tmp_path, capsys, monkeypatch):
         assert part in said
 
 
+RUN = Run("zero3", ranks=2, dtype="bf16", zeroth_order_batch=2, first_order_batch=4)
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """A complete one of `RUN`."""
+    optimizer = {"state": {}, "param_groups": [{"lr": 0.1}], "addax": {"index": 4, "seed": 3}}
+    (folder / "trainer_state.json").write_text("{}")
+    state = {"optimizer": optimizer, "run": dataclasses.asdict(RUN)}
+    (folder / "addax_state.json").write_text(json.dumps(state))
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
 @pytest.mark.parametrize(
-    ("files", "ranks", "message"),
+    ("damage", "message"),
     [
-        (["trainer_state.json"], 0, "with --save_only_model, so it does not hold"),
-        (["trainer_state.json", "global_step4/a_optim_states.pt"], 0, "written with --deepspeed"),
-        (["trainer_state.json", "optimizer.pt"], 2, "without --deepspeed or with --save_only"),
-        (["trainer_state.json", "global_step4/a_optim_states.pt"], 2, "1 ranks wrote it and this"),
-        (["optimizer.pt"], 0, "there is no checkpoint in this folder"),
+        (lambda f: shutil.rmtree(f), "there is no such folder"),
+        (lambda f: (f / "trainer_state.json").unlink(), "there is no checkpoint in this folder"),
+        (lambda f: (f / "addax_state.json").unlink(), "written with --save_only_model, or by"),
+        (lambda f: (f / "model.safetensors").unlink(), "there is neither model.safetensors nor"),
+        (lambda f: cut(f / "model.safetensors"), "model.safetensors: the file is damaged"),
+        (lambda f: cut(f / "addax_state.json"), "addax_state.json: this is not the state of"),
+        (lambda f: (f / "addax_state.json").write_text("{}"), "this is not the state of an Addax"),
     ],
 )
-def test_checkpoint_of_another_kind_of_run(files, ranks, message, tmp_path):
-    """Trainer would go on without the step's number, or DeepSpeed fail with the model loaded."""
-    for file in files:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).touch()
-    args = SimpleNamespace(
-        resume_from_checkpoint=str(tmp_path),
-        deepspeed="ds_configs/zero3.json" if ranks else None,
-        world_size=ranks or 1,
-    )
-    with pytest.raises(UserError, match=message):
-        finetune._checkpoint(args)
+def test_checkpoint_that_is_not_complete(damage, message, tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    damage(write_checkpoint(folder))
+    args = SimpleNamespace(resume_from_checkpoint=str(folder))
+    with pytest.raises(UserError, match=message) as error:
+        finetune._checkpoint(args, RUN)
+    assert str(error.value).startswith(f"--resume_from_checkpoint {folder}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "fp32"}, "its weights are bf16, and this run's are fp32: resume with --bf16"),
+        (
+            {"first_order_batch": 8, "ranks": 4},
+            "first order batch was 4 over all ranks, and is 8 .* --per_device_train_batch_size so "
+            r"that it is 4 over 4 rank\(s\)",
+        ),
+        ({"zeroth_order_batch": 0}, "zeroth order batch was 2 over all ranks, and is 0 in this"),
+        ({"ranks": 4, "sharding": "fsdp2"}, None),
+    ],
+)
+def test_checkpoint_of_another_run(change, message, tmp_path):
+    """What would train on other data or other weights is refused; another topology is not."""
+    args = SimpleNamespace(resume_from_checkpoint=str(write_checkpoint(tmp_path)))
+    run = dataclasses.replace(RUN, **change)
+    if message is None:
+        assert finetune._checkpoint(args, run) == str(tmp_path)
+    else:
+        with pytest.raises(UserError, match=message):
+            finetune._checkpoint(args, run)
 
 
 def test_demo_on_three_ranks(tmp_path, capsys, monkeypatch):
@@ -299,6 +343,22 @@ def test_a_resumed_run_ends_with_the_same_bits(runs):
     assert results[0]["test_loss_before"] == results[1]["test_loss_before"]
 
 
+def test_a_run_goes_on_under_fsdp2(runs, model, tmp_path):
+    """What ZeRO-3 has saved after step 4; stochastic rounding is that of the same steps."""
+    folder, output = runs["whole"].parent, tmp_path / "moved"
+    checkpoint = runs["whole"] / "checkpoint-4"
+    given = full_run(model, folder, output, sharding="fsdp2", resume_from_checkpoint=checkpoint)
+    given = [flag for flag in given if not flag.startswith("--deepspeed")]
+    said = run_module("launch.train", 2, tmp_path, *given)
+    assert "Resuming on 2 rank(s), sharding fsdp2, what 2 rank(s), sharding zero3" in said
+    for key in ("zo_loss", "fo_loss", "learning_rate", "test_before_loss"):
+        assert log_of(output, key) == pytest.approx(log_of(runs["whole"], key), rel=2e-3)
+    models = [AutoModelForCausalLM.from_pretrained(f / "model") for f in (runs["whole"], output)]
+    start = AutoModelForCausalLM.from_pretrained(checkpoint)
+    whole, moved, before = (dict(m.float().named_parameters()) for m in (*models, start))
+    assert distance(whole, moved) <= 0.1 * distance(whole, before)
+
+
 @pytest.mark.parametrize("text", [None, '{"prompt": "w0"'], ids=["missing", "malformed"])
 def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
     """A missing file is found before the ranks have met, a malformed one after."""
@@ -312,6 +372,21 @@ def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
     if text is not None:
         assert "addax_ds: error: stopped, as 1 other rank(s) had an error" in outcome.output
     assert "Traceback" not in outcome.output
+    assert outcome.left_behind == 0
+    assert not (tmp_path / "output").exists()
+
+
+def test_ranks_with_other_data_do_not_start(model, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", rows(8, 8, seed=9))
+    given = full_run(model, tmp_path, tmp_path / "output")
+    outcome = launch("tests/workers/one_bad_rank.py", *given, str(other))
+    assert outcome.status not in (0, None), outcome.output
+    said = re.findall(
+        r"What differs:\n- training data: rank 0: (\w+), rank 1: (\w+)", outcome.output
+    )
+    assert len(said) == 2, outcome.output  # both ranks say it, and nothing else differs
+    assert all(first != second for first, second in said)
+    assert outcome.output.count("\n- ") == 2
     assert outcome.left_behind == 0
     assert not (tmp_path / "output").exists()
 

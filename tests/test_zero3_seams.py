@@ -17,14 +17,10 @@ SOURCES = {
         "self._setup_for_real_optimizer()",
         "def partition_grads(self, params_to_release",
         "self.partition_grads(params_in_bucket, grad_partitions)",
-        "def _set_fp32_optimizer_param_groups(self)",
-        "def _clear_fp32_optimizer_param_groups(self)",
         "def _pre_step(self)",
-        "def _get_param_partition_rank(self, param)",
         "self.__param_id_to_grad_partition[",
         "self.grad_partitions_flat_buffer",
         "self.fp16_partitioned_groups_flat",
-        "self.fp32_partitioned_groups_flat",
         "self.gradient_accumulation_dtype",
         "self.communication_data_type",
         "self.persistent_parameters",
@@ -49,6 +45,7 @@ SOURCES = {
         "def all_gather(param_list=None, async_op=False, hierarchy=0)",
         "def all_gather_coalesced(params: Iterable[Parameter]",
         "p.ds_tensor.to(get_accelerator().current_device_name())",
+        "param.ds_process_group = ",
     ),
     PartitionedParameterCoordinator: (
         "param_group[0].all_gather_coalesced(param_group",
@@ -58,6 +55,9 @@ SOURCES = {
         "def _configure_zero_optimizer(self, optimizer)",
         "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3",
         "getattr(torch.optim, self.optimizer_name())",
+        "self.global_steps += 1",
+        "self.micro_steps += 1",
+        "self.global_samples += self.train_batch_size()",
     ),
 }
 

@@ -9,6 +9,7 @@ from addax_ds.optimizer import Addax
 from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.fsdp2 import Fsdp2
 from addax_ds.sharding.unsharded import Unsharded
+from addax_ds.sharding.zero3 import Zero3Sharding
 
 
 def attach(optimizer: Addax, model: nn.Module) -> Sharding:
@@ -32,14 +33,23 @@ def attach(optimizer: Addax, model: nn.Module) -> Sharding:
     if isinstance(model, DistributedDataParallel):
         raise UserError(
             "addax_ds.attach takes the model without DistributedDataParallel, whose gradients are "
-            "averaged too late for updates in place: attach model.module, which averages itself"
+            "averaged too late for updates in place: attach model.module; Addax averages itself"
         )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    back_end = back_end_of(model)
+    if back_end is Zero3Sharding:
         raise UserError(
             "the model is partitioned by DeepSpeed: use deepspeed.initialize with the optimizer "
             'type "Addax" instead of addax_ds.attach'
         )
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    sharding = (Fsdp2 if sharded else Unsharded)(model, optimizer.param_groups)
+    sharding = back_end(model, optimizer.param_groups)
     optimizer.bind(sharding)
     return sharding
+
+
+def back_end_of(model: nn.Module) -> type[Sharding]:
+    """Say which back end holds the weights of a model, attached or not."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return Zero3Sharding
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return Fsdp2
+    return Unsharded

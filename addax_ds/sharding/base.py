@@ -7,9 +7,9 @@ not know which back end it runs on.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,17 @@ class ParameterInfo:
 class Sharding(ABC):
     """A sharding back end, bound to one model and one optimizer.
 
+    The static methods serve where no optimizer is bound, too.
+
     Attributes:
+        name: what ``--sharding`` calls it.
         model: the model, whose stored weights are the shards.
         infos: the trainable parameters.
         group_elements: number of trainable elements of the whole model, by parameter group.
         awaiting_backward: whether a forward with autograd ran since the last step.
     """
+
+    name: ClassVar[str]
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
@@ -110,6 +115,26 @@ class Sharding(ABC):
         """Shape of the unsharded parameter."""
         return parameter.shape
 
+    @staticmethod
+    def local_slice(parameter: Tensor) -> tuple[int, Tensor]:
+        """Return the slice of a parameter that this rank holds.
+
+        Returns:
+            Flat index of its first element in the unsharded parameter, and its stored elements
+            without padding, flat where it is a part: writing to them writes the weights.
+        """
+        return 0, parameter.detach()
+
+    @staticmethod
+    @abstractmethod
+    def free_gathered(model: nn.Module) -> None:
+        """Free what a forward pass has left gathered, so that the parameters are the shards."""
+
+    @staticmethod
+    def gathered(parameter: Tensor) -> AbstractContextManager[Tensor]:
+        """Give the unsharded parameter while the context lasts, to read; all ranks take part."""
+        return nullcontext(parameter.detach())
+
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
         """Yield this rank's part of every trainable parameter, empty ones left out."""
@@ -143,6 +168,10 @@ class Sharding(ABC):
         Engines that call the optimizer themselves do it from their own ``step``; where the training
         loop calls the optimizer, there is nothing to do.
         """
+
+    @abstractmethod
+    def resume_at(self, step: int) -> None:
+        """Let an engine that counts steps itself go on after ``step`` of them."""
 
     @property
     @abstractmethod

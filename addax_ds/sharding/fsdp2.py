@@ -36,6 +36,14 @@ def shard_model(model: nn.Module, **options: Any) -> None:
     fully_shard(model, **options)
 
 
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give memory to the shards of a sharded model that was built on the meta device.
+
+    The shards' values are undefined. Buffers keep theirs and move to the device.
+    """
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+
+
 class _PerturbableParam(FSDPParam):
     """What FSDP2 keeps of a parameter, gathered from a perturbed copy while ``perturb`` is set."""
 
@@ -63,6 +71,8 @@ class Fsdp2(Sharding):
         UserError: for ways to shard that this back end does not serve.
     """
 
+    name = "fsdp2"
+
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         if not isinstance(model, FSDPModule):
             raise UserError(
@@ -70,15 +80,40 @@ class Fsdp2(Sharding):
                 "fully_shard(model) too, after its layers"
             )
         self._root = model
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        self.free_gathered(model)
         super().__init__(model, param_groups)
         self._fsdp_params: dict[Tensor, Any] = {}
         for fsdp_param in _fsdp_params(model):
             _check(fsdp_param)
             self._fsdp_params[fsdp_param.sharded_param] = fsdp_param
-        self._starts = {info.parameter: _start(info) for info in self.infos}
+        for info in self.infos:
+            if info.parameter not in self._fsdp_params:
+                raise UserError(
+                    f"{info.name} is trainable but not sharded, so nobody would average its "
+                    "gradient: freeze it, or call fully_shard without ignored_params"
+                )
+        self._starts = {info.parameter: _start(info.parameter) for info in self.infos}
+
+    @staticmethod
+    def local_slice(parameter: Tensor) -> tuple[int, Tensor]:  # noqa: D102
+        if not isinstance(parameter, DTensor):
+            return Sharding.local_slice(parameter)
+        return _start(parameter), _local(parameter).detach().view(-1)
+
+    @staticmethod
+    def free_gathered(model: nn.Module) -> None:  # noqa: D102
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @staticmethod
+    @contextmanager
+    def gathered(parameter: Any) -> Iterator[Tensor]:  # noqa: D102
+        whole = parameter.detach()
+        if isinstance(parameter, DTensor):
+            # Offloaded shards are gathered on the device of the mesh.
+            whole = whole.to(parameter.device_mesh.device_type).full_tensor()
+        yield whole
 
     def shards(self) -> Iterator[Shard]:  # noqa: D102
         for info in self.infos:
@@ -120,9 +155,21 @@ class Fsdp2(Sharding):
     def step_without_backward(self) -> None:  # noqa: D102
         pass  # the training loop calls the optimizer's step
 
+    def resume_at(self, step: int) -> None:  # noqa: D102
+        pass  # nobody but the optimizer and the training loop counts
+
     def unapplied_gradient(self) -> str | None:  # noqa: D102
+        # With replicas, what is reduced over shards waits here to be reduced over replicas.
+        waiting = {
+            fsdp_param.sharded_param
+            for group in _param_groups(self._root)
+            if group._partial_reduce_output is not None
+            for fsdp_param in group.fsdp_params
+        }
         for info in self.infos:
             fsdp_param = self._fsdp_params[info.parameter]
+            if info.parameter in waiting:
+                return info.name
             unsharded = getattr(fsdp_param, "_unsharded_param", None)
             gradients = (
                 info.parameter.grad,
@@ -165,7 +212,13 @@ class Fsdp2(Sharding):
 
     def _reshard(self) -> None:
         """Free all that is gathered; the root is not resharded by its own forward."""
-        if self._root._get_fsdp_state()._is_root:  # else no forward has run yet
+        is_root = self._root._get_fsdp_state()._is_root
+        if is_root is False:
+            raise UserError(
+                "the model is a part of a larger FSDP2 model, whose root drives the gathering: "
+                "attach the optimizer to the whole model"
+            )
+        if is_root:  # None if no forward has run yet
             self._root.reset_iter_state()
 
     # ---- collectives ---------------------------------------------------------------------------
@@ -188,16 +241,20 @@ class Fsdp2(Sharding):
         return next(iter(self._fsdp_params.values())).device
 
 
-def _fsdp_params(model: nn.Module) -> Iterator[Any]:
+def _param_groups(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                if group.post_forward_mesh_info not in (None, group.mesh_info):
-                    raise UserError(
-                        "fully_shard(reshard_after_forward=<a number>) gathers for backward from "
-                        "copies that an update in place would not reach: use True or False"
-                    )
-                yield from group.fsdp_params
+            yield from module._get_fsdp_state()._fsdp_param_groups
+
+
+def _fsdp_params(model: nn.Module) -> Iterator[Any]:
+    for group in _param_groups(model):
+        if group.post_forward_mesh_info not in (None, group.mesh_info):
+            raise UserError(
+                "fully_shard(reshard_after_forward=<a number>) gathers for backward from "
+                "copies that an update in place would not reach: use True or False"
+            )
+        yield from group.fsdp_params
 
 
 def _check(fsdp_param: Any) -> None:
@@ -214,9 +271,8 @@ def _check(fsdp_param: Any) -> None:
         )
 
 
-def _start(info: ParameterInfo) -> int:
+def _start(parameter: Any) -> int:
     """Flat index of the local shard's first element in the unsharded parameter."""
-    parameter: Any = info.parameter
     shape, mesh, placements = parameter.shape, parameter.device_mesh, parameter.placements
     _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     return offsets[0] * shape[1:].numel()

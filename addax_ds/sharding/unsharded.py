@@ -34,6 +34,8 @@ class Unsharded(Sharding):
         UserError: if the model is wrapped by an engine, or a parameter is not contiguous.
     """
 
+    name = "none"
+
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         super().__init__(model, param_groups)
         for info in self.infos:
@@ -42,6 +44,10 @@ class Unsharded(Sharding):
         self._replicate()
         self._warned_of_blocks = False
         self._blocks, self._outside = _split_into_blocks(model, self.infos)
+
+    @staticmethod
+    def free_gathered(model: nn.Module) -> None:  # noqa: D102
+        pass  # nothing ever is
 
     def shards(self) -> Iterator[Shard]:  # noqa: D102
         return map(_shard, self.infos)
@@ -88,6 +94,9 @@ class Unsharded(Sharding):
 
     def step_without_backward(self) -> None:  # noqa: D102
         pass  # the training loop calls the optimizer's step
+
+    def resume_at(self, step: int) -> None:  # noqa: D102
+        pass  # nobody but the optimizer and the training loop counts
 
     def check_unchanged(self) -> None:  # noqa: D102
         super().check_unchanged()

@@ -20,12 +20,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from addax_ds.ds_config import check_ds_config
+from addax_ds.errors import UserError
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding
 
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
@@ -40,8 +41,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     sharding: "Zero3Sharding"
 
     def _setup_for_real_optimizer(self) -> None:
-        # Alias instead of master copy: checkpoints read and write the weights themselves.
-        self.fp32_partitioned_groups_flat.extend(self.fp16_partitioned_groups_flat)
         self.gradient_accumulation_dtype = self.communication_data_type
         if self.contiguous_gradients:
             for dtype, bucket in self.ipg_buckets.items():
@@ -95,23 +94,34 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self.sharding.detach()
         super().destroy()
 
-    # Nothing but hyperparameters is in the base optimizer, so checkpoints leave its groups alone.
-    def _set_fp32_optimizer_param_groups(self) -> None:
-        pass
+    def state_dict(self) -> dict[str, Any]:
+        """Refuse, as DeepSpeed's checkpoints are of fp32 partitions, and there are none.
 
-    def _clear_fp32_optimizer_param_groups(self) -> None:
-        pass
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "DeepSpeed's save_checkpoint does not hold what Addax trains: write the weights with "
+            "addax_ds.weights.save_weights, and the state_dict() of the Addax optimizer, or "
+            "train with AddaxTrainer, which does both"
+        )
 
 
 class Zero3Sharding(Sharding):
     """Sharding back end over the partitions of a `Stage3` optimizer."""
 
+    name = "zero3"
     engine: DeepSpeedEngine
 
     def __init__(self, zero: Stage3) -> None:
         super().__init__(zero.module, zero.optimizer.param_groups)
         self._zero = zero
         self._infos_by_parameter = {info.parameter: info for info in self.infos}
+        # Asked for some hundred times a step, and always the same.
+        self._ranges: dict[nn.Parameter, tuple[int, int]] = {}
+        for info in self.infos:
+            start, data = self.local_slice(info.parameter)
+            self._ranges[info.parameter] = start, data.numel()
         self._perturb: Perturb | None = None
         self._on_gradient: OnGradient | None = None
         self._forward_coordinator = _new_coordinator(zero.parameter_offload)
@@ -126,7 +136,27 @@ class Zero3Sharding(Sharding):
 
     @staticmethod
     def full_shape(parameter: Any) -> torch.Size:  # noqa: D102
-        return parameter.ds_shape
+        return getattr(parameter, "ds_shape", parameter.shape)  # a buffer has none
+
+    @staticmethod
+    def local_slice(parameter: Any) -> tuple[int, Tensor]:  # noqa: D102
+        if not hasattr(parameter, "ds_id"):  # a buffer
+            return Sharding.local_slice(parameter)
+        # ZeRO-3 cuts the flat parameter into equal partitions; the last ones may be padded.
+        partition = parameter.ds_tensor
+        start = partition.ds_numel * dist.get_rank(group=parameter.ds_process_group)
+        held = min(max(parameter.ds_numel - start, 0), partition.ds_numel)
+        return start, partition.data.view(-1)[:held]
+
+    @staticmethod
+    def free_gathered(model: nn.Module) -> None:  # noqa: D102
+        pass  # the shards are what they are, gathered or not
+
+    @staticmethod
+    @contextmanager
+    def gathered(parameter: Tensor) -> Iterator[Tensor]:  # noqa: D102
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            yield parameter.detach()
 
     def shards(self) -> Iterator[Shard]:  # noqa: D102
         for info in self.infos:
@@ -135,12 +165,8 @@ class Zero3Sharding(Sharding):
                 yield shard
 
     def _shard(self, info: ParameterInfo) -> Shard:
-        # ZeRO-3 cuts the flat parameter into equal partitions; the last ones may be padded.
-        parameter: Any = info.parameter
-        partition = parameter.ds_tensor
-        start = partition.ds_numel * self._zero._get_param_partition_rank(parameter)
-        held = min(max(parameter.ds_numel - start, 0), partition.ds_numel)
-        data = partition.data.view(-1)[:held]
+        start, held = self._ranges[info.parameter]
+        data = info.parameter.ds_tensor.data.view(-1)[:held]  # type: ignore[attr-defined]
         return Shard(info.name, info.parameter_id, start, data, info.decayed, info.group)
 
     # ---- first order ---------------------------------------------------------------------------
@@ -177,6 +203,12 @@ class Zero3Sharding(Sharding):
 
     def step_without_backward(self) -> None:  # noqa: D102
         self.engine.step()
+
+    def resume_at(self, step: int) -> None:  # noqa: D102
+        # What its monitors count by.
+        self.engine.global_steps = step
+        self.engine.micro_steps = step * self.engine.gradient_accumulation_steps()
+        self.engine.global_samples = step * self.engine.train_batch_size()
 
     # ---- zeroth order --------------------------------------------------------------------------
 

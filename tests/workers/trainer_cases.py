@@ -1,7 +1,8 @@
 """Trains every case with `AddaxTrainer` and writes what came of it to the folder.
 
-``python -m tests.workers.trainer_cases FOLDER [NAME ...]`` runs under ZeRO-3; the tests call `run`
-themselves for one process without DeepSpeed. ``FOLDER/models/NAME`` holds each case's model.
+``python -m tests.workers.trainer_cases FOLDER SHARDING [PREVIOUS]`` runs on several ranks; the
+tests call `run_all` themselves for one process without an engine. ``FOLDER/models/NAME`` holds each
+case's model. ``PREVIOUS`` is a topology that has run before and left checkpoints to go on from.
 """
 
 import logging
@@ -22,6 +23,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from addax_ds import UserError
 from addax_ds.arguments import AddaxArguments
 from addax_ds.data.encoding import Example
+from addax_ds.evaluation import EvaluationSet
+from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.trainer import AddaxTrainer
 from tests.tiny import MARKER, choice_set, examples, rows, tiny_tokenizer, write_model
 from tests.workers.teardown import shut_down
@@ -61,6 +64,7 @@ CASES = {
             "warmup_steps": 2,
             "weight_decay": 0.1,
             "report_to": ["tensorboard"],
+            "save_steps": 4,
         },
     ),
     "addax-wa": Case(
@@ -81,8 +85,9 @@ CASES = {
     "lora": Case(
         family="llama",
         addax={"length_threshold": THRESHOLD, "alpha": 0.1},
-        training={"max_steps": 4, "learning_rate": 0.1},
+        training={"max_steps": 6, "learning_rate": 0.1, "save_steps": 4},
         lora=True,
+        resume=True,
     ),
     # Row 2 is a long one and row 10 a short one: their losses are NaN.
     "not-a-number": Case(
@@ -105,46 +110,75 @@ CASES = {
 }
 
 
+MOVED = "addax"
+"""The case that goes on from the checkpoint of another topology."""
+
+ATTACHED = ("addax", "mezo", "lora", "resume")
+"""The cases that several ranks run without DeepSpeed; the rest is about batches and logs."""
+
+
 def write_models(folder: Path) -> None:
     for name, case in CASES.items():
         write_model(folder / "models" / name, case.family, **case.model)
 
 
-def run(name: str, folder: Path, world_size: int, zero3: bool) -> dict[str, Any]:
-    """Train a case; in the result everything is plain Python or a tensor."""
-    case = CASES[name]
-    output = folder / f"{'zero3' if zero3 else 'plain'}-{world_size}" / name
-    args = arguments(case, output, world_size, zero3)
-    if zero3:
-        deepspeed.init_distributed()
-    try:
-        found = train(case, folder / "models" / name, args)
-        if case.resume:
-            again = arguments(case, output / "again", world_size, zero3)
-            checkpoint = str(output / "checkpoint-4")
-            found["resumed"] = train(case, folder / "models" / name, again, checkpoint)
-            other = arguments(case, output / "other", world_size, zero3, seed=SEED + 1)
-            try:
-                train(case, folder / "models" / name, other, checkpoint)
-            except UserError as error:
-                found["other seed"] = str(error)
-    finally:
-        AcceleratorState._reset_state()
+def run_all(
+    folder: Path, sharding: str, world_size: int, previous: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Train the cases and evaluate; in the result everything is plain Python or a tensor."""
+    attached = sharding != "zero3" and world_size > 1
+    found = {}
+    for name in ATTACHED if attached else CASES:
+        found[name] = run(name, folder, sharding, world_size)
+        if name == MOVED and previous is not None:
+            args = arguments(CASES[name], folder / "moved", sharding, world_size)
+            checkpoint = str(folder / previous / name / "checkpoint-4")
+            found["moved"] = train(name, folder, sharding, args, checkpoint)
+    found["best"] = best(folder, sharding, world_size)
+    found["evaluation"] = evaluate(folder, sharding, world_size)
     return found
 
 
-def evaluate(folder: Path, world_size: int, zero3: bool) -> dict[str, Any]:
+def run(name: str, folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
+    case, output = CASES[name], folder / f"{sharding}-{world_size}" / name
+    found = train(name, folder, sharding, arguments(case, output, sharding, world_size))
+    if case.resume:
+        again = arguments(case, output / "again", sharding, world_size)
+        checkpoint = str(output / "checkpoint-4")
+        found["resumed"] = train(name, folder, sharding, again, checkpoint)
+        other = arguments(case, output / "other", sharding, world_size, seed=SEED + 1)
+        try:
+            train(name, folder, sharding, other, checkpoint)
+        except UserError as error:
+            found["other seed"] = str(error)
+    AcceleratorState._reset_state()
+    return found
+
+
+def best(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
+    """Go back to the best model, here the worst one, which is not the last."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    metric = {"metric_for_best_model": "loss", "greater_is_better": True}
+    case = Case(training={"max_steps": 4, "save_steps": 2, **evaluation, **metric})
+    output = folder / f"{sharding}-{world_size}" / "best"
+    args = arguments(case, output, sharding, world_size)
+    trainer = make_trainer("addax", folder, sharding, args, choice_set())
+    trainer.train()
+    found: dict[str, Any] = {"weights": gathered(trainer.model)}
+    if sharding == "zero3":
+        try:
+            trainer.model_wrapped.save_checkpoint(str(output / "deepspeed"))
+        except UserError as error:
+            found["save_checkpoint"] = str(error)
+        trainer.model_wrapped.destroy()
+    return found
+
+
+def evaluate(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
     """Evaluate 13 candidates of 5 rows, by 4 a rank, without training."""
-    args = arguments(Case(), folder / "evaluation", world_size, zero3, per_device_eval_batch_size=4)
-    model = AutoModelForCausalLM.from_pretrained(folder / "models" / "addax", dtype=torch.float32)
-    trainer = AddaxTrainer(
-        model,
-        args,
-        AddaxArguments(per_device_zo_batch_size=GLOBAL_BATCH["zo"] // world_size),
-        Case().examples(),
-        eval_dataset=choice_set(),
-        processing_class=tiny_tokenizer(),
-    )
+    output = folder / "evaluation"
+    args = arguments(Case(), output, sharding, world_size, per_device_eval_batch_size=4)
+    trainer = make_trainer("addax", folder, sharding, args, choice_set())
     found: dict[str, Any] = {"metrics": trainer.evaluate()}
     try:
         trainer.train()
@@ -155,7 +189,7 @@ def evaluate(folder: Path, world_size: int, zero3: bool) -> dict[str, Any]:
 
 
 def arguments(
-    case: Case, output: Path, world_size: int, zero3: bool, **options: Any
+    case: Case, output: Path, sharding: str, world_size: int, **options: Any
 ) -> TrainingArguments:
     # Accelerate keeps the DeepSpeed settings of the first run in this process otherwise.
     AcceleratorState._reset_state()
@@ -167,7 +201,6 @@ def arguments(
             "stage": 3,
             "reduce_bucket_size": 5000,
             "stage3_prefetch_bucket_size": 4000,
-            "stage3_gather_16bit_weights_on_model_save": True,
             **case.zero,
         },
         "csv_monitor": {"enabled": True, "output_path": str(output), "job_name": "csv"},
@@ -183,31 +216,18 @@ def arguments(
         "save_strategy": "steps" if "save_steps" in case.training else "no",
         "seed": SEED,
         "disable_tqdm": True,
-        "deepspeed": config if zero3 else None,
+        "deepspeed": config if sharding == "zero3" else None,
     }
     return TrainingArguments(**{**defaults, **case.training, **options})
 
 
 def train(
-    case: Case, model_folder: Path, args: TrainingArguments, checkpoint: str | None = None
+    name: str, folder: Path, sharding: str, args: TrainingArguments, checkpoint: str | None = None
 ) -> dict[str, Any]:
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    if case.lora:
-        model = with_adapters(model)
-    zo_batch = None
-    if case.addax.get("method", "addax") in ("addax", "addax-wa"):
-        zo_batch = GLOBAL_BATCH["zo"] // args.world_size
-    trainer = AddaxTrainer(
-        model,
-        args,
-        AddaxArguments(per_device_zo_batch_size=zo_batch, **case.addax),
-        case.examples(),
-        processing_class=tiny_tokenizer(),
-    )
-    passes = record_passes(model)
-    if case.marked:
-        model.register_forward_hook(spoil_marked, with_kwargs=True)
+    trainer = make_trainer(name, folder, sharding, args)
+    passes = record_passes(trainer.model)
+    if CASES[name].marked:
+        trainer.model.register_forward_hook(spoil_marked, with_kwargs=True)
     with warnings() as lines:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(Path(args.output_dir) / "model"))
@@ -222,6 +242,32 @@ def train(
     if args.deepspeed:
         trainer.model_wrapped.destroy()
     return found
+
+
+def make_trainer(
+    name: str,
+    folder: Path,
+    sharding: str,
+    args: TrainingArguments,
+    eval_dataset: EvaluationSet | None = None,
+) -> AddaxTrainer:
+    case, dtype = CASES[name], torch.bfloat16 if args.bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder / "models" / name, dtype=dtype)
+    if case.lora:
+        model = with_adapters(model)
+    if sharding == "fsdp2":
+        shard_model(model)
+    zo_batch = None
+    if case.addax.get("method", "addax") in ("addax", "addax-wa"):
+        zo_batch = GLOBAL_BATCH["zo"] // args.world_size
+    return AddaxTrainer(
+        model,
+        args,
+        AddaxArguments(per_device_zo_batch_size=zo_batch, **case.addax),
+        case.examples(),
+        eval_dataset=eval_dataset,
+        processing_class=tiny_tokenizer(),
+    )
 
 
 def with_adapters(model: nn.Module) -> nn.Module:
@@ -277,19 +323,19 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
     sharded = [p for p in parameters.values() if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        return {name: p.detach().clone() for name, p in parameters.items()}
+        return {
+            name: getattr(p, "full_tensor", p.detach)().detach().clone()
+            for name, p in parameters.items()
+        }
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, sharding = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     rank, world_size = comm.get_rank(), comm.get_world_size()
-    for name in sys.argv[2:] or CASES:
-        found = run(name, folder, world_size, zero3=True)
-        torch.save(found, folder / f"{name}-zero3-{world_size}-rank{rank}.pt")
-    found = evaluate(folder, world_size, zero3=True)
-    torch.save(found, folder / f"evaluation-zero3-{world_size}-rank{rank}.pt")
+    found = run_all(folder, sharding, world_size, *sys.argv[3:])
+    torch.save(found, folder / f"{sharding}-{world_size}-rank{rank}.pt")
     shut_down()
 
 

@@ -1,0 +1,178 @@
+"""Where the model comes from, and how it is loaded onto each back end."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from addax_ds import demo
+from addax_ds.arguments import ModelArguments
+from addax_ds.errors import UserError
+from addax_ds.sharding.fsdp2 import materialize, shard_model
+from addax_ds.weights import MODEL_FILE, WeightFiles, local_slices
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = [MODEL_FILE, f"{MODEL_FILE}.index.json", "model-*.safetensors"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder or hub name, known to have a configuration.
+
+    Attributes:
+        path: folder or hub name.
+        label: what a report calls it.
+        config: its configuration.
+        options: of every ``from_pretrained``: revision and whether remote code may run.
+        attn_implementation: attention kernel, None for the model's own choice.
+    """
+
+    path: str
+    label: str
+    config: PreTrainedConfig
+    options: dict[str, Any]
+    attn_implementation: str | None
+
+    @classmethod
+    def find(cls, model_args: ModelArguments) -> "ModelSource":
+        """Find the model that the arguments name, or the demo's.
+
+        Raises:
+            UserError: if there is none.
+        """
+        path, label = model_args.model_name_or_path, model_args.model_name_or_path
+        if path is None:
+            path, label = str(demo.model_folder()), demo.MODEL_LABEL
+        options = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": model_args.trust_remote_code,
+        }
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+        except (OSError, ValueError) as error:
+            missing = "" if Path(path).exists() else "there is no such folder, nor a hub's model: "
+            raise UserError(f"--model_name_or_path {path}: {missing}{error}") from error
+        return cls(path, label or path, config, options, model_args.attn_implementation)
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence that the model takes, if it has a limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            UserError: if there is none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self.options)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer in {self.path}: {error}") from error
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """Load the whole model; under ZeRO-3 Transformers partitions it as it is read.
+
+        Raises:
+            UserError: if it cannot be loaded.
+        """
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                **self.options,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the model from {self.path}: {error}") from error
+
+    def load_fsdp2(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the model sharded by FSDP2; a rank reads its own shards from the files.
+
+        Files that do not have the model's weights one by one (``.bin`` files, experts that
+        Transformers fuses, quantised weights) are loaded whole by every rank, with a warning.
+
+        Raises:
+            UserError: if it cannot be loaded.
+        """
+        model = self._empty(dtype)
+        try:
+            files = self._weight_files(model)
+            files.check(local_slices(model))
+        except UserError as error:
+            logger.warning(
+                "every rank loads the whole model and then shards it, because the files of %s do "
+                "not hold its weights one by one: %s. Safetensors files do, as "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) writes them for "
+                "most models",
+                self.path,
+                error,
+            )
+            model = self.load(dtype)
+            shard_model(model)
+            return model
+        shard_model(model)
+        materialize(model, device)
+        files.fill(local_slices(model))
+        return model
+
+    def _empty(self, dtype: torch.dtype) -> Any:
+        """Build the model with its parameters on the meta device and its buffers as they are."""
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    self.config,
+                    dtype=dtype,
+                    attn_implementation=self.attn_implementation,
+                    trust_remote_code=self.options["trust_remote_code"],
+                )
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the model from {self.path}: {error}") from error
+        model.tie_weights()  # moving them to the meta device one by one has cut the ties
+        if model.can_generate():
+            with contextlib.suppress(OSError):  # not every model has one
+                model.generation_config = GenerationConfig.from_pretrained(
+                    self.path, revision=self.options["revision"]
+                )
+        return model.eval()
+
+    def _weight_files(self, model: Any) -> WeightFiles:
+        """Find the files of the weights; on the hub, download them.
+
+        Raises:
+            UserError: if there are none that hold the model's weights as they are.
+        """
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UserError("they are quantised")
+        folder = self.path
+        if not Path(folder).is_dir():
+            try:
+                folder = snapshot_download(
+                    self.path, revision=self.options["revision"], allow_patterns=_WEIGHTS
+                )
+            except OSError as error:
+                raise UserError(f"cannot download them: {error}") from error
+        files = WeightFiles(Path(folder))
+        for transform in get_model_conversion_mapping(model):
+            if isinstance(transform, WeightConverter):
+                for name in files.names:
+                    if transform.rename_source_key(name)[1] is not None:
+                        raise UserError(f"Transformers converts {name}")
+        return files

@@ -1,0 +1,268 @@
+"""A model's weights in safetensors files, the same whatever back end holds them.
+
+Files are those of Hugging Face: ``model.safetensors``, or several with an index, with the entries
+of the model's state dict, bit for bit. A rank reads the rows that its shards need and writes whole
+files, so neither the number of ranks nor the back end can be told from a folder.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from addax_ds.errors import UserError
+from addax_ds.sharding.attach import back_end_of
+from addax_ds.sharding.base import canonical_name
+
+MODEL_FILE = "model.safetensors"
+MAX_FILE_SIZE = "5GB"
+
+_NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """The part of one weight that this rank holds: of a parameter, frozen or not, or of a buffer.
+
+    Attributes:
+        names: what the weight may be called in a file; its name in the model comes first.
+        shape: of the whole weight.
+        start: flat index of the part's first element in the whole weight.
+        data: the part, flat, or the whole weight in its own shape; writing to it writes the weight.
+    """
+
+    names: tuple[str, ...]
+    shape: torch.Size
+    start: int
+    data: Tensor
+
+
+def local_slices(model: nn.Module) -> Iterator[WeightSlice]:
+    """Yield this rank's part of every entry of the state dict, tied ones once.
+
+    Files may call a weight by any of the names that it is tied under, and may have the prefix of
+    the base model where the model has none, or the other way round.
+    """
+    back_end = back_end_of(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for tensor, names in _entries(model).items():
+        accepted = [n for name in names for n in (name, name.removeprefix(prefix), prefix + name)]
+        start, data = back_end.local_slice(tensor)
+        yield WeightSlice(tuple(accepted), back_end.full_shape(tensor), start, data)
+
+
+def full_shapes(model: nn.Module) -> dict[str, Tensor]:
+    """Return the unsharded state dict, tied entries once, as tensors on the meta device."""
+    back_end = back_end_of(model)
+    return {
+        names[0]: torch.empty(back_end.full_shape(tensor), dtype=tensor.dtype, device="meta")
+        for tensor, names in _entries(model).items()
+    }
+
+
+def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Return parameters and persistent buffers with the names that they have."""
+    entries: dict[Tensor, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            entries.setdefault(tensor, []).append(canonical_name(name))
+    return entries
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+class WeightFiles:
+    """The tensors in a folder's safetensors files.
+
+    Args:
+        folder: where the files are.
+        name: of the file, if it is one; the index of several is called ``<name>.index.json``.
+
+    Raises:
+        UserError: if there are no such files, or one is damaged.
+    """
+
+    def __init__(self, folder: Path, name: str = MODEL_FILE) -> None:
+        self.folder = folder
+        single, index = folder / name, folder / f"{name}.index.json"
+        if single.is_file():
+            with _opened(single) as file:
+                self._paths = dict.fromkeys(file.keys(), single)
+        elif index.is_file():
+            self._paths = _read_index(index)
+        else:
+            raise UserError(f"{folder}: there is neither {name} nor {index.name} in this folder")
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return set(self._paths)
+
+    def check(self, slices: Iterable[WeightSlice]) -> None:
+        """Check that the files hold what ``slices`` are parts of.
+
+        Raises:
+            UserError: for a tensor that is missing or has another shape, and for a damaged file.
+        """
+        for _ in self._find(slices):
+            pass
+
+    def fill(self, slices: Iterable[WeightSlice]) -> None:
+        """Read the slices, and nothing else but the rest of the rows that they cut.
+
+        Values are converted to the dtype and moved to the device of each slice.
+
+        Raises:
+            UserError: see `check`.
+        """
+        for file, name, wanted in self._find(slices):
+            _fill(file, name, wanted)
+
+    def _find(self, slices: Iterable[WeightSlice]) -> Iterator[tuple[Any, str, WeightSlice]]:
+        """Yield the open file and the name of each slice's tensor; one file is open at a time."""
+        by_path: dict[Path, list[tuple[str, WeightSlice]]] = {}
+        for wanted in slices:
+            name = next((n for n in wanted.names if n in self._paths), None)
+            if name is None:
+                raise UserError(f"{self.folder}: the weights lack {wanted.names[0]}")
+            by_path.setdefault(self._paths[name], []).append((name, wanted))
+        for path, found in by_path.items():
+            with _opened(path) as file:
+                held = set(file.keys())
+                for name, wanted in found:
+                    if name not in held:
+                        raise UserError(f"{path}: {name} is missing, which the index says is here")
+                    shape = file.get_slice(name).get_shape()
+                    if shape != list(wanted.shape):
+                        raise UserError(
+                            f"{path}: {name} has shape {shape}, but the model's is "
+                            f"{list(wanted.shape)}"
+                        )
+                    yield file, name, wanted
+
+
+def _fill(file: Any, name: str, wanted: WeightSlice) -> None:
+    count = wanted.data.numel()
+    if count == wanted.shape.numel():
+        values = file.get_tensor(name)
+    elif count:
+        row = wanted.shape[1:].numel()
+        first, last = wanted.start // row, -(-(wanted.start + count) // row)
+        rows = file.get_slice(name)[first:last].reshape(-1)
+        values = rows[wanted.start - first * row :][:count]
+    else:
+        return
+    wanted.data.copy_(values.view(wanted.data.shape))
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        outside = next((file for file in files.values() if Path(file).name != file), None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: this is not an index of safetensors files: {error!r}") from error
+    if outside is not None:
+        raise UserError(f"{path}: it names {outside}, which is not a file of this folder")
+    return {name: path.parent / file for name, file in files.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file, but the index names it") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: the file is damaged or cannot be read: {error}") from error
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def save_weights(
+    model: nn.Module,
+    folder: Path,
+    writers: Sequence[int] | None = None,
+    max_file_size: str = MAX_FILE_SIZE,
+) -> None:
+    """Write the weights as files for ``from_pretrained``; every rank has to call it.
+
+    A rank holds no more than its shards, one file and one whole weight at a time. Files of an
+    earlier save that are not overwritten are removed.
+
+    Args:
+        model: on any back end.
+        folder: is made if it does not exist.
+        writers: the ranks that write to this rank's file system (default: all), each its files.
+        max_file_size: such as "5GB"; a larger weight is a file of its own.
+    """
+    rank, world_size = _rank_and_world_size()
+    writers = range(world_size) if writers is None else writers
+    plan = split_torch_state_dict_into_shards(full_shapes(model), max_shard_size=max_file_size)
+    if rank in writers:
+        folder.mkdir(parents=True, exist_ok=True)
+    if rank == writers[0]:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
+    files = list(plan.filename_to_tensors)
+    for first in range(0, len(files), len(writers)):
+        # A round of gathering, in which each writer gets its file, and then all write at once.
+        mine: dict[str, dict[str, Tensor]] = {}
+        for file, writer in zip(files[first:], writers, strict=False):
+            tensors = gather_weights(model, plan.filename_to_tensors[file], rank == writer)
+            if rank == writer:
+                mine[file] = tensors
+        for file, tensors in mine.items():
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[str, Tensor]:
+    """Gather weights one after the other; every rank has to call it.
+
+    Args:
+        model: on any back end.
+        names: keys of `full_shapes`, in the same order on all ranks.
+        keep: whether this rank gets them.
+
+    Returns:
+        Copies on the CPU; nothing on ranks that do not keep them.
+    """
+    back_end = back_end_of(model)
+    tensors = {names[0]: tensor for tensor, names in _entries(model).items()}
+    kept: dict[str, Tensor] = {}
+    for name in names:
+        with back_end.gathered(tensors[name]) as whole:
+            if keep:
+                kept[name] = whole.to("cpu", copy=True).contiguous()
+    return kept
+
+
+def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -> None:
+    """Remove what an earlier save left and this one does not overwrite; write the index."""
+    for path in folder.iterdir():
+        if path.name not in files and (path.name == MODEL_FILE or _NUMBERED.fullmatch(path.name)):
+            path.unlink()
+    index_path = folder / f"{MODEL_FILE}.index.json"
+    if index is None:
+        index_path.unlink(missing_ok=True)
+    else:
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

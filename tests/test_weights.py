@@ -1,0 +1,421 @@
+"""Weights in safetensors files: slices of them, and what every back end makes of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from addax_ds import UserError, weights
+from addax_ds.weights import WeightFiles, WeightSlice, local_slices, save_weights
+from tests.ranks import run_ranks
+from tests.tiny import tiny_model, write_model
+from tests.workers.weights_cases import MAX_FILE_SIZE, MODELS, TOKENS, pass_on
+from tests.workers.weights_loading import LARGE
+
+SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (4, 3, 2), (0, 4), (211, 32)]
+INDEX = "model.safetensors.index.json"
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return {f"weight{i}": torch.randn(shape) for i, shape in enumerate(SHAPES)}
+
+
+def write_files(folder: Path, files: list[dict[str, Tensor]]) -> Path:
+    """Several files with an index, written without the code under test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {}
+    for number, content in enumerate(files):
+        file = f"part-{number}.safetensors"
+        save_file(content, folder / file)
+        names |= dict.fromkeys(content, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
+def part(name: str, whole: Tensor, start: int, end: int, **options: Any) -> WeightSlice:
+    return WeightSlice((name,), whole.shape, start, torch.empty(end - start, **options))
+
+
+def partitions(whole: Tensor, ranks: int, rows: bool) -> list[tuple[int, int]]:
+    """Equal parts with padding at the end, of rows (FSDP2) or of flat elements (ZeRO-3)."""
+    row = whole.shape[1:].numel() if rows and whole.ndim else 1
+    share = -(-(whole.numel() // max(row, 1)) // ranks) * row
+    return [
+        (min(i * share, whole.numel()), min((i + 1) * share, whole.numel())) for i in range(ranks)
+    ]
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_parts_of_all_ranks_are_the_whole(ranks, rows, tmp_path):
+    whole = tensors()
+    names = list(whole)
+    files = WeightFiles(
+        write_files(
+            tmp_path, [{n: whole[n]} for n in names[:4]] + [{n: whole[n] for n in names[4:]}]
+        )
+    )
+    for name, tensor in whole.items():
+        parts = [part(name, tensor, *p) for p in partitions(tensor, ranks, rows)]
+        files.fill(parts)
+        assert torch.equal(torch.cat([p.data for p in parts]), tensor.flatten())
+
+
+def test_a_slice_reads_its_rows_alone(tmp_path, monkeypatch):
+    """67 elements of 211 rows of 32 lie in rows 6 to 8."""
+    whole = tensors()["weight7"]
+    save_file({"weight": whole}, tmp_path / "model.safetensors")
+    read: list[tuple[str, Any]] = []
+    monkeypatch.setattr(weights, "safe_open", lambda *a, **k: Watched(safe_open(*a, **k), read))
+    wanted = part("weight", whole, 200, 267)
+    WeightFiles(tmp_path).fill([wanted])
+    assert read == [("weight", slice(6, 9))]
+    assert torch.equal(wanted.data, whole.flatten()[200:267])
+
+
+class Watched:
+    """An open file that notes which rows are read."""
+
+    def __init__(self, file: Any, read: list[tuple[str, Any]]) -> None:
+        self._file, self._read = file, read
+
+    def __enter__(self) -> "Watched":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def keys(self) -> Any:
+        return self._file.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        self._read.append((name, ...))
+        return self._file.get_tensor(name)
+
+    def get_slice(self, name: str) -> Any:
+        return WatchedSlice(name, self._file.get_slice(name), self._read)
+
+
+class WatchedSlice:
+    def __init__(self, name: str, rows: Any, read: list[tuple[str, Any]]) -> None:
+        self._name, self._rows, self._read = name, rows, read
+
+    def get_shape(self) -> list[int]:
+        return self._rows.get_shape()
+
+    def __getitem__(self, key: Any) -> Tensor:
+        self._read.append((self._name, key))
+        return self._rows[key]
+
+
+def test_values_take_the_dtype_of_the_weights(tmp_path):
+    whole = tensors()["weight7"]
+    save_file({"weight": whole}, tmp_path / "model.safetensors")
+    wanted = part("weight", whole, 100, 300, dtype=torch.bfloat16)
+    WeightFiles(tmp_path).fill([wanted])
+    assert torch.equal(wanted.data, whole.flatten()[100:300].bfloat16())
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [lambda n: n.removeprefix("model."), lambda n: f"model.{n}", lambda n: n],
+    ids=["base-model", "prefix", "same"],
+)
+@pytest.mark.parametrize("tied_name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_names_with_and_without_prefix_and_of_tied_weights(rename, tied_name, tmp_path):
+    """A file of the base model, or of one with its head, and either name of a tied weight."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    state = model.state_dict()
+    tied = {"model.embed_tokens.weight", "lm_head.weight"}
+    content = {rename(n): state[n].clone() for n in state.keys() - (tied - {tied_name})}
+    save_file({**content, "unknown": torch.ones(2)}, tmp_path / "model.safetensors")
+    other = tiny_model("llama", tie_word_embeddings=True).apply(zero)
+    WeightFiles(tmp_path).fill(local_slices(other))
+    assert all(torch.equal(t, state[n]) for n, t in other.state_dict().items())
+
+
+@torch.no_grad()
+def zero(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.zero_()
+
+
+# ---- files that are wrong ----------------------------------------------------------------------
+
+
+def damage_missing(folder: Path) -> str:
+    save_file({"other": torch.ones(2)}, folder / "model.safetensors")
+    return f"{folder}: the weights lack weight3"
+
+
+def damage_shape(folder: Path) -> str:
+    save_file({"weight3": torch.ones(3, 5)}, folder / "model.safetensors")
+    return f"{folder / 'model.safetensors'}: weight3 has shape [3, 5], but the model's is [5, 3]"
+
+
+def damage_truncated(folder: Path) -> str:
+    save_file({"weight3": torch.ones(5, 3)}, folder / "model.safetensors")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-7])
+    return f"{folder / 'model.safetensors'}: the file is damaged"
+
+
+def damage_garbage(folder: Path) -> str:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    return f"{folder / 'model.safetensors'}: the file is damaged"
+
+
+def damage_nothing_there(folder: Path) -> str:
+    return f"{folder}: there is neither model.safetensors nor {INDEX}"
+
+
+def damage_index(folder: Path) -> str:
+    (folder / INDEX).write_text('{"weight_map": {"weight3": "a.safe')
+    return f"{folder / INDEX}: this is not an index"
+
+
+def damage_index_content(folder: Path) -> str:
+    (folder / INDEX).write_text('{"weight_map": ["weight3"]}')
+    return f"{folder / INDEX}: this is not an index"
+
+
+def damage_file_of_index(folder: Path) -> str:
+    write_files(folder, [{"weight3": torch.ones(5, 3)}])
+    (folder / "part-0.safetensors").unlink()
+    return f"{folder / 'part-0.safetensors'}: there is no such file"
+
+
+def damage_place_of_index(folder: Path) -> str:
+    write_files(folder, [{"weight3": torch.ones(5, 3)}, {"other": torch.ones(2)}])
+    content = (folder / INDEX).read_text().replace("part-0", "part-1")
+    (folder / INDEX).write_text(content)
+    return f"{folder / 'part-1.safetensors'}: weight3 is missing"
+
+
+def damage_path_of_index(folder: Path) -> str:
+    content = {"weight_map": {"weight3": "../outside.safetensors"}}
+    (folder / INDEX).write_text(json.dumps(content))
+    return f"{folder / INDEX}: it names ../outside.safetensors"
+
+
+DAMAGES = {n.removeprefix("damage_"): f for n, f in list(globals().items()) if "damage_" in n}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_named(damage, tmp_path):
+    message = damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        WeightFiles(tmp_path).fill([part("weight3", torch.empty(5, 3), 2, 9)])
+    assert str(error.value).startswith(message)
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def test_a_save_replaces_an_earlier_one(tmp_path):
+    model = tiny_model("llama")
+    state = model.state_dict()
+    (tmp_path / "notes.safetensors").touch()
+    for size, files in (("20KB", 5), ("5GB", 1), ("60KB", 2)):
+        save_weights(model, tmp_path, max_file_size=size)
+        written = set(tmp_path.glob("*.safetensors")) - {tmp_path / "notes.safetensors"}
+        assert len(written) >= files
+        assert (len(written) == 1) == (files == 1)
+        assert (tmp_path / INDEX).exists() == (files > 1)
+        assert {n for file in written for n in load_file(file)} == set(state)
+        assert sum(t.nbytes for file in written for t in load_file(file).values()) == sum(
+            t.nbytes for t in state.values()
+        )
+    assert (tmp_path / "notes.safetensors").exists()
+
+
+# ---- back ends ---------------------------------------------------------------------------------
+
+CHAIN = [
+    ("ZeRO-3 x2", "FSDP2 x2", "unsharded x2", "ZeRO-3 x2, CPU offload"),
+    ("unsharded x1",),
+    ("FSDP2 x4 (HSDP 2x2)",),
+    ("ZeRO-3 x1",),
+]
+"""Each reads what the one before it wrote; what is in parentheses runs in one group of ranks."""
+
+LAYOUTS = [layout for group in CHAIN for layout in group]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    for name, build in MODELS.items():
+        files = [{n: t} for n, t in unique(build().state_dict()).items()]
+        write_files(folder / "start" / name, files)
+    source = "start"
+    for group in CHAIN:
+        ranks = 1 if group == ("unsharded x1",) else int(group[0].split("x")[1][0])
+        if group == ("unsharded x1",):
+            for name in MODELS:
+                found = pass_on(name, group[0], folder / source, folder / group[0])
+                torch.save(found, folder / f"{group[0]}-{name}-rank0.pt")
+        else:
+            run_ranks("weights_cases", ranks, folder, str(folder / source), *group)
+        source = group[-1]
+    return folder
+
+
+def unique(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the second name of a tied weight."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in state.items():
+        found.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(found.values())
+
+
+def results(chain: Path, layout: str, name: str) -> list[dict[str, Any]]:
+    return [torch.load(p) for p in sorted(chain.glob(f"{layout}-{name}-rank*.pt"))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_back_end_writes_the_same_files(chain, name, layout):
+    wanted = unique(MODELS[name]().state_dict())
+    folder = chain / layout / name
+    index = json.loads((folder / INDEX).read_text())
+    files = {file: load_file(folder / file) for file in set(index["weight_map"].values())}
+    assert len(files) >= 3
+    assert {p.name for p in folder.iterdir()} == {*files, INDEX}
+    held = {n: (file, t) for file, content in files.items() for n, t in content.items()}
+    assert index["weight_map"] == {n: file for n, (file, _) in held.items()}
+    assert held.keys() == wanted.keys()
+    for tensor_name, (_, tensor) in held.items():
+        assert tensor.dtype == wanted[tensor_name].dtype
+        assert torch.equal(tensor, wanted[tensor_name])
+    limit = 1000 * int(MAX_FILE_SIZE.removesuffix("KB"))
+    for content in files.values():
+        assert len(content) == 1 or sum(t.nbytes for t in content.values()) <= limit
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_filled_model_is_the_one_that_was_saved(chain, name, layout):
+    """Its logits, also after a save; nothing that was gathered before is stale."""
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        wanted = model(TOKENS).logits
+    found = results(chain, layout, name)
+    assert found
+    for result in found:
+        assert torch.equal(result["logits"], wanted)
+        assert torch.equal(result["again"], wanted)
+        assert result["gradients"] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rank_is_filled_with_its_share(chain, name, layout):
+    state = unique(MODELS[name]().state_dict())
+    parameters = {n for n, _ in MODELS[name]().named_parameters()}
+    elements = sum(state[n].numel() for n in parameters)
+    buffers = sum(t.numel() for n, t in state.items() if n not in parameters)
+    held = [result["held"] - buffers for result in results(chain, layout, name)]
+    copies = {"unsharded x2": 2, "FSDP2 x4 (HSDP 2x2)": 2}.get(layout, 1)
+    assert sum(held) == copies * elements
+    if "unsharded" not in layout and len(held) > 1:
+        assert max(held) < 0.6 * elements
+
+
+def test_transformers_loads_what_was_written(chain):
+    for name in MODELS:
+        model, folder = MODELS[name]().eval(), chain / LAYOUTS[0] / name
+        model.config.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.dtype == model.dtype
+        with torch.no_grad():
+            assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+# ---- loading sharded ---------------------------------------------------------------------------
+
+FAMILIES = {
+    "opt": {},
+    "llama": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma3": {},
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("loading")
+    for family, options in FAMILIES.items():
+        write_model(folder / family, family, **options)
+    bin_only = tiny_model("llama")
+    (folder / "bin-only").mkdir()
+    bin_only.config.save_pretrained(folder / "bin-only")
+    torch.save(bin_only.state_dict(), folder / "bin-only" / "pytorch_model.bin")
+    write_experts(folder / "experts")
+    large = tiny_model(
+        "llama", vocab_size=4000, hidden_size=512, intermediate_size=1536, num_hidden_layers=6
+    )
+    large.save_pretrained(folder / LARGE, max_shard_size="10MB")
+    run_ranks("weights_loading", 2, folder)
+    return [torch.load(folder / f"loading-rank{rank}.pt") for rank in range(2)]
+
+
+def write_experts(folder: Path) -> None:
+    """Files with a matrix an expert, of which Transformers makes one a layer."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bin-only", "experts"])
+def test_a_model_loaded_sharded_is_the_one_loaded_whole(loaded, name):
+    """Parameters, ties, buffers with their dtype, configuration; from fp32 files to bf16."""
+    for rank in loaded:
+        found = rank[name]
+        assert found["different"] == []
+        assert found["logits"]
+        assert found["parameters"][0] == found["parameters"][1]
+        assert found["generation"]
+        assert found["config"]
+        assert not found["training"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("bin-only", "there is neither model.safetensors"), ("experts", "Transformers converts")],
+)
+def test_files_without_the_weights_one_by_one_are_loaded_whole(loaded, name, reason):
+    for rank in loaded:
+        (warning,) = rank[name]["warnings"]
+        assert reason in warning
+        assert "save_pretrained" in warning
+        assert all(not rank[family]["warnings"] for family in FAMILIES)
+
+
+def test_loading_sharded_takes_the_memory_of_the_share(loaded):
+    """A rank's half of the bf16 weights and some slack, where the whole load needs all of them."""
+    elements = 6 * (512 * (2 * 32 + 2 * 16 + 3 * 1536)) + 2 * 4000 * 512
+    model = 2 * elements
+    for rank in loaded:
+        assert rank["sharded"] <= model / 2 + 4000 * 512 * 4 + 3 * 2**20
+        assert rank["whole"] >= 0.9 * model
