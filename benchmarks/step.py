@@ -22,6 +22,7 @@ import socket
 import statistics
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -259,6 +260,8 @@ def _wait_for_all() -> None:
 def _start() -> None:
     # With it, DeepSpeed sets up 69 MB of shared memory a rank for inference and never removes it.
     os.environ.pop("LOCAL_SIZE", None)
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
     deepspeed.init_distributed()
 
