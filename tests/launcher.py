@@ -1,4 +1,4 @@
-"""Runs the real `deepspeed` command with a time limit and sees to it that nothing outlives it."""
+"""Runs the real launchers with a time limit and sees to it that nothing outlives them."""
 
 import os
 import subprocess
@@ -24,12 +24,28 @@ class Outcome:
     left_behind: int
 
 
-def launch(script: str, *flags: str, ranks: int = 2, timeout: float = 150.0) -> Outcome:
-    """Run ``deepspeed --num_gpus <ranks> <script> <flags>`` as on a machine without a GPU."""
+LAUNCHERS = {
+    "deepspeed": ("--num_gpus={ranks}", "--master_port={port}"),
+    "torchrun": ("--nproc_per_node={ranks}", "--master_port={port}"),
+    "accelerate": (
+        *("launch", "--config_file=launch/accelerate.yaml"),
+        *("--num_processes={ranks}", "--main_process_port={port}"),
+    ),
+}
+
+
+def launch(
+    script: str,
+    *flags: str,
+    ranks: int = 2,
+    timeout: float = 150.0,
+    launcher: str = "deepspeed",
+) -> Outcome:
+    """Run ``<launcher> ... <script> <flags>`` as on a machine without a GPU."""
     mark = uuid.uuid4().hex
     programs = Path(sys.executable).parent
     port = free_port()
-    launcher = [str(programs / "deepspeed"), f"--num_gpus={ranks}", f"--master_port={port}"]
+    options = [option.format(ranks=ranks, port=port) for option in LAUNCHERS[launcher]]
     environment = {
         **{k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
         "DS_ACCELERATOR": "cpu",
@@ -38,7 +54,7 @@ def launch(script: str, *flags: str, ranks: int = 2, timeout: float = 150.0) -> 
         _MARK: mark,
     }
     process = subprocess.Popen(
-        [*launcher, script, *flags],
+        [str(programs / launcher), *options, script, *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

@@ -343,6 +343,21 @@ def test_a_resumed_run_ends_with_the_same_bits(runs):
     assert results[0]["test_loss_before"] == results[1]["test_loss_before"]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "sharding"), [("torchrun", "none"), ("torchrun", "fsdp2"), ("accelerate", "fsdp2")]
+)
+def test_other_launchers_and_back_ends_train_alike(launcher, sharding, runs, model, tmp_path):
+    output = tmp_path / "output"
+    given = full_run(model, runs["whole"].parent, output, sharding=sharding, use_cpu=True)
+    given = [flag for flag in given if not flag.startswith("--deepspeed")]
+    outcome = launch(TRAIN, *given, launcher=launcher)
+    assert outcome.status == 0, outcome.output
+    assert outcome.left_behind == 0
+    for key in ("zo_loss", "fo_loss", "learning_rate", "test_before_loss"):
+        assert log_of(output, key) == pytest.approx(log_of(runs["whole"], key), rel=2e-3)
+    assert AutoModelForCausalLM.from_pretrained(output / "model").dtype == torch.bfloat16
+
+
 def test_a_run_goes_on_under_fsdp2(runs, model, tmp_path):
     """What ZeRO-3 has saved after step 4; stochastic rounding is that of the same steps."""
     folder, output = runs["whole"].parent, tmp_path / "moved"
