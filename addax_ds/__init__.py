@@ -1,4 +1,4 @@
-"""Addax for DeepSpeed: full-parameter fine-tuning at the memory of the weights.
+"""Addax for DeepSpeed and FSDP2: full-parameter fine-tuning at the memory of the weights.
 
 Importing this package registers the optimizer type ``"Addax"`` with DeepSpeed.
 """
@@ -11,6 +11,7 @@ from addax_ds.noise import gaussian, parameter_id
 from addax_ds.optimizer import Addax, NonFiniteError
 from addax_ds.sharding import zero3 as _zero3
 from addax_ds.sharding.attach import attach
+from addax_ds.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from addax_ds.trainer import AddaxTrainer
@@ -24,7 +25,9 @@ __all__ = [
     "attach",
     "ds_config",
     "gaussian",
+    "load_weights",
     "parameter_id",
+    "save_weights",
 ]
 
 _zero3.register(Addax)

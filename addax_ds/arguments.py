@@ -336,12 +336,15 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
             "--sharding fsdp2 needs a launcher, which tells each process its rank: start with "
             "`torchrun --nproc_per_node N launch/train.py --sharding fsdp2 ...`."
         )
-    for variable, flag in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero3")):
+    for variable, flag in (
+        ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
+        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed ds_configs/zero3.json"),
+    ):
         if os.environ.get(variable, "false").lower() in ("1", "true") and not deepspeed:
             raise UserError(
                 f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
                 "shard the model in its own way: use launch/accelerate.yaml, which starts ranks "
-                f"and nothing else, with --sharding {flag}."
+                f"and nothing else, with {flag}."
             )
 
 

@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from addax_ds.adapters import has_adapters, load_adapters, save_adapters
+from addax_ds.agreement import all_ranks_or_none
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.settings import AddaxSettings
@@ -79,13 +80,9 @@ def save_model(
         args: say which ranks write.
         tokenizer: or None; saved with the model.
     """
-    if args.should_save:
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(model, PreTrainedModel):
-            _save_config(model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        torch.save(args, folder / TRAINING_ARGS_NAME)
+    with all_ranks_or_none():
+        if args.should_save:
+            _start_folder(model, folder, args, tokenizer)
     if has_adapters(model):
         save_adapters(model, folder, args.should_save)
     else:
@@ -102,6 +99,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         load_adapters(model, folder)
     else:
         WeightFiles(folder).fill(local_slices(model))
+
+
+def _start_folder(model: nn.Module, folder: Path, args: TrainingArguments, tokenizer: Any) -> None:
+    """Write all but the weights."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, PreTrainedModel):
+            _save_config(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(args, folder / TRAINING_ARGS_NAME)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the model: {error}") from error
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:

@@ -198,22 +198,30 @@ class Addax(torch.optim.Optimizer):
                 "the backward, and zeroth_order() before the next first-order forward"
             )
         if self.alpha > 0.0 and self.sharding.awaiting_backward:
+            self.sharding.awaiting_backward = False
             raise RuntimeError(
                 "a forward with autograd ran since the last step, and the zeroth-order passes come "
                 "before it: its backward would see other weights. Call zeroth_order() first, and "
-                "put forwards that train nothing under torch.no_grad()"
+                "put forwards that train nothing under torch.no_grad(). If that forward is not to "
+                "be trained on, call again"
             )
         steps = self._new_steps()
         losses: list[Tensor] = []
         if self.alpha > 0.0 and zeroth_order is not None:
             losses += self._perturbed_losses(zeroth_order, steps[0])
-        loss = first_order() if self.alpha < 1.0 and first_order is not None else None
-        if loss is not None:
-            losses.append(_checked_loss(loss))
+        loss = None
+        if self.alpha < 1.0 and first_order is not None:
+            try:
+                loss = first_order()
+                losses.append(_checked_loss(loss))
+            except Exception:
+                self.sharding.awaiting_backward = False  # its backward will not come
+                raise
         means = self._mean_over_ranks(losses) if losses else []
         self.first_order_loss = means.pop() if loss is not None else None
         if means:
-            self._steps = [replace(step, g0=self._projected_gradient(*means)) for step in steps]
+            g0 = self._projected_gradient(*means)
+            self._steps = [replace(step, g0=g0) for step in steps]
         if self.first_order_loss is not None and not math.isfinite(self.first_order_loss):
             self._skip_non_finite(f"first-order loss {self.first_order_loss}")
             return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -231,6 +232,11 @@ class AddaxTrainer(Trainer):
             if stream in inputs
         )
         return tokens * self.addax.sharding.trainable_elements
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # Shards of FSDP2 are where they belong, which with CPU offload is another device.
+        if not isinstance(model, FSDPModule):
+            super()._move_model_to_device(model, device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a folder that ``from_pretrained`` loads; every rank has to call it."""

@@ -29,7 +29,7 @@ _SAMPLING = (
 )
 _LOADER = "Addax's own loader prepares the batches and does not take it; remove it."
 _DDP = "The model is never wrapped in DistributedDataParallel; remove it."
-_FSDP = "It is Accelerate's way to shard, which averages gradients too late; use --sharding fsdp2."
+_FSDP = "It is Accelerate's way to shard, after the optimizer is made; use --sharding fsdp2."
 _FP16 = (
     "fp16 needs loss scaling, and an update that is applied during the backward pass cannot be "
     "undone after an overflow; use --bf16 or fp32."

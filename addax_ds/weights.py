@@ -21,14 +21,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from addax_ds.agreement import all_ranks_or_none
 from addax_ds.errors import UserError
 from addax_ds.sharding.attach import back_end_of
-from addax_ds.sharding.base import canonical_name
+from addax_ds.sharding.base import Sharding, canonical_name
 
 MODEL_FILE = "model.safetensors"
 MAX_FILE_SIZE = "5GB"
 
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def load_weights(sharding: Sharding, folder: str | os.PathLike) -> None:
+    """Fill this rank's shards from a folder with safetensors files; every rank has to call it.
+
+    Args:
+        sharding: the back end, `Addax.sharding`.
+        folder: as `save_weights` or ``save_pretrained`` writes it.
+
+    Raises:
+        UserError: see `WeightFiles`.
+    """
+    WeightFiles(Path(folder)).fill(local_slices(sharding.model))
+    sharding.finish_step()  # what is gathered is from before
 
 
 @dataclass(frozen=True)
@@ -212,11 +227,12 @@ def save_weights(
     rank, world_size = _rank_and_world_size()
     writers = range(world_size) if writers is None else writers
     plan = split_torch_state_dict_into_shards(full_shapes(model), max_shard_size=max_file_size)
-    if rank in writers:
-        folder.mkdir(parents=True, exist_ok=True)
-    if rank == writers[0]:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
+    with all_ranks_or_none():
+        if rank in writers:
+            folder.mkdir(parents=True, exist_ok=True)
+        if rank == writers[0]:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
     files = list(plan.filename_to_tensors)
     for first in range(0, len(files), len(writers)):
         # A round of gathering, in which each writer gets its file, and then all write at once.
@@ -225,10 +241,9 @@ def save_weights(
             tensors = gather_weights(model, plan.filename_to_tensors[file], rank == writer)
             if rank == writer:
                 mine[file] = tensors
-        for file, tensors in mine.items():
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    if dist.is_initialized():
-        dist.barrier()
+        with all_ranks_or_none():
+            for file, tensors in mine.items():
+                _write(tensors, folder / file)
 
 
 def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[str, Tensor]:
@@ -250,6 +265,14 @@ def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[s
             if keep:
                 kept[name] = whole.to("cpu", copy=True).contiguous()
     return kept
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        path.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write the weights: {error}") from error
 
 
 def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -> None:

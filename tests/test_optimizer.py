@@ -248,3 +248,27 @@ def test_one_infinite_loss_of_two_is_enough():
     assert optimizer.zeroth_order(lambda: next(losses)) == 0.0
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_step_follows_one_whose_first_order_loss_raised():
+    model, optimizer = toy()
+
+    def failing():
+        model(X)
+        raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        optimizer.measure(lambda: model(X), failing)
+    before = weights(model)
+    loss = optimizer.measure(lambda: model(X), lambda: model(X))
+    loss.backward()
+    optimizer.step()
+    assert not same(weights(model), before)
+
+
+def test_a_stray_forward_is_named_once():
+    model, optimizer = toy()
+    model(X)
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad.*call again"):
+        optimizer.zeroth_order(lambda: model(X))
+    one_step(model, optimizer)

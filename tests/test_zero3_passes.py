@@ -38,3 +38,16 @@ def test_passes(results, name, world_size):
         plus, minus = (sum(f["seen"][step][k] for f in ranks) / world_size for k in (0, 1))
         assert plus != minus
         assert g0 == pytest.approx((plus - minus) / (2 * EPS), rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_perturbed_copies_live_as_long_as_their_gather(results, name, world_size):
+    """While modules run, there may be a prefetched one in flight, and one that gloo lets go of."""
+    for found in results[name, world_size]:
+        peak, in_modules, left = found["copies"]
+        assert peak > 0
+        assert in_modules <= 3 * found["largest"] < found["stored"]
+        assert left == 0
+        if name != "all-persistent":  # which one gather fetches
+            assert peak < found["stored"]

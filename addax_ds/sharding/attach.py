@@ -2,7 +2,6 @@
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
@@ -30,11 +29,6 @@ def attach(optimizer: Addax, model: nn.Module) -> Sharding:
         UserError: if the optimizer's parameters are not the model's, or for a model that is
             sharded or wrapped in another way.
     """
-    if isinstance(model, DistributedDataParallel):
-        raise UserError(
-            "addax_ds.attach takes the model without DistributedDataParallel, whose gradients are "
-            "averaged too late for updates in place: attach model.module; Addax averages itself"
-        )
     back_end = back_end_of(model)
     if back_end is Zero3Sharding:
         raise UserError(

@@ -212,7 +212,9 @@ def describe_parameters(
             if parameter not in names:
                 raise UserError(
                     f"the optimizer holds a parameter of shape {tuple(full_shape(parameter))} that "
-                    "the model does not have: build Addax from the parameters of the attached model"
+                    "the model does not have: build Addax from the parameters of the attached "
+                    "model. Under FSDP2 they stay gathered after a forward: call model.reshard() "
+                    "before"
                 )
             name, shape = names[parameter], full_shape(parameter)
             if shape.numel() > MAX_PARAMETER_ELEMENTS:

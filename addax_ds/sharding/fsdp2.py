@@ -7,7 +7,8 @@
   of the reduction: the update happens there, while the next layer's backward runs.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from addax_ds.errors import UserError
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, blocks
+
+logger = logging.getLogger(__name__)
 
 
 def shard_model(model: nn.Module, **options: Any) -> None:
@@ -92,6 +95,7 @@ class Fsdp2(Sharding):
                     f"{info.name} is trainable but not sharded, so nobody would average its "
                     "gradient: freeze it, or call fully_shard without ignored_params"
                 )
+        _warn_of_narrow_passes(self._fsdp_params.values())
         self._starts = {info.parameter: _start(info.parameter) for info in self.infos}
 
     @staticmethod
@@ -269,6 +273,22 @@ def _check(fsdp_param: Any) -> None:
             "Addax needs shards that are contiguous in the parameter, along dimension 0: call "
             "fully_shard without shard_placement_fn"
         )
+
+
+def _warn_of_narrow_passes(fsdp_params: Iterable[Any]) -> None:
+    """Warn of a policy that rounds weights on their way, of which the update does not know."""
+    for fsdp_param in fsdp_params:
+        dtype, stored = fsdp_param.mp_policy.param_dtype, fsdp_param.sharded_param.dtype
+        if dtype not in (None, stored):
+            logger.warning(
+                "MixedPrecisionPolicy(param_dtype=%s) rounds the perturbed %s weights on their "
+                "way: the zeroth-order part credits z instead of what the passes see, and a small "
+                "zo_eps drowns in rounding. Train %s weights without param_dtype instead",
+                dtype,
+                stored,
+                dtype,
+            )
+            return
 
 
 def _start(parameter: Any) -> int:

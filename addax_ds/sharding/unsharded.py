@@ -19,7 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from addax_ds.errors import UserError
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, blocks
@@ -37,6 +39,7 @@ class Unsharded(Sharding):
     name = "none"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
+        _check_whole(model)
         super().__init__(model, param_groups)
         for info in self.infos:
             if not info.parameter.is_contiguous():
@@ -79,7 +82,8 @@ class Unsharded(Sharding):
             assert parameter.grad is not None
             gradient, parameter.grad = parameter.grad.contiguous(), None
             if self.world_size > 1:
-                # Backward runs in the same order on every rank, so these meet.
+                # These meet, as long as backward has the same order on every rank: a model that
+                # leaves out layers by chance (layerdrop) has not.
                 dist.all_reduce(gradient)
                 gradient /= self.world_size
             on_gradient(_shard(info), gradient.view(-1))
@@ -133,6 +137,23 @@ class Unsharded(Sharding):
                 "the forward pass did not call the modules of %s: their weights were not perturbed "
                 "and, if something else reads them, g0 does not account for them",
                 ", ".join(unseen),
+            )
+
+
+def _check_whole(model: nn.Module) -> None:
+    wrapped = (DistributedDataParallel, FullyShardedDataParallel)
+    for name, module in model.named_modules():
+        if isinstance(module, wrapped):
+            raise UserError(
+                f"{name or 'the model'} is wrapped in {type(module).__name__}, whose gradients are "
+                "reduced too late for updates in place: attach model.module, which Addax "
+                "replicates itself, or a model that fully_shard has sharded"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UserError(
+                f"{name} is distributed without fully_shard (tensor parallelism?), which Addax "
+                "does not serve: attach a plain model, or one that fully_shard has sharded"
             )
 
 

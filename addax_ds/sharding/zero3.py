@@ -102,7 +102,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         """
         raise UserError(
             "DeepSpeed's save_checkpoint does not hold what Addax trains: write the weights with "
-            "addax_ds.weights.save_weights, and the state_dict() of the Addax optimizer, or "
+            "addax_ds.save_weights, and the state_dict() of the Addax optimizer, or "
             "train with AddaxTrainer, which does both"
         )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,32 @@ def explicit_losses(options: dict, weights: dict[str, Tensor], step: int, x: Ten
     return losses
 
 
+class CopyWatch:
+    """Follows the perturbed copies of partitions: bytes alive in a gather, and as modules run."""
+
+    def __init__(self, engine: Any, sharding: Any) -> None:
+        self.peak = self.in_modules = 0
+        self._copies: list[weakref.ref[Tensor]] = []
+        self._perturb = sharding._perturbed_partition
+        sharding._perturbed_partition = self._watched
+        for module in engine.module.modules():
+            module.register_forward_hook(self._look)
+
+    def _watched(self, parameter: Any) -> Tensor:
+        copy = self._perturb(parameter)
+        if copy is not parameter.ds_tensor:
+            self._copies.append(weakref.ref(copy))
+            self.peak = max(self.peak, self.alive())
+        return copy
+
+    def _look(self, *_: Any) -> None:
+        self.in_modules = max(self.in_modules, self.alive())
+
+    def alive(self) -> int:
+        alive = [copy for copy in (ref() for ref in self._copies) if copy is not None]
+        return sum(copy.numel() * copy.element_size() for copy in alive)
+
+
 def examine(name: str) -> dict[str, Any]:
     case = CASES[name]
     options = {"dtype": torch.bfloat16, **case.get("model", {})}
@@ -89,6 +116,7 @@ def examine(name: str) -> dict[str, Any]:
     setup = config(case.get("zero", {}), options["dtype"])
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=setup)
     rank, world_size = comm.get_rank(), comm.get_world_size()
+    watch = CopyWatch(engine, optimizer.sharding)
     found: dict[str, Any] = {"seen": [], "explicit": [], "g0": [], "unchanged": []}
     for step, (x, _) in enumerate(token_batches(3)):
         x = x.chunk(world_size)[rank]
@@ -115,6 +143,10 @@ def examine(name: str) -> dict[str, Any]:
             found["clean"] = (local_loss(engine, x).item(), local_loss(plain, x).item())
         engine.train()
         engine.step()
+    shards = [p.ds_tensor for p in model.parameters()]
+    found["copies"] = (watch.peak, watch.in_modules, watch.alive())
+    found["largest"] = max(shard.numel() * shard.element_size() for shard in shards)
+    found["stored"] = sum(shard.numel() * shard.element_size() for shard in shards)
     found["moved"] = any(not torch.equal(w, weights[n]) for n, w in gathered(model).items())
     engine.destroy()
     return found
