@@ -428,8 +428,8 @@ class Addax(torch.optim.Optimizer):
             )
         if self._sharding is not None:
             self._sharding.detach()
-        self._sharding = sharding
         sharding.attach(self._on_gradient)
+        self._sharding = sharding
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own ``lr`` and ``weight_decay``, before the optimizer is attached.

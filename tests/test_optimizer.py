@@ -272,3 +272,16 @@ def test_a_stray_forward_is_named_once():
     with pytest.raises(RuntimeError, match=r"torch\.no_grad.*call again"):
         optimizer.zeroth_order(lambda: model(X))
     one_step(model, optimizer)
+
+
+def test_a_model_has_one_optimizer_at_a_time():
+    model, optimizer = toy()
+    with pytest.raises(UserError, match=r"another Addax optimizer .* call detach\(\)"):
+        attach(Addax(model.parameters(), lr=0.1), model)
+    one_step(model, optimizer)  # the first one goes on
+    optimizer.sharding.detach()
+    with pytest.raises(UserError, match="was detached from the model: attach it again"):
+        optimizer.zeroth_order(lambda: model(X))
+    other = Addax(model.parameters(), lr=0.1, alpha=0.5)
+    attach(other, model)
+    one_step(model, other)

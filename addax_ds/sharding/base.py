@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from addax_ds.errors import UserError
 from addax_ds.noise import MAX_PARAMETER_ELEMENTS, parameter_id
 
 _WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+
+_ATTACHED: WeakSet[nn.Module] = WeakSet()
+"""Models whose gradients an optimizer applies."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,13 @@ class Sharding(ABC):
         return sum(self.group_elements)
 
     def check_unchanged(self) -> None:
-        """Check that no parameter was frozen or unfrozen since the optimizer was bound.
+        """Check that the optimizer is attached, and that no parameter was frozen or unfrozen since.
 
         Raises:
             UserError: if one was; it would be updated, or left alone, in silence.
         """
+        if self.model not in _ATTACHED:
+            raise UserError("the optimizer was detached from the model: attach it again")
         if any(p.requires_grad != trainable for p, trainable in self._held):
             raise UserError(
                 "requires_grad of a parameter has changed since the optimizer was attached: freeze "
@@ -148,11 +155,22 @@ class Sharding(ABC):
         """Let forward passes see perturbed weights; the stored weights are never written."""
 
     def attach(self, on_gradient: OnGradient) -> None:
-        """Call ``on_gradient`` for each reduced gradient shard as soon as it exists."""
+        """Call ``on_gradient`` for each reduced gradient shard as soon as it exists.
+
+        Raises:
+            UserError: if another optimizer is attached to the model.
+        """
+        if self.model in _ATTACHED:
+            raise UserError(
+                "another Addax optimizer is attached to this model, and both would apply its "
+                "gradients: call detach() on what its attach() returned, first"
+            )
+        _ATTACHED.add(self.model)
         self._hooks.append(self.model.register_forward_hook(self._note_forward))
 
     def detach(self) -> None:
         """Remove every hook and wrapper from the model and its parameters."""
+        _ATTACHED.discard(self.model)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
