@@ -65,7 +65,11 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/noise.py --output benchmarks/results/noise.json
 	export $(CPU_ONLY) $(VENV_PATH) && for benchmark in $(TWO_RANKS); do \
 	    deepspeed --num_gpus 2 $$benchmark --shape opt-125m --output benchmarks/results || exit 1; \
-	done && $(VENV)/bin/python benchmarks/growth.py --output benchmarks/results
+	done && $(VENV)/bin/python benchmarks/growth.py --output benchmarks/results && \
+	$(VENV)/bin/python -m benchmarks.perturbation --probes 96 \
+	    --output benchmarks/results/perturbation.json && \
+	$(VENV)/bin/python -m benchmarks.perturbation --probes 72 --unit_gains \
+	    --output benchmarks/results/perturbation-unit-gains.json
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -209,7 +209,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def save_weights(
     model: nn.Module,
-    folder: Path,
+    folder: str | os.PathLike,
     writers: Sequence[int] | None = None,
     max_file_size: str = MAX_FILE_SIZE,
 ) -> None:
@@ -224,6 +224,7 @@ def save_weights(
         writers: the ranks that write to this rank's file system (default: all), each its files.
         max_file_size: such as "5GB"; a larger weight is a file of its own.
     """
+    folder = Path(folder)
     rank, world_size = _rank_and_world_size()
     writers = range(world_size) if writers is None else writers
     plan = split_torch_state_dict_into_shards(full_shapes(model), max_shard_size=max_file_size)
