@@ -20,12 +20,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from addax_ds import weights
 from addax_ds.adapters import has_adapters, load_adapters, save_adapters
 from addax_ds.agreement import all_ranks_or_none
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.settings import AddaxSettings
-from addax_ds.weights import WeightFiles, local_slices, save_weights
+from addax_ds.sharding.base import Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +87,20 @@ def save_model(
     if has_adapters(model):
         save_adapters(model, folder, args.should_save)
     else:
-        save_weights(model, folder, _writers(args))
+        weights.save_weights(model, folder, _writers(args))
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(sharding: Sharding, folder: Path) -> None:
     """Fill this rank's shards from a folder that `save_model` wrote.
 
     Raises:
         UserError: see `addax_ds.weights.WeightFiles`.
     """
-    if has_adapters(model):
-        load_adapters(model, folder)
+    if has_adapters(sharding.model):
+        load_adapters(sharding.model, folder)
+        sharding.finish_step()  # what is gathered is from before
     else:
-        WeightFiles(folder).fill(local_slices(model))
+        weights.load_weights(sharding, folder)
 
 
 def _start_folder(model: nn.Module, folder: Path, args: TrainingArguments, tokenizer: Any) -> None:

@@ -261,13 +261,13 @@ class AddaxTrainer(Trainer):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             checkpoint.load_state(folder, self.addax, self.lr_scheduler, self._run())
-            self._load_weights(folder)
+            checkpoint.load_weights(self.addax.sharding, folder)
             self.addax.sharding.resume_at(self.state.global_step)
         return prepared
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._load_weights(Path(self.state.best_model_checkpoint))
+        checkpoint.load_weights(self.addax.sharding, Path(self.state.best_model_checkpoint))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """No gradient is left to take the norm of; `log` adds the one that was tracked."""
@@ -281,11 +281,6 @@ class AddaxTrainer(Trainer):
 
     def _run(self) -> checkpoint.Run:
         return checkpoint.Run.of(self.args, self.settings, self.addax.sharding.name)
-
-    def _load_weights(self, folder: Path) -> None:
-        assert self.model is not None
-        checkpoint.load_weights(self.model, folder)
-        self.addax.sharding.finish_step()  # what is gathered is from before
 
     def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], stream: str) -> Tensor:
         """Return a loss whose mean over ranks is the mean over the global batch's target tokens.

@@ -53,13 +53,7 @@ def addax(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
         optimizer.zeroth_order(lambda: _loss(engine, long))
         return optimizer.optimizer.zeroth_order_loss
 
-    def first_order() -> float:
-        loss = _loss(engine, short)
-        engine.backward(loss)
-        engine.step()
-        return loss.item()
-
-    return Contender({"zeroth_order": zeroth_order, "first_order": first_order})
+    return Contender({"zeroth_order": zeroth_order, "first_order": lambda: _train(engine, short)})
 
 
 def parts(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
@@ -83,13 +77,7 @@ def parts(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
             losses = [_loss(forward_engine, long).item() for _ in range(2)]
         return losses[0]
 
-    def first_order() -> float:
-        loss = _loss(engine, short)
-        engine.backward(loss)
-        engine.step()
-        return loss.item()
-
-    return Contender({"zeroth_order": zeroth_order, "first_order": first_order})
+    return Contender({"zeroth_order": zeroth_order, "first_order": lambda: _train(engine, short)})
 
 
 def sgd(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
@@ -105,13 +93,8 @@ def _stateful(shape: str, long: Tensor, short: Tensor, optimizer: dict[str, Any]
     config = {"optimizer": optimizer, "gradient_accumulation_steps": 2}
     engine, _ = _engine(shape, config)
 
-    def micro_batch(tokens: Tensor) -> float:
-        loss = _loss(engine, tokens)
-        engine.backward(loss)
-        engine.step()  # updates at the second micro-batch
-        return loss.item()
-
-    return Contender({"long": lambda: micro_batch(long), "short": lambda: micro_batch(short)})
+    # The engine updates at the second micro-batch.
+    return Contender({"long": lambda: _train(engine, long), "short": lambda: _train(engine, short)})
 
 
 def mezo(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
@@ -203,6 +186,13 @@ def _engine(shape: str, config: dict[str, Any]) -> tuple[Any, Any]:
     }
     engine, wrapped, _, _ = deepspeed.initialize(model=random_model(shape), config=config)
     return engine, wrapped
+
+
+def _train(engine: Any, tokens: Tensor) -> float:
+    loss = _loss(engine, tokens)
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
 
 
 def _loss(model: Any, tokens: Tensor) -> Tensor:

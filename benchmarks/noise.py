@@ -11,9 +11,8 @@ machine that others use too, by the CPU time of the one thread.
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +20,11 @@ from pathlib import Path
 
 import torch
 
-import addax_ds
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run as a script
+
 from addax_ds.kernels import cpu, reference
 from addax_ds.kernels.operation import Draw, Operation
+from benchmarks.common import circumstances
 
 DRAW = Draw(seed=1, step=2, parameter_id=3)
 START = 5  # not at the border of a tile
@@ -133,31 +134,6 @@ def summarise(seconds: Timings, elements: int, moved: dict[str, int]) -> list[di
     return rows
 
 
-def circumstances() -> dict:
-    """What the numbers depend on besides the code."""
-    model = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return {
-        "processor": model[0] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "lanes": cpu.load().addax_lanes(),
-        "compiler": cpu.compiler_version().splitlines()[0],
-        "flags": list(cpu.FLAGS),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "addax_ds": addax_ds.__version__,
-        "commit": commit.stdout.strip() or None,
-        "uncommitted_changes": bool(changes.stdout.strip()),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-    }
-
-
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
     head = "operation, implementation, threads, G elements/s, quartiles, GB/s, x, x by CPU time"
@@ -198,7 +174,12 @@ def main() -> None:
     rows = summarise(seconds, arguments.elements, moved)
     result = {
         "configuration": {k: v for k, v in vars(arguments).items() if k != "output"},
-        "circumstances": circumstances(),
+        "circumstances": {
+            **circumstances(),
+            "lanes": cpu.load().addax_lanes(),
+            "compiler": cpu.compiler_version().splitlines()[0],
+            "flags": list(cpu.FLAGS),
+        },
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "results": rows,
     }

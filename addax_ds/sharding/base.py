@@ -142,9 +142,16 @@ class Sharding(ABC):
         """Give the unsharded parameter while the context lasts, to read; all ranks take part."""
         return nullcontext(parameter.detach())
 
-    @abstractmethod
     def shards(self) -> Iterator[Shard]:
         """Yield this rank's part of every trainable parameter, empty ones left out."""
+        for info in self.infos:
+            shard = self._shard(info)
+            if shard.data.numel():
+                yield shard
+
+    @abstractmethod
+    def _shard(self, info: ParameterInfo) -> Shard:
+        """Return this rank's part of a trainable parameter, which may be empty."""
 
     @abstractmethod
     def forward_only(self) -> AbstractContextManager[None]:
@@ -245,6 +252,12 @@ def describe_parameters(
                 )
             infos.append(ParameterInfo(parameter, name, pid, len(shape) >= 2, group))
     return infos
+
+
+def padded(data: Tensor, numel: int) -> Tensor:
+    """Lengthen a flat copy of a shard to what travels; nobody reads the padding."""
+    missing = numel - data.numel()
+    return torch.cat((data, data.new_zeros(missing))) if missing else data
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:

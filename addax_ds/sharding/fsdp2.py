@@ -22,7 +22,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from addax_ds.errors import UserError
-from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, blocks
+from addax_ds.sharding.base import (
+    OnGradient,
+    ParameterInfo,
+    Perturb,
+    Shard,
+    Sharding,
+    blocks,
+    padded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +127,6 @@ class Fsdp2(Sharding):
             whole = whole.to(parameter.device_mesh.device_type).full_tensor()
         yield whole
 
-    def shards(self) -> Iterator[Shard]:  # noqa: D102
-        for info in self.infos:
-            shard = self._shard(info)
-            if shard.data.numel():
-                yield shard
-
     def _shard(self, info: ParameterInfo) -> Shard:
         held = _local(info.parameter).numel()
         data = self._fsdp_params[info.parameter].stored[:held]
@@ -208,9 +210,7 @@ class Fsdp2(Sharding):
 
     def _perturbed_copy(self, info: ParameterInfo, perturb: Perturb) -> Callable[[Tensor], Tensor]:
         def copy(stored: Tensor) -> Tensor:
-            result = perturb(self._shard(info))
-            missing = stored.numel() - result.numel()  # padding travels too; nobody reads it
-            return torch.cat((result, result.new_zeros(missing))) if missing else result
+            return padded(perturb(self._shard(info)), stored.numel())
 
         return copy
 

@@ -52,8 +52,8 @@ class Unsharded(Sharding):
     def free_gathered(model: nn.Module) -> None:  # noqa: D102
         pass  # nothing ever is
 
-    def shards(self) -> Iterator[Shard]:  # noqa: D102
-        return map(_shard, self.infos)
+    def _shard(self, info: ParameterInfo) -> Shard:
+        return _shard(info)
 
     def forward_only(self) -> AbstractContextManager[None]:  # noqa: D102
         return nullcontext()

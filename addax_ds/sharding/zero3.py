@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from addax_ds.ds_config import check_ds_config
 from addax_ds.errors import UserError
-from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding
+from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, padded
 
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
 
@@ -158,12 +158,6 @@ class Zero3Sharding(Sharding):
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             yield parameter.detach()
 
-    def shards(self) -> Iterator[Shard]:  # noqa: D102
-        for info in self.infos:
-            shard = self._shard(info)
-            if shard.data.numel():
-                yield shard
-
     def _shard(self, info: ParameterInfo) -> Shard:
         start, held = self._ranges[info.parameter]
         data = info.parameter.ds_tensor.data.view(-1)[:held]  # type: ignore[attr-defined]
@@ -261,10 +255,7 @@ class Zero3Sharding(Sharding):
         if info is None:
             return stored
         assert self._perturb is not None
-        shard = self._shard(info)
-        copy = self._perturb(shard)
-        if copy.numel() < stored.numel():  # padding travels too; nobody reads it
-            copy = torch.cat((copy, copy.new_zeros(stored.numel() - copy.numel())))
+        copy = padded(self._perturb(self._shard(info)), stored.numel())
         for attribute in _SHARD_ATTRIBUTES:
             setattr(copy, attribute, getattr(stored, attribute))
         return copy
