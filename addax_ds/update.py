@@ -36,9 +36,11 @@ class Step:
         zo_eps: perturbation scale (paper: epsilon).
         weight_decay: decoupled weight decay (lambda), applied to parameters of two or more
             dimensions.
-        rounding: how bf16 weights are rounded after an update.
+        rounding: how weights narrower than fp32 are rounded after an update.
         g0: zeroth-order projected gradient, the scalar (L(theta + eps z) - L(theta - eps z)) /
             (2 eps); 0 until it has been measured.
+        gradient_scale: what the gradient that arrives is multiplied by to be g1: the coefficient
+            of clipping over the loss scale.
     """
 
     seed: int
@@ -49,6 +51,7 @@ class Step:
     weight_decay: float = 0.0
     rounding: Rounding = "stochastic"
     g0: float = 0.0
+    gradient_scale: float = 1.0
 
 
 def perturb(weight: Tensor, parameter_id: int, start: int, step: Step, sign: int) -> Tensor:
@@ -62,7 +65,8 @@ def perturb(weight: Tensor, parameter_id: int, start: int, step: Step, sign: int
         sign: +1 or -1.
 
     Returns:
-        Tensor like ``weight``, rounded to nearest.
+        Tensor like ``weight``, rounded to nearest; an element that would become NaN or infinite is
+        the weight itself.
     """
     out = torch.empty_like(weight)
     operation = Operation(Draw(step.seed, step.index, parameter_id), c2=-sign * step.zo_eps)
@@ -77,8 +81,9 @@ def apply_update(
     start: int,
     step: Step,
     decayed: bool,
+    kept: Tensor | None = None,
 ) -> None:
-    """Apply one step to a slice in place.
+    """Apply one step to a slice in place; an element that it would make NaN or infinite stays.
 
     Args:
         weight: flat slice of a parameter, fp32, bf16 or fp16, as it was when `perturb` was called;
@@ -89,14 +94,17 @@ def apply_update(
         start: flat index of the slice's first element in the unsharded parameter.
         step: the step with its measured ``g0``.
         decayed: whether weight decay applies to this parameter.
+        kept: int32 tensor of one element on the weights' device, set to 1 if an element stayed for
+            that reason and left alone otherwise; None if nobody asks.
     """
     c0 = 1.0 - step.lr * step.weight_decay if decayed else 1.0
-    c1 = step.lr * (1.0 - step.alpha)
+    c1 = step.lr * (1.0 - step.alpha) * step.gradient_scale
     c2 = step.lr * step.alpha * step.g0
     zo_eps = 0.0
     # In fp32 the realised difference is z to within 1e-4 for weights around 1 and an eps of 1e-3.
     if weight.dtype != torch.float32:
         c2, zo_eps = c2 / (2 * step.zo_eps), step.zo_eps
+    stochastic = step.rounding == "stochastic" and weight.dtype != torch.float32
     draw = Draw(step.seed, step.index, parameter_id)
-    stochastic = step.rounding == "stochastic" and weight.dtype == torch.bfloat16
-    kernels.fused(weight, weight, gradient, Operation(draw, c0, c1, c2, zo_eps, stochastic), start)
+    operation = Operation(draw, c0, c1, c2, zo_eps, stochastic)
+    kernels.fused(weight, weight, gradient, operation, start, kept)

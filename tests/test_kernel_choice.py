@@ -133,15 +133,20 @@ def set_fused_multiply_add(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-mfma", "-ffp-contract=fast"))
 
 
-def set_maths_without_nan(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-ffinite-math-only"))
-
-
 def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
     right = cpu.fused
 
-    def wrong(out, weight, gradient, operation, start) -> None:
-        right(out, weight, gradient, replace(operation, zo_eps=0.0), start)
+    def wrong(out, weight, gradient, operation, start, kept=None) -> None:
+        right(out, weight, gradient, replace(operation, zo_eps=0.0), start, kept)
+
+    monkeypatch.setattr(cpu, "fused", wrong)
+
+
+def set_no_report_of_kept_weights(folder: Path, monkeypatch) -> None:
+    right = cpu.fused
+
+    def wrong(out, weight, gradient, operation, start, kept=None) -> None:
+        right(out, weight, gradient, operation, start)
 
     monkeypatch.setattr(cpu, "fused", wrong)
 
@@ -157,8 +162,8 @@ def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
             *(set_fused_multiply_add, "other bits"),
             marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="-mfma is an x86 flag"),
         ),
-        (set_maths_without_nan, "other bits"),
         (set_z_for_the_realised_difference, "other bits"),
+        (set_no_report_of_kept_weights, "other bits"),
     ],
 )
 def test_without_a_library_one_warning_and_plain_torch(

@@ -9,6 +9,7 @@ import torch
 import addax_ds
 from addax_ds.update import Step, apply_update, perturb
 
+NARROW = [torch.bfloat16, torch.float16]
 STEP = Step(seed=9, index=3, lr=0.1, alpha=0.25, zo_eps=1e-2, g0=1.5, rounding="nearest")
 
 
@@ -95,7 +96,7 @@ def test_perturb_adds_z_and_leaves_the_weight(dtype):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_slicing_does_not_change_a_bit(rounding, dtype):
     step = replace(STEP, rounding=rounding)
     whole, gradient = random(300_000, dtype), random(300_000, seed=1)
@@ -106,11 +107,12 @@ def test_slicing_does_not_change_a_bit(rounding, dtype):
     assert torch.equal(whole, parts)
 
 
-def test_stochastic_rounding_applies_tiny_updates_and_nearest_loses_them():
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_rounding_applies_tiny_updates_and_nearest_loses_them(dtype):
     """1,000 steps of a constant update of 1/100 of the weights' spacing."""
-    start = torch.full((20_000,), 1.0, dtype=torch.bfloat16)
+    start = torch.full((20_000,), 1.0, dtype=dtype)
     gradient = torch.ones(20_000)
-    lr = torch.finfo(torch.bfloat16).eps / 2 / 100  # spacing below 1.0
+    lr = torch.finfo(dtype).eps / 2 / 100  # spacing below 1.0
     moved = {}
     for rounding in ("stochastic", "nearest"):
         weight = start.clone()
@@ -122,27 +124,68 @@ def test_stochastic_rounding_applies_tiny_updates_and_nearest_loses_them():
     assert moved["nearest"] == 0.0
 
 
-def test_stochastic_rounding_is_unbiased_on_both_signs_and_exact_values_stay():
-    value = torch.tensor([1 + 1 / 512, -1 - 1 / 512, 3e-5 * (1 + 1 / 300)]).repeat_interleave(
-        40_000
-    )
-    weight = torch.zeros(120_000, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_rounding_is_unbiased(dtype):
+    """On both signs, and around fp16's smallest normal number, 2**-14, and below."""
+    normal = 2.0**-14
+    edge = (-1.0001 * normal, normal - 2.0**-27, -(2.0**-23) - 2.0**-27, 2.0**-27)
+    value = torch.tensor((1 + 1 / 3000, -1 - 1 / 300, 3e-5 * (1 + 1 / 300), *edge))
+    count = 40_000
+    weight = torch.zeros(len(value) * count, dtype=dtype)
     step = Step(1, 0, lr=1.0, alpha=0.0, zo_eps=1e-3)
-    apply_update(weight, -value, 5, 0, step, decayed=False)
-    for exact, rounded in zip(value.view(3, -1).double(), weight.view(3, -1).double(), strict=True):
-        spacing = 2.0 ** (math.floor(math.log2(abs(exact[0].item()))) - 7)
-        error = (rounded.mean() - exact[0]).abs().item()
-        assert error < 5 * spacing / 2 / math.sqrt(40_000)
-        assert len(rounded.unique()) == 2
-    exact = random(1000, torch.bfloat16)
-    kept = exact.clone()
-    apply_update(kept, torch.zeros(1000), 5, 0, step, decayed=False)
-    assert torch.equal(kept, exact)
+    apply_update(weight, -value.repeat_interleave(count), 5, 0, step, decayed=False)
+    info = torch.finfo(dtype)
+    for exact, rounded in zip(value.tolist(), weight.view(-1, count).double(), strict=True):
+        exponent = max(math.floor(math.log2(abs(exact))), math.log2(info.tiny))
+        spacing = info.eps * 2**exponent
+        below = math.floor(exact / spacing)
+        fraction = exact / spacing - below
+        if fraction == 0:
+            assert (rounded == exact).all()
+            continue
+        assert rounded.unique().tolist() == [below * spacing, (below + 1) * spacing]
+        deviation = spacing * math.sqrt(fraction * (1 - fraction) / count)
+        assert abs(rounded.mean().item() - exact) < 5 * deviation
 
 
-def test_non_finite_values_are_not_rounded_into_numbers():
-    gradient = torch.tensor([math.nan, math.inf, -math.inf])
-    weight = torch.ones(3, dtype=torch.bfloat16)
-    apply_update(weight, gradient, 5, 0, Step(1, 0, 1.0, 0.0, 1e-3), decayed=False)
-    assert weight[0].isnan()
-    assert weight[1:].tolist() == [-math.inf, math.inf]
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_rounding_never_moves_what_the_type_can_hold(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = every[every.isfinite()]
+    weight = torch.ones_like(numbers)
+    step = Step(1, 0, lr=1.0, alpha=0.0, zo_eps=1e-3, weight_decay=1.0)
+    apply_update(weight, -numbers.float(), 5, 0, step, decayed=True)  # 1 * 0 + number
+    assert torch.equal(weight, numbers)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+def test_no_update_makes_a_weight_nan_or_infinite(dtype, rounding):
+    largest = torch.finfo(dtype).max
+    before = torch.tensor([1.0, 1.0, -1.0, largest, 1.0], dtype=dtype)
+    gradient = torch.tensor([math.nan, math.inf, -math.inf, -largest, 0.5])
+    step = Step(1, 0, lr=1.0, alpha=0.0, zo_eps=1e-3, rounding=rounding)
+    weight, kept = before.clone(), torch.zeros(1, dtype=torch.int32)
+    apply_update(weight, gradient, 5, 0, step, decayed=False, kept=kept)
+    assert torch.equal(weight[:4], before[:4])
+    assert weight[4] == 0.5
+    assert kept.item() == 1
+
+    for bad in (replace(step, alpha=0.5, g0=math.nan), replace(step, alpha=0.5, g0=math.inf)):
+        weight, kept = before.clone(), torch.zeros(1, dtype=torch.int32)
+        apply_update(weight, None, 5, 0, bad, decayed=False, kept=kept)
+        assert torch.equal(weight, before)
+        assert kept.item() == 1
+
+    kept = torch.zeros(1, dtype=torch.int32)
+    apply_update(weight, gradient[4:].repeat(5), 5, 0, step, decayed=False, kept=kept)
+    assert kept.item() == 0
+
+
+def test_a_weight_that_a_perturbation_would_overflow_is_seen_as_it_is():
+    weight = torch.full((1000,), torch.finfo(torch.float16).max, dtype=torch.float16)
+    step = replace(STEP, zo_eps=100.0)
+    plus, minus = (perturb(weight, 5, 7, step, sign) for sign in (1, -1))
+    for seen in (plus, minus):
+        assert 0.3 < (seen < weight).double().mean() < 0.6
+        assert (seen <= weight).all()

@@ -41,7 +41,12 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 @torch.no_grad()
 def fused(
-    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
+    out: Tensor,
+    weight: Tensor,
+    gradient: Tensor | None,
+    operation: Operation,
+    start: int,
+    kept: Tensor | None = None,
 ) -> None:
     """Compute an `Operation` over one slice.
 
@@ -52,6 +57,9 @@ def fused(
             is moved to the weights' device if it is elsewhere.
         operation: the equation's coefficients, z and rounding.
         start: flat index of the slice's first element in the unsharded parameter.
+        kept: int32, one element, on the weights' device; None if nobody asks. Set to 1 if an
+            element kept its weight because its result was NaN or infinite, and left alone if none
+            did. Nothing waits for a GPU.
     """
     tensors = [out, weight]
     if operation.c1 == 0.0:
@@ -63,8 +71,10 @@ def fused(
     assert all(t.is_contiguous() and t.numel() == weight.numel() for t in tensors)
     assert out.dtype == weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     assert out.device == weight.device
-    assert not operation.stochastic or weight.dtype == torch.bfloat16
-    implementation(weight.device.type).fused(out, weight, gradient, operation, start)
+    assert not operation.stochastic or weight.dtype != torch.float32
+    if kept is not None:
+        assert (kept.dtype, kept.numel(), kept.device) == (torch.int32, 1, weight.device)
+    implementation(weight.device.type).fused(out, weight, gradient, operation, start, kept)
 
 
 @functools.cache
@@ -117,12 +127,15 @@ def _agrees(module: ModuleType, device_type: str) -> bool:
     for kernels, device in ((reference, "cpu"), (module, device_type)):
         z = torch.empty(4096, dtype=torch.float32, device=device)
         kernels.gaussian(z, draw, start)
-        weight = z.bfloat16()
-        weight.view(torch.int16)[0] = -1  # a NaN with sign and payload
-        for zo_eps in (0.0, 0.01):
-            operation = Operation(draw, 0.875, 0.5, 0.25, zo_eps, stochastic=True)
-            kernels.fused(weight, weight, z, operation, start)
-        results.append((z.cpu(), weight.view(torch.int16).cpu()))
+        result = [z.cpu()]
+        for dtype in (torch.bfloat16, torch.float16):
+            weight, kept = z.to(dtype), torch.zeros(1, dtype=torch.int32, device=device)
+            weight.view(torch.int16)[0] = -1  # a NaN with sign and payload, which is kept
+            for zo_eps in (0.0, 0.01):
+                operation = Operation(draw, 0.875, 0.5, 0.25, zo_eps, stochastic=True)
+                kernels.fused(weight, weight, z, operation, start, kept)
+            result += [weight.view(torch.int16).cpu(), kept.cpu()]
+        results.append(result)
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -174,85 +174,105 @@ INLINE void rounding_bits(U32 word, U32* bits) {
 
 // ---- types of weights and gradients -------------------------------------------------------------
 
-// Each type has widen, to fp32; nearest, from fp32, which expects NaNs in the canonical form; and
-// rounded, which is both one after the other except that a NaN may become anything.
+INLINE U32 extended(U16 x) {
+#if LANES == 16 && defined(__AVX512F__)  // which the generic forms below do not become
+  return (U32)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, U32);
+#endif
+}
+
+INLINE U16 lower_half(U32 x) {
+#if LANES == 16 && defined(__AVX512F__)
+  return (U16)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, U16);
+#endif
+}
+
+INLINE U32 magnitude(F32 x) { return (U32)x & 0x7fffffffu; }
+
+INLINE bool all(I32 mask) {
+  int32_t result = -1;
+  for (int i = 0; i < LANES; i++) result &= mask[i];
+  return result != 0;
+}
+
+// fp32 rounded to another type. The bits mean nothing where the result is not finite.
+struct Rounded {
+  U32 bits;
+  I32 finite;
+};
+
+// Each type has read and write, between memory and a register of bits; widen, from there to fp32;
+// and nearest, from fp32. The narrow ones have stochastic, too, which takes 16 random bits.
 
 struct Float32 {
-  typedef float T;
-  typedef F32 V;
-  INLINE F32 widen(V x) { return x; }
-  INLINE V nearest(F32 x) { return x; }
-  INLINE F32 rounded(F32 x) { return x; }
+  typedef uint32_t T;
+  INLINE U32 read(const T* from) { return load<U32>(from); }
+  INLINE void write(T* to, U32 x) { store(to, x); }
+  INLINE F32 widen(U32 x) { return (F32)x; }
+  INLINE Rounded nearest(F32 x) { return {(U32)x, magnitude(x) < 0x7f800000u}; }
 };
 
 struct BFloat16 {
   typedef uint16_t T;
-  typedef U16 V;
-  INLINE F32 widen(V x) {
-#if LANES == 16 && defined(__AVX512F__)  // which the generic form below does not become
-    return (F32)((U32)_mm512_cvtepu16_epi32((__m256i)x) << 16);
-#else
-    return (F32)(__builtin_convertvector(x, U32) << 16);
-#endif
+  INLINE U32 read(const T* from) { return extended(load<U16>(from)) << 16; }
+  INLINE void write(T* to, U32 x) { store(to, lower_half(x >> 16)); }
+  INLINE F32 widen(U32 x) { return (F32)x; }
+  INLINE Rounded nearest(F32 x) {
+    const U32 carried = (U32)x + 0x7fffu + (((U32)x >> 16) & 1u);
+    return {carried & 0xffff0000u, magnitude(x) < 0x7f7f8000u};  // half a unit above the largest
   }
-  // Of these bits, the lower half is to be dropped.
-  INLINE U32 carried(F32 x) { return (U32)x + 0x7fffu + (((U32)x >> 16) & 1u); }
-  INLINE V nearest(F32 x) { return __builtin_convertvector(carried(x) >> 16, U16); }
-  INLINE F32 rounded(F32 x) { return (F32)(carried(x) & 0xffff0000u); }
   // Adding to the 16 bits about to be dropped carries with just the probability they stand for.
-  INLINE V stochastic(F32 x, U32 random) {
-    return __builtin_convertvector(((U32)x + random) >> 16, U16);
+  INLINE Rounded stochastic(F32 x, U32 random) {
+    return {((U32)x + random) & 0xffff0000u, magnitude(x) + random < 0x7f800000u};
   }
 };
 
 struct Float16 {
   typedef uint16_t T;
-  typedef U16 V;
+  static constexpr uint32_t NORMAL = 0x38800000;  // 2^-14 in fp32, the smallest normal number
+  INLINE U32 read(const T* from) { return extended(load<U16>(from)); }
+  INLINE void write(T* to, U32 x) { store(to, lower_half(x)); }
 #if LANES == 16 && defined(__AVX512F__)
-  INLINE F32 widen(V x) { return (F32)_mm512_cvtph_ps((__m256i)x); }
-  INLINE V nearest(F32 x) {
-    return (V)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  INLINE F32 widen(U32 x) { return (F32)_mm512_cvtph_ps((__m256i)lower_half(x)); }
+  INLINE U32 nearest_bits(F32 x) {
+    return extended((U16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #elif LANES == 8 && defined(__F16C__)
-  INLINE F32 widen(V x) { return (F32)_mm256_cvtph_ps((__m128i)x); }
-  INLINE V nearest(F32 x) {
-    return (V)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  INLINE F32 widen(U32 x) { return (F32)_mm256_cvtph_ps((__m128i)lower_half(x)); }
+  INLINE U32 nearest_bits(F32 x) {
+    return extended((U16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
-  INLINE F32 widen(V x) {
-    const U32 half = __builtin_convertvector(x, U32);
-    const U32 magnitude = half & 0x7fffu;
+  INLINE F32 widen(U32 x) {
+    const U32 shifted = (x & 0x7fffu) << 13;
     // As fp32 bits the exponent is too small by 112: exact, for subnormals too. Inf and NaN are not
     // numbers to be scaled.
-    const F32 scaled = (F32)(magnitude << 13) * 0x1p112f;
-    const U32 special = (magnitude << 13) | 0x7f800000u;
-    const U32 bits = magnitude >= 0x7c00u ? special : (U32)scaled;
-    return (F32)(bits | ((half & 0x8000u) << 16));
+    const U32 scaled = (U32)((F32)shifted * 0x1p112f);
+    return (F32)((shifted < 0x0f800000u ? scaled : shifted | 0x7f800000u) | ((x & 0x8000u) << 16));
   }
-  INLINE V nearest(F32 x) {
-    const U32 bits = (U32)x;
-    const U32 magnitude = bits & 0x7fffffffu;
-    // Normal range: rebias the exponent and round to nearest even in integers; 65520 and above
-    // carry into infinity, and infinity stays.
-    const U32 capped = magnitude > 0x47800000u ? broadcast<U32>(0x47800000u) : magnitude;
-    const U32 normal = (capped - 0x38000000u + 0xfffu + ((capped >> 13) & 1u)) >> 13;
+  INLINE U32 nearest_bits(F32 x) {
     // Below 2^-14: adding 1/2 puts the unit of fp16 subnormals, 2^-24, at the last bit of the sum.
-    const U32 subnormal = (U32)((F32)magnitude + 0.5f) - 0x3f000000u;
-    U32 half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude > 0x7f800000u ? broadcast<U32>(0x7e00u) : half;
-    return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), U16);
+    const U32 subnormal = (U32)((F32)magnitude(x) + 0.5f) - 0x3f000000u;
+    return joined(x, subnormal, 0xfffu + (((U32)x >> 13) & 1u));
   }
 #endif
-  INLINE F32 rounded(F32 x) { return widen(nearest(x)); }
+  INLINE Rounded nearest(F32 x) { return {nearest_bits(x), magnitude(x) < 0x477ff000u}; }  // 65520
+  // In the same way; below 2^-14 in units of 2^-40, the last 16 bits of which are to be dropped.
+  INLINE Rounded stochastic(F32 x, U32 random) {
+    const U32 below = magnitude(x) < NORMAL ? magnitude(x) : broadcast<U32>(NORMAL);
+    const U32 fixed = (U32)__builtin_convertvector((F32)below * 0x1p40f, I32);
+    const U32 carry = random >> 3;
+    return {joined(x, (fixed + random) >> 16, carry), magnitude(x) + carry < 0x47800000u};
+  }
+  // From 2^-14 on: add to the 13 bits that are then dropped, and rebias the exponent.
+  INLINE U32 joined(F32 x, U32 subnormal, U32 carry) {
+    const U32 normal = (magnitude(x) - 0x38000000u + carry) >> 13;
+    return (magnitude(x) < NORMAL ? subnormal : normal) | (((U32)x >> 16) & 0x8000u);
+  }
 };
-
-template <class Type>
-INLINE F32 widened(const typename Type::T* from) {
-  return Type::widen(load<typename Type::V>(from));
-}
-
-// Which NaN comes out of an operation depends on the processor; one is chosen for all.
-INLINE F32 canonical(F32 x) { return x != x ? (F32)broadcast<U32>(0x7fc00000u) : x; }
 
 // ---- loops over blocks --------------------------------------------------------------------------
 
@@ -348,36 +368,46 @@ struct Fused {
   typedef typename Gradient::T G;
   static constexpr bool HAS_D = D != Direction::NONE;
 
-  INLINE F32 direction(F32 weight, F32 z, const Coefficients& c) {
-    if constexpr (D == Direction::Z) return z;
-    // A NaN among the weights makes the result NaN, whatever this is.
-    const F32 shift = z * c.zo_eps;
-    return Weight::rounded(weight + shift) - Weight::rounded(weight - shift);
+  // What a forward pass sees of a shifted weight.
+  INLINE F32 seen(F32 weight, F32 shifted) {
+    const Rounded rounded = Weight::nearest(shifted);
+    return rounded.finite ? Weight::widen(rounded.bits) : weight;
   }
 
-  // out = weight * c0 - (gradient * c1 + d * c2) on LANES elements.
+  INLINE F32 direction(F32 weight, F32 z, const Coefficients& c) {
+    if constexpr (D == Direction::Z) return z;
+    const F32 shift = z * c.zo_eps;
+    return seen(weight, weight + shift) - seen(weight, weight - shift);
+  }
+
+  // out = weight * c0 - (gradient * c1 + d * c2) on LANES elements, or the weight where that is not
+  // finite; there all_finite is cleared.
   INLINE void lanes(W* out, const W* weight_, const G* gradient, const float* z,
-                    const uint32_t* bits, const Coefficients& c) {
-    const F32 weight = widened<Weight>(weight_);
+                    const uint32_t* bits, const Coefficients& c, I32& all_finite) {
+    const U32 stored = Weight::read(weight_);
+    const F32 weight = Weight::widen(stored);
     F32 value = weight * c.c0;
-    if constexpr (HAS_GRADIENT && HAS_D) {
-      value -= widened<Gradient>(gradient) * c.c1 + direction(weight, load<F32>(z), c) * c.c2;
-    } else if constexpr (HAS_GRADIENT) {
-      value -= widened<Gradient>(gradient) * c.c1;
+    if constexpr (HAS_GRADIENT) {
+      F32 decrement = Gradient::widen(Gradient::read(gradient)) * c.c1;
+      if constexpr (HAS_D) decrement += direction(weight, load<F32>(z), c) * c.c2;
+      value -= decrement;
     } else if constexpr (HAS_D) {
       value -= direction(weight, load<F32>(z), c) * c.c2;
     }
-    value = canonical(value);
+    Rounded rounded;
     if constexpr (STOCHASTIC) {
-      store(out, Weight::stochastic(value, load<U32>(bits)));
+      rounded = Weight::stochastic(value, load<U32>(bits));
     } else {
-      store(out, Weight::nearest(value));
+      rounded = Weight::nearest(value);
     }
+    all_finite &= rounded.finite;
+    Weight::write(out, rounded.finite ? rounded.bits : stored);
   }
 
   // The same on fewer than LANES elements: in copies that may be read and written whole.
   INLINE void rest(W* out, const W* weight, const G* gradient, const float* z,
-                   const uint32_t* bits, const Coefficients& c, int count) {
+                   const uint32_t* bits, const Coefficients& c, int count,
+                   I32& all_finite) {
     W padded[LANES] = {};
     G padded_gradient[LANES] = {};
     float padded_z[LANES] = {};
@@ -386,12 +416,12 @@ struct Fused {
     if constexpr (HAS_GRADIENT) std::memcpy(padded_gradient, gradient, count * sizeof *gradient);
     if constexpr (HAS_D) std::memcpy(padded_z, z, count * sizeof *z);
     if constexpr (STOCHASTIC) std::memcpy(padded_bits, bits, count * sizeof *bits);
-    lanes(padded, padded, padded_gradient, padded_z, padded_bits, c);
+    lanes(padded, padded, padded_gradient, padded_z, padded_bits, c, all_finite);
     std::memcpy(out, padded, count * sizeof *out);
   }
 
-  static void run(void* out_, const void* weight_, const void* gradient_, Coefficients c,
-                  const Slice& slice, const Counter& counter) {
+  static void run(void* out_, const void* weight_, const void* gradient_, int32_t* kept,
+                  Coefficients c, const Slice& slice, const Counter& counter) {
     W* const out = static_cast<W*>(out_);
     const W* const weight = static_cast<const W*>(weight_);
     const G* const gradient = static_cast<const G*>(gradient_);
@@ -406,19 +436,23 @@ struct Fused {
       if constexpr (HAS_D) fill_z(z, block, counter);
       if constexpr (STOCHASTIC) fill_rounding_bits(bits, block, counter);
       const auto gradient_at = [&](int64_t i) { return HAS_GRADIENT ? gradient + i : nullptr; };
+      I32 all_finite = broadcast<I32>(-1);
       int k = block.low;
       for (; k + LANES <= block.high; k += LANES) {
-        lanes(out + base + k, weight + base + k, gradient_at(base + k), z + k, bits + k, c);
+        lanes(out + base + k, weight + base + k, gradient_at(base + k), z + k, bits + k, c,
+              all_finite);
       }
       if (k < block.high) {
         rest(out + base + k, weight + base + k, gradient_at(base + k), z + k, bits + k, c,
-             block.high - k);
+             block.high - k, all_finite);
       }
+      if (kept != nullptr && !all(all_finite)) __atomic_store_n(kept, 1, __ATOMIC_RELAXED);
     });
   }
 };
 
-typedef void (*Run)(void*, const void*, const void*, Coefficients, const Slice&, const Counter&);
+typedef void (*Run)(void*, const void*, const void*, int32_t*, Coefficients, const Slice&,
+                    const Counter&);
 
 template <class Weight, class Gradient, bool HAS_GRADIENT, bool STOCHASTIC>
 Run choose(Direction d) {
@@ -439,9 +473,15 @@ Run choose(bool has_gradient, bool same_type, Direction d) {
                    : choose<Weight, Float32, true, STOCHASTIC>(d);
 }
 
+template <class Weight>
+Run choose(bool stochastic, bool has_gradient, bool same_type, Direction d) {
+  return stochastic ? choose<Weight, true>(has_gradient, same_type, d)
+                    : choose<Weight, false>(has_gradient, same_type, d);
+}
+
 }  // namespace
 
-// The interface to addax_ds/kernels/cpu.py. The pointer to the gradient may be null.
+// The interface to addax_ds/kernels/cpu.py. The pointers to gradient and kept may be null.
 extern "C" {
 
 void addax_gaussian(float* out, int64_t start, int64_t count, uint64_t seed, uint32_t step,
@@ -450,19 +490,18 @@ void addax_gaussian(float* out, int64_t start, int64_t count, uint64_t seed, uin
 }
 
 // type: 0 fp32, 1 bf16, 2 fp16. same_type: the gradient has the type of the weights, else fp32.
-void addax_fused(void* out, const void* weight, const void* gradient, int type, int same_type,
-                 int stochastic, float c0, float c1, float c2, float zo_eps, int64_t start,
-                 int64_t count, uint64_t seed, uint32_t step, uint32_t parameter_id,
+void addax_fused(void* out, const void* weight, const void* gradient, int32_t* kept, int type,
+                 int same_type, int stochastic, float c0, float c1, float c2, float zo_eps,
+                 int64_t start, int64_t count, uint64_t seed, uint32_t step, uint32_t parameter_id,
                  uint32_t probe, int threads) {
   const bool has_gradient = gradient != nullptr;
   const Direction d = c2 == 0.0f       ? Direction::NONE
                       : zo_eps == 0.0f ? Direction::Z
                                        : Direction::REALISED;
-  const Run run = type == 0    ? choose<Float32, false>(has_gradient, same_type, d)
-                  : type == 2  ? choose<Float16, false>(has_gradient, same_type, d)
-                  : stochastic ? choose<BFloat16, true>(has_gradient, same_type, d)
-                               : choose<BFloat16, false>(has_gradient, same_type, d);
-  run(out, weight, gradient, {c0, c1, c2, zo_eps}, {start, count, threads},
+  const Run run = type == 0   ? choose<Float32, false>(has_gradient, same_type, d)
+                  : type == 1 ? choose<BFloat16>(stochastic, has_gradient, same_type, d)
+                              : choose<Float16>(stochastic, has_gradient, same_type, d);
+  run(out, weight, gradient, kept, {c0, c1, c2, zo_eps}, {start, count, threads},
       {seed, parameter_id, step, probe << 1});
 }
 

@@ -46,13 +46,19 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
-    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
+    out: Tensor,
+    weight: Tensor,
+    gradient: Tensor | None,
+    operation: Operation,
+    start: int,
+    kept: Tensor | None = None,
 ) -> None:
     """See `addax_ds.kernels.fused`."""
     load().addax_fused(
         out.data_ptr(),
         weight.data_ptr(),
         None if gradient is None else gradient.data_ptr(),
+        None if kept is None else kept.data_ptr(),
         _TYPES[weight.dtype],
         gradient is not None and gradient.dtype == weight.dtype,
         operation.stochastic,
@@ -87,7 +93,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.addax_gaussian.argtypes = [pointer, i64, i64, *draw, i32]
     library.addax_gaussian.restype = None
     library.addax_fused.argtypes = [
-        *(pointer, pointer, pointer),
+        *(pointer, pointer, pointer, pointer),
         *(i32, i32, i32),
         *(ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_float),
         *(i64, i64),

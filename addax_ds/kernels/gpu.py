@@ -36,7 +36,12 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
-    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
+    out: Tensor,
+    weight: Tensor,
+    gradient: Tensor | None,
+    operation: Operation,
+    start: int,
+    kept: Tensor | None = None,
 ) -> None:
     """See `addax_ds.kernels.fused`."""
     if weight.numel() == 0:
@@ -46,6 +51,7 @@ def fused(
             _as_integers(out),
             _as_integers(weight),
             None if gradient is None else _as_integers(gradient),
+            kept,
             *(operation.c0, operation.c1, operation.c2, operation.zo_eps),
             *_slice(start, weight.numel()),
             *_counter(operation.draw, STREAM_Z),
@@ -118,6 +124,7 @@ def fused_kernel(
     out: tl.tensor,
     weight: tl.tensor,
     gradient: tl.tensor | None,
+    kept: tl.tensor | None,
     c0: tl.tensor,
     c1: tl.tensor,
     c2: tl.tensor,
@@ -149,17 +156,19 @@ def fused_kernel(
         step,
         probe_and_stream | STREAM_ROUNDING,
     )
+    keeping = tl.zeros((BLOCK,), tl.int1)
     for i in tl.static_range(4):
         even, odd = _normals(z_words[i])
         for half in tl.static_range(2):
             at = element + 32 * i + 16 * half
             mask = (at >= 0) & (at < count)
-            wide = _widen(tl.load(weight + at, mask=mask, other=0))
+            stored = tl.load(weight + at, mask=mask, other=0)
+            wide = _widen(stored)
             value = wide * c0
             if HAS_D:
                 d = odd if half else even
                 if REALISED:
-                    d = _realised_difference(wide, d * zo_eps, weight.dtype.element_ty)
+                    d = _realised_difference(wide, d * zo_eps, stored.dtype)
             if gradient is not None:
                 decrement = _widen(tl.load(gradient + at, mask=mask, other=0)) * c1
                 if HAS_D:
@@ -167,15 +176,16 @@ def fused_kernel(
                 value = value - decrement
             elif HAS_D:
                 value = value - d * c2
-            bits = _with_canonical_nan(value)
             if STOCHASTIC:
-                # Adding to the 16 bits about to be dropped carries with just the probability that
-                # they stand for.
                 random = (random_words[i] >> 16) if half else (random_words[i] & 0xFFFF)
-                rounded = ((bits + random) >> 16).to(tl.int16)
+                rounded = _round_stochastically(value, random, stored.dtype)
             else:
-                rounded = _narrow(bits, out.dtype.element_ty)
-            tl.store(out + at, rounded, mask=mask)
+                rounded = _round(value, stored.dtype)
+            finite = _is_finite(_widen(rounded))
+            tl.store(out + at, tl.where(finite, rounded, stored), mask=mask)
+            keeping |= mask & ~finite
+    if kept is not None:
+        tl.store(kept + tl.zeros((BLOCK,), tl.int32), 1, mask=keeping)
 
 
 @triton.jit
@@ -240,35 +250,43 @@ def _widen(value: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _realised_difference(weight: tl.tensor, shift: tl.tensor, to: tl.constexpr) -> tl.tensor:
-    """The difference of weights shifted up and down and rounded; undefined where one is NaN."""
-    plus = (weight + shift).to(tl.uint32, bitcast=True)
-    minus = (weight - shift).to(tl.uint32, bitcast=True)
-    return _widen(_narrow(plus, to)) - _widen(_narrow(minus, to))
+    """The difference of weights shifted up and down in their own type."""
+    return _seen(weight, weight + shift, to) - _seen(weight, weight - shift, to)
 
 
 @triton.jit
-def _with_canonical_nan(value: tl.tensor) -> tl.tensor:
-    """The bits of fp32 as uint32, where every NaN is the same."""
-    return tl.where(value != value, 0x7FC00000, value.to(tl.uint32, bitcast=True))
+def _seen(weight: tl.tensor, shifted: tl.tensor, to: tl.constexpr) -> tl.tensor:
+    rounded = _widen(_round(shifted, to))
+    return tl.where(_is_finite(rounded), rounded, weight)
 
 
 @triton.jit
-def _narrow(bits: tl.tensor, to: tl.constexpr) -> tl.tensor:
-    """Round the bits of fp32 to the nearest of a type; int16 stands for bf16.
+def _is_finite(value: tl.tensor) -> tl.tensor:
+    return tl.abs(value) < float("inf")
 
-    In integers, since a conversion by hardware may return another NaN.
-    """
+
+@triton.jit
+def _round(value: tl.tensor, to: tl.constexpr) -> tl.tensor:
+    """Round fp32 to the nearest of a type; int16 stands for bf16, in which NaN becomes infinite."""
     if to == tl.int16:
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
-    elif to == tl.float16:
-        magnitude = bits & 0x7FFFFFFF
-        # Normal range: rebias the exponent and round; 65520 and above carry into infinity.
-        capped = tl.minimum(magnitude, 0x47800000)
-        normal = (capped - 0x38000000 + 0xFFF + ((capped >> 13) & 1)) >> 13
-        # Below 2^-14: adding 1/2 puts the unit of fp16 subnormals, 2^-24, at the sum's last bit.
-        half = (magnitude.to(tl.float32, bitcast=True) + 0.5).to(tl.uint32, bitcast=True)
-        rounded = tl.where(magnitude < 0x38800000, half - 0x3F000000, normal)
-        rounded = tl.where(magnitude > 0x7F800000, 0x7E00, rounded) | ((bits >> 16) & 0x8000)
-        return rounded.to(tl.int16).to(tl.float16, bitcast=True)
+        bits = value.to(tl.uint32, bitcast=True)
+        return _round_stochastically(value, 0x7FFF + ((bits >> 16) & 1), to)
     else:
-        return bits.to(tl.float32, bitcast=True)
+        return value.to(to)
+
+
+@triton.jit
+def _round_stochastically(value: tl.tensor, random: tl.tensor, to: tl.constexpr) -> tl.tensor:
+    """See `reference`; int16 stands for bf16."""
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if to == tl.int16:
+        rounded = (tl.minimum(magnitude, 0x7F800000) + random) >> 16
+    else:
+        magnitude = tl.minimum(magnitude, 0x47800000)
+        normal = (magnitude - 0x38000000 + (random >> 3)) >> 13
+        small = tl.minimum(magnitude, 0x38800000).to(tl.float32, bitcast=True)
+        subnormal = ((small * 1099511627776.0).to(tl.uint32) + random) >> 16  # 2**40
+        rounded = tl.where(magnitude < 0x38800000, subnormal, normal)
+    signed = (rounded | ((bits >> 16) & 0x8000)).to(tl.int16)
+    return signed.to(to, bitcast=True)

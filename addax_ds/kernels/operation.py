@@ -29,18 +29,18 @@ class Draw:
 class Operation:
     """The one operation, which perturbs and updates, besides its tensors and the place of a slice.
 
-        out = weight * c0 - (gradient * c1 + d * c2)
+        out = round(weight * c0 - (gradient * c1 + d * c2))
 
         d = z                                                          if zo_eps is 0, else
         d = round(weight + z * zo_eps) - round(weight - z * zo_eps)    the realised difference
 
-    The realised difference is what two forward passes saw of z: ``round`` is to the nearest number
-    of the weights' type, as when weights are perturbed. It is not divided by 2 ``zo_eps``; that
-    belongs into ``c2``.
+    ``round`` is to the weights' type, and an element that it would make NaN or infinite keeps its
+    weight instead, bit for bit: no operation brings a number that is not finite into weights that
+    hold none. The realised difference is what two forward passes saw of z, as weights are perturbed
+    by this same operation. It is not divided by 2 ``zo_eps``; that belongs into ``c2``.
 
-    Computed in fp32 in exactly this order without fused multiply-add, and rounded once to the
-    weights' type. A term whose coefficient is 0 (for ``c0``: 1) is left out. Every NaN comes out as
-    the same one, positive, quiet and without payload.
+    Computed in fp32 in exactly this order without fused multiply-add. A term whose coefficient is 0
+    (for ``c0``: 1) is left out. Within d, ``round`` is always to nearest.
 
     Attributes:
         draw: which z and rounding bits.
@@ -48,7 +48,10 @@ class Operation:
         c1: coefficient of the gradient.
         c2: coefficient of d.
         zo_eps: scale of the perturbations whose difference d is; 0 if d is z.
-        stochastic: round the result stochastically instead of to nearest; bf16 only.
+        stochastic: round the result stochastically instead of to nearest; bf16 and fp16 only. Of
+            its two neighbours in that type the one farther from zero is taken if 2**16 f, cut to an
+            integer, plus 16 random bits reach 2**16, where f is the distance from the other one in
+            units of the last place. Without bias, save that fp16 below 2**-17 has more bits to cut.
 
     The four numbers are rounded to fp32 when an operation is made.
     """

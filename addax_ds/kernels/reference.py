@@ -8,8 +8,6 @@ bit-identical on every device that rounds as IEEE 754 asks.
 Source of the generator: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -42,6 +40,12 @@ _SIN = (0.008151647634804249, -0.16662481427192688, 0.9999985694885254)
 _COS = (-0.001358591951429844, 0.041655026376247406, -0.4999985694885254, 1.0)
 _ANGLE_UNIT = 0.78539816339744830962 / 2147483648.0  # pi / 4 over 2**31
 
+# Magnitudes as fp32 bits. Halves have 13 bits less, and an exponent that counts from 112 less.
+_INFINITY_BITS = 0x7F800000
+_FP16_TOO_LARGE_BITS = 0x47800000  # 2**16
+_FP16_NORMAL_BITS = 0x38800000  # 2**-14
+_FP16_REBIAS = 112 << 23
+
 _CHUNK_TILES = {"cpu": 1 << 10}  # keeps the intermediates of a chunk in a core's cache
 _CHUNK_TILES_ACCELERATOR = 1 << 17
 
@@ -54,7 +58,12 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
-    out: Tensor, weight: Tensor, gradient: Tensor | None, operation: Operation, start: int
+    out: Tensor,
+    weight: Tensor,
+    gradient: Tensor | None,
+    operation: Operation,
+    start: int,
+    kept: Tensor | None = None,
 ) -> None:
     """See `addax_ds.kernels.fused`."""
     device = weight.device
@@ -75,12 +84,16 @@ def fused(
             value.mul_(operation.c0)
         if decrement is not None:
             value.sub_(decrement)
-        nans = value.isnan()
         if operation.stochastic:
             words = random_words(operation.draw, first, count, STREAM_ROUNDING, device)
-            value = _round_stochastically(value, rounding_bits(words, first, count))
-        # Processors differ in the NaN that they make, and torch's conversions in the one they keep.
-        out[low:high] = value.to(out.dtype).masked_fill_(nans, math.nan)
+            bits = rounding_bits(words, first, count)
+            rounded = _round_stochastically(value, bits, weight.dtype)
+        else:
+            rounded = value.to(weight.dtype)
+        finite = rounded.isfinite()
+        out[low:high] = torch.where(finite, rounded, weight[low:high])
+        if kept is not None:
+            kept.masked_fill_(~finite.all(), 1)
 
 
 def chunks(start: int, count: int, device: torch.device) -> list[tuple[int, int, int]]:
@@ -193,24 +206,34 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def _realised_difference(weight: Tensor, shift: Tensor) -> Tensor:
-    """What is left of ``2 * shift`` when weights are shifted up and down in their own type, fp32.
-
-    Undefined where a weight is NaN.
-    """
+    """What is left of ``2 * shift`` when weights of some type are shifted up and down, fp32."""
     wide = weight.float()
-    plus, minus = (wide + shift).to(weight.dtype), (wide - shift).to(weight.dtype)
-    return plus.float() - minus.float()
+    seen = [(wide + shift).to(weight.dtype), (wide - shift).to(weight.dtype)]
+    plus, minus = (torch.where(x.isfinite(), x, weight).float() for x in seen)
+    return plus - minus
 
 
-def _round_stochastically(value: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to bf16, up with the probability that the dropped bits stand for.
-
-    What becomes of a NaN is undefined.
+def _round_stochastically(value: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 to bf16 or fp16, up with the probability that the dropped bits stand for.
 
     Args:
         value: fp32 tensor.
-        bits: int32 tensor of the same shape, uniform in [0, 2**16).
+        random: int32 tensor of the same shape, uniform in [0, 2**16).
+        dtype: bf16 or fp16.
+
+    Returns:
+        Tensor of that type; infinite where ``value`` is too large or NaN.
     """
-    # Adding to the 16 bits about to be dropped carries with just that probability.
-    rounded = (value.view(torch.int32) + bits).bitwise_right_shift_(16).to(torch.int16)
-    return rounded.view(torch.bfloat16)
+    bits = value.view(torch.int32)
+    magnitude = bits & ~_SIGN
+    # Adding to the bits about to be dropped carries with just the probability they stand for.
+    if dtype == torch.bfloat16:
+        rounded = (magnitude.clamp_(max=_INFINITY_BITS) + random) >> 16
+    else:
+        magnitude.clamp_(max=_FP16_TOO_LARGE_BITS)
+        normal = (magnitude - _FP16_REBIAS + (random >> 3)) >> 13
+        # Below 2**-14 the unit is 2**-24; in units of 2**-40, 16 bits are to be dropped.
+        fixed = magnitude.view(torch.float32).mul(2.0**40).to(torch.int64)
+        subnormal = (fixed + random) >> 16
+        rounded = torch.where(magnitude < _FP16_NORMAL_BITS, subnormal, normal)
+    return (rounded | (bits >> 31 << 15)).to(torch.int16).view(dtype)

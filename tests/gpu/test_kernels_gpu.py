@@ -1,5 +1,6 @@
 """The Triton kernels on a GPU against the definition on the CPU, bit by bit."""
 
+import math
 import random
 
 import pytest
@@ -33,19 +34,24 @@ def test_a_thousand_random_slices(dtype):
         gradient = None
         if gradient_dtype is not None:
             gradient = torch.randn(count, generator=generator).to(gradient_dtype)
+            if rng.random() < 0.5:
+                gradient[rng.randrange(count)] = math.inf
         operation = Operation(
             Draw(rng.randrange(2**64), rng.randrange(2**32), rng.randrange(2**32)),
             c0=rng.choice((1.0, 0.99)),
             c1=rng.choice((0.0, 1e-3)),
             c2=rng.choice((0.0, 1e-3)),
             zo_eps=rng.choice((0.0, 1e-3)),
-            stochastic=dtype == torch.bfloat16 and rng.random() < 0.5,
+            stochastic=dtype != torch.float32 and rng.random() < 0.5,
         )
         expected, on_gpu = stored.clone()[offset:], stored.cuda()[offset:]
-        reference.fused(expected, expected, gradient, operation, start)
+        kept = torch.zeros(1, dtype=torch.int32)
+        kept_on_gpu = kept.cuda()
+        reference.fused(expected, expected, gradient, operation, start, kept)
         moved = None if gradient is None else gradient.cuda()
-        kernels.fused(on_gpu, on_gpu, moved, operation, start)
+        kernels.fused(on_gpu, on_gpu, moved, operation, start, kept_on_gpu)
         assert torch.equal(bits(on_gpu), bits(expected)), (count, start, offset, operation)
+        assert torch.equal(kept_on_gpu.cpu(), kept), (count, start, offset, operation)
 
 
 def test_ten_million_normals():
