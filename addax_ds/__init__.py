@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from addax_ds.ds_config import ds_config
 from addax_ds.errors import UserError
 from addax_ds.noise import gaussian, parameter_id
-from addax_ds.optimizer import Addax, NonFiniteError
+from addax_ds.optimizer import Addax
+from addax_ds.report import NonFiniteError
 from addax_ds.sharding import zero3 as _zero3
 from addax_ds.sharding.attach import attach
 from addax_ds.weights import load_weights, save_weights

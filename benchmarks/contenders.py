@@ -4,6 +4,8 @@ A step of Addax sees a long batch by two forward passes and a short one by forwa
 
 ==========  ====================================================================================
 addax       `Addax` under ZeRO-3.
+clipped     The same with gradient clipping, which runs the first-order part twice.
+accumulated The same with two micro-batches of each batch.
 parts       What its step is made of, and nothing else: two forwards of the long batch under
             ``no_grad`` and forward and backward of the short one, under ZeRO-3 engines that gather
             and reduce-scatter, drop each reduced gradient and update nothing. Each kind of pass has
@@ -54,6 +56,33 @@ def addax(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
         return optimizer.optimizer.zeroth_order_loss
 
     return Contender({"zeroth_order": zeroth_order, "first_order": lambda: _train(engine, short)})
+
+
+def clipped(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
+    return _measured(shape, [long], [short], {"gradient_clipping": 0.1})
+
+
+def accumulated(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
+    return _measured(shape, list(long.chunk(2)), list(short.chunk(2)), {})
+
+
+def _measured(
+    shape: str, long: list[Tensor], short: list[Tensor], config: dict[str, Any]
+) -> Contender:
+    """Addax by `measure`, of which the phases cannot be told apart from outside."""
+    values = {"lr": LEARNING_RATE, "alpha": ALPHA, "zo_eps": EPSILON}
+    engine, optimizer = _engine(shape, {"optimizer": {"type": "Addax", "params": values}, **config})
+
+    def step() -> float:
+        loss = optimizer.measure(
+            [lambda x=x: _loss(engine, x) for x in long],
+            [lambda x=x: _loss(engine, x) for x in short],
+        )
+        engine.backward(loss)
+        engine.step()
+        return optimizer.optimizer.first_order_loss
+
+    return Contender({"step": step})
 
 
 def parts(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
@@ -154,8 +183,9 @@ def lomo(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
 
 
 CONTENDERS: dict[str, Callable[[str, Tensor, Tensor], Contender]] = {
-    f.__name__: f for f in (addax, parts, sgd, adamw, mezo, lomo)
+    f.__name__: f for f in (addax, parts, sgd, adamw, mezo, lomo, clipped, accumulated)
 }
+USUAL = ("addax", "parts", "sgd", "adamw", "mezo", "lomo")
 
 
 def zero_configuration(shape: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def zeroth_order_batch(folder: Path, step: int, rows: int, seed: int) -> tuple[d
     streams = partition([example.length for example in examples], "addax", "median")
     schedule = StepSchedule(streams.zeroth_order, streams.first_order, rows, rows, seed)
     item = StepBatches(examples, schedule, 0, 1, tokenizer.pad_token_id)[step]
-    return item["zeroth_order"], item["zeroth_order_targets"]
+    (batch,) = item["zeroth_order"]
+    return batch, item["zeroth_order_targets"]
 
 
 def mean_loss(model: nn.Module, batch: dict, targets: int) -> Tensor:

@@ -46,7 +46,7 @@ from benchmarks.common import (
     live_bytes,
     parameter_count,
 )
-from benchmarks.contenders import CONTENDERS, Contender, zero_configuration
+from benchmarks.contenders import CONTENDERS, USUAL, Contender, zero_configuration
 
 LENGTHS = {"tiny": (32, 16)}
 USUAL_LENGTHS = (256, 64)  # of the zeroth-order (long) and the first-order (short) batch
@@ -323,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds, at least 2")
-    parser.add_argument("--contenders", choices=CONTENDERS, nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--contenders", choices=CONTENDERS, nargs="+", default=list(USUAL))
     parser.add_argument("--long_rows", type=int, default=3, help="zeroth-order rows a rank")
     parser.add_argument("--short_rows", type=int, default=2, help="first-order rows a rank")
     parser.add_argument("--no_memory", action="store_true", help="leave the fresh processes out")

@@ -67,11 +67,14 @@ class Zero3(Run):
     def __init__(
         self, model: nn.Module, h: Hyperparameters, zero: dict[str, Any] | None = None
     ) -> None:
-        bf16 = next(model.parameters()).dtype == torch.bfloat16
+        dtype = next(model.parameters()).dtype
+        params = asdict(h)
         config = {
             "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": bf16},
-            "optimizer": {"type": "Addax", "params": asdict(h)},
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "gradient_clipping": params.pop("max_grad_norm"),
+            "optimizer": {"type": "Addax", "params": params},
             "zero_optimization": {"stage": 3, "reduce_bucket_size": 150_000, **(zero or {})},
         }
         self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, config=config)

@@ -17,6 +17,7 @@ class Hyperparameters:
     zo_eps: float = 1e-3
     weight_decay: float = 0.0
     seed: int = 1234
+    max_grad_norm: float = 0.0
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def float64_loop(
         gradients = dict.fromkeys(parameters)
         if h.alpha < 1:
             grads = torch.autograd.grad(loss(short), list(parameters.values()), allow_unused=True)
-            gradients = dict(zip(parameters, grads, strict=True))
+            gradients = dict(zip(parameters, clipped(grads, h.max_grad_norm), strict=True))
         with torch.no_grad():
             for n, p in parameters.items():
                 decay = h.lr * h.weight_decay if p.ndim >= 2 else 0.0
@@ -54,6 +55,12 @@ def float64_loop(
                 p.copy_(p * (1 - decay) - h.lr * (h.alpha * g0 * z[n] + (1 - h.alpha) * g1))
         history.append(g0)
     return history
+
+
+def clipped(gradients: tuple[Tensor | None, ...], max_norm: float) -> list[Tensor | None]:
+    norm = sum(g.square().sum().item() for g in gradients if g is not None) ** 0.5
+    factor = min(1.0, max_norm / norm) if max_norm else 1.0
+    return [None if g is None else g * factor for g in gradients]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Partition, schedule, padding, the ranks' shares, and the loader under Trainer itself."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -222,30 +223,43 @@ def test_pad_by_hand():
 
 @settings(deadline=None, max_examples=60)
 @given(schedules(), st.integers(0, 12))
-def test_any_world_size_sees_the_same_rows(schedule, step):
+def test_any_number_of_ranks_and_micro_batches_sees_the_same_rows(schedule, step):
     examples = [make_example(index) for index in range(250)]
     expected = {
         "zeroth_order": sorted(schedule.zeroth_order_indices(step).tolist()),
         "first_order": sorted(schedule.first_order_indices(step).tolist()),
     }
-    for world_size in (1, 2, 3, 4):
+    for world_size, micro_batches in itertools.product((1, 2, 3, 4), (1, 2, 3)):
         items = [
-            StepBatches(examples, schedule, rank, world_size, PAD)[step]
+            StepBatches(examples, schedule, rank, world_size, PAD, micro_batches)[step]
             for rank in range(world_size)
         ]
         for stream, indices in expected.items():
-            rows = [row for item in items for row in unpad(item[stream])]
+            batches = [batch for item in items for batch in item[stream]]
+            assert len(batches) == world_size * micro_batches
+            rows = [row for batch in batches for row in unpad(batch)]
             real = [row for row in rows if row != ([PAD], [NO_LOSS])]
             assert sorted(ids[0] for ids, _ in real) == indices
             for ids, labels in real:
                 assert ids == examples[ids[0]].input_ids.tolist()
                 assert labels == examples[ids[0]].labels.tolist()
-            sizes = {len(item[stream]["input_ids"]) for item in items}
-            assert sizes == {-(-len(indices) // world_size)}  # equally many, at least one
+            sizes = {len(batch["input_ids"]) for batch in batches}
+            assert sizes == {-(-len(indices) // len(batches))}  # equally many, at least one
             counts = {item[f"{stream}_targets"] for item in items}
             assert counts == {sum(count_targets(examples[index]) for index in indices)}
-            local = sum(int((item[stream]["labels"][:, 1:] != NO_LOSS).sum()) for item in items)
+            local = sum(int((batch["labels"][:, 1:] != NO_LOSS).sum()) for batch in batches)
             assert counts == {local}
+
+
+def test_micro_batches_are_the_batches_of_as_many_more_ranks():
+    schedule = StepSchedule(np.arange(9), np.arange(9, 30), 8, 8, seed=3)
+    examples = [make_example(index) for index in range(30)]
+    four = [StepBatches(examples, schedule, rank, 4, PAD)[1] for rank in range(4)]
+    two = [StepBatches(examples, schedule, rank, 2, PAD, 2)[1] for rank in range(2)]
+    for stream in ("zeroth_order", "first_order"):
+        separate = [item[stream][0]["input_ids"].tolist() for item in four]
+        together = [two[rank][stream][i]["input_ids"].tolist() for i in (0, 1) for rank in (0, 1)]
+        assert together == separate
 
 
 def unpad(tensors):
@@ -268,8 +282,8 @@ def test_a_rank_without_rows_gets_a_dummy_that_adds_nothing():
     schedule = StepSchedule(NONE, np.arange(5), 0, 4, seed=0)
     examples = [make_example(index) for index in range(5)]
     items = [StepBatches(examples, schedule, rank, 4, PAD)[1] for rank in range(4)]
-    assert [item["first_order"]["input_ids"].shape[0] for item in items] == [1, 1, 1, 1]
-    dummy = items[3]["first_order"]
+    assert [item["first_order"][0]["input_ids"].shape[0] for item in items] == [1, 1, 1, 1]
+    (dummy,) = items[3]["first_order"]
     assert {name: tensor.tolist() for name, tensor in dummy.items()} == {
         "input_ids": [[PAD]],
         "attention_mask": [[1]],
@@ -315,8 +329,8 @@ def make_batches():
 def plain(item):
     """Return an item with lists for tensors, so that == compares values."""
     return {
-        key: {name: tensor.tolist() for name, tensor in value.items()}
-        if isinstance(value, dict)
+        key: [{name: tensor.tolist() for name, tensor in batch.items()} for batch in value]
+        if isinstance(value, list)
         else value
         for key, value in item.items()
     }

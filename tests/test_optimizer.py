@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import addax_ds
 from addax_ds import Addax, UserError, attach
-from addax_ds.optimizer import MAX_NON_FINITE_STEPS, NonFiniteError
+from addax_ds.report import MAX_NON_FINITE_STEPS, NonFiniteError
 from addax_ds.sharding import base
 
 
@@ -77,7 +77,7 @@ def test_two_backwards_in_a_step(alpha):
     model, optimizer = toy(alpha=alpha)
     optimizer.zeroth_order(lambda: model(X))
     model(X).backward()
-    with pytest.raises(RuntimeError, match="gradient accumulation is not supported"):
+    with pytest.raises(RuntimeError, match=r"give measure\(\) one closure for each"):
         model(X).backward()
 
 
@@ -113,7 +113,7 @@ def test_a_step_can_be_taken_after_a_refused_closure():
 
 def test_step_takes_no_closure():
     model, optimizer = toy()
-    with pytest.raises(ValueError, match="zeroth_order"):
+    with pytest.raises(ValueError, match="measure"):
         optimizer.step(lambda: model(X))
 
 
@@ -238,8 +238,9 @@ def test_non_finite_losses_skip_the_part_and_stop_after_ten_in_a_row(caplog):
     for _ in range(MAX_NON_FINITE_STEPS - 1):  # counted from the start again
         optimizer.zeroth_order(spoilt)
         optimizer.step()
+    optimizer.zeroth_order(spoilt)
     with pytest.raises(NonFiniteError, match=r"10th step in a row.*lower the learning rate"):
-        optimizer.zeroth_order(spoilt)
+        optimizer.step()
 
 
 def test_one_infinite_loss_of_two_is_enough():

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 import addax_ds
 from addax_ds.arguments import AddaxArguments
 from addax_ds.data.batches import pad
-from addax_ds.optimizer import NonFiniteError
+from addax_ds.report import NonFiniteError
 from addax_ds.trainer import AddaxTrainer
 from tests.reference import distance
 from tests.tiny import FAMILIES, examples, rows, tiny_model, tiny_tokenizer

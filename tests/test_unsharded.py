@@ -180,10 +180,22 @@ def test_small_zo_eps_with_bf16_weights_warns(caplog, dtype, alpha, zo_eps, warn
     assert ("zo_eps" in caplog.text) == warns
 
 
-def test_fp16_weights_are_refused():
-    model = tiny_opt(dtype=torch.float16)
-    with pytest.raises(addax_ds.UserError, match="fp16"):
-        addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"dtype": torch.float16}])
+def test_clipping_and_scaling_need_the_first_order_loss(options):
+    model = tiny_opt(dtype=options.pop("dtype", torch.float32))
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=0.5, **options)
+    addax_ds.attach(optimizer, model)
+    ((long, short),) = token_batches(1)
+    with pytest.raises(RuntimeError, match="measure"):
+        optimizer.zeroth_order(lambda: mean_loss(model, long).float())
+    loss = optimizer.measure(
+        lambda: mean_loss(model, long).float(), lambda: mean_loss(model, short).float()
+    )
+    loss.backward()
+    optimizer.step()
+    optimizer.alpha = 0.0
+    with pytest.raises(RuntimeError, match="measure"):
+        mean_loss(model, short).backward()
 
 
 class Nested(torch.nn.Module):

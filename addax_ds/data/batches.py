@@ -8,6 +8,7 @@ sees the same global batches.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.errors import UserError
 
+STREAMS = ("zeroth_order", "first_order")
 _ZEROTH_ORDER, _FIRST_ORDER = 0, 1  # streams, as counted into the permutations' key
 _UINT64 = (1 << 64) - 1
 
@@ -145,13 +147,23 @@ class StepBatches(Dataset[dict[str, Any]]):
 
     An item holds, for each stream that exists,
 
-    - "zeroth_order" / "first_order": dict of `pad`'s tensors with this rank's rows, every
-      world-size-th row of the global batch from the rank's own number on;
+    - "zeroth_order" / "first_order": a list with `pad`'s tensors of each micro-batch;
     - "zeroth_order_targets" / "first_order_targets": int, the number of predicted tokens in the
-      *global* batch, by which the sum of all ranks' losses is divided.
+      *global* batch, by which the sum of all losses, over ranks and micro-batches, is divided.
 
-    All ranks have equally many rows, at least one, and so run the same number of passes: where the
-    global batch runs out, a rank gets a dummy row that adds nothing to loss and count.
+    Rows are dealt out to ranks and micro-batches as if each micro-batch had ranks of its own: the
+    same rows are together on one rank with two micro-batches as on two ranks with one.
+
+    All have equally many rows, at least one, and so run the same number of passes: where the
+    global batch runs out, there is a dummy row that adds nothing to loss and count.
+
+    Args:
+        examples: all examples.
+        schedule: which of them a step sees.
+        rank: of this process.
+        world_size: number of ranks.
+        pad_token_id: what to pad with.
+        micro_batches: into how many a rank's rows are divided.
     """
 
     def __init__(
@@ -161,6 +173,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         rank: int,
         world_size: int,
         pad_token_id: int,
+        micro_batches: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
         self._examples = examples
@@ -168,6 +181,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         self._rank = rank
         self._world_size = world_size
         self._pad_token_id = pad_token_id
+        self._micro_batches = micro_batches
         self._target_counts = np.array([example.target_count for example in examples], np.int64)
 
     @property
@@ -177,23 +191,30 @@ class StepBatches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Return this rank's part of the step; see the class."""
-        streams = {
-            "zeroth_order": self._schedule.zeroth_order_indices(step),
-            "first_order": self._schedule.first_order_indices(step),
-        }
         item: dict[str, Any] = {}
-        for name, indices in streams.items():
+        for stream in STREAMS:
+            indices = self._indices(step, stream)
             if indices is not None:
-                item[name] = self._share(indices)
-                item[f"{name}_targets"] = int(self._target_counts[indices].sum())
+                rows = [self.rows(step, stream, i) for i in range(self._micro_batches)]
+                item[stream] = [pad(part, self._pad_token_id) for part in rows]
+                item[f"{stream}_targets"] = int(self._target_counts[indices].sum())
         return item
 
-    def _share(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Return this rank's rows of a global batch."""
-        rows = [self._examples[index] for index in indices[self._rank :: self._world_size]]
-        if len(rows) * self._world_size < len(indices):
+    def rows(self, step: int, stream: str, micro_batch: int) -> list[Example]:
+        """Return this rank's rows of a micro-batch of a stream that exists."""
+        indices = self._indices(step, stream)
+        assert indices is not None
+        shares = self._world_size * self._micro_batches
+        own = indices[micro_batch * self._world_size + self._rank :: shares]
+        rows = [self._examples[index] for index in own]
+        if len(rows) * shares < len(indices):
             rows.append(_dummy(self._pad_token_id))
-        return pad(rows, self._pad_token_id)
+        return rows
+
+    def _indices(self, step: int, stream: str) -> NDArray[np.int64] | None:
+        if stream == "zeroth_order":
+            return self._schedule.zeroth_order_indices(step)
+        return self._schedule.first_order_indices(step)
 
 
 def _dummy(pad_token_id: int) -> Example:
@@ -279,8 +300,14 @@ def train_dataloader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
         persistent_workers=persistent_workers,
+        worker_init_fn=ignore_sigterm,
         generator=torch.Generator(),  # else each epoch draws a number from the global generator
     )
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Leave it to the rank to end its worker: a launcher signals both, and the rank must go on."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -182,6 +182,10 @@ class Sharding(ABC):
             hook.remove()
         self._hooks.clear()
 
+    def backward(self, loss: Tensor) -> None:
+        """Run a backward that is not the last of its step."""
+        loss.backward()
+
     @abstractmethod
     def finish_step(self) -> None:
         """Make the updated weights visible to the next pass."""

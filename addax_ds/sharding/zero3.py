@@ -10,7 +10,7 @@
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
@@ -27,7 +28,10 @@ from torch import Tensor, nn
 
 from addax_ds.ds_config import check_ds_config
 from addax_ds.errors import UserError
+from addax_ds.loss_scale import LossScale
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, padded
+
+Closure = Callable[[], Tensor]
 
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
 
@@ -62,13 +66,13 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     def measure(
         self,
-        zeroth_order: Callable[[], Tensor] | None,
-        first_order: Callable[[], Tensor] | None,
+        zeroth_order: Closure | Sequence[Closure] | None,
+        first_order: Closure | Sequence[Closure] | None,
     ) -> Tensor | None:
         """See `Addax.measure`."""
         return self.optimizer.measure(zeroth_order, first_order)
 
-    def zeroth_order(self, closure: Callable[[], Tensor]) -> float:
+    def zeroth_order(self, closure: Closure) -> float:
         """See `Addax.zeroth_order`."""
         return self.optimizer.zeroth_order(closure)
 
@@ -186,6 +190,9 @@ class Zero3Sharding(Sharding):
         shard = self._shard(self._infos_by_parameter[parameter])
         if shard.data.numel():
             self._on_gradient(shard, gradient)
+
+    def backward(self, loss: Tensor) -> None:  # noqa: D102
+        self.engine.backward(loss)
 
     def finish_step(self) -> None:  # noqa: D102
         self._partition_all()  # what is still gathered is from before the update
@@ -320,6 +327,29 @@ def _current_device() -> str:
     return get_accelerator().current_device_name()
 
 
+def _check_accumulation(engine: DeepSpeedEngine) -> None:
+    steps = engine.gradient_accumulation_steps()
+    if steps != 1:
+        raise UserError(
+            f"gradient_accumulation_steps is {steps} in the DeepSpeed configuration, and this loop "
+            "calls the engine itself: write 1, and give measure() one closure for each micro-batch"
+        )
+
+
+def _take_settings(engine: DeepSpeedEngine, optimizer: Any) -> None:
+    """Give the optimizer what stands outside of its block in the JSON."""
+    # Not the engine's value, which is 1 where the JSON says nothing.
+    optimizer.max_grad_norm = engine._config._param_dict.get("gradient_clipping") or 0.0
+    if engine.fp16_enabled():
+        fp16 = engine._config.float16_config
+        if fp16.loss_scale:
+            optimizer.loss_scale = LossScale(fp16.loss_scale, 0, minimum=fp16.loss_scale)
+        else:
+            optimizer.loss_scale = LossScale(
+                2.0**fp16.initial_scale_power, fp16.loss_scale_window, float(fp16.min_loss_scale)
+            )
+
+
 def register(optimizer_class: type[torch.optim.Optimizer]) -> None:
     """Teach DeepSpeed the optimizer type "Addax"; importing `addax_ds` does it, once."""
     if getattr(torch.optim, "Addax", None) is optimizer_class:
@@ -330,12 +360,16 @@ def register(optimizer_class: type[torch.optim.Optimizer]) -> None:
         if not isinstance(optimizer, optimizer_class):
             return configure(engine, optimizer)
         check_ds_config(engine._config._param_dict, "the DeepSpeed configuration")
+        _check_accumulation(engine)
+        _take_settings(engine, optimizer)
         # The engine looks the class up in its module at each call.
         stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3
         try:
             zero = configure(engine, optimizer)
         finally:
             stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
+        zero.loss_scaler = LossScaler(1.0)  # the loss that `measure` returns is scaled
+        zero.dynamic_loss_scale = False
         zero.sharding.engine = engine
         return zero
 

@@ -1,0 +1,95 @@
+"""First-order gradients between their reduction and the update: accumulated, or measured."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from addax_ds.sharding.base import Shard
+
+
+class GradientSums:
+    """Sums of the gradient shards of several micro-batches.
+
+    They are kept in fp32, 4 bytes for each element that this rank holds, because a sum in bf16
+    loses what later micro-batches add. This is what gradient accumulation costs; without it nothing
+    is allocated here.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, shard: Shard, gradient: Tensor) -> None:
+        """Add a gradient, flat and as long as the shard, which is copied."""
+        held = self._sums.get(shard.parameter_id)
+        if held is None:
+            self._sums[shard.parameter_id] = gradient.to(torch.float32, copy=True)
+        else:
+            held += gradient
+
+    def take(self, shard: Shard, gradient: Tensor | None) -> Tensor | None:
+        """Return the sum with a last gradient added, or None if there is neither; forget it."""
+        held = self._sums.pop(shard.parameter_id, None)
+        if held is None or gradient is None:
+            return held if gradient is None else gradient
+        return held.add_(gradient)
+
+    def held(self, shard: Shard) -> Tensor | None:
+        """Return the sum, which stays here."""
+        return self._sums.get(shard.parameter_id)
+
+    def clear(self) -> None:
+        """Forget all sums."""
+        self._sums.clear()
+
+
+class SquaredNorms:
+    """Squared 2-norms of this rank's gradient shards, by parameter group."""
+
+    def __init__(self) -> None:
+        self._norms: list[tuple[int, Tensor]] = []
+
+    def add(self, shard: Shard, gradient: Tensor) -> None:
+        """Take the norm of a gradient, which is read once."""
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._norms.append((shard.group, norm))
+
+    def take(self, groups: int, device: torch.device) -> Tensor:
+        """Return the squared norms, fp64 of shape ``(groups,)``, and forget them."""
+        squares = torch.zeros(groups, dtype=torch.float64, device=device)
+        for group, norm in self._norms:
+            squares[group] += norm.to(device, torch.float64).square()
+        self._norms.clear()
+        return squares
+
+
+class KeptWeights:
+    """Remembers of which parameters an element kept its weight, as its update was not finite.
+
+    Args:
+        shards: of all parameters that may be updated.
+    """
+
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        shards = list(shards)
+        self._names = [shard.name for shard in shards]
+        self._positions = {shard.parameter_id: i for i, shard in enumerate(shards)}
+        device = shards[0].data.device if shards else torch.device("cpu")
+        self._flags = torch.zeros(len(shards), dtype=torch.int32, device=device)
+
+    def flag(self, shard: Shard) -> Tensor:
+        """Return the flag of a parameter, int32 of shape ``(1,)``, to be set to 1."""
+        position = self._positions[shard.parameter_id]
+        return self._flags[position : position + 1]
+
+    def any(self) -> Tensor:
+        """Whether a flag is set, int32 of shape ``()``; nothing waits for the device."""
+        return self._flags.any().to(torch.int32)
+
+    def names(self) -> list[str]:
+        """Return the names of the parameters whose flag is set."""
+        return [name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag]
+
+    def clear(self) -> None:
+        """Unset all flags."""
+        self._flags.zero_()

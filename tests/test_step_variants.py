@@ -1,0 +1,127 @@
+"""Accumulation, clipping, fp16 and numbers that are not finite, on every layout."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import trainable
+from tests.layouts import LAYOUTS
+from tests.ranks import run_ranks
+from tests.reference import distance, float64_loop, norm
+from tests.workers.step_variants import (
+    CLIPPING,
+    EXACT,
+    NARROW,
+    POISON_ROW,
+    POISONED,
+    global_batches,
+)
+
+POISONS = ("nan", "inf")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, list[dict]]:
+    """Outcome of every run on each rank, by layout."""
+    outcome = {}
+    for world_size in sorted({layout.world_size for layout in LAYOUTS.values()}):
+        folder = tmp_path_factory.mktemp(f"variants{world_size}")
+        run_ranks("step_variants", world_size, folder)
+        for name, layout in LAYOUTS.items():
+            if layout.world_size == world_size:
+                paths = [folder / f"{name}-rank{rank}.pt" for rank in range(world_size)]
+                outcome[name] = [torch.load(path) for path in paths]
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def float64_runs() -> dict[str, dict[str, Any]]:
+    runs = {}
+    for name, variant in EXACT.items():
+        model = variant.case.build().eval()
+        start = trainable(model)
+        g0 = float64_loop(model, global_batches(variant.steps), variant.hyperparameters)
+        runs[name] = {"start": start, "g0": g0, "end": trainable(model)}
+    return runs
+
+
+@pytest.mark.parametrize("variant", EXACT)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accumulation_and_clipping_equal_the_float64_loop(results, float64_runs, layout, variant):
+    reference = float64_runs[variant]
+    moved = distance(reference["start"], reference["end"])
+    assert moved >= 1e-3 * norm(reference["start"])
+    for rank in results[layout]:
+        found = rank[variant]
+        end = {name: found["weights"][name] for name in reference["end"]}
+        assert distance(end, reference["end"]) <= 5e-4 * moved
+        g0 = [report["g0"] or 0.0 for report in found["reports"]]
+        assert g0 == pytest.approx(reference["g0"], rel=2e-3, abs=2e-3)
+        assert found["reports"] == results[layout][0][variant]["reports"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reported_norms_are_those_before_and_after_clipping(results, layout):
+    for variant in ("clipped", "clipped, accumulated"):
+        for report in results[layout][0][variant]["reports"]:
+            assert report["gradient_norm"] > 2 * CLIPPING.max_grad_norm
+            part = CLIPPING.lr * (1 - CLIPPING.alpha) * CLIPPING.max_grad_norm
+            assert report["first_order_norm"] == pytest.approx(part, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_second_forward_has_the_dropout_of_the_first(results, layout):
+    for rank in results[layout]:
+        weights = rank["dropout, norm taken"]["weights"]
+        assert all(torch.equal(weights[n], w) for n, w in rank["dropout"]["weights"].items())
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_poisoned_gradient_leaves_its_elements_and_nothing_else(results, layout, dtype, poison):
+    for rank in results[layout]:
+        clean, spoilt = rank[dtype, "None"], rank[dtype, poison]
+        assert [report["partial"] for report in spoilt["reports"]] == [False, True, False]
+        before, after = spoilt["weights"][1], spoilt["weights"][2]
+        assert torch.equal(after[POISONED][POISON_ROW], before[POISONED][POISON_ROW])
+        others = torch.ones(len(after[POISONED]), dtype=torch.bool)
+        others[POISON_ROW] = False
+        for name, weight in clean["weights"][2].items():
+            kept = others if name == POISONED else slice(None)
+            assert torch.equal(after[name][kept], weight[kept]), name
+        assert all(weight.isfinite().all() for weight in spoilt["weights"][3].values())
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("poison", POISONS)
+def test_layouts_agree_to_the_bit_also_when_something_is_not_finite(results, dtype, poison):
+    wanted = results["unsharded x1"][0][dtype, poison]
+    for layout, ranks in results.items():
+        for rank in ranks:
+            assert rank[dtype, poison]["state"] == wanted["state"], layout
+            for name, weight in wanted["weights"][3].items():
+                assert torch.equal(rank[dtype, poison]["weights"][3][name], weight), (layout, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_scale_of_fp16_is_halved_once(results, layout):
+    for rank in results[layout]:
+        scales = [report["loss_scale"] for report in rank["fp16", "inf"]["reports"]]
+        assert scales == [256.0, 256.0, 128.0]
+        assert rank["fp16", "inf"]["state"]["loss_scale"]["clean_steps"] == 1
+        assert rank["fp16", "inf"]["state"]["non_finite_in_a_row"] == 0
+        assert {r["loss_scale"] for r in rank["bf16", "inf"]["reports"]} == {1.0}
+
+
+def test_scaling_leaves_the_update_as_it_is(results):
+    """The scale is a power of two: fp16 weights equal those of fp32 up to their own rounding."""
+    fp16, fp32 = (results["unsharded x1"][0][d, "None"]["weights"] for d in ("fp16", "fp32"))
+    for name, start in fp16[0].items():
+        moved = fp16[3][name].float() - start.float()
+        wanted = fp32[3][name] - fp32[0][name]
+        assert (moved - wanted).abs().max() <= 3 * 2**-9 * start.float().abs().max()

@@ -1,0 +1,176 @@
+"""Accumulation, clipping, fp16 and numbers that are not finite, on every layout of this world size.
+
+Writes what each run left to the folder.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from tests.cases import Case, mean_loss
+from tests.layouts import LAYOUTS, Layout, Run
+from tests.models import token_batches
+from tests.reference import Hyperparameters
+from tests.workers.parity import Linear
+from tests.workers.teardown import shut_down
+
+ROWS = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``dropout`` and ``dtype`` are of the model."""
+
+    micro_batches: int = 1
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    dropout: float = 0.0
+    steps: int = 6
+
+    @property
+    def case(self) -> Case:
+        model = {"activation": "gelu", "dropout": self.dropout}
+        return Case(model=model, hyperparameters=self.hyperparameters)
+
+
+CLIPPING = Hyperparameters(max_grad_norm=0.4, lr=0.05)
+EXACT = {
+    "accumulated": Variant(2),
+    "mezo, accumulated": Variant(2, Hyperparameters(alpha=1.0, lr=1e-4)),
+    "clipped": Variant(1, CLIPPING),
+    "ip-sgd, clipped": Variant(1, Hyperparameters(alpha=0.0, max_grad_norm=0.4, lr=0.05)),
+    "clipped, accumulated": Variant(2, CLIPPING),
+}
+"""Held against the float64 loop."""
+
+DROPOUT = {
+    "dropout": Variant(dropout=0.2, steps=2),
+    "dropout, norm taken": Variant(1, Hyperparameters(max_grad_norm=1e9), 0.2, steps=2),
+}
+"""Equal, if the second forward draws the same masks."""
+
+
+def global_batches(steps: int) -> list[tuple[Tensor, Tensor]]:
+    return token_batches(steps, rows=ROWS)
+
+
+def shares(batch: Tensor, micro_batches: int) -> list[Tensor]:
+    """This rank's rows of each micro-batch."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parts = batch.chunk(world_size * micro_batches)
+    return [parts[i * world_size + rank] for i in range(micro_batches)]
+
+
+def closures(run: Run, batch: Tensor, micro_batches: int) -> list[Callable[[], Tensor]]:
+    return [lambda x=x: mean_loss(run.model, x) for x in shares(batch, micro_batches)]
+
+
+def finish(run: Run, loss: Tensor | None) -> None:
+    if loss is not None:
+        run.backward(loss)
+    run.step()
+
+
+def train(layout: Layout, variant: Variant) -> dict[str, Any]:
+    torch.manual_seed(dist.get_rank())
+    run = layout.run(variant.case.build(), variant.hyperparameters)
+    addax = addax_of(run)
+    reports = []
+    for long, short in global_batches(variant.steps):
+        batches = (closures(run, batch, variant.micro_batches) for batch in (long, short))
+        finish(run, run.optimizer.measure(*batches))
+        reports.append(vars(addax.report))
+    result = {"reports": reports, "weights": run.weights()}
+    run.close()
+    return result
+
+
+def addax_of(run: Run) -> Any:
+    return getattr(run.optimizer, "optimizer", run.optimizer)
+
+
+# ---- recorded gradients, some of which are not finite -------------------------------------------
+
+NARROW = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+POISONED = "layers.2.0.weight"
+POISON_ROW = 5
+REPLAYED = Hyperparameters(lr=0.05, alpha=0.01, zo_eps=2.0**-7, weight_decay=0.1)
+
+
+class _Poison(torch.autograd.Function):
+    """Adds nothing to the loss, and a row that is not finite to the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, value: float) -> Tensor:
+        ctx.like, ctx.value = parameter, value
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        poison = torch.zeros_like(ctx.like)
+        poison[POISON_ROW] = ctx.value
+        return poison, None
+
+
+def replay(layout: Layout, dtype: torch.dtype, poison: float | None) -> dict[str, Any]:
+    """Three steps with recorded gradients; in the second the last rank's are poisoned."""
+    model = Linear(dtype)
+    shapes = [{n: p.shape for n, p in leaf.named_parameters()} for leaf in model.leaves()]
+    poisons = dist.get_rank() == dist.get_world_size() - 1
+    leaf = model.layers[2][0]
+    add = leaf.forward
+    step = 0
+
+    def forward(x: Tensor) -> Tensor:
+        x = add(x)
+        if poison is not None and poisons and step == 1 and torch.is_grad_enabled():
+            x = x + _Poison.apply(leaf.weight, poison)
+        return x
+
+    leaf.forward = forward
+    run = layout.run(model, REPLAYED)
+    addax = addax_of(run)
+    addax.loss_scale = type(addax.loss_scale)(256.0) if dtype == torch.float16 else addax.loss_scale
+    reports, weights = [], [run.weights()]
+    for step in range(3):
+        model.replay(shapes, step)
+        losses = iter([torch.tensor(0.5), torch.tensor(0.25)])
+
+        def zeroth_order(losses=losses) -> Tensor:
+            run.model()
+            return next(losses)
+
+        finish(run, run.optimizer.measure(zeroth_order, lambda: run.model().float()))
+        reports.append(vars(addax.report))
+        weights.append(run.weights())
+    result = {"reports": reports, "weights": weights, "state": addax.state_dict()["addax"]}
+    run.close()
+    return result
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16 alone
+    for name, layout in LAYOUTS.items():
+        if layout.world_size != dist.get_world_size():
+            continue
+        print("layout", name, flush=True)
+        results: dict[Any, Any] = {v: train(layout, EXACT[v]) for v in EXACT}
+        results |= {v: train(layout, DROPOUT[v]) for v in DROPOUT}
+        for dtype in NARROW:
+            for poison in (None, float("nan"), float("inf")):
+                results[dtype, str(poison)] = replay(layout, NARROW[dtype], poison)
+        torch.save(results, folder / f"{name}-rank{dist.get_rank()}.pt")
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
