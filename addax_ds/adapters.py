@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import is_peft_available
 
+from addax_ds.agreement import all_ranks_or_none
+from addax_ds.durable import writing
 from addax_ds.errors import UserError
 from addax_ds.weights import WeightFiles, full_shapes, gather_weights, local_slices
 
@@ -36,10 +38,9 @@ def save_adapters(model: Any, folder: Path, keep: bool) -> None:
     if dist.is_initialized():
         dist.broadcast_object_list(wanted)
     tensors = gather_weights(model, wanted[0], keep)
-    if keep:
-        model.save_pretrained(folder, state_dict=tensors)
-    if dist.is_initialized():
-        dist.barrier()
+    with all_ranks_or_none(), writing(folder):
+        if keep:
+            model.save_pretrained(folder, state_dict=tensors)
 
 
 def load_adapters(model: Any, folder: Path) -> None:

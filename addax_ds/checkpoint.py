@@ -3,29 +3,35 @@
 The weights are safetensors files (`addax_ds.weights`), those of an adapter likewise. What the
 optimizer has is in ``addax_state.json``; the schedule is in ``scheduler.pt``, and the rest is
 Trainer's own. Nothing depends on the number of ranks or on the back end, except the states of the
-random generators, one file a rank, which dropout draws from.
+random generators, one file a rank, which dropout draws from. The folder appears when it is
+complete, with a checksum for each file (`addax_ds.durable`); `addax_ds.resume` says which one to go
+on from.
 """
 
+import io
 import json
 import logging
 import pickle
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from addax_ds import weights
+from addax_ds import durable, weights
 from addax_ds.adapters import has_adapters, load_adapters, save_adapters
-from addax_ds.agreement import all_ranks_or_none
+from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
-from addax_ds.settings import AddaxSettings
+from addax_ds.run import Run, changes, check_same_run
 from addax_ds.sharding.base import Sharding
 
 logger = logging.getLogger(__name__)
@@ -33,35 +39,75 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "addax_state.json"
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a checkpoint notes of the run that wrote it.
+# ---- the folder --------------------------------------------------------------------------------
 
-    Attributes:
-        sharding: back end.
-        ranks: number of ranks; with another one or on another back end a run goes on all the same.
-        dtype: of the weights.
-        zeroth_order_batch: global size of the zeroth-order batch, 0 if there is none.
-        first_order_batch: global size of the first-order batch, 0 if there is none.
+
+@contextmanager
+def appearing(folder: Path, args: TrainingArguments) -> Iterator[Path]:
+    """Yield where to write what is to be ``folder``, which appears when all of it is on the disk.
+
+    Every rank has to enter; see `addax_ds.durable.appearing`. Several nodes need a file system
+    that they share, or ``save_on_each_node`` if each has its own. On disks of their own without
+    that flag the first node alone has the folder, and it has to be copied to the others before a
+    run can go on from it.
+
+    Raises:
+        UserError: on all ranks, if one of them cannot write.
     """
+    with durable.appearing(folder, _writers(args)) as staging:
+        yield staging
 
-    sharding: str
-    ranks: int
-    dtype: str
-    zeroth_order_batch: int
-    first_order_batch: int
 
-    @classmethod
-    def of(cls, args: TrainingArguments, settings: AddaxSettings, sharding: str) -> "Run":
-        """Describe the run that has these arguments."""
-        first_order = 0 if settings.method == "mezo" else args.per_device_train_batch_size
-        return cls(
-            sharding,
-            args.world_size,
-            "bf16" if args.bf16 else "fp32",
-            settings.per_device_zo_batch_size * args.world_size,
-            first_order * args.world_size,
-        )
+def steps(output_dir: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, the newest first."""
+    found = (
+        re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir()
+    )
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def path_of(output_dir: Path, step: int) -> Path:
+    """Return where Trainer keeps the checkpoint of a step."""
+    return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def rotate(output_dir: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond ``save_total_limit``; one rank calls it.
+
+    Those of later steps count as the oldest: the run went on from before them.
+
+    Args:
+        output_dir: where they are.
+        step: of the checkpoint that was just written, which stays.
+        limit: how many to keep; all if it is None or 0.
+        best: path of the best one, which stays.
+    """
+    if not limit or limit < 0:
+        return
+    by_age = sorted(steps(output_dir), key=lambda other: (other <= step, other))
+    kept = {path_of(output_dir, step), Path(best) if best else None} - {None}
+    removable = [p for s in by_age if (p := path_of(output_dir, s)) not in kept]
+    for path in removable[: max(0, len(by_age) - max(limit, len(kept)))]:
+        with durable.writing(path):
+            durable.discard(path)
+
+
+def nodes(args: TrainingArguments) -> list[list[int]]:
+    """Return the ranks of each node; every rank has to call it."""
+    found: list[list[int]] = []
+    for rank, local in enumerate(everywhere(args.local_process_index)):
+        if local == 0:
+            found.append([])
+        found[-1].append(rank)
+    return found
+
+
+def _writers(args: TrainingArguments) -> list[int]:
+    """Ranks that share a file system with this rank, or with rank 0 if nodes do not all save."""
+    own = args.process_index if args.save_on_each_node else 0
+    return next(node for node in nodes(args) if own in node)
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -81,7 +127,7 @@ def save_model(
         args: say which ranks write.
         tokenizer: or None; saved with the model.
     """
-    with all_ranks_or_none():
+    with all_ranks_or_none(), durable.writing(folder):
         if args.should_save:
             _start_folder(model, folder, args, tokenizer)
     if has_adapters(model):
@@ -91,13 +137,14 @@ def save_model(
 
 
 def load_weights(sharding: Sharding, folder: Path) -> None:
-    """Fill this rank's shards from a folder that `save_model` wrote.
+    """Fill this rank's shards from a folder that `save_model` wrote; every rank has to call it.
 
     Raises:
-        UserError: see `addax_ds.weights.WeightFiles`.
+        UserError: on all ranks, if one cannot; see `addax_ds.weights.WeightFiles`.
     """
     if has_adapters(sharding.model):
-        load_adapters(sharding.model, folder)
+        with all_ranks_or_none():
+            load_adapters(sharding.model, folder)
         sharding.finish_step()  # what is gathered is from before
     else:
         weights.load_weights(sharding, folder)
@@ -105,15 +152,19 @@ def load_weights(sharding: Sharding, folder: Path) -> None:
 
 def _start_folder(model: nn.Module, folder: Path, args: TrainingArguments, tokenizer: Any) -> None:
     """Write all but the weights."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(model, PreTrainedModel):
-            _save_config(model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        torch.save(args, folder / TRAINING_ARGS_NAME)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the model: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        _save_config(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _save(args, folder / TRAINING_ARGS_NAME)
+
+
+def _save(content: Any, path: Path) -> None:
+    """Save by way of memory: torch itself does not say why a file cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
@@ -127,21 +178,6 @@ def _save_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _writers(args: TrainingArguments) -> list[int]:
-    """Ranks that share a file system with this rank, or with rank 0 if nodes do not all save."""
-    if args.world_size == 1:
-        return [0]
-    local = [torch.zeros((), dtype=torch.int64, device=args.device) for _ in range(args.world_size)]
-    dist.all_gather(local, torch.tensor(args.local_process_index, device=args.device))
-    nodes: list[list[int]] = []
-    for rank, index in enumerate(local):
-        if index == 0:
-            nodes.append([])
-        nodes[-1].append(rank)
-    own = args.process_index if args.save_on_each_node else 0
-    return next(node for node in nodes if own in node)
-
-
 # ---- state -------------------------------------------------------------------------------------
 
 
@@ -150,37 +186,31 @@ def save_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> None
     state = optimizer.state_dict()
     groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
     content = {"optimizer": {**state, "param_groups": groups}, "run": asdict(run)}
-    (folder / STATE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
+    with durable.writing(folder):
+        (folder / STATE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
 
 def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> None:
     """Let optimizer and schedule go on from where `save_state` was called.
+
+    The learning rate and the weight decay are those of this run: another learning rate scales what
+    is left of the schedule.
 
     Raises:
         UserError: if this run cannot go on from there.
     """
     written = check(folder, run)
     state = _read_state(folder)["optimizer"]
-    own = optimizer.state_dict()["param_groups"]
-    if len(own) != len(state["param_groups"]):
+    saved, own = state["param_groups"], optimizer.state_dict()["param_groups"]
+    if len(own) != len(saved):
         raise UserError(
-            f"{folder}: written with {len(state['param_groups'])} parameter groups, and this run "
-            f"has {len(own)}"
+            f"{folder}: written with {len(saved)} parameter groups, and this run has {len(own)}"
         )
-    groups = [{**g, "params": o["params"]} for g, o in zip(state["param_groups"], own, strict=True)]
+    groups = [_continued(*pair) for pair in zip(saved, own, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    _load_schedule(folder / SCHEDULER_NAME, scheduler)
-    if (written.sharding, written.ranks) != (run.sharding, run.ranks):
-        logger.info(
-            "Resuming on %d rank(s), sharding %s, what %d rank(s), sharding %s, have saved: "
-            "weights, step, schedule and order of the data go on as they would have there. "
-            "Dropout, if the model has any, draws other masks.",
-            run.ranks,
-            run.sharding,
-            written.ranks,
-            written.sharding,
-        )
+    _load_schedule(folder / SCHEDULER_NAME, scheduler, [group["lr"] for group in groups])
+    _announce(written, run)
 
 
 def check(folder: Path, run: Run) -> Run:
@@ -203,23 +233,10 @@ def check(folder: Path, run: Run) -> Run:
             f"its weights: --model_name_or_path {folder}"
         )
     written = Run(**_read_state(folder)["run"])
-    if written.dtype != run.dtype:
-        other = "with" if written.dtype == "bf16" else "without"
-        raise UserError(
-            f"{folder}: its weights are {written.dtype}, and this run's are {run.dtype}: resume "
-            f"{other} --bf16"
-        )
-    for stream, flag in (
-        ("zeroth_order_batch", "--per_device_zo_batch_size"),
-        ("first_order_batch", "--per_device_train_batch_size"),
-    ):
-        before, now = getattr(written, stream), getattr(run, stream)
-        if before != now:
-            raise UserError(
-                f"{folder}: the {stream.replace('_', ' ')} was {before} over all ranks, and is "
-                f"{now} in this run, which would see other data: resume with {flag} so that it is "
-                f"{before} over {run.ranks} rank(s)"
-            )
+    try:
+        check_same_run(written, run)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     return written
 
 
@@ -234,14 +251,42 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _load_schedule(path: Path, scheduler: Any) -> None:
+def _continued(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a parameter group where it was, with the hyperparameters that this run gives it."""
+    group = {**saved, "params": own["params"], "weight_decay": own["weight_decay"]}
+    before, now = saved.get("initial_lr"), own.get("initial_lr")
+    if before and now is not None and before != now:
+        logger.warning("The learning rate was %g and is %g from here on.", before, now)
+        group |= {"lr": saved["lr"] * (now / before), "initial_lr": now}
+    return group
+
+
+def _load_schedule(path: Path, scheduler: Any, lrs: list[float]) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: the file is damaged or cannot be read: {error}") from error
-    if not isinstance(state, dict) or state.keys() != scheduler.state_dict().keys():
+    own = scheduler.state_dict()
+    if not isinstance(state, dict) or state.keys() != own.keys():
         raise UserError(
             f"{path}: this is the state of another kind of schedule: resume with the "
             "--lr_scheduler_type, or the scheduler in the DeepSpeed JSON, that it was written with"
         )
-    scheduler.load_state_dict(state)
+    of_this_run = {"base_lrs": own.get("base_lrs"), "_last_lr": lrs}
+    scheduler.load_state_dict(state | {k: v for k, v in of_this_run.items() if k in own})
+
+
+def _announce(written: Run, run: Run) -> None:
+    """Say what differs from the run that wrote a checkpoint."""
+    for change in changes(written, run):
+        logger.warning("Resuming: %s.", change)
+    if (written.sharding, written.ranks) != (run.sharding, run.ranks):
+        logger.info(
+            "Resuming on %d rank(s), sharding %s, what %d rank(s), sharding %s, have saved: "
+            "weights, step, schedule and order of the data go on as they would have there. "
+            "Dropout, if the model has any, draws other masks.",
+            run.ranks,
+            run.sharding,
+            written.ranks,
+            written.sharding,
+        )

@@ -31,10 +31,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import get_last_checkpoint
 
 import addax_ds
-from addax_ds import checkpoint, plotting
+from addax_ds import plotting, resume
 from addax_ds.agreement import all_ranks_or_none, check_same_everywhere
 from addax_ds.arguments import (
     DataArguments,
@@ -47,9 +46,11 @@ from addax_ds.data.records import Record, prompt_completion, read_jsonl
 from addax_ds.errors import UserError
 from addax_ds.evaluation import Choice, EvaluationSet
 from addax_ds.model_source import ModelSource
+from addax_ds.run import Run, data_digest
+from addax_ds.settings import weights_dtype
 from addax_ds.tasks import SST2_DEMO, ChoiceRow
+from addax_ds.termination import on_sigterm
 from addax_ds.trainer import AddaxTrainer, plan_steps
-from addax_ds.weights import WeightFiles
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +80,16 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     with all_ranks_or_none():
         settings = configure(args, addax_args)
         sharding = model_args.sharding or ("zero3" if args.deepspeed else "none")
-        resumed = _checkpoint(args, checkpoint.Run.of(args, settings, sharding))
+    run = Run.of(args, settings, sharding)
+    resumed = resume.find(args.resume_from_checkpoint, args, run)
+    with all_ranks_or_none():
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
-        data = _load_data(data_args, tokenizer, source.positions)
-        plan_steps(data.train, settings, args)  # the trainer does, too, but with the model loaded
+        data = _load_data(data_args, tokenizer, source)
+        # The trainer does these, too, but with the model loaded.
+        streams, _ = plan_steps(data.train, settings, args)
+        if resumed is not None:
+            resume.check(resumed, run.with_data(data.train, streams.threshold))
     check_same_everywhere(dict(_identity(args, model_args, addax_args, train=data.train)))
     trainer = AddaxTrainer(
         _load_model(source, args, sharding),
@@ -97,8 +103,17 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     if data.test is not None:
         trainer.add_callback(_TestBeforeTraining(trainer, data.test))
 
+    on_sigterm(trainer.request_stop)
     result = trainer.train(resume_from_checkpoint=resumed)
-    trainer.save_model(str(_folder(args) / "model"))
+    if trainer.stopped:
+        logger.info(
+            "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
+            "--resume_from_checkpoint True",
+            trainer.state.global_step,
+            _folder(args),
+        )
+        return {}
+    trainer.save_complete_model(_folder(args) / "model")
     trainer.save_metrics("train", result.metrics)
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
@@ -119,9 +134,13 @@ class _Data:
 
 
 def _load_data(
-    data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, positions: int | None
+    data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, source: ModelSource
 ) -> _Data:
-    limits = {"max_length": data_args.max_length, "model_positions": positions}
+    limits = {
+        "max_length": data_args.max_length,
+        "model_positions": source.positions,
+        "vocabulary_size": source.vocabulary_size,
+    }
     if data_args.train_file is None:
         rows = SST2_DEMO.rows()
         answers = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in rows["train"]]
@@ -177,7 +196,7 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
 
 
 def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dtype = weights_dtype(args)
     if sharding == "fsdp2":
         return source.load_fsdp2(dtype, args.device)
     return source.load(dtype)
@@ -195,7 +214,11 @@ def _identity(
         for name, value in settings.items():
             if name not in _OF_ONE_RANK:
                 yield f"--{name}", str(value)
-    yield "training data", _digest(e.input_ids.tobytes() + e.labels.tobytes() for e in train)
+    deepspeed_config = getattr(args, "hf_deepspeed_config", None)
+    if deepspeed_config is not None:
+        for key, value in deepspeed_config.config.items():
+            yield f"{key} in the DeepSpeed config", str(value)
+    yield "training data", data_digest(train)
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -258,25 +281,6 @@ def _before(trainer: AddaxTrainer) -> dict[str, float]:
         if found:
             return found
     return {}
-
-
-def _checkpoint(args: TrainingArguments, run: checkpoint.Run) -> str | None:
-    """Resolve ``--resume_from_checkpoint``, a path or True for the newest one."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        folder = _folder(args)
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if found is None:
-            raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
-        wanted = found
-    try:
-        checkpoint.check(Path(wanted), run)
-        WeightFiles(Path(wanted))
-    except UserError as error:
-        raise UserError(f"--resume_from_checkpoint {error}") from error
-    return str(wanted)
 
 
 def _report(trainer: AddaxTrainer, title: str) -> dict[str, float]:

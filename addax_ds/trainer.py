@@ -1,25 +1,33 @@
 """`transformers.Trainer` with Addax: Trainer's loop as it is, another step inside it."""
 
-from collections.abc import Sequence
+import copy
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from addax_ds import checkpoint
+from addax_ds.agreement import everywhere
 from addax_ds.arguments import AddaxArguments, AddaxSettings, configure
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.encoding import Example
 from addax_ds.data.partition import Partition, partition
+from addax_ds.desync import DesyncCheck
 from addax_ds.errors import UserError
 from addax_ds.evaluation import EvaluationCollator, EvaluationSet, token_scores
-from addax_ds.optimizer import Addax, unwrap
+from addax_ds.optimizer import Addax
+from addax_ds.report import StepReport
+from addax_ds.saving import SavingTrainer
+from addax_ds.settings import weights_dtype
 from addax_ds.sharding.attach import attach, back_end_of
+
+logger = logging.getLogger(__name__)
 
 
 def plan_steps(
@@ -32,18 +40,19 @@ def plan_steps(
     """
     lengths = [example.length for example in examples]
     streams = partition(lengths, settings.method, settings.length_threshold)
+    shares = args.world_size * settings.gradient_accumulation_steps
     schedule = StepSchedule(
         streams.zeroth_order,
         streams.first_order,
-        settings.per_device_zo_batch_size * args.world_size,
-        args.per_device_train_batch_size * args.world_size,
+        settings.per_device_zo_batch_size * shares,
+        args.per_device_train_batch_size * shares,
         args.seed if args.data_seed is None else args.data_seed,
         args.dataloader_drop_last,
     )
     return streams, schedule
 
 
-class AddaxTrainer(Trainer):
+class AddaxTrainer(SavingTrainer):
     """Trainer whose step takes a zeroth-order batch of D0 and a first-order batch of D1.
 
     It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, on a model that is sharded
@@ -80,13 +89,21 @@ class AddaxTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.settings = addax if isinstance(addax, AddaxSettings) else configure(args, addax)
+        # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
+        args = copy.copy(args)
+        args.gradient_accumulation_steps = 1
         self.partition: Partition | None = None
         self._steps: StepBatches | None = None
         self._pad_token_id = _pad_token_id(processing_class)
         if train_dataset is not None:
             self.partition, schedule = plan_steps(train_dataset, self.settings, args)
             self._steps = StepBatches(
-                train_dataset, schedule, args.process_index, args.world_size, self._pad_token_id
+                train_dataset,
+                schedule,
+                args.process_index,
+                args.world_size,
+                self._pad_token_id,
+                self.settings.gradient_accumulation_steps,
             )
         kwargs.setdefault("data_collator", EvaluationCollator(self._pad_token_id))
         kwargs.setdefault("compute_loss_func", causal_loss)
@@ -101,6 +118,10 @@ class AddaxTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             # Accelerate would wrap a model on several ranks in DistributedDataParallel.
             model._is_accelerate_prepared = True  # type: ignore[assignment]
+        self.add_callback(_EndOfStep(self))
+        self._stop_requested = False
+        self._desync: DesyncCheck | None = None
+        self._losses: list[tuple[str, int, Tensor]] = []
         self._learning_rate = args.learning_rate
         self._scores_own_metrics = self.compute_metrics is None
 
@@ -133,13 +154,7 @@ class AddaxTrainer(Trainer):
         if self.optimizer is None:
             model = model or self.model
             assert model is not None
-            has_bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
-            if has_bf16 != self.args.bf16:
-                raise UserError(
-                    f"the model has {'' if has_bf16 else 'no '}bf16 weights, but bf16 is "
-                    f"{self.args.bf16} in the training arguments: load the model with the dtype "
-                    "that they ask for"
-                )
+            _check_dtype(model, self.args)
             back_end_of(model).free_gathered(model)
             self.optimizer = Addax(
                 [p for p in model.parameters() if p.requires_grad],
@@ -149,6 +164,7 @@ class AddaxTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 seed=self.settings.seed,
                 rounding=self.settings.rounding,
+                max_grad_norm=self.settings.max_grad_norm,
             )
             attach(self.optimizer, model)
         return self.optimizer
@@ -159,12 +175,16 @@ class AddaxTrainer(Trainer):
         """One step of Algorithm 1; the weights are updated inside ``backward``."""
         model.train()
         addax = self.addax
+        self._desync = self._desync or DesyncCheck(addax, self.settings.desync_check_steps)
+        self._desync.before_step()
         addax.track_norm = self._logs_after_this_step()
+        addax.stop_requested = self._stop_requested
+        self._losses.clear()
         # Before DeepSpeed's engine goes on to the next one, which is what Trainer would report.
         self._learning_rate = float(addax.param_groups[0]["lr"])
         loss = addax.measure(
-            lambda: self._batch_loss(model, inputs, "zeroth_order"),
-            lambda: self._batch_loss(model, inputs, "first_order"),
+            self._micro_batches(model, inputs, "zeroth_order"),
+            self._micro_batches(model, inputs, "first_order"),
         )
         if loss is None:
             addax.sharding.step_without_backward()
@@ -219,6 +239,7 @@ class AddaxTrainer(Trainer):
                 "zo_update_norm": report.zeroth_order_norm,
                 "fo_update_norm": report.first_order_norm,
                 "grad_norm": report.gradient_norm,
+                "loss_scale": report.loss_scale if self.args.fp16 else None,
             }
             logs.update({key: value for key, value in values.items() if value is not None})
         super().log(logs, start_time)
@@ -227,9 +248,9 @@ class AddaxTrainer(Trainer):
         """Operations of a step: 4 a parameter and token zeroth-order, 6 first-order."""
         weights = {"zeroth_order": 4 * (self.addax.alpha > 0), "first_order": 6}
         tokens = sum(
-            weight * inputs[stream]["input_ids"].numel()
+            weight * batch["input_ids"].numel()
             for stream, weight in weights.items()
-            if stream in inputs
+            for batch in inputs.get(stream, [])
         )
         return tokens * self.addax.sharding.trainable_elements
 
@@ -238,68 +259,95 @@ class AddaxTrainer(Trainer):
         if not isinstance(model, FSDPModule):
             super()._move_model_to_device(model, device)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a folder that ``from_pretrained`` loads; every rank has to call it."""
-        folder = output_dir or self.args.output_dir
-        assert folder is not None
-        assert self.model is not None
-        checkpoint.save_model(self.model, Path(folder), self.args, self.processing_class)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            checkpoint.save_state(Path(output_dir), self.addax, self.lr_scheduler, self._run())
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing yet: `_prepare_for_training` fills the shards, once there are any."""
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            checkpoint.load_state(folder, self.addax, self.lr_scheduler, self._run())
-            checkpoint.load_weights(self.addax.sharding, folder)
-            self.addax.sharding.resume_at(self.state.global_step)
-        return prepared
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        checkpoint.load_weights(self.addax.sharding, Path(self.state.best_model_checkpoint))
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Addax has clipped, before it applied the gradient."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """No gradient is left to take the norm of; `log` adds the one that was tracked."""
 
-    # ---- helpers -------------------------------------------------------------------------------
+    # ---- stopping ------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Let all ranks save a checkpoint after the current step and end ``train``.
+
+        One rank is enough. May be called from a signal handler.
+        """
+        self._stop_requested = True
 
     @property
-    def addax(self) -> Addax:
-        """The optimizer, out of the wrappers of DeepSpeed and Accelerate."""
-        return unwrap(self.optimizer)
+    def stopped(self) -> bool:
+        """Whether ``train`` has ended because of `request_stop`, on this or another rank."""
+        report = self.addax.report
+        return report is not None and report.stop_requested
 
-    def _run(self) -> checkpoint.Run:
-        return checkpoint.Run.of(self.args, self.settings, self.addax.sharding.name)
+    def _name_examples(self, report: StepReport) -> None:
+        """Say which examples a partial step had; all ranks come here.
 
-    def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], stream: str) -> Tensor:
-        """Return a loss whose mean over ranks is the mean over the global batch's target tokens.
-
-        ``compute_loss`` divides the rank's sum by the global number and multiplies by the number of
-        ranks, to undo the mean that DeepSpeed and `Addax.zeroth_order` take over them.
+        Those of micro-batches with a loss that is not finite; if all are, those whose gradient was
+        taken.
         """
-        batch = self._prepare_inputs(inputs[stream])
-        targets = torch.tensor(inputs[f"{stream}_targets"], device=self.args.device)
+        assert self._steps is not None
+        batches = {(s, i) for s, i, loss in self._losses if not loss.isfinite()}
+        if not any(everywhere(bool(batches))):
+            batches = {(s, i) for s, i, _ in self._losses if s == "first_order"}
+        rows = [row for batch in sorted(batches) for row in self._steps.rows(report.index, *batch)]
+        named = [row.origin for row in rows if row.target_count]
+        origins = [origin for of_rank in everywhere(named) for origin in of_rank]
+        logger.warning("step %d: its examples: %s", report.index, "; ".join(origins))
+
+    # ---- helpers -------------------------------------------------------------------------------
+
+    def _micro_batches(
+        self, model: nn.Module, inputs: dict[str, Any], stream: str
+    ) -> list[Callable[[], Tensor]]:
+        """Return, for each micro-batch of a stream, what computes its loss."""
+        if stream not in inputs:
+            return []
+
+        def noted(number: int, batch: dict[str, Tensor]) -> Tensor:
+            loss = self._loss(model, batch, inputs[f"{stream}_targets"])
+            self._losses.append((stream, number, loss.detach()))
+            return loss
+
+        return [partial(noted, number, batch) for number, batch in enumerate(inputs[stream])]
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor], targets: int) -> Tensor:
+        """Return a loss whose mean over ranks and micro-batches is that over all target tokens.
+
+        ``compute_loss`` divides the sum by the global number and multiplies by the number of ranks,
+        to undo the mean that `Addax.measure` takes over them; over micro-batches it takes one, too.
+        """
+        batch = self._prepare_inputs(batch)
+        number = torch.tensor(targets, device=self.args.device)
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch, num_items_in_batch=targets)
+            loss = self.compute_loss(model, batch, num_items_in_batch=number)
         assert isinstance(loss, Tensor)
-        return loss
+        return loss * self.settings.gradient_accumulation_steps
 
     def _logs_after_this_step(self) -> bool:
         step, args = self.state.global_step + 1, self.args
         if args.logging_strategy == "steps":
             return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
         return args.logging_strategy == "epoch"
+
+
+class _EndOfStep(TrainerCallback):
+    """Acts on the report of each step, which is the same on all ranks."""
+
+    def __init__(self, trainer: AddaxTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        report, desync = self._trainer.addax.report, self._trainer._desync
+        assert report is not None
+        assert desync is not None
+        desync.after_step()
+        if report.partial:
+            self._trainer._name_examples(report)
+        if report.stop_requested:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = False
 
 
 def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
@@ -317,6 +365,17 @@ def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Ten
         fp64 scalar.
     """
     return -token_scores(outputs.logits, labels)[:, 0].sum() / num_items_in_batch
+
+
+def _check_dtype(model: nn.Module, args: TrainingArguments) -> None:
+    wanted = weights_dtype(args)
+    dtypes = {p.dtype for p in model.parameters()}
+    if any((dtype in dtypes) != (dtype is wanted) for dtype in (torch.bfloat16, torch.float16)):
+        raise UserError(
+            f"the model has weights of {', '.join(sorted(map(str, dtypes)))}, and the training "
+            f"arguments (bf16 {args.bf16}, fp16 {args.fp16}) ask for {wanted}: load the model with "
+            "the dtype that they ask for"
+        )
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from addax_ds.agreement import all_ranks_or_none
+from addax_ds.durable import writing
 from addax_ds.errors import UserError
 from addax_ds.sharding.attach import back_end_of
 from addax_ds.sharding.base import Sharding, canonical_name
@@ -40,9 +41,10 @@ def load_weights(sharding: Sharding, folder: str | os.PathLike) -> None:
         folder: as `save_weights` or ``save_pretrained`` writes it.
 
     Raises:
-        UserError: see `WeightFiles`.
+        UserError: on all ranks, if one cannot; see `WeightFiles`.
     """
-    WeightFiles(Path(folder)).fill(local_slices(sharding.model))
+    with all_ranks_or_none():
+        WeightFiles(Path(folder)).fill(local_slices(sharding.model))
     sharding.finish_step()  # what is gathered is from before
 
 
@@ -228,7 +230,7 @@ def save_weights(
     rank, world_size = _rank_and_world_size()
     writers = range(world_size) if writers is None else writers
     plan = split_torch_state_dict_into_shards(full_shapes(model), max_shard_size=max_file_size)
-    with all_ranks_or_none():
+    with all_ranks_or_none(), writing(folder):
         if rank in writers:
             folder.mkdir(parents=True, exist_ok=True)
         if rank == writers[0]:
@@ -270,10 +272,11 @@ def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[s
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as error:
+        with writing(path):
+            save_file(tensors, path, metadata={"format": "pt"})
+    except UserError:
         path.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write the weights: {error}") from error
+        raise
 
 
 def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -> None:

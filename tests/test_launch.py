@@ -1,13 +1,11 @@
 """The command line: what it refuses, how ranks end, and one real run with everything in it."""
 
-import dataclasses
 import json
 import logging
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from addax_ds import UserError, finetune
-from addax_ds.checkpoint import Run
+from addax_ds import finetune
+from addax_ds.durable import SEAL, UNFINISHED, verify
 from tests.launcher import launch
 from tests.ranks import run_module
 from tests.reference import distance
@@ -82,11 +80,10 @@ LINES = {
 ARGUMENTS = {
     "no-train-file": ({"train_file": "nowhere.jsonl"}, ["--train_file nowhere.jsonl", "no such"]),
     "no-model": ({"model_name_or_path": "/no/model"}, ["--model_name_or_path /no/model"]),
-    "clipping": ({"max_grad_norm": 1.0}, ["--max_grad_norm 1.0", "set it to 0"]),
-    "fp16": ({"fp16": True}, ["--fp16", "use --bf16 or fp32"]),
+    "clipping": ({"max_grad_norm": -1.0}, ["--max_grad_norm -1.0", "at least 0"]),
     "accumulation": (
-        {"gradient_accumulation_steps": 2},
-        ["--gradient_accumulation_steps 2", "raise --per_device_train_batch_size"],
+        {"gradient_accumulation_steps": 0},
+        ["--gradient_accumulation_steps 0", "at least 1"],
     ),
     "d0-empty": ({"length_threshold": 40}, ["D0 is empty", "--length_threshold from"]),
     "d1-empty": ({"length_threshold": 2}, ["D1 is empty", "--length_threshold from"]),
@@ -103,8 +100,7 @@ ARGUMENTS = {
 }
 
 JSONS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "clipping": ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "set it to 0"]),
-    "fp16": ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "use bf16 or fp32"]),
+    "prescaling": ({"prescale_gradients": True}, ["prescale_gradients = true", "remove the key"]),
     "offload-optimizer": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
         ["zero_optimization.offload_optimizer", "use offload_param"],
@@ -169,69 +165,6 @@ def test_bad_deepspeed_json(name, model, data, tmp_path, capsys, monkeypatch):
         assert part in said
 
 
-RUN = Run("zero3", ranks=2, dtype="bf16", zeroth_order_batch=2, first_order_batch=4)
-
-
-def write_checkpoint(folder: Path) -> Path:
-    """A complete one of `RUN`."""
-    optimizer = {"state": {}, "param_groups": [{"lr": 0.1}], "addax": {"index": 4, "seed": 3}}
-    (folder / "trainer_state.json").write_text("{}")
-    state = {"optimizer": optimizer, "run": dataclasses.asdict(RUN)}
-    (folder / "addax_state.json").write_text(json.dumps(state))
-    tiny_model("llama").save_pretrained(folder)
-    return folder
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: shutil.rmtree(f), "there is no such folder"),
-        (lambda f: (f / "trainer_state.json").unlink(), "there is no checkpoint in this folder"),
-        (lambda f: (f / "addax_state.json").unlink(), "written with --save_only_model, or by"),
-        (lambda f: (f / "model.safetensors").unlink(), "there is neither model.safetensors nor"),
-        (lambda f: cut(f / "model.safetensors"), "model.safetensors: the file is damaged"),
-        (lambda f: cut(f / "addax_state.json"), "addax_state.json: this is not the state of"),
-        (lambda f: (f / "addax_state.json").write_text("{}"), "this is not the state of an Addax"),
-    ],
-)
-def test_checkpoint_that_is_not_complete(damage, message, tmp_path):
-    folder = tmp_path / "checkpoint-4"
-    folder.mkdir()
-    damage(write_checkpoint(folder))
-    args = SimpleNamespace(resume_from_checkpoint=str(folder))
-    with pytest.raises(UserError, match=message) as error:
-        finetune._checkpoint(args, RUN)
-    assert str(error.value).startswith(f"--resume_from_checkpoint {folder}")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dtype": "fp32"}, "its weights are bf16, and this run's are fp32: resume with --bf16"),
-        (
-            {"first_order_batch": 8, "ranks": 4},
-            "first order batch was 4 over all ranks, and is 8 .* --per_device_train_batch_size so "
-            r"that it is 4 over 4 rank\(s\)",
-        ),
-        ({"zeroth_order_batch": 0}, "zeroth order batch was 2 over all ranks, and is 0 in this"),
-        ({"ranks": 4, "sharding": "fsdp2"}, None),
-    ],
-)
-def test_checkpoint_of_another_run(change, message, tmp_path):
-    """What would train on other data or other weights is refused; another topology is not."""
-    args = SimpleNamespace(resume_from_checkpoint=str(write_checkpoint(tmp_path)))
-    run = dataclasses.replace(RUN, **change)
-    if message is None:
-        assert finetune._checkpoint(args, run) == str(tmp_path)
-    else:
-        with pytest.raises(UserError, match=message):
-            finetune._checkpoint(args, run)
-
-
 def test_demo_on_three_ranks(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     said = refused([], tmp_path / "output", capsys, monkeypatch)
@@ -287,21 +220,31 @@ def full_run(model: Path, folder: Path, output: Path, **more: Any) -> list[str]:
 def runs(model, tmp_path_factory) -> dict[str, Any]:
     """A run of 6 steps, and one that goes on from its checkpoint of step 4 in a folder of its own.
 
-    The second is what is left of a run that was killed after step 4.
+    The second is what is left of a run that was killed while it saved step 6, on a disk that lost
+    the end of step 5.
     """
     folder = tmp_path_factory.mktemp("runs")
     whole, killed = folder / "whole", folder / "killed"
     first = launch(TRAIN, *full_run(model, folder, whole))
     assert first.status == 0, first.output
-    shutil.copytree(whole / "checkpoint-4", killed / "checkpoint-4")
+    for name in ("checkpoint-4", "checkpoint-5", f"{UNFINISHED}/checkpoint-6"):
+        shutil.copytree(whole / "checkpoint-4", killed / name)
+    cut(killed / "checkpoint-5" / "model.safetensors")
     second = launch(TRAIN, *full_run(model, folder, killed, resume_from_checkpoint=True))
     assert second.status == 0, second.output
     return {"whole": whole, "killed": killed, "outcomes": [first, second]}
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
 def log_of(folder: Path, key: str) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if key in entry]
+    return [entry[key] for entry in history(folder) if key in entry]
 
 
 def test_a_run_leaves_its_results(runs):
@@ -326,6 +269,71 @@ def test_a_run_says_what_it_did(runs):
     assert output.count("D1 (first-order, at most 12): 9 sequences, the longest of 12 tokens") == 1
     for name in ("model", "all_results.json", "training.png"):
         assert str(folder / name) in output
+
+
+def test_folders_are_complete_with_checksums(runs):
+    for run, names in {
+        "whole": {"checkpoint-4", "checkpoint-6", "model"},
+        "killed": {"checkpoint-4", "checkpoint-6", "model"},
+    }.items():
+        for name in names:
+            verify(runs[run] / name)
+        sealed = {path.parent.name for path in runs[run].rglob(SEAL)}
+        assert sealed - {"checkpoint-5"} == names
+        assert not (runs[run] / UNFINISHED).exists()
+        state = json.loads((runs[run] / "checkpoint-6/trainer_state.json").read_text())
+        assert state["global_step"] == STEPS
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs):
+    path = runs["killed"] / "checkpoint-5" / "model.safetensors"
+    said = f"skipping a checkpoint that is damaged. {path}: the file is cut off"
+    assert runs["outcomes"][1].output.count(said) == 1
+    assert [entry["step"] for entry in history(runs["killed"]) if "g0" in entry][4:] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "the seed was 3, and is 4 in this run"),
+        ({"data_seed": 4}, "the data seed was 3, and is 4 in this run"),
+        ({"length_threshold": 13}, "L_T was 12 tokens, and is 13 in this run"),
+        ({"max_length": 24}, "the training data had the digest"),
+        (
+            {"per_device_train_batch_size": 2},
+            "the first order batch was 4 over all ranks, and is 2",
+        ),
+    ],
+)
+def test_another_run_is_refused_before_its_model_is_loaded(
+    change, message, runs, model, tmp_path, capsys, monkeypatch
+):
+    """On one rank, which is no other run."""
+    checkpoint = runs["whole"] / "checkpoint-4"
+    sizes = {"per_device_train_batch_size": 4, "per_device_zo_batch_size": 2}
+    more = {**sizes, "resume_from_checkpoint": checkpoint, "report_to": "none", **change}
+    given = full_run(model, runs["whole"].parent, tmp_path / "output", **more)
+    given = [flag for flag in given if not flag.startswith(("--deepspeed", "--output_dir"))]
+    said = refused(given, tmp_path / "output", capsys, monkeypatch)
+    assert said.startswith(f"--resume_from_checkpoint {checkpoint}: ")
+    assert message in said
+
+
+def test_a_full_disk_ends_all_ranks_and_spares_older_checkpoints(runs, model, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(runs["whole"] / "checkpoint-4", output / "checkpoint-4")
+    more = {"resume_from_checkpoint": True, "report_to": "none", "save_total_limit": 1}
+    given = full_run(model, runs["whole"].parent, output, **more)
+    outcome = launch("tests/workers/ckpt_small_disk.py", *given)
+    assert outcome.status not in (0, None), outcome.output
+    assert "model.safetensors: cannot be written: " in outcome.output
+    assert outcome.output.count("addax_ds: error: ") == 2
+    assert "Traceback" not in outcome.output
+    assert outcome.left_behind == 0
+    verify(output / "checkpoint-4")
+    left = {path.name for path in output.iterdir()}
+    assert "checkpoint-4" in left
+    assert not left & {"checkpoint-6", UNFINISHED, "model"}
 
 
 def test_a_resumed_run_ends_with_the_same_bits(runs):

@@ -424,6 +424,6 @@ def test_loading_sharded_takes_the_memory_of_the_share(loaded):
 def test_a_rank_that_cannot_write_stops_all_of_them(tmp_path):
     run_ranks("weights_failure", 2, tmp_path, timeout=60)
     told = [(tmp_path / f"told-{rank}").read_text() for rank in range(2)]
-    assert "cannot write the weights" in told[1]
+    assert "cannot be written: [Errno 28] No space left on device" in told[1]
     assert "No space left on device" in told[1]
     assert told[0] == f"stopped, as 1 other rank(s) had an error: {told[1]}"

@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from accelerate.state import AcceleratorState
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -24,6 +25,7 @@ from addax_ds import UserError
 from addax_ds.arguments import AddaxArguments
 from addax_ds.data.encoding import Example
 from addax_ds.evaluation import EvaluationSet
+from addax_ds.settings import weights_dtype
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.trainer import AddaxTrainer
 from tests.tiny import MARKER, choice_set, examples, rows, tiny_tokenizer, write_model
@@ -36,7 +38,10 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Case:
-    """``long`` and ``short`` rows; the short ones fill no whole number of batches of 4."""
+    """``long`` and ``short`` rows; the short ones fill no whole number of batches of 4.
+
+    ``shares``: ranks times micro-batches, where it is more than the number of ranks.
+    """
 
     family: str = "opt"
     model: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +53,7 @@ class Case:
     lora: bool = False
     marked: tuple[int, ...] = ()
     resume: bool = False
+    shares: int = 1
 
     def examples(self) -> list[Example]:
         texts = rows(self.long, self.short)
@@ -107,13 +113,25 @@ CASES = {
         },
         resume=True,
     ),
+    "accumulated": Case(
+        addax={"length_threshold": THRESHOLD, "alpha": 0.01},
+        training={"max_steps": 4, "max_grad_norm": 0.5},
+        shares=2,
+    ),
+    "everything": Case(
+        model={"dropout": 0.2},
+        addax={"length_threshold": THRESHOLD, "alpha": 0.01},
+        training={"fp16": True, "max_steps": 6, "save_steps": 4, "max_grad_norm": 0.5},
+        shares=2,
+        resume=True,
+    ),
 }
 
 
 MOVED = "addax"
 """The case that goes on from the checkpoint of another topology."""
 
-ATTACHED = ("addax", "mezo", "lora", "resume")
+ATTACHED = ("addax", "mezo", "lora", "resume", "accumulated", "everything")
 """The cases that several ranks run without DeepSpeed; the rest is about batches and logs."""
 
 
@@ -127,6 +145,7 @@ def run_all(
 ) -> dict[str, dict[str, Any]]:
     """Train the cases and evaluate; in the result everything is plain Python or a tensor."""
     attached = sharding != "zero3" and world_size > 1
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16 alone
     found = {}
     for name in ATTACHED if attached else CASES:
         found[name] = run(name, folder, sharding, world_size)
@@ -196,6 +215,7 @@ def arguments(
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto", "initial_scale_power": 8, "loss_scale_window": 3},
         "optimizer": {"type": "Addax", "params": {"lr": "auto", "alpha": "auto"}},
         "zero_optimization": {
             "stage": 3,
@@ -210,7 +230,8 @@ def arguments(
         "use_cpu": True,
         "max_grad_norm": 0.0,
         "learning_rate": 0.05,
-        "per_device_train_batch_size": GLOBAL_BATCH["train"] // world_size,
+        "per_device_train_batch_size": GLOBAL_BATCH["train"] // max(world_size, case.shares),
+        "gradient_accumulation_steps": max(case.shares // world_size, 1),
         "logging_steps": 1,
         "report_to": [],
         "save_strategy": "steps" if "save_steps" in case.training else "no",
@@ -251,7 +272,7 @@ def make_trainer(
     args: TrainingArguments,
     eval_dataset: EvaluationSet | None = None,
 ) -> AddaxTrainer:
-    case, dtype = CASES[name], torch.bfloat16 if args.bf16 else torch.float32
+    case, dtype = CASES[name], weights_dtype(args)
     model = AutoModelForCausalLM.from_pretrained(folder / "models" / name, dtype=dtype)
     if case.lora:
         model = with_adapters(model)
@@ -259,7 +280,7 @@ def make_trainer(
         shard_model(model)
     zo_batch = None
     if case.addax.get("method", "addax") in ("addax", "addax-wa"):
-        zo_batch = GLOBAL_BATCH["zo"] // args.world_size
+        zo_batch = GLOBAL_BATCH["zo"] // max(args.world_size, case.shares)
     return AddaxTrainer(
         model,
         args,
