@@ -2,6 +2,7 @@
 #   make demo ARGS="--seed 1"        flags appended to the demo's command
 #   make bench                       the benchmarks, on a CPU
 #   make test-gpu                    what only a GPU can show
+#   make faults                      kills, damaged files, a full disk; about half an hour
 #   make install PYTHON=python3.12   the interpreter that .venv is made from
 # On a machine without a GPU, pip takes a CPU build of torch 2.13.0 where PIP_FIND_LINKS or
 # PIP_EXTRA_INDEX_URL offers one; otherwise it downloads the CUDA build, several GB.
@@ -23,7 +24,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.
     "addax_ds needs Python 3.11 or 3.12, but %s is %d.%d. Remove .venv if there is one, and " \
     "name another interpreter: make install PYTHON=python3.12" % (sys.executable, v[0], v[1]))
 
-.PHONY: install demo test test-gpu bench lint clean
+.PHONY: install demo test test-gpu faults bench lint clean
 
 install: $(STAMP)
 
@@ -59,6 +60,10 @@ test-gpu: $(STAMP)
 	@$(VENV)/bin/python -c '$(NEEDS_CUDA)'
 	DS_ACCELERATOR=cuda $(VENV_PATH) pytest -q tests/gpu
 	$(VENV_PATH) deepspeed --num_gpus 1 benchmarks/step.py --shape opt-125m
+
+# Kills runs at random moments and looks at what is left; tests/faults says what else.
+faults: $(STAMP)
+	export $(CPU_ONLY) $(VENV_PATH) && python -m tests.faults
 
 # Some minutes each, on an otherwise idle machine; benchmarks/README.md says what they measure.
 bench: $(STAMP)

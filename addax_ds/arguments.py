@@ -5,19 +5,19 @@ exists and before a model is loaded. `configure` settles the arguments against t
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_type_hints
 
 import torch
-import yaml
+from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser, TrainingArguments
 
+from addax_ds.argument_values import read_argument_file, type_problems, value_problems
 from addax_ds.ds_config import check_ds_config, load_ds_config, pick, warn_without_effect
 from addax_ds.errors import UserError
 from addax_ds.rules import did_you_mean, raise_problems
@@ -147,7 +147,7 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
                 f"One process sees {training_args.n_gpu} GPUs: start one a GPU (torchrun "
                 "--nproc_per_node), or let it see one (CUDA_VISIBLE_DEVICES=0)."
             )
-        # --bf16 is the type of the weights, as under DeepSpeed; Accelerate would add autocast.
+        # --bf16 and --fp16 are types of the weights; Accelerate would add autocast and a scaler.
         training_args.mixed_precision = "no"
         return resolve(addax_args, training_args, {})
     original, where = load_ds_config(training_args.deepspeed or {})
@@ -160,7 +160,15 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
         [mismatch.removeprefix("- ") for mismatch in deepspeed.mismatches],
     )
     params = config.get("optimizer", {}).get("params", {})
+    _check_dtypes(config, training_args, where)
     settings = resolve(addax_args, training_args, params, where)
+    # The engine sees a backward as a step; sums over micro-batches are Addax's.
+    config["gradient_accumulation_steps"] = 1
+    config["gradient_clipping"] = settings.max_grad_norm  # Accelerate would write 1 into a gap
+    if "train_batch_size" in config:
+        config["train_batch_size"] = (
+            training_args.world_size * training_args.per_device_train_batch_size
+        )
     optimizer = config.setdefault("optimizer", {"type": "Addax"})
     # Numbers, not "auto": Trainer has filled its "auto" values by now, and Accelerate would put
     # its own default learning rate into one that is left.
@@ -212,7 +220,7 @@ def parse_arguments(
         config, where = load_ds_config(values["deepspeed"])
         check_ds_config(config, where)
         params = config.get("optimizer", {}).get("params", {})
-        values |= _from_json(params, given, where)
+        values |= _from_json(config, params, given, where)
     _check_before_start(values, given, params, where)
     try:
         parsed = parser.parse_dict(values)
@@ -251,15 +259,7 @@ class _Parser(HfArgumentParser):
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Read an argument file; scalars go through the types of the flags (YAML's 1e-3 too)."""
-        try:
-            text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except FileNotFoundError:
-            raise UserError(f"There is no argument file {path}.") from None
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"Cannot read the argument file {path}: {error}.") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path} must map the names of flags to values.")
+        content = read_argument_file(path)
         names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
         unknown = [
             f"{key}: no such argument.{did_you_mean(str(key), names)}"
@@ -267,6 +267,8 @@ class _Parser(HfArgumentParser):
             if key not in names
         ]
         raise_problems(f"{path}:", unknown)
+        types = {k: v for t in self.dataclass_types for k, v in get_type_hints(t).items()}
+        raise_problems(f"{path}:", list(type_problems(content, types)))
         compound = {k: v for k, v in content.items() if isinstance(v, list | dict)}
         scalars = {k: v for k, v in content.items() if v is not None and k not in compound}
         parsed, _ = self._parse([f"--{name}={value}" for name, value in scalars.items()])
@@ -286,21 +288,46 @@ def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**DEMO_PRESET, "per_device_train_batch_size": DEMO_GLOBAL_BATCH_SIZE // ranks}
 
 
-def _from_json(params: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _from_json(
+    config: Mapping[str, Any], params: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """Return the training arguments that stand in the JSON alone, which wins over a default."""
     found = {}
-    for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay"), ("seed", "seed")):
-        names = (f"--{name}", f"optimizer.params.{key}")
-        value = pick(params.get(key), given.get(name), None, names, where)
+    for name, block, key in (
+        ("learning_rate", params, "lr"),
+        ("weight_decay", params, "weight_decay"),
+        ("seed", params, "seed"),
+        ("gradient_accumulation_steps", config, "gradient_accumulation_steps"),
+        ("max_grad_norm", config, "gradient_clipping"),
+    ):
+        path = key if block is config else f"optimizer.params.{key}"
+        value = pick(block.get(key), given.get(name), None, (f"--{name}", path), where)
         if value is not None:
             found[name] = value
     return found
+
+
+def _check_dtypes(config: Mapping[str, Any], args: TrainingArguments, where: str) -> None:
+    """Raise `UserError` if DeepSpeed would train weights of another type, or cannot train them."""
+    for name in ("bf16", "fp16"):
+        block = config.get(name, {})
+        if getattr(args, name) != block.get("enabled", False):
+            raise UserError(
+                f"--{name} is {getattr(args, name)}, but {where} has {name}.enabled "
+                f'{block.get("enabled", "not at all")}: write "{name}": {{"enabled": "auto"}} there'
+            )
+    if args.fp16 and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            "DeepSpeed does not train fp16 weights on this device: use --bf16, or --sharding fsdp2 "
+            "without --deepspeed"
+        )
 
 
 def _check_before_start(
     values: Mapping[str, Any], given: Mapping[str, Any], params: Mapping[str, Any], where: str
 ) -> None:
     """Raise `UserError` for what can be known before a process group and a model exist."""
+    raise_problems("These arguments cannot be used:", list(value_problems(values)))
     check_values({name: values[name] for name in DEFAULTS if name in values})
     names = {f.name for f in fields(AddaxArguments)}
     addax = AddaxArguments(**{name: value for name, value in values.items() if name in names})
@@ -366,7 +393,7 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
     problems = [
         f"--{name} {path}: there is no such file."
         for name, path in files.items()
-        if path is not None and not Path(path).is_file()
+        if path is not None and not os.path.isfile(path)
     ]
     if files["train_file"] is None:
         problems += [

@@ -7,25 +7,23 @@ Trainer and by `addax_ds.arguments.configure`; without Trainer by `ds_config`.
 import copy
 import json
 import logging
-import math
+import stat
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
-
 from addax_ds.ds_keys import AUTO_KEYS, DS_KEYS, OPTIMIZER_PARAMS
+from addax_ds.ds_values import AUTO, json_problems, value_problems
 from addax_ds.errors import UserError
-from addax_ds.rules import Status, did_you_mean, raise_problems
+from addax_ds.rules import Status, did_you_mean, raise_problems, shown
 from addax_ds.update import ROUNDINGS
 
 logger = logging.getLogger(__name__)
 
 Source = str | PathLike[str] | Mapping[str, Any]
-
-AUTO = "auto"
 
 # Defaults of `addax_ds.Addax`; the learning rate has none.
 OPTIMIZER_DEFAULTS: dict[str, Any] = {
@@ -60,23 +58,21 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
         The configuration as a new `dict`, "auto" values included, and how to name it in messages.
 
     Raises:
-        UserError: the file is missing, is not JSON, names a key twice, or is not an object.
+        UserError: the file is missing, is not JSON, names a key twice, is not an object, or holds
+            what `addax_ds.ds_values.json_problems` lists.
     """
+    if not isinstance(source, str | PathLike | Mapping):
+        raise UserError(f"A DeepSpeed config is a path or an object, not {shown(repr(source))}.")
     if isinstance(source, Mapping):
-        return copy.deepcopy(dict(source)), "the DeepSpeed config"
-    if isinstance(source, str) and source.lstrip().startswith("{"):
-        text, where = source, "the DeepSpeed config"
+        config, where = source, "the DeepSpeed config"
+    elif isinstance(source, str) and source.lstrip().startswith("{"):
+        config, where = _parse(source, "the DeepSpeed config"), "the DeepSpeed config"
     else:
-        text, where = _read(Path(source)), str(source)
-    try:
-        config = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
-        ) from error
-    if not isinstance(config, dict):
+        config, where = _parse(_read(Path(source)), str(source)), str(source)
+    if not isinstance(config, Mapping):
         raise UserError(f"{where} must hold a JSON object, not {type(config).__name__}.")
-    return config, where
+    raise_problems(f"{where} cannot be used:", list(json_problems(config)))
+    return copy.deepcopy(dict(config)), where
 
 
 def check_ds_config(config: Mapping[str, Any], where: str) -> None:
@@ -101,7 +97,7 @@ def check_ds_config(config: Mapping[str, Any], where: str) -> None:
         params = optimizer.get("params", {})
         if isinstance(params, Mapping):
             problems += optimizer_problems(params, prefix="optimizer.params.")
-    problems = problems or list(_zero_type_problems(zero))
+    problems = problems or list(value_problems(config))
     raise_problems(f"{where} cannot be used with Addax:", problems)
 
 
@@ -112,7 +108,7 @@ def optimizer_problems(params: Mapping[str, Any], prefix: str) -> Iterator[str]:
             continue
         expected = _expected(name, value)
         if expected:
-            yield f"{prefix}{name} = {value!r}: it must be {expected}."
+            yield f"{prefix}{name} = {shown(repr(value))}: it must be {expected}."
 
 
 def warn_without_effect(config: Mapping[str, Any], where: str) -> None:
@@ -164,6 +160,11 @@ def ds_config(
     config, where = load_ds_config(path_or_dict)
     check_ds_config(config, where)
     warn_without_effect(config, where)
+    if config.get("gradient_accumulation_steps") not in (None, AUTO, 1):
+        raise UserError(
+            f"{where}: gradient_accumulation_steps is Trainer's. Without it write 1, and give "
+            "Addax.measure() a closure for each micro-batch."
+        )
     arguments = {
         "lr": lr,
         "alpha": alpha,
@@ -284,20 +285,21 @@ def _key_problems(block: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if rule is None:
             if parent not in _OFF_BLOCKS:
                 known = [k[len(prefix) :] for k in DS_KEYS if k.rpartition(".")[0] == parent]
-                yield f"{path}: unknown key.{did_you_mean(str(key), known)}{_unknown_hint(path)}"
+                guess = did_you_mean(str(key), known)
+                yield f"{shown(path)}: unknown key.{guess}{_unknown_hint(path)}"
         elif value == AUTO and path not in AUTO_KEYS:
             yield f'{path} = "auto": nothing fills this key; write a value or remove it.'
         elif value != AUTO and not rule.accepts(value):
-            yield f"{path} = {json.dumps(value)}: {rule.note}"
+            yield f"{path} = {shown(json.dumps(value))}: {rule.note}"
         elif path in _BLOCKS and not (path == "zero_optimization.offload_param" and value is None):
             if isinstance(value, Mapping):
                 yield from _key_problems(value, f"{path}.")
             else:
-                yield f"{path} = {json.dumps(value)}: it must be an object."
+                yield f"{path} = {shown(json.dumps(value))}: it must be an object."
         elif isinstance(value, Mapping):
             for inner, leaf in _leaves(value, f"{path}."):
                 if leaf == AUTO and inner not in AUTO_KEYS:
-                    yield f'{inner} = "auto": nothing fills this key; write a value or remove it.'
+                    yield f'{shown(inner)} = "auto": nothing fills this key; write or remove it.'
 
 
 def _unknown_hint(path: str) -> str:
@@ -306,16 +308,6 @@ def _unknown_hint(path: str) -> str:
     if path == "optimizer.params.method":
         return " The method is an argument of launch/train.py; here alpha says it (1 is mezo)."
     return ""
-
-
-def _zero_type_problems(zero: Any) -> Iterator[str]:
-    """Yield the values of `zero_optimization` that DeepSpeed itself would reject, later on."""
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        for item in error.errors():
-            path = ".".join(("zero_optimization", *map(str, item["loc"])))
-            yield f"{path} = {item['input']!r}: {item['msg']}."
 
 
 def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -338,7 +330,7 @@ def _expected(name: str, value: Any) -> str:
     if name == "seed":
         whole = isinstance(value, int) and number and 0 <= value < 2**64
         return "" if whole else "an integer from 0 to 2**64 - 1"
-    finite = number and math.isfinite(value)
+    finite = number and abs(value) <= sys.float_info.max  # not for a NaN either
     if name == "alpha":
         return "" if finite and 0 <= value <= 1 else "a number from 0 to 1"
     if name == "zo_eps":
@@ -352,16 +344,32 @@ def _note(path: str) -> str:
 
 def _read(path: Path) -> str:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+            raise OSError("it is not a regular file")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"There is no DeepSpeed config {path} (looked in {Path.cwd()}).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the DeepSpeed config {path}: {error}.") from error
+    except (OSError, ValueError) as error:  # not UTF-8, or a null byte in the path
+        where = shown(str(path), 300)
+        raise UserError(f"Cannot read the DeepSpeed config {where}: {error}.") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
+        raise UserError(f"{where} cannot be read: {error}.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    counts = Counter(name for name, _ in pairs)
+    twice = sorted(shown(name) for name, count in counts.items() if count > 1)
     if twice:
         raise UserError(f"{where} gives {', '.join(twice)} more than once; keep one.")
     return dict(pairs)

@@ -35,18 +35,8 @@ _NVME = "It belongs to NVMe offload, which is not supported."
 _BF16_STATE = (
     "Model state is the 16-bit weights alone: there are no master weights and no optimizer states."
 )
-_FP16 = (
-    "fp16 needs loss scaling, and an update that is applied during the backward pass cannot be "
-    "undone after an overflow; use bf16 or fp32."
-)
-_ACCUMULATION = (
-    "Weights are updated during every backward pass, so gradients cannot be accumulated yet; "
-    "raise the batch sizes per device instead."
-)
-_CLIPPING = (
-    "Updates are applied before the global gradient norm is known, so gradients cannot be clipped; "
-    "set it to 0 (max_grad_norm 0 with Trainer)."
-)
+_ACCUMULATION = "Each backward is reduced, and the step adds the results up; remove the key."
+_HYSTERESIS = "The scale is halved at every overflow."
 
 ZERO_KEYS: dict[str, Rule] = {
     "stage": only(3, note=_STAGE),
@@ -144,9 +134,13 @@ OPTIMIZER_PARAMS: dict[str, Rule] = {
 DS_KEYS: dict[str, Rule] = {
     "train_batch_size": works('"auto" is best: micro batch times ranks.'),
     "train_micro_batch_size_per_gpu": works("K1 / ranks: per_device_train_batch_size."),
-    "gradient_accumulation_steps": only(1, note=_ACCUMULATION),
+    "gradient_accumulation_steps": works(
+        "Micro-batches of a step. Without Trainer it is 1: give measure() a closure for each."
+    ),
     "managed_gradient_accumulation": only(True, note=_ACCUMULATION),
-    "gradient_clipping": only(0, None, note=_CLIPPING),
+    "gradient_clipping": works(
+        "max_grad_norm: of the first-order gradient, exactly. Without the key it is 0, not 1."
+    ),
     "optimizer": works(),
     "optimizer.type": only("Addax", note='This package trains with "type": "Addax" only.'),
     "optimizer.params": works(),
@@ -165,20 +159,15 @@ DS_KEYS: dict[str, Rule] = {
     "bf16.bf16_optimizer_states": only(False, note=_BF16_STATE),
     "bfloat16": only(note="An old name that Transformers does not read: write bf16."),
     "fp16": works(),
-    "fp16.enabled": only(False, note=_FP16),
-    **{
-        f"fp16.{name}": no_effect("fp16 is off.")
-        for name in (
-            "auto_cast",
-            "loss_scale",
-            "initial_scale_power",
-            "loss_scale_window",
-            "hysteresis",
-            "consecutive_hysteresis",
-            "min_loss_scale",
-            "fp16_master_weights_and_grads",
-        )
-    },
+    "fp16.enabled": works("Stores the weights in fp16, with a loss scale. Prefer bf16."),
+    "fp16.auto_cast": only(False, note="Inputs of a language model are integers; remove it."),
+    "fp16.loss_scale": works("0 adjusts itself; another value stays."),
+    "fp16.initial_scale_power": works("The scale starts at 2 to this power."),
+    "fp16.loss_scale_window": works("Steps without an overflow after which it doubles."),
+    "fp16.hysteresis": no_effect(_HYSTERESIS),
+    "fp16.consecutive_hysteresis": no_effect(_HYSTERESIS),
+    "fp16.min_loss_scale": works(),
+    "fp16.fp16_master_weights_and_grads": only(False, note=_BF16_STATE),
     "torch_autocast": works(),
     "torch_autocast.enabled": only(
         False, note="Weights, activations and gradients share one dtype: use bf16 or fp32."
@@ -193,7 +182,7 @@ DS_KEYS: dict[str, Rule] = {
     "data_types.buffer_dtype": works(),
     "data_types.keep_in_fp32_modules": works(),
     "communication_data_type": only(
-        None, "bf16", "fp32", note="Gradients in fp16 overflow without loss scaling: bf16 or fp32."
+        None, "bf16", "fp16", "fp32", note="Gradients travel in one of bf16, fp16 and fp32."
     ),
     "seq_parallel_communication_data_type": no_effect("It belongs to sequence parallelism."),
     "prescale_gradients": only(False, note=_REDUCE),

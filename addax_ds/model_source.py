@@ -2,6 +2,9 @@
 
 import contextlib
 import logging
+import os
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,14 @@ from transformers.core_model_loading import WeightConverter
 from addax_ds import demo
 from addax_ds.arguments import ModelArguments
 from addax_ds.errors import UserError
+from addax_ds.rules import shown
 from addax_ds.sharding.fsdp2 import materialize, shard_model
 from addax_ds.weights import MODEL_FILE, WeightFiles, local_slices
 
 logger = logging.getLogger(__name__)
 
+# What Transformers reads a model from, in this order; either may be an index of several files.
+_MODEL_FILES = (MODEL_FILE, "pytorch_model.bin")
 _WEIGHTS = [MODEL_FILE, f"{MODEL_FILE}.index.json", "model-*.safetensors"]
 
 
@@ -55,7 +61,8 @@ class ModelSource:
         """Find the model that the arguments name, or the demo's.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is none, or its folder leads out of the folder, to code or to an
+                adapter.
         """
         path, label = model_args.model_name_or_path, model_args.model_name_or_path
         if path is None:
@@ -64,12 +71,19 @@ class ModelSource:
             "revision": model_args.model_revision,
             "trust_remote_code": model_args.trust_remote_code,
         }
-        try:
+        where = f"--model_name_or_path {path}"
+        found = os.path.exists(path)
+        with _refused(where if found else f"{where}: there is no such folder, nor a hub's model"):
             config = AutoConfig.from_pretrained(path, **options)
-        except (OSError, ValueError) as error:
-            missing = "" if Path(path).exists() else "there is no such folder, nor a hub's model: "
-            raise UserError(f"--model_name_or_path {path}: {missing}{error}") from error
+            if not model_args.trust_remote_code:
+                _check_kernel(config)
+            _check_folder(Path(path))
         return cls(path, label or path, config, options, model_args.attn_implementation)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of tokens that the model has embeddings for, if its configuration says it."""
+        return getattr(self.config.get_text_config(), "vocab_size", None)
 
     @property
     def positions(self) -> int | None:
@@ -82,26 +96,34 @@ class ModelSource:
         Raises:
             UserError: if there is none.
         """
-        try:
+        with _refused(f"no tokenizer in {self.path}"):
             return AutoTokenizer.from_pretrained(self.path, **self.options)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer in {self.path}: {error}") from error
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """Load the whole model; under ZeRO-3 Transformers partitions it as it is read.
 
+        Safetensors files are preferred to ``.bin`` files, which are unpickled with
+        ``weights_only=True``: the larger OPT models come in no other form.
+
         Raises:
-            UserError: if it cannot be loaded.
+            UserError: if it cannot be loaded, or some of its weights are in no file.
         """
-        try:
-            return AutoModelForCausalLM.from_pretrained(
+        with _refused(f"cannot load the model from {self.path}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=dtype,
                 attn_implementation=self.attn_implementation,
+                weights_only=True,
+                output_loading_info=True,
                 **self.options,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the model from {self.path}: {error}") from error
+            model, report = loaded
+            if missing := sorted(report["missing_keys"]):
+                raise UserError(
+                    f"its files lack {len(missing)} weights that config.json asks for, such as "
+                    f"{missing[0]}; training would start from random ones"
+                )
+        return model
 
     def load_fsdp2(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the model sharded by FSDP2; a rank reads its own shards from the files.
@@ -135,19 +157,22 @@ class ModelSource:
 
     def _empty(self, dtype: torch.dtype) -> Any:
         """Build the model with its parameters on the meta device and its buffers as they are."""
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
-                    self.config,
-                    dtype=dtype,
-                    attn_implementation=self.attn_implementation,
-                    trust_remote_code=self.options["trust_remote_code"],
-                )
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the model from {self.path}: {error}") from error
+        with (
+            _refused(f"cannot load the model from {self.path}"),
+            init_empty_weights(include_buffers=False),
+        ):
+            model = AutoModelForCausalLM.from_config(
+                self.config,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.options["trust_remote_code"],
+            )
         model.tie_weights()  # moving them to the meta device one by one has cut the ties
         if model.can_generate():
-            with contextlib.suppress(OSError):  # not every model has one
+            with (
+                _refused(f"cannot load the model from {self.path}"),
+                contextlib.suppress(OSError),  # not every model has one
+            ):
                 model.generation_config = GenerationConfig.from_pretrained(
                     self.path, revision=self.options["revision"]
                 )
@@ -163,12 +188,10 @@ class ModelSource:
             raise UserError("they are quantised")
         folder = self.path
         if not Path(folder).is_dir():
-            try:
+            with _refused("cannot download them"):
                 folder = snapshot_download(
                     self.path, revision=self.options["revision"], allow_patterns=_WEIGHTS
                 )
-            except OSError as error:
-                raise UserError(f"cannot download them: {error}") from error
         files = WeightFiles(Path(folder))
         for transform in get_model_conversion_mapping(model):
             if isinstance(transform, WeightConverter):
@@ -176,3 +199,49 @@ class ModelSource:
                     if transform.rename_source_key(name)[1] is not None:
                         raise UserError(f"Transformers converts {name}")
         return files
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Make a sentence of what Transformers raises: from files that hold anything, anything.
+
+    Raises:
+        UserError: for every other exception.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:  # whose message recommends weights_only=False
+        raise UserError(
+            f"{what}: a .bin file is damaged, or holds more than tensors, which could run any "
+            "code; use the model's safetensors files"
+        ) from error
+    except (UserError, OSError, ValueError) as error:
+        said = str(error).replace("`trust_remote_code=True`", "--trust_remote_code")
+        raise UserError(f"{what}: {said}") from error
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _check_kernel(config: PreTrainedConfig) -> None:
+    """Raise `UserError` if the configuration asks for code that Transformers would fetch."""
+    kernel = str(getattr(config, "_attn_implementation", None))
+    if "/" in kernel:
+        raise UserError(
+            f"config.json asks for the attention kernel {shown(kernel)}, which is code from the "
+            "hub: take the entry out, or give --trust_remote_code"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise `UserError` if a model's folder sends Transformers to other places for weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            "the folder holds an adapter, not a model alone; merge the two first (merge_and_unload "
+            "of PEFT), or take adapter_config.json out"
+        )
+    for name in _MODEL_FILES:
+        if (folder / name).is_file():
+            break
+        if (folder / f"{name}.index.json").is_file():
+            WeightFiles(folder, name)  # refuses files that are not of this folder
+            break

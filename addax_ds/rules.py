@@ -41,7 +41,9 @@ class Rule:
         """Whether a user may give `value`; `default` is used where `allowed` is `None`."""
         if self.status is not Status.RESTRICTED:
             return True
-        return value in ((default,) if self.allowed is None else self.allowed)
+        allowed = (default,) if self.allowed is None else self.allowed
+        # To Python true is 1 and false is 0; to whoever wrote 1 step or 0 stages they are not.
+        return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
 
 
 def works(note: str = "") -> Rule:
@@ -64,10 +66,23 @@ def no_effect(note: str) -> Rule:
     return Rule(Status.NO_EFFECT, note)
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest candidate, or an empty string."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ` Did you mean 'x'?` for the nearest candidate, or an empty string.
+
+    Args:
+        name: what was given.
+        candidates: what could have been meant.
+        cutoff: how like it a candidate has to be, 0 to 1.
+    """
+    # The search takes quadratic time, and no candidate is this long.
+    matches = difflib.get_close_matches(name[:100], list(candidates), n=1, cutoff=cutoff)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def shown(text: str, limit: int = 60) -> str:
+    """Return a user's text for a message: what cannot be printed escaped, cut to `limit`."""
+    cut = text if len(text) <= limit else f"{text[:limit]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def raise_problems(title: str, problems: Sequence[str]) -> None:

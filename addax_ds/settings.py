@@ -1,10 +1,12 @@
 """The arguments of Addax itself, and how they are settled against the DeepSpeed JSON."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 
 from addax_ds.data.partition import Method
@@ -50,10 +52,20 @@ class AddaxArguments:
     )
     per_device_zo_batch_size: int | None = field(
         default=None,
-        metadata={"help": "K0 / ranks (default: --per_device_train_batch_size)."},
+        metadata={
+            "help": "Rows of a zeroth-order micro-batch (default: --per_device_train_batch_size)."
+        },
     )
     rounding: Rounding | None = field(
-        default=None, metadata={"help": "Rounding of bf16 weight updates (default stochastic)."}
+        default=None,
+        metadata={"help": "Rounding of bf16 and fp16 weight updates (default stochastic)."},
+    )
+    desync_check_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Steps between two comparisons of the ranks' weights and step values, which "
+            "read the weights twice; 0 for none."
+        },
     )
 
 
@@ -68,7 +80,10 @@ class AddaxSettings:
         length_threshold: L_T in tokens or "median"; `None` where the data is not partitioned.
         rounding: "stochastic" or "nearest".
         seed: seed of z and of stochastic rounding.
-        per_device_zo_batch_size: K0 / ranks; 0 for ip-sgd.
+        per_device_zo_batch_size: rows of a zeroth-order micro-batch; 0 for ip-sgd.
+        gradient_accumulation_steps: micro-batches of a step and rank, in either stream.
+        max_grad_norm: norm that the first-order gradient is clipped to; 0 if it is not.
+        desync_check_steps: steps between two comparisons of the ranks; 0 for none.
     """
 
     method: Method
@@ -78,6 +93,16 @@ class AddaxSettings:
     rounding: Rounding
     seed: int
     per_device_zo_batch_size: int
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 0.0
+    desync_check_steps: int = 0
+
+
+def weights_dtype(args: Any) -> torch.dtype:
+    """Return the type that ``--bf16`` or ``--fp16`` asks for; there is no other copy of weights."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
 
 
 def resolve(
@@ -93,7 +118,8 @@ def resolve(
 
     Args:
         addax_args: as parsed.
-        training_args: `seed`, `bf16` and `per_device_train_batch_size` are read.
+        training_args: `seed`, the type of the weights, `per_device_train_batch_size`,
+            `gradient_accumulation_steps` and `max_grad_norm` are read.
         json_params: `optimizer.params` of the JSON, empty without DeepSpeed.
         where: what to call the JSON in messages.
 
@@ -102,16 +128,23 @@ def resolve(
             which names both places and both values.
     """
     settings = settle_arguments(addax_args, training_args, json_params, where)
-    if addax_args.rounding is not None and not training_args.bf16:
-        logger.warning("--rounding has no effect without --bf16: fp32 weights are not rounded.")
+    if addax_args.rounding is not None and weights_dtype(training_args) is torch.float32:
+        logger.warning("--rounding has no effect on fp32 weights, whose updates are not rounded.")
+    if settings.max_grad_norm > 0.0 and settings.gradient_accumulation_steps == 1:
+        logger.warning(
+            "--max_grad_norm %g: the norm is known only after a backward, so each step runs its "
+            "first-order forward and backward twice; 0 does not clip.",
+            settings.max_grad_norm,
+        )
     return settings
 
 
 def settle_arguments(
     args: AddaxArguments, training: Any, json_params: Mapping[str, Any], where: str
 ) -> AddaxSettings:
-    """`resolve` without its warnings, on anything that has the three training arguments."""
+    """`resolve` without its warnings, on anything that has the training arguments it reads."""
     _check_addax_arguments(args)
+    _check_step(training)
     raise_problems(f"{where}:", list(optimizer_problems(json_params, "optimizer.params.")))
     fixed_alpha = _FIXED_ALPHA.get(args.method)
 
@@ -142,7 +175,23 @@ def settle_arguments(
         rounding=settle("rounding", args.rounding, OPTIMIZER_DEFAULTS["rounding"]),
         seed=seed,
         per_device_zo_batch_size=0 if args.method == "ip-sgd" else zo_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_grad_norm=0.0 if args.method == "mezo" else float(training.max_grad_norm),
+        desync_check_steps=args.desync_check_steps,
     )
+
+
+def _check_step(training: Any) -> None:
+    """Raise `UserError` for values of the training arguments that no step can have."""
+    problems = []
+    if training.gradient_accumulation_steps < 1:
+        problems.append(
+            f"--gradient_accumulation_steps {training.gradient_accumulation_steps}: it must be at "
+            "least 1."
+        )
+    if not 0 <= training.max_grad_norm < math.inf:
+        problems.append(f"--max_grad_norm {training.max_grad_norm}: it must be at least 0.")
+    raise_problems("These training arguments cannot be used:", problems)
 
 
 def _check_addax_arguments(args: AddaxArguments) -> None:
@@ -152,6 +201,8 @@ def _check_addax_arguments(args: AddaxArguments) -> None:
     problems = list(optimizer_problems(vars(args), "--"))
     if args.per_device_zo_batch_size is not None and args.per_device_zo_batch_size < 1:
         problems.append("--per_device_zo_batch_size must be at least 1.")
+    if args.desync_check_steps < 0:
+        problems.append("--desync_check_steps must be at least 0.")
     fixed_alpha = _FIXED_ALPHA.get(args.method, args.alpha)
     if args.alpha not in (None, fixed_alpha):
         problems.append(

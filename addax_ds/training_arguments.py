@@ -30,10 +30,6 @@ _SAMPLING = (
 _LOADER = "Addax's own loader prepares the batches and does not take it; remove it."
 _DDP = "The model is never wrapped in DistributedDataParallel; remove it."
 _FSDP = "It is Accelerate's way to shard, after the optimizer is made; use --sharding fsdp2."
-_FP16 = (
-    "fp16 needs loss scaling, and an update that is applied during the backward pass cannot be "
-    "undone after an overflow; use --bf16 or fp32."
-)
 _FULL_EVAL = "It casts the training weights for good; --bf16 stores and evaluates them in bf16."
 _ALIAS = "Deprecated alias of activation_checkpointing"
 _METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -58,23 +54,22 @@ RULES: dict[str, Rule] = {
     "adam_beta2": default_only(_ADAM),
     "adam_epsilon": default_only(f"{_ADAM} The perturbation scale is --zo_eps."),
     "optim_target_modules": default_only(_OPTIMIZER),
-    "gradient_accumulation_steps": default_only(
-        "Weights are updated during every backward pass, so gradients cannot be accumulated yet; "
-        "raise --per_device_train_batch_size and --per_device_zo_batch_size instead."
+    "gradient_accumulation_steps": works(
+        "Micro-batches of a step, in either stream. Zeroth-order ones cost passes alone; "
+        "first-order ones a sum of gradients in fp32, 4 bytes a parameter over all ranks."
     ),
     "average_tokens_across_devices": default_only(
         "Both losses are divided by the global number of target tokens; leave it on."
     ),
-    "max_grad_norm": only(
-        0,
-        note="Updates are applied before the global gradient norm is known, so gradients cannot "
-        "be clipped; set it to 0 (Transformers' own default is 1.0).",
+    "max_grad_norm": works(
+        "Of the first-order gradient, exactly: without accumulation a step runs its first-order "
+        "forward and backward twice. 0, launch/train.py's default, does not clip."
     ),
     "label_smoothing_factor": default_only(
         "Both passes use the model's own loss; label smoothing is not part of it. Remove it."
     ),
     "bf16": works("Stores the weights in bf16: no master copy, no autocast."),
-    "fp16": default_only(_FP16),
+    "fp16": works("Stores the weights in fp16, with a dynamic loss scale. Prefer bf16."),
     "bf16_full_eval": default_only(_FULL_EVAL),
     "fp16_full_eval": default_only(_FULL_EVAL),
     "tf32": works(),
@@ -102,7 +97,7 @@ RULES: dict[str, Rule] = {
     "logging_steps": works(),
     "logging_first_step": works(),
     "log_on_each_node": works(),
-    "logging_nan_inf_filter": works("Of the logged loss; Addax stops after 10 bad steps in a row."),
+    "logging_nan_inf_filter": works("Of the logged loss; training stops after 10 bad steps."),
     "include_num_input_tokens_seen": only(
         "no", False, note="A step holds two batches, which Trainer cannot count; remove it."
     ),
@@ -187,7 +182,7 @@ RULES: dict[str, Rule] = {
     "do_eval": works("Follows eval_strategy."),
     "do_predict": no_effect("launch/train.py evaluates the test rows at the end if there are any."),
     "resume_from_checkpoint": works(
-        "A path, or True for the last checkpoint in output_dir. The number of ranks and the way to "
+        "A path, or True for the newest intact one in output_dir. The number of ranks and the way to "
         "shard may have changed, the global batches may not."
     ),
     "local_rank": works("Given by launchers."),

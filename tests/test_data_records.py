@@ -152,6 +152,10 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ('{"text": "a", "text": "b"}', 1, "duplicate JSON keys: text"),
         ('{"text": "a", "meta": {"k": 1, "k": 2}}', 1, "duplicate JSON keys: k"),
         ('{"text": "half \\ud800"}', 1, "surrogate"),
+        ('{"text": "a", "x": NaN}', 1, "NaN is not a JSON number"),
+        (GOOD + '{"prompt": "a", "completion": "b\n"}', 2, r"not valid JSON \(column 33: "),
+        ("\ufeff" + GOOD + "\ufeff" + GOOD, 2, "Unexpected UTF-8 BOM"),  # two files in one
+        (GOOD.replace("\n", "\r") * 2, 1, "not valid JSON"),
     ],
 )
 def test_bad_input_names_file_line_and_fault(write, content, line, says):
@@ -173,6 +177,11 @@ def test_bad_input_names_file_line_and_fault(write, content, line, says):
         ([{"role": "user", "content": "hi"}], "no turn of the role 'assistant'"),
         ([{"role": "assistant", "content": "hi"}], "start with the assistant"),
         ([*DIALOGUE[:2], {"role": "assistant", "content": ""}], r"messages\[2\].*is empty"),
+        # Turns that would be rendered, and never learnt.
+        ([*DIALOGUE, {"role": "asistant", "content": "x"}], r"messages\[5\].role is 'asistant'"),
+        ([*DIALOGUE, {"role": "Assistant", "content": "x"}], "Did you mean 'assistant'"),
+        ([*DIALOGUE, {"role": "assistant ", "content": "x"}], "Did you mean 'assistant'"),
+        ([*DIALOGUE, {"role": " ", "content": "x"}], r"messages\[5\].role is empty"),
     ],
 )
 def test_bad_messages(write, messages, says):
@@ -195,6 +204,9 @@ def test_missing_file_and_directory(tmp_path):
         (None, DIALOGUE, "tokenizer has none"),
         (INSTRUCT, DIALOGUE, "roles must alternate"),
         (FORGETS, DIALOGUE, r"messages\[2\] differently when later text follows"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", DIALOGUE, "refuses the messages: Range too"),
+        ("{{ 1 // 0 }}", DIALOGUE, "refuses the messages: integer division"),
+        ("hello", DIALOGUE, r"writes nothing for messages\[2\]"),
     ],
 )
 def test_chat_templates_that_cannot_serve(write, template, messages, says):

@@ -11,9 +11,15 @@ from addax_ds.settings import AddaxArguments, AddaxSettings, resolve
 
 def training_args(**kwargs: Any) -> Any:
     """What `resolve` reads of `TrainingArguments`."""
-    return SimpleNamespace(
-        **({"seed": 0, "bf16": False, "per_device_train_batch_size": 6} | kwargs)
-    )
+    values = {
+        "seed": 0,
+        "bf16": False,
+        "fp16": False,
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 1,
+        "max_grad_norm": 0.0,
+    }
+    return SimpleNamespace(**(values | kwargs))
 
 
 def settled(json_params: dict[str, Any] | None = None, **addax: Any) -> Any:
@@ -29,6 +35,9 @@ def test_defaults() -> None:
         rounding="stochastic",
         seed=0,
         per_device_zo_batch_size=6,
+        gradient_accumulation_steps=1,
+        max_grad_norm=0.0,
+        desync_check_steps=100,
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,7 @@ def encode(
     *,
     max_length: int | None,
     model_positions: int | None,
+    vocabulary_size: int | None = None,
 ) -> list[Example]:
     """Tokenise records and label the tokens that overlap a target span.
 
@@ -81,13 +82,15 @@ def encode(
         tokenizer: A fast one: only these report which characters a token covers.
         max_length: Longer sequences lose tokens on the left, never BOS and never a target.
         model_positions: The longest sequence that the model can take; None if it has no limit.
+        vocabulary_size: Tokens that the model has embeddings for; None if it is not known.
 
     Returns:
         One example a record, in order.
 
     Raises:
         UserError: The tokenizer is slow, or lacks the EOS that a record wants; `max_length` exceeds
-            `model_positions`; or a record has no token to learn or is too long.
+            `model_positions`; or a record has no token to learn, is too long, or is nothing that
+            tokenizer and model can take.
     """
     _check_limits(max_length, model_positions)
     if not tokenizer.is_fast:
@@ -98,6 +101,7 @@ def encode(
     examples = []
     for record, tokens in zip(records, _tokenise(records, tokenizer), strict=True):
         example = _label(record, tokens, tokenizer.eos_token_id)
+        _check_ids(example, tokenizer, vocabulary_size)
         head = _head(tokens, tokenizer.bos_token_id)
         examples.append(_fit(example, head, max_length, model_positions))
     return examples
@@ -115,21 +119,26 @@ def _check_limits(max_length: int | None, model_positions: int | None) -> None:
         )
 
 
+def _check_ids(
+    example: Example, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None
+) -> None:
+    """Raise if the model has no embedding for a token, which would end the run at its step."""
+    largest = int(example.input_ids.max())
+    if vocabulary_size is not None and largest >= vocabulary_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{example.origin}: the tokenizer makes token {largest} ({token!r}), and the model has "
+            f"embeddings for {vocabulary_size}: the tokenizer is another model's, or got tokens "
+            "that the model did not (resize_token_embeddings)"
+        )
+
+
 def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     """Yield the tokens of every record, in order."""
     for add_special_tokens, group in groupby(records, key=lambda record: record.add_special_tokens):
-        texts = [record.text for record in group]
-        for start in range(0, len(texts), _CHUNK):
-            batch = tokenizer(
-                texts[start : start + _CHUNK],
-                add_special_tokens=add_special_tokens,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                return_offsets_mapping=True,
-                return_special_tokens_mask=True,
-                verbose=False,  # `_fit` judges the length
-            )
+        rows = list(group)
+        for start in range(0, len(rows), _CHUNK):
+            batch = _call(tokenizer, rows[start : start + _CHUNK], add_special_tokens)
             for ids, offsets, added in zip(
                 batch["input_ids"],
                 batch["offset_mapping"],
@@ -141,6 +150,29 @@ def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> 
                     np.asarray(offsets, np.int64).reshape(-1, 2),
                     np.asarray(added, np.bool_),
                 )
+
+
+def _call(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Record], add_special_tokens: bool
+) -> Mapping[str, Any]:
+    """Tokenise some rows at once; if that fails, one by one to tell which it is."""
+    try:
+        return tokenizer(
+            [record.text for record in rows],
+            add_special_tokens=add_special_tokens,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,  # `_fit` judges the length
+        )
+    except Exception as error:  # what the tokenizers library raises has no narrower type
+        if len(rows) == 1:
+            raise UserError(f"{rows[0].origin}: the tokenizer fails: {error}") from error
+        for record in rows:
+            _call(tokenizer, [record], add_special_tokens)
+        raise
 
 
 def _label(record: Record, tokens: _Tokens, eos: int | None) -> Example:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from addax_ds.errors import UserError
+from addax_ds.rules import did_you_mean, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +33,8 @@ SHAPES: dict[str, tuple[str, ...]] = {
 """The row shapes of a JSON Lines file: name -> columns that a row of this shape has."""
 
 _UTF8_BOM = b"\xef\xbb\xbf"
+_LONGEST_LINE = 64 << 20  # bytes: one object without line ends, or no text at all, fills the memory
+_ROLES = ("assistant", "user", "system", "developer", "tool", "function")
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,10 @@ def chat(
                 "tokens cannot be told apart; write the rows as prompt + completion instead"
             )
         turn = through[len(before) :]
+        if not turn.strip():
+            raise UserError(
+                f"{origin}: the tokenizer's chat template writes nothing for messages[{index}]"
+            )
         targets.append((len(before), len(before) + _learnt_length(turn, message["content"])))
     if not targets:
         raise UserError(f"{origin}: messages hold no turn of the role 'assistant' to learn from")
@@ -133,7 +143,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> No
 def read_jsonl(
     path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
 ) -> list[Record]:
-    """Read a JSON Lines file (UTF-8, one object a line, blank lines skipped).
+    """Read a JSON Lines file (UTF-8, one object of at most 64 MiB a line, blank lines skipped).
 
     The first row decides which of `SHAPES` the file has: `prompt` and `completion` (strings, loss
     on the completion), `messages` (see `chat`) or `text` (loss on all of it). Every row must have
@@ -165,52 +175,85 @@ def read_jsonl(
     if not records:
         raise UserError(f"{path}: the file holds no rows; expected one JSON object a line")
     if unused:
-        logger.info("%s: columns that are not used: %s", path, ", ".join(sorted(unused)))
+        logger.info("%s: columns that are not used: %s", path, _listed(unused))
     return records
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (origin, row) for every line that is not blank."""
+    number = 0
     try:
-        file = path.open("rb")
+        with _open(path) as file:
+            # Bytes, because text mode would report a decoding error without its line.
+            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), 1):
+                row = line.removeprefix(_UTF8_BOM) if number == 1 else line
+                if row.strip():
+                    origin = f"{path}:{number}"
+                    yield origin, _parse(row, origin)
+    except OSError as error:
+        place = f"{path}:{number + 1}"
+        raise UserError(f"{place}: the file cannot be read: {error.strerror}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file; opening a pipe would wait for a writer."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a directory; expected a JSON Lines file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
-    with file:
-        # Bytes, because text mode would report a decoding error without its line.
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(_UTF8_BOM)
-            if line.strip():
-                origin = f"{path}:{number}"
-                yield origin, _parse(line, origin)
+        raise UserError(f"{shown(str(path))}: cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a null byte or half a surrogate pair
+        raise UserError(f"{shown(str(path))}: is no name of a file: {error}") from error
+    kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+    raise UserError(f"{path}: is {kind}; expected a JSON Lines file")
 
 
 def _parse(line: bytes, origin: str) -> dict[str, Any]:
     """Return the JSON object of one line."""
+    if len(line) > _LONGEST_LINE:
+        raise UserError(
+            f"{origin}: the line is longer than {_LONGEST_LINE >> 20} MiB; expected one object a "
+            "line"
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise UserError(f"{origin}: duplicate JSON keys: {', '.join(twice)}")
+            counts = Counter(key for key, _ in pairs)
+            twice = _listed(key for key, count in counts.items() if count > 1)
+            raise UserError(f"{origin}: duplicate JSON keys: {twice}")
         return row
 
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a JSON number")
+
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+        text = line.decode("utf-8")
+        row = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except UserError:
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{origin}: not valid JSON (column {error.colno}: {error.msg}); expected one object a "
+            "line"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not valid JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{origin}: expected a JSON object, got a {type(row).__name__}")
     return row
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """Return names of columns for a message: sorted, printable, and not too many."""
+    names = sorted(columns)
+    more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
+    return ", ".join([shown(name) for name in names[:20]] + more)
 
 
 def _shapes_in(row: Mapping[str, Any]) -> list[str]:
@@ -225,7 +268,7 @@ def _shape_of(row: Mapping[str, Any], origin: str) -> str:
     """Return the shape of a file's first row."""
     shapes = _shapes_in(row)
     if not shapes:
-        found = ", ".join(f"{key} (null)" if row[key] is None else key for key in sorted(row))
+        found = _listed(f"{key} (null)" if row[key] is None else key for key in row)
         raise UserError(
             f"{origin}: found columns [{found}], which fit none of the known shapes: "
             f"{' | '.join(SHAPES)}"
@@ -239,7 +282,7 @@ def _require_shape(row: Mapping[str, Any], shape: str, origin: str, path: Path) 
     if missing:
         raise UserError(
             f"{origin}: no {' and no '.join(missing)} (or null), but by its first row {path} holds "
-            f"rows of the shape '{shape}'; found columns [{', '.join(sorted(row))}]"
+            f"rows of the shape '{shape}'; found columns [{_listed(row)}]"
         )
     shapes = _shapes_in(row)
     if len(shapes) > 1:
@@ -287,7 +330,20 @@ def _messages(value: object, origin: str) -> list[dict[str, Any]]:
             raise UserError(f"{origin}: messages[{index}] must be an object, got a {kind}")
         for key in ("role", "content"):
             _string(message.get(key), f"messages[{index}].{key}", origin)
+        _require_role(message["role"], f"{origin}: messages[{index}].role")
     return value
+
+
+def _require_role(role: str, place: str) -> None:
+    """Raise if the role is a slip of the pen: its turn would be rendered, and never learnt.
+
+    Which other roles there are is the template's business.
+    """
+    if not role.strip():
+        raise UserError(f"{place} is empty; expected one of {', '.join(_ROLES)}")
+    meant = did_you_mean(role.strip().lower(), _ROLES, cutoff=0.8)
+    if role not in _ROLES and meant:
+        raise UserError(f"{place} is {shown(role)!r}.{meant}")
 
 
 def _render(
@@ -298,15 +354,13 @@ def _render(
     add_generation_prompt: bool,
 ) -> str:
     """Return the conversation as the chat template writes it."""
-    import jinja2  # a dependency of torch; only chat needs it
-
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program of the model's author
         raise UserError(f"{origin}: the chat template refuses the messages: {error}") from error
     assert isinstance(text, str)  # because of tokenize=False
     return text
