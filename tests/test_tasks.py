@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from addax_ds.errors import UserError
 from addax_ds.tasks import (
@@ -136,6 +138,8 @@ def test_prompts_are_the_published_ones(name):
 def test_every_task_of_the_papers_is_there():
     assert TASKS.keys() == WORDED.keys() | {"sst2-demo"}
     assert {path.name for path in FIXTURES.iterdir()} == WORDED.keys()
+    listed = (FIXTURES.parent.parent / "docs" / "tasks.md").read_text()
+    assert all(f"| `{name}` |" in listed for name in TASKS)
 
 
 @pytest.mark.parametrize("name", WORDED)
@@ -430,6 +434,45 @@ def test_bad_rows_of_the_papers_tasks(name, change, message, tmp_path):
     else:
         with pytest.raises(UserError, match=rf"task {name}, {path}:1: .*{message}"):
             task.rows(Sizes(0, 0, 1))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["text", "spans", "x"]), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", WORDED)
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_row_is_read_or_refused_in_words(name, data):
+    task = TASKS[name]
+    typed = {
+        str: st.text(st.characters(), max_size=8),
+        int: st.integers(-1, 3),
+        bool: st.booleans(),
+    }
+    columns = {
+        column: data.draw(typed.get(kind, JSON) if data.draw(st.booleans()) else JSON)
+        for column, kind in task.columns.items()
+        if data.draw(st.integers(0, 9))
+    }
+    try:
+        row = task._read(SourceRow("file:7", columns))
+        said = (row.prompt + row.answer) and row.origin
+    except UserError as error:
+        said = str(error)
+    assert "file:7" in said
+
+
+def test_half_a_surrogate_pair_is_refused():
+    columns = {"sentence": "fine \ud800", "label": 1}
+    with pytest.raises(UserError, match="file:7: the row cannot be put in words: UnicodeEncode"):
+        TASKS["sst2"]._read(SourceRow("file:7", columns))
 
 
 def test_columns_of_another_edition():

@@ -135,8 +135,11 @@ class Task(ABC):
                     f"{type(value).__name__}"
                 )
         try:
-            prompt = self.prompt(columns).lstrip()
-            return self._row(prompt, columns, row.origin)
+            read = self._row(self.prompt(columns).lstrip(), columns, row.origin)
+            texts = read.candidates if isinstance(read, ChoiceRow) else read.answers
+            # JSON can spell half a surrogate pair, which is no text: tokenizers die on it.
+            "".join((read.prompt, *texts)).encode()
+            return read
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise UserError(f"task {self.name}, {error}") from error
