@@ -173,10 +173,13 @@ def _own_generation_config(model: Any) -> Iterator[None]:
 
     ``generate`` fills what a given configuration leaves open from the model's.
     """
-    module = getattr(model, "module", model)  # DeepSpeed's engine wraps it
-    recommended = module.generation_config
-    module.generation_config = GenerationConfig()
+    # Inside the wrappers of DeepSpeed and PEFT, of which the latter copies it inwards.
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    recommended = [module.generation_config for module in owners]
     try:
+        for module in owners:
+            module.generation_config = GenerationConfig()
         yield
     finally:
-        module.generation_config = recommended
+        for module, config in zip(owners, recommended, strict=True):
+            module.generation_config = config

@@ -19,6 +19,7 @@ from addax_ds.trainer import AddaxTrainer
 from tests.ranks import run_ranks
 from tests.tiny import byte_tokenizer, question_set, tiny_model, tiny_tokenizer, write_model
 from tests.workers.evaluation_cases import run_all
+from tests.workers.trainer_cases import with_adapters
 
 FAMILIES = ("opt", "llama", "qwen3", "mistral", "gemma3")
 
@@ -69,6 +70,19 @@ def test_what_a_checkpoint_recommends_for_chatting_plays_no_part(tmp_path):
     recommended.suppress_tokens, recommended.max_length = list(range(50, 200)), 5
     assert np.array_equal(scores_of(model, dataset, tmp_path, 4), plain)
     assert model.generation_config is recommended
+
+
+def test_a_model_with_adapters(tmp_path):
+    model, dataset = with_adapters(tiny_model("llama")).eval(), question_set()
+    model.generation_config.repetition_penalty = 9.0
+    adapted = scores_of(model, dataset, tmp_path, 4)
+    merged = model.merge_and_unload()
+    assert merged.generation_config.repetition_penalty == 9.0
+    wanted = scores_of(merged, dataset, tmp_path, 4)
+    assert np.array_equal(adapted[:, 2:], wanted[:, 2:])
+    assert not np.array_equal(
+        wanted[:, 2:], scores_of(tiny_model("llama").eval(), dataset, tmp_path, 4)[:, 2:]
+    )
 
 
 def test_loss_and_metrics(tmp_path):
