@@ -22,6 +22,7 @@ from addax_ds.ds_config import check_ds_config, load_ds_config, pick, warn_witho
 from addax_ds.errors import UserError
 from addax_ds.rules import did_you_mean, raise_problems
 from addax_ds.settings import AddaxArguments, AddaxSettings, resolve, settle_arguments
+from addax_ds.tasks import TASKS, find_task
 from addax_ds.training_arguments import DEFAULTS, check_training_arguments, check_values
 
 __all__ = [
@@ -42,6 +43,9 @@ GENERAL_DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "use_cpu": not torch.accelerator.is_available(),
 }
+
+# What is trained on without --task and --train_file.
+DEMO_TASK = "sst2-demo"
 
 # K0 = K1 of the demo, over all ranks.
 DEMO_GLOBAL_BATCH_SIZE = 8
@@ -64,6 +68,9 @@ DEMO_PRESET: dict[str, Any] = {
 # Any of these says that a launcher has started this process.
 _LAUNCHER_VARIABLES = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+# Arguments that only a task heeds.
+_OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed")
 
 ShardingName = Literal["zero3", "fsdp2", "none"]
 
@@ -105,10 +112,42 @@ class ModelArguments:
 class DataArguments:
     """Which records are trained on, and how they are encoded."""
 
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"One of {', '.join(TASKS)}, or file.py:NAME for one of your own "
+            "(docs/tasks.md). Without it and --train_file: sst2-demo."
+        },
+    )
+    task_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that save_to_disk wrote, folder with train.jsonl and validation.jsonl, "
+            "or JSONL file, instead of the task's own source."
+        },
+    )
+    num_train: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training rows of the task (default: its own number, mostly 1000). 0: "
+            "no training, the model as it is on the test rows."
+        },
+    )
+    num_dev: int | None = field(
+        default=None,
+        metadata={"help": "Dev rows of the task, out of its train split (default: mostly 500)."},
+    )
+    num_test: int | None = field(
+        default=None,
+        metadata={"help": "Test rows of the task (default: mostly 1000)."},
+    )
+    task_seed: int = field(
+        default=0, metadata={"help": "Seed by which the rows of the task are drawn."}
+    )
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "JSONL with prompt and completion, messages, or text (default: SST-2 rows)."
+            "help": "JSONL with prompt and completion, messages, or text, instead of a task."
         },
     )
     validation_file: str | None = field(
@@ -122,10 +161,18 @@ class DataArguments:
         default=False, metadata={"help": "Leave the test set unread, as for choosing settings."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest sequence in tokens (default: the model's limit)."}
+        default=None,
+        metadata={
+            "help": "Longest sequence in tokens (default: the model's limit, for a task 2048 at "
+            "most); longer ones lose tokens on the left, or for files are refused without it."
+        },
     )
     append_eos: bool = field(
-        default=True, metadata={"help": "End every completion with the end-of-sequence token."}
+        default=True,
+        metadata={
+            "help": "End every completion of a file with the end-of-sequence token; answers of "
+            "tasks never are."
+        },
     )
 
 
@@ -212,7 +259,7 @@ def parse_arguments(
     )
     parser.set_defaults(**GENERAL_DEFAULTS)
     given = parser.given(list(sys.argv[1:] if argv is None else argv))
-    is_demo = "model_name_or_path" not in given and "train_file" not in given
+    is_demo = not {"model_name_or_path", "train_file", "task"} & given.keys()
     values = {**GENERAL_DEFAULTS, **(_demo_preset(given) if is_demo else {}), **given}
     params: Mapping[str, Any] = {}
     where = "the DeepSpeed config"
@@ -222,6 +269,10 @@ def parse_arguments(
         params = config.get("optimizer", {}).get("params", {})
         values |= _from_json(config, params, given, where)
     _check_before_start(values, given, params, where)
+    if values.get("train_file") is None:
+        task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
+        if values.get("load_best_model_at_end"):
+            values.setdefault("metric_for_best_model", task.metric)
     try:
         parsed = parser.parse_dict(values)
     except (ValueError, TypeError) as error:
@@ -397,17 +448,43 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
     ]
     if files["train_file"] is None:
         problems += [
-            f"--{name} needs --train_file: the demo's rows have their own split."
+            f"--{name} needs --train_file: a task has its own dev and test rows."
             for name in ("validation_file", "test_file")
             if files[name] is not None
         ]
+        problems += _task_problems(values)
     elif files["validation_file"] is None and values.get("eval_strategy", "no") != "no":
         problems.append("--eval_strategy needs --validation_file.")
     if values.get("max_length") is not None and values["max_length"] < 2:
         problems.append("--max_length must be at least 2 tokens.")
+    if files["train_file"] is not None:
+        problems += [
+            f"--{name} has no effect with --train_file; remove one of them."
+            for name in _OF_TASKS
+            if values.get(name) is not None
+        ]
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if values.get(name, 1) < 1:
             problems.append(f"--{name} must be at least 1.")
+    return problems
+
+
+def _task_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"--{name} needs --task."
+        for name in _OF_TASKS
+        if values.get("task") is None and values.get(name) is not None
+    ]
+    problems += [
+        f"--{name} {values[name]}: it must not be below 0."
+        for name in ("num_train", "num_dev", "num_test", "task_seed")
+        if (values.get(name) or 0) < 0
+    ]
+    for name in ("num_train", "num_dev"):
+        if values.get(name) == 0 and values.get("eval_strategy", "no") != "no":
+            problems.append(f"--eval_strategy needs dev rows, and there are none with --{name} 0.")
+    if values.get("num_train") == 0 and (values.get("skip_test") or values.get("num_test") == 0):
+        problems.append("--num_train 0 leaves only the test rows, and they are not to be read.")
     return problems
 
 

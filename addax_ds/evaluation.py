@@ -1,21 +1,76 @@
 """Evaluation: token-averaged loss, and accuracy over candidate answers.
 
-A candidate's score is its mean log-likelihood per answer token. Examples are scored one by one and
-gathered by index, so the result does not depend on the number of ranks or the batch size.
+A candidate's score is its mean log-likelihood per answer token; `addax_ds.generation` has answers
+that are written. Every example is scored once, by one rank, in a batch that does not depend on the
+number of ranks.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from addax_ds.agreement import everywhere
 from addax_ds.data.batches import pad
 from addax_ds.data.encoding import NO_LOSS, Example
+
+Scores = NDArray[np.float64]
+"""Shape ``(examples, width)``: what `ScoredSet.score` returned, in the order of the examples."""
+
+_NOBODY = -1  # index of a row that only keeps a rank busy
+
+
+class ScoredSet(Dataset[tuple[Any, ...]], ABC):
+    """Examples that a model is scored on, and what their scores say.
+
+    Attributes:
+        examples: tokenised sequences; labels mark the tokens whose likelihood is the loss.
+        width: numbers that `score` returns for an example.
+    """
+
+    width: int
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        """Return the number of examples to be scored."""
+        return len(self.examples)
+
+    @abstractmethod
+    def collator(self, pad_token_id: int) -> "EvaluationCollator":
+        """Return what makes a batch of items."""
+
+    @abstractmethod
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Score a batch; on several ranks all call it equally often.
+
+        Returns:
+            fp64 ``(rows, width)``.
+        """
+
+    @abstractmethod
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """Turn the scores of all examples into metrics, ``loss`` among them."""
+
+    @abstractmethod
+    def predictions(self, scores: Scores) -> Iterator[dict[str, Any]]:
+        """Yield what a report on single rows says, to be written as JSON."""
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Divide the indices of the examples into batches of like lengths, the longest first.
+
+        So there is little padding, and too large a batch fails at once.
+        """
+        order = np.argsort([-example.length for example in self.examples], kind="stable").tolist()
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 @dataclass(frozen=True)
@@ -26,71 +81,155 @@ class Choice:
         first: index of the row's first candidate among the examples; the others follow it.
         count: number of candidates.
         label: which of them, counted from 0, is right.
+        also_right: which others are.
+        candidates: their texts, for reports.
     """
 
     first: int
     count: int
     label: int
+    also_right: tuple[int, ...] = ()
+    candidates: tuple[str, ...] = ()
 
 
-class EvaluationSet(Dataset[tuple[int, Example]]):
-    """Examples to be scored; with ``choices``, each example is one candidate of a row.
+class EvaluationSet(ScoredSet):
+    """Texts, or candidate answers, whose likelihood is measured.
 
     Args:
-        examples: tokenised sequences; labels mark the tokens whose likelihood counts.
+        examples: with ``choices``, each is one candidate of a row.
         choices: the rows, or nothing for plain text, which has a loss but no accuracy.
     """
 
+    width = 2
+
     def __init__(self, examples: Sequence[Example], choices: Sequence[Choice] = ()) -> None:
+        super().__init__(examples)
         assert not choices or choices[-1].first + choices[-1].count == len(examples)
-        self.examples = examples
         self.choices = choices
-        # Batches of like lengths have little padding; the longest come first, so that too large a
-        # batch fails at once.
-        self._order = np.argsort([-example.length for example in examples], kind="stable")
 
-    def __len__(self) -> int:
-        """Return the number of examples to be scored."""
-        return len(self.examples)
-
-    def __getitem__(self, position: int) -> tuple[int, Example]:
-        """Return the example at a position of the order of length, with its index."""
-        index = int(self._order[position])
+    def __getitem__(self, index: int) -> tuple[int, Example]:
+        """Return an example with its index."""
         return index, self.examples[index]
 
-    def metrics(self, indices: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-        """Turn the scores of all examples into metrics.
+    def collator(self, pad_token_id: int) -> "EvaluationCollator":
+        """Return what makes a batch of items."""
+        return EvaluationCollator(pad_token_id)
 
-        Args:
-            indices: int64 ``(n,)``: which example each score belongs to.
-            scores: fp64 ``(n, 2)``: log-likelihood of an example's target tokens, and their number.
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the log-likelihood of each example's target tokens, and their number."""
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return token_scores(logits, batch["labels"])
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """Return the metrics.
 
         Returns:
             ``loss``, the mean negative log-likelihood per target token (of the right candidates),
             and ``accuracy`` if there are choices.
         """
-        table = np.full((len(self.examples), 2), np.nan)
-        table[indices] = scores
-        assert not np.isnan(table[:, 1]).any(), "an example was not scored"
         if not self.choices:
-            return {"loss": _loss(table)}
-        means = table[:, 0] / table[:, 1]
-        predicted = [int(np.argmax(means[c.first : c.first + c.count])) for c in self.choices]
-        right = [guess == c.label for guess, c in zip(predicted, self.choices, strict=True)]
-        answers = table[[c.first + c.label for c in self.choices]]
-        return {"loss": _loss(answers), "accuracy": float(np.mean(right))}
+            return {"loss": mean_loss(scores)}
+        right = [row["right"] for row in self.predictions(scores)]
+        answers = scores[[choice.first + choice.label for choice in self.choices]]
+        return {"loss": mean_loss(answers), "accuracy": float(np.mean(right))}
+
+    def predictions(self, scores: Scores) -> Iterator[dict[str, Any]]:
+        """Yield each row's candidate scores, the choice, and whether it is right."""
+        means = scores[:, 0] / scores[:, 1]
+        for choice in self.choices:
+            own = means[choice.first : choice.first + choice.count]
+            predicted = int(np.argmax(own))
+            yield {
+                "origin": self.examples[choice.first].origin,
+                "candidates": list(choice.candidates),
+                "scores": own.tolist(),
+                "predicted": predicted,
+                "label": choice.label,
+                "also_right": list(choice.also_right),
+                "right": predicted in (choice.label, *choice.also_right),
+            }
 
 
 class EvaluationCollator:
-    """Pads examples of an `EvaluationSet` to one batch and keeps their indices."""
+    """Pads items of an `EvaluationSet` to one batch and keeps their indices."""
 
     def __init__(self, pad_token_id: int) -> None:
         self._pad_token_id = pad_token_id
 
-    def __call__(self, rows: list[tuple[int, Example]]) -> dict[str, Any]:
-        """Return the model's inputs, ``labels`` and ``index``, int64 of shape ``(rows,)``."""
-        indices, examples = zip(*rows, strict=True)
-        return {"index": torch.tensor(indices), **pad(examples, self._pad_token_id)}
+    def __call__(self, items: list[Any]) -> dict[str, Tensor]:
+        """Return the model's inputs, ``labels`` and ``index``, int64 of shape ``(rows,)``.
+
+        Without items, the batch is a row of one token that belongs to no example.
+        """
+        indices, *parts = zip(*(items or [self._filler()]), strict=True)
+        return {"index": torch.tensor(indices), **self._collate(*parts)}
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return pad(examples, self._pad_token_id)
+
+    def _filler(self) -> tuple[Any, ...]:
+        return _NOBODY, self._one_token()
+
+    def _one_token(self) -> Example:
+        token = np.array([self._pad_token_id], np.int32)
+        return Example(token, np.array([NO_LOSS], np.int32), "filler")
+
+
+class RankBatches(Sampler[list[int]]):
+    """The batches of a rank: in each round every rank has the next one, or none, to keep step."""
+
+    def __init__(self, batches: Sequence[list[int]], rank: int, world_size: int) -> None:
+        rounds = -(-len(batches) // world_size)
+        own = list(batches[rank::world_size])
+        self._batches = own + [[]] * (rounds - len(own))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches."""
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        """Return the number of rounds."""
+        return len(self._batches)
+
+
+def evaluation_dataloader(
+    dataset: ScoredSet, size: int, rank: int, world_size: int, pad_token_id: int, **options: Any
+) -> DataLoader:
+    """Return a loader of this rank's share; ``options`` are those of `DataLoader`.
+
+    It must not go through ``accelerator.prepare``, which would share it out once more.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=RankBatches(dataset.batches(size), rank, world_size),
+        collate_fn=dataset.collator(pad_token_id),
+        **options,
+    )
+
+
+class ScoreTable:
+    """Collects what single batches, and then other ranks, have to say."""
+
+    def __init__(self, dataset: ScoredSet) -> None:
+        self._scores = np.zeros((len(dataset), dataset.width))
+        self._times = np.zeros(len(dataset), np.int64)
+
+    def add(self, indices: Tensor, scores: Tensor) -> None:
+        """Enter the scores of a batch of this rank."""
+        of_examples = indices != _NOBODY
+        own = indices[of_examples].cpu().numpy()
+        self._scores[own] = scores[of_examples].cpu().numpy()
+        self._times[own] += 1
+
+    def complete(self) -> Scores:
+        """Return the scores of all examples, from all ranks; all of them call it."""
+        own = np.flatnonzero(self._times)
+        times = np.zeros_like(self._times)
+        for indices, scores, number in everywhere((own, self._scores[own], self._times[own])):
+            self._scores[indices] = scores
+            times[indices] += number
+        assert (times == 1).all(), "every example is scored once"
+        return self._scores
 
 
 def token_scores(logits: Tensor, labels: Tensor) -> Tensor:
@@ -112,5 +251,6 @@ def token_scores(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack((sums, mask.sum(dim=1).double()), dim=1)
 
 
-def _loss(table: np.ndarray) -> float:
-    return float(-table[:, 0].sum() / table[:, 1].sum())
+def mean_loss(scores: Scores) -> float:
+    """Return the mean negative log-likelihood per token from the columns of `token_scores`."""
+    return float(-scores[:, 0].sum() / scores[:, 1].sum())

@@ -1,13 +1,14 @@
 """The recipe behind ``launch/train.py``: arguments, data, model, train, evaluate, save.
 
-Features: own JSONL data or the embedded demo task; any causal language model of Transformers;
-DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each rank; bf16 or fp32
-weights; resuming, also on another number of ranks; evaluation during training on the validation
-set, and on the test set before and after.
+Features: the tasks of the papers, tasks and JSONL data of one's own; any causal language model of
+Transformers; DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each rank; bf16
+or fp32 weights; resuming, also on another number of ranks; evaluation during training on the dev
+rows, and on the test rows once at the end (of the demo and of files before training, too); without
+training rows, the model as it is on the test rows.
 
 It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
-``test_results.json``, ``train_results.json``, ``trainer_state.json``, ``training.png``, and what
-``--save_strategy`` and ``--report_to`` ask for.
+``test_results.json``, ``predictions_test.jsonl``, ``train_results.json``, ``trainer_state.json``,
+``training.png``, and what ``--save_strategy`` and ``--report_to`` ask for.
 
 Raises:
     UserError: for every mistake in arguments, configuration or data, before the model is loaded
@@ -21,7 +22,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
 import addax_ds
 from addax_ds import plotting, resume
 from addax_ds.agreement import all_ranks_or_none, check_same_everywhere
-from addax_ds.arguments import (
-    DataArguments,
-    ModelArguments,
-    configure,
-    parse_arguments,
-)
-from addax_ds.data.encoding import Example, encode
-from addax_ds.data.records import Record, prompt_completion, read_jsonl
+from addax_ds.arguments import ModelArguments, configure, parse_arguments
+from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
-from addax_ds.evaluation import Choice, EvaluationSet
+from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
 from addax_ds.run import Run, data_digest
 from addax_ds.settings import weights_dtype
-from addax_ds.tasks import SST2_DEMO, ChoiceRow
 from addax_ds.termination import on_sigterm
 from addax_ds.trainer import AddaxTrainer, plan_steps
 
@@ -85,94 +78,42 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     with all_ranks_or_none():
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
-        data = _load_data(data_args, tokenizer, source)
-        # The trainer does these, too, but with the model loaded.
-        streams, _ = plan_steps(data.train, settings, args)
-        if resumed is not None:
-            resume.check(resumed, run.with_data(data.train, streams.threshold))
-    check_same_everywhere(dict(_identity(args, model_args, addax_args, train=data.train)))
+        data = load_data(data_args, tokenizer, source)
+        if data.train:  # the trainer does these, too, but with the model loaded
+            streams, _ = plan_steps(data.train, settings, args)
+            if resumed is not None:
+                resume.check(resumed, run.with_data(data.train, streams.threshold))
+    check_same_everywhere(dict(_identity(args, model_args, addax_args, data=data)))
     trainer = AddaxTrainer(
         _load_model(source, args, sharding),
         args,
         settings,
-        train_dataset=data.train,
+        train_dataset=data.train or None,
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
     _announce(trainer, source.label, data)
-    if data.test is not None:
-        trainer.add_callback(_TestBeforeTraining(trainer, data.test))
-
-    on_sigterm(trainer.request_stop)
-    result = trainer.train(resume_from_checkpoint=resumed)
-    if trainer.stopped:
-        logger.info(
-            "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
-            "--resume_from_checkpoint True",
-            trainer.state.global_step,
-            _folder(args),
-        )
-        return {}
-    trainer.save_complete_model(_folder(args) / "model")
-    trainer.save_metrics("train", result.metrics)
+    if data.train:
+        if data.test is not None and data.test_before:
+            trainer.add_callback(_TestBeforeTraining(trainer, data.test))
+        on_sigterm(trainer.request_stop)
+        result = trainer.train(resume_from_checkpoint=resumed)
+        if trainer.stopped:
+            logger.info(
+                "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
+                "--resume_from_checkpoint True",
+                trainer.state.global_step,
+                _folder(args),
+            )
+            return {}
+        trainer.save_complete_model(_folder(args) / "model")
+        trainer.save_metrics("train", result.metrics)
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
         trainer.save_metrics("test", {**_before(trainer), **metrics})
+        _save_predictions(trainer, data.test)
     trainer.save_state()
-    return _report(trainer, f"{source.label}\n{data.description}")
-
-
-# ---- data --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Data:
-    description: str
-    train: list[Example]
-    validation: EvaluationSet | None
-    test: EvaluationSet | None
-
-
-def _load_data(
-    data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, source: ModelSource
-) -> _Data:
-    limits = {
-        "max_length": data_args.max_length,
-        "model_positions": source.positions,
-        "vocabulary_size": source.vocabulary_size,
-    }
-    if data_args.train_file is None:
-        rows = SST2_DEMO.rows()
-        answers = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in rows["train"]]
-        return _Data(
-            SST2_DEMO.description,
-            encode(answers, tokenizer, **limits),
-            _choices(rows["dev"], tokenizer, limits),
-            None if data_args.skip_test else _choices(rows["test"], tokenizer, limits),
-        )
-
-    def read(path: str) -> list[Example]:
-        records = read_jsonl(path, tokenizer, append_eos=data_args.append_eos)
-        return encode(records, tokenizer, **limits)
-
-    train = read(data_args.train_file)
-    test_file = None if data_args.skip_test else data_args.test_file
-    validation, test = (
-        None if path is None else EvaluationSet(read(path))
-        for path in (data_args.validation_file, test_file)
-    )
-    return _Data(data_args.train_file, train, validation, test)
-
-
-def _choices(
-    rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, limits: dict[str, int | None]
-) -> EvaluationSet:
-    records: list[Record] = []
-    choices: list[Choice] = []
-    for row in rows:
-        choices.append(Choice(len(records), len(row.candidates), row.label))
-        records += [prompt_completion(row.prompt, c, row.origin, False) for c in row.candidates]
-    return EvaluationSet(encode(records, tokenizer, **limits), choices)
+    return _report(trainer, f"{source.label}\n{data.description}", data.metric)
 
 
 # ---- run ---------------------------------------------------------------------------------------
@@ -202,9 +143,7 @@ def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> 
     return source.load(dtype)
 
 
-def _identity(
-    args: TrainingArguments, *more: Any, train: Sequence[Example]
-) -> Iterator[tuple[str, str]]:
+def _identity(args: TrainingArguments, *more: Any, data: Data) -> Iterator[tuple[str, str]]:
     """Yield what has to be the same on all ranks, by names for a message."""
     yield "version of addax_ds", addax_ds.__version__
     code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
@@ -218,7 +157,10 @@ def _identity(
     if deepspeed_config is not None:
         for key, value in deepspeed_config.config.items():
             yield f"{key} in the DeepSpeed config", str(value)
-    yield "training data", data_digest(train)
+    yield "training data", data_digest(data.train)
+    for name, dataset in (("validation data", data.validation), ("test data", data.test)):
+        if dataset is not None:
+            yield name, data_digest(dataset.examples)
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -228,29 +170,27 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _announce(trainer: AddaxTrainer, model: str, data: _Data) -> None:
-    args, settings = trainer.args, trainer.settings
-    assert trainer.partition is not None
-    lengths = [example.length for example in data.train]
-    k0, k1 = settings.per_device_zo_batch_size, args.per_device_train_batch_size
-    logger.info(
-        "Model: %s, %s, %d parameters\nData:  %s, %d training examples\n%s\n"
-        "Method: %s, alpha %g, zo_eps %g, learning rate %g, K0 %d, K1 %d, ranks %d\nOutput: %s",
-        model,
-        "bf16" if args.bf16 else "fp32",
-        get_model_param_count(trainer.model),
-        data.description,
-        len(data.train),
-        trainer.partition.describe(lengths),
-        settings.method,
-        settings.alpha,
-        settings.zo_eps,
-        args.learning_rate,
-        k0 * args.world_size,
-        k1 * args.world_size,
-        args.world_size,
-        _folder(args).resolve(),
-    )
+def _announce(trainer: AddaxTrainer, model: str, data: Data) -> None:
+    args = trainer.args
+    dtype = str(weights_dtype(args)).removeprefix("torch.")
+    parameters, examples = get_model_param_count(trainer.model), len(data.train)
+    logger.info("Model: %s, %s, %d parameters", model, dtype, parameters)
+    logger.info("Data:  %s, %d training examples", data.description, examples)
+    if trainer.partition is not None:
+        logger.info("%s", trainer.partition.describe([example.length for example in data.train]))
+        settings = trainer.settings
+        k0, k1 = settings.per_device_zo_batch_size, args.per_device_train_batch_size
+        logger.info(
+            "Method: %s, alpha %g, zo_eps %g, learning rate %g, K0 %d, K1 %d, ranks %d",
+            settings.method,
+            settings.alpha,
+            settings.zo_eps,
+            args.learning_rate,
+            k0 * args.world_size,
+            k1 * args.world_size,
+            args.world_size,
+        )
+    logger.info("Output: %s", _folder(args).resolve())
 
 
 def _folder(args: TrainingArguments) -> Path:
@@ -261,7 +201,7 @@ def _folder(args: TrainingArguments) -> Path:
 class _TestBeforeTraining(TrainerCallback):
     """Evaluates the untrained model on the test set, once the engine exists."""
 
-    def __init__(self, trainer: AddaxTrainer, test: EvaluationSet) -> None:
+    def __init__(self, trainer: AddaxTrainer, test: ScoredSet) -> None:
         self._trainer = trainer
         self._test = test
 
@@ -283,23 +223,34 @@ def _before(trainer: AddaxTrainer) -> dict[str, float]:
     return {}
 
 
-def _report(trainer: AddaxTrainer, title: str) -> dict[str, float]:
+def _save_predictions(trainer: AddaxTrainer, test: ScoredSet) -> None:
+    """Write what the model answered to each test row, if they have answers to choose or write."""
+    assert trainer.scores is not None
+    rows = list(test.predictions(trainer.scores))
+    if rows and trainer.is_world_process_zero():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = _folder(trainer.args) / "predictions_test.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _report(trainer: AddaxTrainer, title: str, metric: str) -> dict[str, float]:
     """Draw the curves, and say how it went and where everything is."""
     folder = _folder(trainer.args)
-    results: dict[str, float] = {}
-    if trainer.is_world_process_zero():
-        plotting.training_curves(trainer.state.log_history, folder / "training.png", title)
-        results = json.loads((folder / "all_results.json").read_text())
-        for name in ("accuracy", "loss"):
-            if f"test_{name}" in results:
-                before, after = results.get(f"test_{name}_before"), results[f"test_{name}"]
-                change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
-                logger.info("Test %s: %s", name, change)
+    if not trainer.is_world_process_zero():
+        return {}
+    results: dict[str, float] = json.loads((folder / "all_results.json").read_text())
+    for name in ("accuracy", "exact_match", "f1", "loss"):
+        if f"test_{name}" in results:
+            before, after = results.get(f"test_{name}_before"), results[f"test_{name}"]
+            change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
+            logger.info("Test %s: %s", name, change)
+    if "train_runtime" in results:
+        plotting.training_curves(trainer.state.log_history, folder / "training.png", title, metric)
         logger.info(
-            "Trained for %.0f s. Model: %s\nResults: %s\nCurves:  %s",
+            "Trained for %.0f s. Model: %s\nCurves:  %s",
             results["train_runtime"],
             (folder / "model").resolve(),
-            (folder / "all_results.json").resolve(),
             (folder / "training.png").resolve(),
         )
+    logger.info("Results: %s", (folder / "all_results.json").resolve())
     return results

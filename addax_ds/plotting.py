@@ -18,7 +18,12 @@ _MARKED_POINTS = 60  # A longer curve reads better without a marker at every poi
 Points = list[tuple[float, float]]
 
 
-def training_curves(log_history: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
+def training_curves(
+    log_history: Sequence[dict[str, Any]],
+    path: str | Path,
+    title: str,
+    metric: str = "accuracy",
+) -> None:
     """Draw loss, g⁰ and accuracy over steps as a PNG at ``path``, replacing it at once.
 
     Args:
@@ -28,6 +33,7 @@ def training_curves(log_history: Sequence[dict[str, Any]], path: str | Path, tit
             ``test_accuracy``, between 0 and 1. Values that are not finite leave a gap.
         path: the PNG file; its folder is made if need be.
         title: stands above the panels.
+        metric: what is drawn in place of accuracy, such as ``f1``.
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
     FigureCanvasAgg(figure)
@@ -46,11 +52,11 @@ def training_curves(log_history: Sequence[dict[str, Any]], path: str | Path, tit
         g0.axhline(0, color=_GREY, linewidth=0.8, zorder=1)
     _finish(g0, "no zeroth-order pass")
 
-    _style(accuracy, "accuracy")
-    _curve(accuracy, _points(log_history, "eval_accuracy"), "dev", _GREEN)
-    _marks(accuracy, _points(log_history, "test_before_accuracy"), "test, before", "left")
-    _marks(accuracy, _points(log_history, "test_accuracy"), "test, after", "right")
-    _finish(accuracy, "no accuracy was measured")
+    _style(accuracy, metric)
+    _curve(accuracy, _points(log_history, f"eval_{metric}"), "dev", _GREEN)
+    _marks(accuracy, _points(log_history, f"test_before_{metric}"), "test, before", "left")
+    _marks(accuracy, _points(log_history, f"test_{metric}"), "test, after", "right")
+    _finish(accuracy, f"no {metric} was measured")
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     accuracy.set_xlabel("step")
     accuracy.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

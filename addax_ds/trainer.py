@@ -20,7 +20,14 @@ from addax_ds.data.encoding import Example
 from addax_ds.data.partition import Partition, partition
 from addax_ds.desync import DesyncCheck
 from addax_ds.errors import UserError
-from addax_ds.evaluation import EvaluationCollator, EvaluationSet, token_scores
+from addax_ds.evaluation import (
+    EvaluationCollator,
+    ScoredSet,
+    Scores,
+    ScoreTable,
+    evaluation_dataloader,
+    token_scores,
+)
 from addax_ds.optimizer import Addax
 from addax_ds.report import StepReport
 from addax_ds.saving import SavingTrainer
@@ -63,6 +70,7 @@ class AddaxTrainer(SavingTrainer):
     Besides Trainer's own values it reports, every ``logging_steps``, those of the last step:
     ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and ``fo_update_norm``
     (norms of the two parts of the update) and ``grad_norm`` (of the first-order gradient).
+    ``scores`` holds what the data set made its last metrics of, a row an example.
 
     Args:
         model: a causal language model; what it returns has ``logits``. The loss is their
@@ -84,7 +92,7 @@ class AddaxTrainer(SavingTrainer):
         args: TrainingArguments,
         addax: AddaxArguments | AddaxSettings,
         train_dataset: Sequence[Example] | None = None,
-        eval_dataset: EvaluationSet | dict[str, EvaluationSet] | None = None,
+        eval_dataset: ScoredSet | dict[str, ScoredSet] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
@@ -124,6 +132,8 @@ class AddaxTrainer(SavingTrainer):
         self._losses: list[tuple[str, int, Tensor]] = []
         self._learning_rate = args.learning_rate
         self._scores_own_metrics = self.compute_metrics is None
+        self._scored: tuple[ScoredSet, ScoreTable] | None = None
+        self.scores: Scores | None = None
 
     # ---- seams of Trainer ----------------------------------------------------------------------
 
@@ -200,32 +210,70 @@ class AddaxTrainer(SavingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Score each example by itself, so that not logits but two numbers a row are gathered."""
-        if not self._scores_own_metrics:
+        """Let the data set score a batch; nothing is gathered before all of them are scored."""
+        if self._scored is None:
             inputs = {k: v for k, v in inputs.items() if k != "index"}
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        dataset, table = self._scored
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-            ).logits
-        return None, token_scores(logits, inputs["labels"]), inputs["index"]
+            table.add(inputs["index"], dataset.score(model, inputs))
+        return None, None, None
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return a loader of this rank's share of a data set's batches."""
+        if not self._scores_own_metrics:
+            return super().get_eval_dataloader(eval_dataset)
+        chosen: Any = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            chosen = chosen[eval_dataset]
+        elif eval_dataset is not None:
+            chosen = eval_dataset
+        if chosen is None:
+            raise UserError("AddaxTrainer: evaluation needs an eval_dataset")
+        args = self.args
+        return evaluation_dataloader(
+            chosen,
+            args.eval_batch_size,
+            args.process_index,
+            args.world_size,
+            self._pad_token_id,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return a loader for ``predict``, the same as for ``evaluate``."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Run Trainer's loop as forward-only passes, with the metrics of the data set."""
         dataset: Any = dataloader.dataset
         if self._scores_own_metrics:
-            kwargs["prediction_loss_only"] = False
-            self.compute_metrics = lambda p: dataset.metrics(p.label_ids, p.predictions)
+            self._scored = dataset, ScoreTable(dataset)
         prefetching = (
             nullcontext() if self.optimizer is None else self.addax.sharding.forward_only()
         )
         try:
             with prefetching:
-                return super().evaluation_loop(dataloader, *args, **kwargs)
+                output: Any = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            if self._scored is not None:
+                self.scores = self._scored[1].complete()
+                for name, value in dataset.metrics(self.scores).items():
+                    output.metrics[f"{metric_key_prefix}_{name}"] = value
         finally:
-            if self._scores_own_metrics:
-                self.compute_metrics = None
+            self._scored = None
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the values of the last step to what Trainer reports while it trains."""

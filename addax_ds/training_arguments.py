@@ -138,7 +138,7 @@ RULES: dict[str, Rule] = {
     "hub_always_push": works(),
     "hub_revision": works(),
     "load_best_model_at_end": works(),
-    "metric_for_best_model": works(),
+    "metric_for_best_model": works("Default: the task's own metric; for files, the loss."),
     "greater_is_better": works(),
     "ignore_data_skip": default_only(
         "The data order is a function of the step, so resuming at a step skips nothing; remove it."

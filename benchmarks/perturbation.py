@@ -45,7 +45,7 @@ from addax_ds.data.partition import partition
 from addax_ds.data.records import prompt_completion
 from addax_ds.evaluation import token_scores
 from addax_ds.kernels.operation import Draw, Operation
-from addax_ds.tasks import SST2_DEMO
+from addax_ds.tasks import TASKS
 from benchmarks.common import circumstances
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -61,7 +61,7 @@ Sums = dict[str, NDArray[np.float64]]
 def zeroth_order_batch(folder: Path, step: int, rows: int, seed: int) -> tuple[dict, int]:
     """Return the demo's zeroth-order batch of a step, and its number of target tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    train = SST2_DEMO.rows()["train"]
+    train = TASKS["sst2-demo"].rows().train
     records = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in train]
     examples = encode(records, tokenizer, max_length=None, model_positions=None)
     streams = partition([example.length for example in examples], "addax", "median")
@@ -250,7 +250,7 @@ def main() -> None:
         "configuration": {k: v for k, v in vars(arguments).items() if k != "output"},
         "circumstances": circumstances(),
         "model": demo.MODEL_LABEL,
-        "data": SST2_DEMO.description,
+        "data": "re-partitioned SST-2 validation rows",
         "batch_shape": list(batch["input_ids"].shape),
         "elements": dict(zip(CLASSES, n.tolist(), strict=True)),
         "gradient_squared_norm": dict(zip(CLASSES, energy.tolist(), strict=True)),

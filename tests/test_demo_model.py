@@ -9,7 +9,7 @@ from addax_ds import demo
 from addax_ds.data.batches import pad
 from addax_ds.data.encoding import encode
 from addax_ds.data.records import prompt_completion
-from addax_ds.tasks import SST2_DEMO
+from addax_ds.tasks import TASKS
 
 PROBES = 12
 SEED = 3
@@ -25,7 +25,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def batch(folder) -> dict[str, torch.Tensor]:
-    rows = SST2_DEMO.rows()["train"][:8]
+    rows = TASKS["sst2-demo"].rows().train[:8]
     records = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in rows]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return pad(encode(records, tokenizer, max_length=None, model_positions=None), 0)

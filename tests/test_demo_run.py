@@ -1,11 +1,12 @@
 """The embedded default of the command, on a tiny model and a few rows, in one process."""
 
+import dataclasses
 import json
 
 import pytest
 
 from addax_ds import demo, finetune
-from addax_ds.tasks import ChoiceRow, Task
+from addax_ds.tasks import TASKS, Sizes, SourceRow
 from tests.tiny import write_model
 
 
@@ -14,16 +15,22 @@ def small_demo(monkeypatch, tmp_path):
     folder = write_model(tmp_path / "model")
     monkeypatch.setattr(demo, "model_folder", lambda: folder)
 
-    def rows(_: Task) -> dict[str, list[ChoiceRow]]:
+    def source() -> dict[str, list[SourceRow]]:
+        sentences = [" ".join(["w3"] * (3 + i % 4)) for i in range(51)]
         return {
-            split: [
-                ChoiceRow(" ".join(["w3"] * (3 + i % 4)), (" w5", " w7"), i % 2, f"{split} {i}")
-                for i in range(count)
+            "validation": [
+                SourceRow(f"row {i}", {"sentence": sentence, "label": i % 2})
+                for i, sentence in enumerate(sentences)
             ]
-            for split, count in (("train", 40), ("dev", 5), ("test", 6))
         }
 
-    monkeypatch.setattr(Task, "rows", rows)
+    small = dataclasses.replace(
+        TASKS["sst2-demo"],
+        source=source,
+        sizes=Sizes(40, 5, 6),
+        candidates=lambda columns: (" w5", " w7"),
+    )
+    monkeypatch.setitem(TASKS, "sst2-demo", small)
 
 
 @pytest.mark.usefixtures("small_demo")

@@ -12,7 +12,13 @@ from transformers import TrainingArguments
 
 from addax_ds.arguments import AddaxArguments
 from addax_ds.data.encoding import Example
-from addax_ds.evaluation import Choice, EvaluationSet, token_scores
+from addax_ds.evaluation import (
+    Choice,
+    EvaluationSet,
+    ScoreTable,
+    evaluation_dataloader,
+    token_scores,
+)
 from addax_ds.trainer import AddaxTrainer
 from tests.tiny import choice_set, examples, rows, tiny_model, tiny_tokenizer
 
@@ -118,12 +124,68 @@ def test_own_compute_metrics(model, tmp_path):
     assert math.isfinite(metrics["eval_loss"])
 
 
-def test_metrics_do_not_depend_on_the_order_of_scores():
-    dataset = EvaluationSet(examples(rows(1, 3)), [Choice(0, 2, 1), Choice(2, 2, 0)])
-    scores = np.array([[-4.0, 2.0], [-3.0, 2.0], [-1.0, 1.0], [-3.0, 4.0]])
-    wanted = {"loss": (3.0 + 1.0) / 3.0, "accuracy": 0.5}
-    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 0, 3, 1, 0, 2]):  # a sampler may repeat some
-        assert dataset.metrics(np.array(order), scores[order]) == pytest.approx(wanted)
+SCORES = np.array([[-4.0, 2.0], [-3.0, 2.0], [-1.0, 1.0], [-3.0, 4.0]])
+
+
+def test_metrics_and_predictions_from_known_scores():
+    choices = [Choice(0, 2, 1, (), ("a", "b")), Choice(2, 2, 0, (), ("c", "d"))]
+    dataset = EvaluationSet(examples(rows(1, 3)), choices)
+    assert dataset.metrics(SCORES) == pytest.approx({"loss": (3.0 + 1.0) / 3.0, "accuracy": 0.5})
+    assert list(dataset.predictions(SCORES)) == [
+        {
+            "origin": "row 0",
+            "candidates": ["a", "b"],
+            "scores": [-2.0, -1.5],
+            "predicted": 1,
+            "label": 1,
+            "also_right": [],
+            "right": True,
+        },
+        {
+            "origin": "row 2",
+            "candidates": ["c", "d"],
+            "scores": [-1.0, -0.75],
+            "predicted": 1,
+            "label": 0,
+            "also_right": [],
+            "right": False,
+        },
+    ]
+
+
+def test_any_of_several_right_candidates_counts_and_the_first_has_the_loss():
+    data = examples(rows(1, 3))
+    dataset = EvaluationSet(data, [Choice(0, 2, 1), Choice(2, 2, 0, also_right=(1,))])
+    assert dataset.metrics(SCORES) == pytest.approx({"loss": (3.0 + 1.0) / 3.0, "accuracy": 1.0})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_ranks_share_the_same_batches(world_size, size):
+    """All do as many rounds, and together every example once, in the batches of a single rank."""
+    dataset = choice_set()
+    loaders = [
+        evaluation_dataloader(dataset, size, rank, world_size, pad_token_id=0)
+        for rank in range(world_size)
+    ]
+    assert len({len(loader) for loader in loaders}) == 1
+    seen = [
+        batch["index"].tolist()
+        for together in zip(*loaders, strict=True)
+        for batch in together
+        if batch["index"].tolist() != [-1]
+    ]
+    assert seen == dataset.batches(size)
+    assert sorted(index for batch in seen for index in batch) == list(range(13))
+    lengths = [max(dataset.examples[i].length for i in batch) for batch in seen]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_table_that_is_not_complete_is_noticed():
+    table = ScoreTable(choice_set())
+    table.add(torch.tensor([0, -1, 3]), torch.ones(3, 2, dtype=torch.float64))
+    with pytest.raises(AssertionError, match="every example is scored once"):
+        table.complete()
 
 
 def test_token_scores():

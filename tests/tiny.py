@@ -5,11 +5,12 @@ sequence of 8 tokens of which 3 carry loss.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from addax_ds.data.encoding import Example, encode
+from addax_ds.data.encoding import Example, encode, encode_prompts
 from addax_ds.data.records import prompt_completion
 from addax_ds.evaluation import Choice, EvaluationSet
+from addax_ds.generation import Decoder, GenerationSet, Question
+from addax_ds.tasks.scoring import squad_scores
 
 VOCABULARY = 211  # odd, so that partitions of the embedding are uneven
 POSITIONS = 48
@@ -89,6 +92,37 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """Any text, a token a byte; with ``bos``, one in front. It has `BYTE_VOCABULARY` tokens."""
+    words = [*SPECIAL, "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        bos_token="<bos>" if bos else None,
+    )
+
+
+BYTE_VOCABULARY = len(SPECIAL) + 1 + 256
+
+
+def write_byte_model(folder: Path, family: str = "llama", **options: Any) -> Path:
+    """Write a model for any text of up to 512 bytes."""
+    sizes = {"vocab_size": BYTE_VOCABULARY, "max_position_embeddings": 512}
+    tiny_model(family, **sizes, **options).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_model(folder: Path, family: str = "llama", **options: Any) -> Path:
     """Write model and tokenizer as `from_pretrained` reads them."""
     tiny_model(family, **options).save_pretrained(folder)
@@ -137,3 +171,23 @@ def choice_set() -> EvaluationSet:
             for c in range(count)
         ]
     return EvaluationSet(examples(candidates), choices)
+
+
+def question_set(count: int = 7, max_new_tokens: int = 6) -> GenerationSet:
+    """Questions with prompts of 2 to 2 + 3 * count words; every fifth word ends an answer."""
+    tokenizer = tiny_tokenizer()
+    decoder = Decoder(tokenizer, max_new_tokens)
+    decoder.stop = list(range(0, VOCABULARY, 5))
+    records = [
+        prompt_completion(words(2 + 3 * i, 800 + i), " " + words(1 + i % 3, 900 + i), f"row {i}")
+        for i in range(count)
+    ]
+    whole = encode(records, tokenizer, max_length=None, model_positions=POSITIONS)
+    prompts = encode_prompts(
+        [replace(r, text=r.text[: r.targets[0][0]]) for r in records], tokenizer, max_length=40
+    )
+    questions = [
+        Question(prompt, example, (record.text[record.targets[0][0] :].strip(), "w7 w8"))
+        for prompt, example, record in zip(prompts, whole, records, strict=True)
+    ]
+    return GenerationSet(questions, decoder, squad_scores)

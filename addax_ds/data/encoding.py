@@ -243,3 +243,38 @@ def _fit(
         )
     keep = np.r_[0:head, cut:length]
     return Example(example.input_ids[keep], example.labels[keep], example.origin)
+
+
+def encode_prompts(
+    prompts: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    vocabulary_size: int | None = None,
+) -> list[Example]:
+    """Tokenise texts that a model is to go on from: no token carries loss, none is added behind.
+
+    Args:
+        prompts: What to encode; targets are not looked at.
+        tokenizer: A fast one.
+        max_length: Longer sequences lose tokens on the left, never BOS.
+        vocabulary_size: See `encode`.
+
+    Returns:
+        One example a record, in order.
+
+    Raises:
+        UserError: A prompt has no tokens, or one that the model does not know.
+    """
+    examples = []
+    for record, tokens in zip(prompts, _tokenise(prompts, tokenizer), strict=True):
+        head = _head(tokens, tokenizer.bos_token_id)
+        behind = 0 if tokens.added.all() else int(np.argmin(tokens.added[::-1]))
+        text = tokens.ids[head : len(tokens.ids) - behind]
+        ids = np.concatenate((tokens.ids[:head], text[-(max_length - head) :]))
+        if not len(ids):
+            raise UserError(f"{record.origin}: the tokenizer makes nothing of the prompt")
+        example = Example(ids, np.full(len(ids), NO_LOSS, np.int32), record.origin)
+        _check_ids(example, tokenizer, vocabulary_size)
+        examples.append(example)
+    return examples

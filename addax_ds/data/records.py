@@ -166,7 +166,7 @@ def read_jsonl(
     records: list[Record] = []
     shape: str | None = None
     unused: set[str] = set()
-    for origin, row in _rows(path):
+    for origin, row in json_rows(path):
         if shape is None:
             shape = _shape_of(row, origin)
         _require_shape(row, shape, origin, path)
@@ -179,8 +179,12 @@ def read_jsonl(
     return records
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (origin, row) for every line that is not blank."""
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (origin, row) for every line of a JSON Lines file that is not blank.
+
+    Raises:
+        UserError: the file or a line cannot be read; the message names both.
+    """
     number = 0
     try:
         with _open(path) as file:

@@ -1,0 +1,206 @@
+"""What a task is: where its rows come from and how a row becomes a prompt with its answers.
+
+A task is one frozen object of plain functions over a row's columns; `addax_ds.tasks.table` holds
+all that come with the package. Nothing here knows of tokenizers or models.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from addax_ds.errors import UserError
+from addax_ds.tasks.sampling import Drawn, Sizes, SourceRow, draw
+from addax_ds.tasks.sources import Local, Source
+
+Columns = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """A prompt and the answers to choose from.
+
+    Attributes:
+        prompt: text before the answer.
+        candidates: texts that are appended to the prompt as they are, space or newline included.
+        label: index of the right one, which a model learns to write.
+        origin: where the row comes from, for messages and predictions.
+        also_right: indices of further candidates that count as right.
+    """
+
+    prompt: str
+    candidates: tuple[str, ...]
+    label: int
+    origin: str
+    also_right: tuple[int, ...] = ()
+
+    @property
+    def answer(self) -> str:
+        """What a model learns to write after ``prompt``."""
+        return self.candidates[self.label]
+
+
+@dataclass(frozen=True)
+class GenerationRow:
+    """A prompt and the answers that count as right; a model learns to write the first, one line.
+
+    Attributes:
+        prompt: text before the answer.
+        answers: the right answers, bare.
+        origin: where the row comes from, for messages and predictions.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    origin: str
+
+    @property
+    def answer(self) -> str:
+        """What a model learns to write after ``prompt``, line break included."""
+        return f" {self.answers[0]}\n"
+
+
+Row = ChoiceRow | GenerationRow
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of a run, and in words what they are and where there were fewer than asked for."""
+
+    description: str
+    notes: tuple[str, ...]
+    train: list[Row]
+    dev: list[Row]
+    test: list[Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """What all tasks have; see `ChoiceTask` and `GenerationTask`.
+
+    Attributes:
+        name: what ``--task`` calls it.
+        title: what a report calls it.
+        source: returns the splits, either ``train`` and ``validation`` or one alone.
+        columns: the columns that are read, and the type of their values.
+        prompt: text before the answer. Whitespace in front is removed.
+        metric: the one by which checkpoints are compared.
+        sizes: rows that are drawn for training, dev and test.
+        aliases: other names of columns, as another edition of the same data has them.
+    """
+
+    name: str
+    title: str
+    source: Source
+    columns: Mapping[str, type]
+    prompt: Callable[[Columns], str]
+    metric: str
+    sizes: Sizes = field(default_factory=Sizes)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def with_local_data(self, path: str | Path) -> "Task":
+        """Return the same task on a folder or a JSON Lines file; see `Local`."""
+        return replace(self, title=f"{self.title} ({path})", source=Local(Path(path)))
+
+    def rows(self, sizes: Sizes | None = None, seed: int = 0) -> TaskRows:
+        """Draw the rows of a run.
+
+        Args:
+            sizes: instead of the task's own.
+            seed: which rows are drawn; see `draw`.
+
+        Raises:
+            UserError: the source cannot be read, a row lacks a column, has a value of another type,
+                or names no right answer.
+        """
+        drawn: Drawn = draw(self.source(), sizes or self.sizes, seed, self.title)
+        train, dev, test = (
+            [self._read(row) for row in rows] for rows in (drawn.train, drawn.dev, drawn.test)
+        )
+        return TaskRows(drawn.description, drawn.notes, train, dev, test)
+
+    def _read(self, row: SourceRow) -> Row:
+        columns = {self.aliases.get(name, name): value for name, value in row.columns.items()}
+        where = f"task {self.name}, {row.origin}"
+        for name, expected in self.columns.items():
+            if name not in columns:
+                raise UserError(
+                    f"{where}: there is no column {name}; found {', '.join(sorted(columns))}"
+                )
+            value = columns[name]
+            if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+                raise UserError(
+                    f"{where}: column {name} must be of type {expected.__name__}, and is "
+                    f"{type(value).__name__}"
+                )
+        try:
+            read = self._row(self.prompt(columns).lstrip(), columns, row.origin)
+            texts = read.candidates if isinstance(read, ChoiceRow) else read.answers
+            # JSON can spell half a surrogate pair, which is no text: tokenizers die on it.
+            "".join((read.prompt, *texts)).encode()
+            return read
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise UserError(f"task {self.name}, {error}") from error
+            raise UserError(f"{where}: the row cannot be put in words: {error!r}") from error
+
+    @abstractmethod
+    def _row(self, prompt: str, columns: Columns, origin: str) -> Row:
+        """Add the answers."""
+
+
+def label_column(columns: Columns) -> Sequence[int]:
+    """Return what the column ``label`` says, as most tasks have it."""
+    return (columns["label"],)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceTask(Task):
+    """A task whose answer is one of a few candidates, chosen by likelihood.
+
+    Attributes:
+        candidates: texts that follow the prompt as they are. One that follows a word begins with a
+            space, since most tokenizers join the two. Spaces at the end are removed.
+        labels: indices of the candidates that count as right; the first is learnt.
+    """
+
+    candidates: Callable[[Columns], Sequence[str]]
+    labels: Callable[[Columns], Sequence[int]] = label_column
+    metric: str = "accuracy"
+
+    def _row(self, prompt: str, columns: Columns, origin: str) -> ChoiceRow:
+        candidates = tuple(candidate.rstrip(" ") for candidate in self.candidates(columns))
+        labels = tuple(self.labels(columns))
+        for label in labels or (None,):
+            if label is None or not 0 <= label < len(candidates):
+                raise UserError(
+                    f"{origin}: label {label} names none of the {len(candidates)} candidates "
+                    f"{list(candidates)}; unlabelled rows cannot be used"
+                )
+        return ChoiceRow(prompt, candidates, labels[0], origin, labels[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationTask(Task):
+    """A task whose answer the model writes: one line, decoded greedily.
+
+    Attributes:
+        answers: the right answers; the first is learnt.
+        score: metrics of one answer, each between 0 and 1, from its text and the right ones.
+        max_new_tokens: longest answer in tokens.
+    """
+
+    answers: Callable[[Columns], Sequence[str]]
+    score: Callable[[str, Sequence[str]], Mapping[str, float]]
+    max_new_tokens: int = 50
+    metric: str = "f1"
+
+    def _row(self, prompt: str, columns: Columns, origin: str) -> GenerationRow:
+        answers = tuple(self.answers(columns))
+        if not answers or not all(isinstance(answer, str) for answer in answers):
+            raise UserError(
+                f"{origin}: the answers {list(answers)} are not one or more strings; "
+                "rows without an answer cannot be used"
+            )
+        return GenerationRow(prompt, answers, origin)
