@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from addax_ds.errors import UserError
 
@@ -51,6 +53,17 @@ def check_same_everywhere(values: Mapping[str, str]) -> None:
             "the ranks do not run the same training, so they are not started. What differs:\n- "
             + "\n- ".join(lines)
         )
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let a collective fail when another rank has not joined it within this time.
+
+    For every group that exists. Transformers gives its timeout to none on a CPU, and DeepSpeed's
+    groups have torch's defaults everywhere: 10 minutes for NCCL, 30 for gloo.
+    """
+    if dist.is_initialized():
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 T = TypeVar("T")

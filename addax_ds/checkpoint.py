@@ -31,7 +31,7 @@ from addax_ds.adapters import has_adapters, load_adapters, save_adapters
 from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
-from addax_ds.run import Run, changes, check_same_run
+from addax_ds.run import Progress, Run, changes, check_same_run
 from addax_ds.sharding.base import Sharding
 
 logger = logging.getLogger(__name__)
@@ -181,27 +181,37 @@ def _save_config(model: PreTrainedModel, folder: Path) -> None:
 # ---- state -------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> None:
+def save_state(
+    folder: Path, optimizer: Addax, scheduler: Any, run: Run, progress: Progress
+) -> None:
     """Write what is needed beside the weights to go on; one rank calls it."""
     state = optimizer.state_dict()
     groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
-    content = {"optimizer": {**state, "param_groups": groups}, "run": asdict(run)}
+    content = {
+        "optimizer": {**state, "param_groups": groups},
+        "run": asdict(run),
+        "progress": asdict(progress),
+    }
     with durable.writing(folder):
         (folder / STATE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
 
-def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> None:
+def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> Progress:
     """Let optimizer and schedule go on from where `save_state` was called.
 
     The learning rate and the weight decay are those of this run: another learning rate scales what
     is left of the schedule.
 
+    Returns:
+        What was saved with them.
+
     Raises:
         UserError: if this run cannot go on from there.
     """
     written = check(folder, run)
-    state = _read_state(folder)["optimizer"]
+    content = _read_state(folder)
+    state = content["optimizer"]
     saved, own = state["param_groups"], optimizer.state_dict()["param_groups"]
     if len(own) != len(saved):
         raise UserError(
@@ -211,6 +221,7 @@ def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> None
     optimizer.load_state_dict({**state, "param_groups": groups})
     _load_schedule(folder / SCHEDULER_NAME, scheduler, [group["lr"] for group in groups])
     _announce(written, run)
+    return Progress(**content["progress"])
 
 
 def check(folder: Path, run: Run) -> Run:
@@ -245,6 +256,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         Run(**content["run"])
+        Progress(**content["progress"])
         content["optimizer"]["param_groups"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: this is not the state of an Addax run: {error!r}") from error

@@ -15,6 +15,7 @@ from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
+_PIECE = 1 << 20  # a sum into int64 widens what it reads: 8 MB at a time
 
 _REMEDY = (
     "Something other than the optimizer has written to weights (a callback, a faulty device), or "
@@ -91,7 +92,9 @@ class DesyncCheck:
     def _check_values(self) -> None:
         optimizer = self._optimizer
         groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-        values = everywhere(repr((optimizer.report, groups, optimizer.state_dict()["addax"])))
+        own = (optimizer.alpha, optimizer.zo_eps, optimizer.rounding, optimizer.max_grad_norm)
+        state = optimizer.state_dict()["addax"]
+        values = everywhere(repr((optimizer.report, groups, own, state)))
         for rank, value in enumerate(values):
             if value != values[0]:
                 raise UserError(
@@ -101,7 +104,8 @@ class DesyncCheck:
 
 
 def _bits(data: Tensor) -> Tensor:
-    return data.view(_INTEGERS[data.element_size()]).sum(dtype=torch.int64)
+    bits = data.view(_INTEGERS[data.element_size()])
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PIECE)]).sum()
 
 
 def _first_difference(a: Mapping[str, int], b: Mapping[str, int]) -> str | None:

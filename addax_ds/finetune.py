@@ -1,10 +1,10 @@
 """The recipe behind ``launch/train.py``: arguments, data, model, train, evaluate, save.
 
 Features: the tasks of the papers, tasks and JSONL data of one's own; any causal language model of
-Transformers; DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each rank; bf16
-or fp32 weights; resuming, also on another number of ranks; evaluation during training on the dev
-rows, and on the test rows once at the end (of the demo and of files before training, too); without
-training rows, the model as it is on the test rows.
+Transformers; DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each rank;
+bf16, fp16 or fp32 weights; resuming, also on another number of ranks; evaluation during training on
+the dev rows, and on the test rows once at the end (of the demo and of files before training, too);
+without training rows, the model as it is on the test rows.
 
 It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
 ``test_results.json``, ``predictions_test.jsonl``, ``train_results.json``, ``trainer_state.json``,
@@ -34,7 +34,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 import addax_ds
 from addax_ds import plotting, resume
-from addax_ds.agreement import all_ranks_or_none, check_same_everywhere
+from addax_ds.agreement import all_ranks_or_none, check_same_everywhere, limit_waiting
 from addax_ds.arguments import ModelArguments, configure, parse_arguments
 from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
@@ -92,7 +92,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
-    _announce(trainer, source.label, data)
+    _announce(trainer, source.label, data, run)
     if data.train:
         if data.test is not None and data.test_before:
             trainer.add_callback(_TestBeforeTraining(trainer, data.test))
@@ -127,6 +127,7 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
         # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
         # for the number of ranks.
         deepspeed.init_distributed()
+    limit_waiting(args.ddp_timeout)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     handler = logging.StreamHandler(sys.stderr)
@@ -170,25 +171,22 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _announce(trainer: AddaxTrainer, model: str, data: Data) -> None:
+def _announce(trainer: AddaxTrainer, model: str, data: Data, run: Run) -> None:
     args = trainer.args
-    dtype = str(weights_dtype(args)).removeprefix("torch.")
     parameters, examples = get_model_param_count(trainer.model), len(data.train)
-    logger.info("Model: %s, %s, %d parameters", model, dtype, parameters)
+    logger.info("Model: %s, %s, %d parameters", model, run.dtype, parameters)
     logger.info("Data:  %s, %d training examples", data.description, examples)
     if trainer.partition is not None:
         logger.info("%s", trainer.partition.describe([example.length for example in data.train]))
-        settings = trainer.settings
-        k0, k1 = settings.per_device_zo_batch_size, args.per_device_train_batch_size
         logger.info(
             "Method: %s, alpha %g, zo_eps %g, learning rate %g, K0 %d, K1 %d, ranks %d",
-            settings.method,
-            settings.alpha,
-            settings.zo_eps,
+            run.method,
+            run.alpha,
+            run.zo_eps,
             args.learning_rate,
-            k0 * args.world_size,
-            k1 * args.world_size,
-            args.world_size,
+            run.zeroth_order_batch,
+            run.first_order_batch,
+            run.ranks,
         )
     logger.info("Output: %s", _folder(args).resolve())
 

@@ -79,6 +79,8 @@ class KeptWeights:
 
     def flag(self, shard: Shard) -> Tensor:
         """Return the flag of a parameter, int32 of shape ``(1,)``, to be set to 1."""
+        if self._flags.device != shard.data.device:  # a model may be moved after it was attached
+            self._flags = self._flags.to(shard.data.device)
         position = self._positions[shard.parameter_id]
         return self._flags[position : position + 1]
 

@@ -39,6 +39,12 @@ class LossScale:
         if self.growth_interval < 0 or self.clean_steps < 0:
             raise UserError("the steps of a loss scale cannot be negative")
 
+    def resumed(self, saved: "LossScale") -> "LossScale":
+        """Return where a saved scale was, under this one's rules; a fixed one stays as it is."""
+        if self.growth_interval == 0 or saved.growth_interval == 0:
+            return self
+        return replace(self, value=max(saved.value, self.minimum), clean_steps=saved.clean_steps)
+
     @property
     def can_shrink(self) -> bool:
         """Whether an overflow has a remedy."""
@@ -50,7 +56,7 @@ class LossScale:
             return self
         if overflow:
             return replace(self, value=max(self.value / 2, self.minimum), clean_steps=0)
-        if self.clean_steps + 1 == self.growth_interval:
+        if self.clean_steps + 1 >= self.growth_interval:
             return replace(self, value=min(self.value * 2, 2.0**126), clean_steps=0)
         return replace(self, clean_steps=self.clean_steps + 1)
 

@@ -225,9 +225,11 @@ class Addax(torch.optim.Optimizer):
         self.sharding.awaiting_backward = False
         self._running = None
         self.index += 1
-        problems, remedied = running.problems, running.overflowed and self.loss_scale.can_shrink
-        self.loss_scale = self.loss_scale.after(running.overflowed)
-        self._non_finite.count(self.report.index, problems[1:] if remedied else problems)
+        problems = running.problems
+        if not (running.overflow and self.loss_scale.can_shrink):
+            problems = [*problems, *running.overflow]
+        self.loss_scale = self.loss_scale.after(bool(running.overflow))
+        self._non_finite.count(self.report.index, problems)
 
     def _on_gradient(self, shard: Shard, gradient: Tensor) -> None:
         self._begun_step().take(shard, gradient)
@@ -325,7 +327,7 @@ class Addax(torch.optim.Optimizer):
                 "Addax trains fp32, bf16 and fp16 weights, and these are "
                 f"{', '.join(sorted(map(str, dtypes)))}"
             )
-        if torch.float16 in dtypes and self.loss_scale == UNSCALED:
+        if torch.float16 in dtypes and self.loss_scale is UNSCALED:  # nobody gave one
             self.loss_scale = LossScale()
         if torch.bfloat16 in dtypes and self.alpha > 0 and self.zo_eps < SMALLEST_BF16_ZO_EPS:
             logger.warning(
@@ -384,7 +386,7 @@ class Addax(torch.optim.Optimizer):
             )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "addax"})
         self.index = own["index"]
-        self.loss_scale = LossScale(**own["loss_scale"])
+        self.loss_scale = self.loss_scale.resumed(LossScale(**own["loss_scale"]))
         self._non_finite.in_a_row = own["non_finite_in_a_row"]
 
 

@@ -105,6 +105,19 @@ class Run:
         return replace(self, data=data_digest(examples), length_threshold=length_threshold)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far Trainer is with the loss that it logs next, a mean over steps.
+
+    Attributes:
+        loss_sum: of the steps since the last time.
+        last_logged_step: when that was.
+    """
+
+    loss_sum: float
+    last_logged_step: int
+
+
 def data_digest(examples: Sequence[Example]) -> str:
     """Return 16 hex digits for tokens and labels of the examples, and for their order."""
     digest = hashlib.sha256()

@@ -46,7 +46,7 @@ class RunningStep:
         zeroth_order_loss: mean over ranks and both perturbations, once it is known.
         first_order_loss: mean over ranks and micro-batches, once it is known.
         problems: what was NaN or infinite, in words.
-        overflowed: whether the first-order gradient, or the update of a weight, was.
+        overflow: the same, of what a smaller loss scale may mend: nothing, or one entry.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RunningStep:
         self.zeroth_order_loss: float | None = None
         self.first_order_loss: float | None = None
         self.problems: list[str] = []
-        self.overflowed = False
+        self.overflow: list[str] = []
         self._sharding = sharding
         self._loss_scale = loss_scale
         self._max_grad_norm = max_grad_norm
@@ -69,6 +69,7 @@ class RunningStep:
         self._steps = steps
         self._mode = _Mode.APPLY
         self._updated: set[int] = set()
+        self._applied_first_order = steps[0].alpha < 1.0
         self._sums = GradientSums()
         self._squares = SquaredNorms()
         self._norms: list[float] = []
@@ -187,8 +188,8 @@ class RunningStep:
         self._norms = self._norms_of(squares.tolist())
         norm = math.hypot(*self._norms)
         if not math.isfinite(norm):
-            self.overflowed = True
-            self._leave_out(f"norm {norm} of the first-order gradient")
+            self._leave_out(f"norm {norm} of the first-order gradient", self.overflow)
+            self._applied_first_order = False
             return False
         coefficient = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         scale = coefficient / self._loss_scale
@@ -224,7 +225,8 @@ class RunningStep:
             self._steps = [replace(step, g0=g0) for step in self._steps]
         if self.first_order_loss is None or math.isfinite(self.first_order_loss):
             return True
-        self._leave_out(f"first-order loss {self.first_order_loss}")
+        self._leave_out(f"first-order loss {self.first_order_loss}", self.problems)
+        self._applied_first_order = False
         self._sums.clear()
         return False
 
@@ -234,7 +236,7 @@ class RunningStep:
         g0 = (loss_plus - loss_minus) / (2 * self._steps[0].zo_eps)
         if math.isfinite(g0):
             return g0
-        self._leave_out(f"zeroth-order losses {loss_plus} and {loss_minus}")
+        self._leave_out(f"zeroth-order losses {loss_plus} and {loss_minus}", self.problems)
         return 0.0
 
     def finish(self, stop_requested: bool) -> StepReport:
@@ -262,20 +264,19 @@ class RunningStep:
             self._note_kept_weights()
         return self._report(stop_requested=stop > 0)
 
-    def _leave_out(self, what: str) -> None:
-        self.problems.append(what)
+    def _leave_out(self, what: str, problems: list[str]) -> None:
+        problems.append(what)
         logger.warning("step %d: %s: that part of the step is skipped", self._steps[0].index, what)
 
     def _note_kept_weights(self) -> None:
         """Say which parameters kept weights; all ranks come here, in the rare step that has any."""
         names = sorted({name for names in everywhere(self._kept.names()) for name in names})
         others = f" and {len(names) - 1} other parameter(s)" if len(names) > 1 else ""
-        self.overflowed = True
-        self.problems.append(f"an update of {names[0]}{others} that is not finite")
+        problem = f"an update of {names[0]}{others} that is not finite"
+        # Without a first-order part there was nothing scaled in it.
+        (self.overflow if self._applied_first_order else self.problems).append(problem)
         logger.warning(
-            "step %d: %s: the elements concerned keep their weights",
-            self._steps[0].index,
-            self.problems[-1],
+            "step %d: %s: the elements concerned keep their weights", self._steps[0].index, problem
         )
 
     def _norms_of(self, squares: list[float]) -> list[float]:
@@ -287,19 +288,26 @@ class RunningStep:
         step, norms = self._steps[0], self._norms
         lrs = [group.lr for group in self._steps]
         sizes = [math.sqrt(elements) for elements in self._sharding.group_elements]
-        clipped = (1 - step.alpha) * step.gradient_scale * self._loss_scale
         return StepReport(
             index=step.index,
             g0=step.g0 if step.alpha > 0 else None,
             zeroth_order_loss=self.zeroth_order_loss,
             first_order_loss=self.first_order_loss,
             zeroth_order_norm=step.alpha * abs(step.g0) * math.hypot(*map(mul, lrs, sizes)),
-            first_order_norm=clipped * math.hypot(*map(mul, lrs, norms)) if norms else None,
+            first_order_norm=self._first_order_norm(lrs) if norms else None,
             gradient_norm=math.hypot(*norms) if norms else None,
             loss_scale=self._loss_scale,
-            partial=bool(self.problems),
+            partial=bool(self.problems or self.overflow),
             stop_requested=stop_requested,
         )
+
+    def _first_order_norm(self, lrs: list[float]) -> float:
+        """Norm of the first-order part of the update, after clipping; 0 if it was left out."""
+        if not self._applied_first_order:
+            return 0.0
+        step = self._steps[0]
+        clipped = (1 - step.alpha) * step.gradient_scale * self._loss_scale
+        return clipped * math.hypot(*map(mul, lrs, self._norms))
 
 
 def _checked(loss: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from addax_ds import checkpoint, durable, resume
-from addax_ds.agreement import all_ranks_or_none, everywhere
+from addax_ds.agreement import all_ranks_or_none, everywhere, limit_waiting
 from addax_ds.data.partition import Partition
 from addax_ds.optimizer import Addax, unwrap
-from addax_ds.run import Run
+from addax_ds.run import Progress, Run
 from addax_ds.settings import AddaxSettings
 from addax_ds.sharding.attach import back_end_of
 
@@ -34,6 +34,7 @@ class SavingTrainer(Trainer):
 
     settings: AddaxSettings
     partition: Partition | None
+    _progress: Progress | None = None
 
     @property
     def addax(self) -> Addax:
@@ -98,7 +99,9 @@ class SavingTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with all_ranks_or_none():
             if self.args.should_save:
-                checkpoint.save_state(Path(output_dir), self.addax, self.lr_scheduler, self._run)
+                progress = Progress(self._tr_loss.item(), self._globalstep_last_logged)
+                own = (self.addax, self.lr_scheduler, self._run, progress)
+                checkpoint.save_state(Path(output_dir), *own)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Gather the states of all ranks, of which some may not see the folder."""
@@ -150,13 +153,22 @@ class SavingTrainer(Trainer):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        limit_waiting(self.args.ddp_timeout)  # now that DeepSpeed has made its groups
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             with all_ranks_or_none():
-                checkpoint.load_state(folder, self.addax, self.lr_scheduler, self._run)
+                own = (self.addax, self.lr_scheduler, self._run)
+                self._progress = checkpoint.load_state(folder, *own)
             checkpoint.load_weights(self.addax.sharding, folder)
             self.addax.sharding.resume_at(self.state.global_step)
         return prepared
+
+    def resume_logging(self) -> None:
+        """Go on with the sum of losses to be logged, once Trainer has begun a new one."""
+        if self._progress is not None:
+            self._tr_loss += self._progress.loss_sum
+            self._globalstep_last_logged = self._progress.last_logged_step
+            self._progress = None
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

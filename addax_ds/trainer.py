@@ -29,7 +29,6 @@ from addax_ds.evaluation import (
     token_scores,
 )
 from addax_ds.optimizer import Addax
-from addax_ds.report import StepReport
 from addax_ds.saving import SavingTrainer
 from addax_ds.settings import weights_dtype
 from addax_ds.sharding.attach import attach, back_end_of
@@ -185,7 +184,7 @@ class AddaxTrainer(SavingTrainer):
         """One step of Algorithm 1; the weights are updated inside ``backward``."""
         model.train()
         addax = self.addax
-        self._desync = self._desync or DesyncCheck(addax, self.settings.desync_check_steps)
+        assert self._desync is not None
         self._desync.before_step()
         addax.track_norm = self._logs_after_this_step()
         addax.stop_requested = self._stop_requested
@@ -328,7 +327,7 @@ class AddaxTrainer(SavingTrainer):
         report = self.addax.report
         return report is not None and report.stop_requested
 
-    def _name_examples(self, report: StepReport) -> None:
+    def _name_examples(self, step: int) -> None:
         """Say which examples a partial step had; all ranks come here.
 
         Those of micro-batches with a loss that is not finite; if all are, those whose gradient was
@@ -338,10 +337,10 @@ class AddaxTrainer(SavingTrainer):
         batches = {(s, i) for s, i, loss in self._losses if not loss.isfinite()}
         if not any(everywhere(bool(batches))):
             batches = {(s, i) for s, i, _ in self._losses if s == "first_order"}
-        rows = [row for batch in sorted(batches) for row in self._steps.rows(report.index, *batch)]
+        rows = [row for batch in sorted(batches) for row in self._steps.rows(step, *batch)]
         named = [row.origin for row in rows if row.target_count]
         origins = [origin for of_rank in everywhere(named) for origin in of_rank]
-        logger.warning("step %d: its examples: %s", report.index, "; ".join(origins))
+        logger.warning("step %d: its examples: %s", step, "; ".join(origins))
 
     # ---- helpers -------------------------------------------------------------------------------
 
@@ -385,13 +384,22 @@ class _EndOfStep(TrainerCallback):
     def __init__(self, trainer: AddaxTrainer) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Other weights may have been loaded since the last training.
+        addax, every = self._trainer.addax, self._trainer.settings.desync_check_steps
+        self._trainer._desync = DesyncCheck(addax, every)
+        self._trainer.resume_logging()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._stop_requested = False
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         report, desync = self._trainer.addax.report, self._trainer._desync
         assert report is not None
         assert desync is not None
         desync.after_step()
         if report.partial:
-            self._trainer._name_examples(report)
+            self._trainer._name_examples(state.global_step - 1)
         if report.stop_requested:
             control.should_training_stop = True
             control.should_save = True

@@ -182,8 +182,8 @@ RULES: dict[str, Rule] = {
     "do_eval": works("Follows eval_strategy."),
     "do_predict": no_effect("launch/train.py evaluates the test rows at the end if there are any."),
     "resume_from_checkpoint": works(
-        "A path, or True for the newest intact one in output_dir. The number of ranks and the way to "
-        "shard may have changed, the global batches may not."
+        "A path, or True for the newest intact one in output_dir. The number of ranks and the way "
+        "to shard may have changed, the global batches may not."
     ),
     "local_rank": works("Given by launchers."),
 }

@@ -188,7 +188,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = next((file for file in files.values() if Path(file).name != file), None)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: this is not an index of safetensors files: {error!r}") from error
     if outside is not None:
         raise UserError(f"{path}: it names {outside}, which is not a file of this folder")

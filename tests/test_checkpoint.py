@@ -14,12 +14,13 @@ import addax_ds
 from addax_ds import UserError, checkpoint
 from addax_ds.checkpoint import check, load_state, rotate, save_state
 from addax_ds.data.encoding import Example
-from addax_ds.run import Run, data_digest
+from addax_ds.run import Progress, Run, data_digest
 from addax_ds.settings import AddaxSettings
 
 # The schedule is stepped without an optimizer's step, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
+PROGRESS = Progress(2.5, 2)
 RUN = Run(
     sharding="zero3",
     ranks=2,
@@ -57,14 +58,14 @@ def write(folder: Path) -> Path:
     for _ in range(3):
         scheduler.step()
     (folder / "trainer_state.json").write_text("{}")
-    save_state(folder, addax, scheduler, RUN)
+    save_state(folder, addax, scheduler, RUN, PROGRESS)
     return folder
 
 
 def test_optimizer_and_schedule_go_on(tmp_path):
     addax = optimizer()
     scheduler = schedule(addax)
-    load_state(write(tmp_path), addax, scheduler, RUN)
+    assert load_state(write(tmp_path), addax, scheduler, RUN) == PROGRESS
     assert addax.index == 3
     assert [group["lr"] for group in addax.param_groups] == [0.1 / 4] * 2
     assert all(len(group["params"]) == 1 for group in addax.param_groups)
@@ -92,7 +93,7 @@ def test_a_schedule_that_goes_from_step_to_step_is_scaled(tmp_path):
     for _ in range(3):
         scheduler.step()
     (tmp_path / "trainer_state.json").write_text("{}")
-    save_state(tmp_path, addax, scheduler, RUN)
+    save_state(tmp_path, addax, scheduler, RUN, PROGRESS)
     addax = optimizer(lr=0.2)
     scheduler = StepLR(addax, 2, gamma=0.5)
     load_state(tmp_path, addax, scheduler, RUN)

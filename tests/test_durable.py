@@ -19,7 +19,7 @@ from addax_ds.durable import (
     remove_unfinished,
     verify,
 )
-from tests.disk_faults import die, disk_is_full, fault
+from tests.faults.disk import die, disk_is_full, fault
 
 FILES = {
     "model.safetensors": b"weights" * 500,

@@ -34,3 +34,13 @@ def test_it_never_becomes_infinite():
 def test_values_out_of_range(values):
     with pytest.raises(UserError, match="loss scale"):
         LossScale(**values)
+
+
+def test_a_resume_goes_on_under_the_rules_of_this_run():
+    saved = LossScale(4.0, growth_interval=1000, minimum=1.0, clean_steps=30)
+    shorter = LossScale(2.0**16, growth_interval=20, minimum=8.0).resumed(saved)
+    assert shorter == LossScale(8.0, growth_interval=20, minimum=8.0, clean_steps=30)
+    assert shorter.after(False).value == 16.0
+    fixed = LossScale(2.0, growth_interval=0)
+    assert fixed.resumed(saved) == fixed
+    assert LossScale().resumed(fixed) == LossScale()

@@ -15,6 +15,7 @@ import pytest
 
 from addax_ds import UserError, resume
 from addax_ds.durable import SEAL, UNFINISHED, appearing
+from addax_ds.run import Progress
 from tests.ranks import run_ranks
 from tests.test_checkpoint import RUN
 
@@ -24,7 +25,11 @@ FILES = {
     "model.safetensors.index.json": b"{}",
     "trainer_state.json": b'{"global_step": 0}',
     "addax_state.json": json.dumps(
-        {"optimizer": {"param_groups": []}, "run": dataclasses.asdict(RUN)}
+        {
+            "optimizer": {"param_groups": []},
+            "run": dataclasses.asdict(RUN),
+            "progress": dataclasses.asdict(Progress(0.0, 0)),
+        }
     ).encode(),
     "scheduler.pt": b"schedule",
     "rng_state_0.pth": b"generators",

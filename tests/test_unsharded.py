@@ -1,9 +1,14 @@
 """Addax on one plain model against the float64 loop, and what a user of the bare API relies on."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from torch import Tensor
 
 import addax_ds
+from addax_ds.loss_scale import LossScale
+from addax_ds.report import MAX_NON_FINITE_STEPS
 from tests.cases import CASES, Case, batches, mean_loss, trainable
 from tests.models import tiny_opt, token_batches
 from tests.reference import distance, norm
@@ -196,6 +201,33 @@ def test_clipping_and_scaling_need_the_first_order_loss(options):
     optimizer.alpha = 0.0
     with pytest.raises(RuntimeError, match="measure"):
         mean_loss(model, short).backward()
+
+
+def test_overflows_without_a_scaled_loss_are_counted_like_any_other():
+    model = tiny_opt(dtype=torch.float16)
+    optimizer = addax_ds.Addax(model.parameters(), lr=1e9, alpha=1.0)
+    addax_ds.attach(optimizer, model)
+
+    def losses(values: Iterator[float]) -> Callable[[], Tensor]:
+        return lambda: torch.tensor(next(values))
+
+    for _ in range(MAX_NON_FINITE_STEPS - 1):
+        optimizer.zeroth_order(losses(iter([1e4, -1e4])))
+        optimizer.step()
+        assert optimizer.report.partial
+    optimizer.zeroth_order(losses(iter([1e4, -1e4])))
+    with pytest.raises(addax_ds.NonFiniteError, match=r"an update of .* that is not"):
+        optimizer.step()
+    assert optimizer.loss_scale.value == 2.0**16
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_loss_scale_of_one_that_was_asked_for_stays():
+    model = tiny_opt(dtype=torch.float16)
+    fixed = LossScale(1.0, growth_interval=0)
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=0.5, loss_scale=fixed)
+    addax_ds.attach(optimizer, model)
+    assert optimizer.loss_scale == fixed
 
 
 class Nested(torch.nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from addax_ds.ds_config import check_ds_config
 from addax_ds.errors import UserError
-from addax_ds.loss_scale import LossScale
+from addax_ds.loss_scale import UNSCALED, LossScale
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, padded
 
 Closure = Callable[[], Tensor]
@@ -337,10 +337,21 @@ def _check_accumulation(engine: DeepSpeedEngine) -> None:
 
 
 def _take_settings(engine: DeepSpeedEngine, optimizer: Any) -> None:
-    """Give the optimizer what stands outside of its block in the JSON."""
+    """Give the optimizer what stands outside of its block in the JSON.
+
+    Raises:
+        UserError: if it was made with another value than the JSON's.
+    """
     # Not the engine's value, which is 1 where the JSON says nothing.
-    optimizer.max_grad_norm = engine._config._param_dict.get("gradient_clipping") or 0.0
-    if engine.fp16_enabled():
+    clipping = engine._config._param_dict.get("gradient_clipping")
+    if clipping is not None:
+        if optimizer.max_grad_norm not in (0.0, clipping):
+            raise UserError(
+                f"Addax was made with max_grad_norm {optimizer.max_grad_norm:g}, but "
+                f"gradient_clipping is {clipping:g} in the DeepSpeed configuration: give one"
+            )
+        optimizer.max_grad_norm = clipping
+    if engine.fp16_enabled() and optimizer.loss_scale is UNSCALED:
         fp16 = engine._config.float16_config
         if fp16.loss_scale:
             optimizer.loss_scale = LossScale(fp16.loss_scale, 0, minimum=fp16.loss_scale)

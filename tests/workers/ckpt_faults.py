@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from addax_ds import UserError, checkpoint, weights
 from addax_ds.agreement import everywhere
 from addax_ds.durable import DamagedError, appearing, verify
-from tests.disk_faults import disk_is_full, fault
+from tests.faults.disk import disk_is_full, fault
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import CASES, arguments, make_trainer, write_models
 

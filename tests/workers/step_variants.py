@@ -91,6 +91,21 @@ def train(layout: Layout, variant: Variant) -> dict[str, Any]:
     return result
 
 
+def early_nan(layout: Layout, h: Hyperparameters) -> dict[str, Any]:
+    """One step; the first of two first-order micro-batches of the last rank has a loss of NaN."""
+    run = layout.run(Case(model={"activation": "gelu"}).build(), h)
+    before = run.weights()
+    ((long, short),) = global_batches(1)
+    first_order = closures(run, short, 2)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        spoilt = first_order[0]
+        first_order[0] = lambda: spoilt() * torch.nan
+    finish(run, run.optimizer.measure(closures(run, long, 2), first_order))
+    result = {"report": vars(addax_of(run).report), "before": before, "after": run.weights()}
+    run.close()
+    return result
+
+
 def addax_of(run: Run) -> Any:
     return getattr(run.optimizer, "optimizer", run.optimizer)
 
@@ -165,6 +180,9 @@ def main() -> None:
         print("layout", name, flush=True)
         results: dict[Any, Any] = {v: train(layout, EXACT[v]) for v in EXACT}
         results |= {v: train(layout, DROPOUT[v]) for v in DROPOUT}
+        for clip in (0.0, 0.5):
+            h = Hyperparameters(alpha=0.0, max_grad_norm=clip)
+            results["early NaN", clip] = early_nan(layout, h)
         for dtype in NARROW:
             for poison in (None, float("nan"), float("inf")):
                 results[dtype, str(poison)] = replay(layout, NARROW[dtype], poison)

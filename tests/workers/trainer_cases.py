@@ -121,7 +121,13 @@ CASES = {
     "everything": Case(
         model={"dropout": 0.2},
         addax={"length_threshold": THRESHOLD, "alpha": 0.01},
-        training={"fp16": True, "max_steps": 6, "save_steps": 4, "max_grad_norm": 0.5},
+        training={
+            "fp16": True,
+            "max_steps": 6,
+            "save_steps": 4,
+            "logging_steps": 3,
+            "max_grad_norm": 0.5,
+        },
         shares=2,
         resume=True,
     ),
