@@ -390,6 +390,11 @@ def _check_before_start(
             "--per_device_train_batch_size has no effect with --method mezo beside "
             "--per_device_zo_batch_size; remove it."
         )
+    if all(values.get(n) for n in ("deepspeed", "save_only_model", "load_best_model_at_end")):
+        problems.append(
+            "--save_only_model with --load_best_model_at_end: Trainer refuses both together under "
+            "DeepSpeed; remove one."
+        )
     problems += _model_problems(values) + _data_problems(values)
     raise_problems("These arguments cannot be used:", problems)
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))

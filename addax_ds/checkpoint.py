@@ -140,8 +140,13 @@ def load_weights(sharding: Sharding, folder: Path) -> None:
     """Fill this rank's shards from a folder that `save_model` wrote; every rank has to call it.
 
     Raises:
-        UserError: on all ranks, if one cannot; see `addax_ds.weights.WeightFiles`.
+        UserError: on all ranks, if one cannot; see `addax_ds.weights.WeightFiles`. Also if one of
+            folder and model has adapters of PEFT and the other has not.
     """
+    holds_adapters = (folder / "adapter_config.json").is_file()
+    if holds_adapters != has_adapters(sharding.model):
+        saved, trained = ("adapters of PEFT", "the whole model")[:: 1 if holds_adapters else -1]
+        raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
     if has_adapters(sharding.model):
         with all_ranks_or_none():
             load_adapters(sharding.model, folder)

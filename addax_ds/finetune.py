@@ -42,7 +42,7 @@ from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
 from addax_ds.run import Run, data_digest
 from addax_ds.settings import weights_dtype
-from addax_ds.termination import on_sigterm
+from addax_ds.termination import ignore_sigterm, on_sigterm
 from addax_ds.trainer import AddaxTrainer, plan_steps
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
+    ignore_sigterm()  # a launcher may send it again
 
 
 def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:

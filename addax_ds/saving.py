@@ -163,6 +163,13 @@ class SavingTrainer(Trainer):
             self.addax.sharding.resume_at(self.state.global_step)
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks whether the last step is done only after it has taken one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def resume_logging(self) -> None:
         """Go on with the sum of losses to be logged, once Trainer has begun a new one."""
         if self._progress is not None:

@@ -130,6 +130,8 @@ def resolve(
     settings = settle_arguments(addax_args, training_args, json_params, where)
     if addax_args.rounding is not None and weights_dtype(training_args) is torch.float32:
         logger.warning("--rounding has no effect on fp32 weights, whose updates are not rounded.")
+    if settings.method == "mezo" and training_args.max_grad_norm > 0.0:
+        logger.warning("--max_grad_norm has no effect with --method mezo: there is no gradient.")
     if settings.max_grad_norm > 0.0 and settings.gradient_accumulation_steps == 1:
         logger.warning(
             "--max_grad_norm %g: the norm is known only after a backward, so each step runs its "

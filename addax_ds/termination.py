@@ -6,6 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 
+def ignore_sigterm(*_: Any) -> None:
+    """Ignore SIGTERM from now on, also while the interpreter ends, when handlers are gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def on_sigterm(act: Callable[[], None]) -> None:
     """Call ``act`` at each SIGTERM from now on, instead of ending the process.
 

@@ -35,6 +35,9 @@ from addax_ds.sharding.attach import attach, back_end_of
 
 logger = logging.getLogger(__name__)
 
+MAX_NAMED_EXAMPLES = 20
+"""So many examples of a partial step are named in the log."""
+
 
 def plan_steps(
     examples: Sequence[Example], settings: AddaxSettings, args: TrainingArguments
@@ -327,6 +330,13 @@ class AddaxTrainer(SavingTrainer):
         report = self.addax.report
         return report is not None and report.stop_requested
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave the checkpoints of a stopped run alone; Trainer may keep the best one only."""
+        if self.stopped:
+            self.args.load_best_model_at_end = False
+            self.args.save_total_limit = None
+        return super()._finalize_training(*args, **kwargs)
+
     def _name_examples(self, step: int) -> None:
         """Say which examples a partial step had; all ranks come here.
 
@@ -340,6 +350,9 @@ class AddaxTrainer(SavingTrainer):
         rows = [row for batch in sorted(batches) for row in self._steps.rows(step, *batch)]
         named = [row.origin for row in rows if row.target_count]
         origins = [origin for of_rank in everywhere(named) for origin in of_rank]
+        if len(origins) > MAX_NAMED_EXAMPLES:
+            others = len(origins) - MAX_NAMED_EXAMPLES
+            origins[MAX_NAMED_EXAMPLES:] = [f"and {others} more"]
         logger.warning("step %d: its examples: %s", step, "; ".join(origins))
 
     # ---- helpers -------------------------------------------------------------------------------

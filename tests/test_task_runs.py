@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,9 +69,13 @@ def log_of(folder: Path, key: str) -> list[float]:
 # ---- encoded -------------------------------------------------------------------------------------
 
 
+def model_with(positions: int | None) -> Any:
+    return SimpleNamespace(positions=positions, vocabulary_size=None)
+
+
 def load(task: str, bos: bool = True, **values: Any) -> Any:
     args = DataArguments(task=task, task_data=str(FIXTURES / task), **values)
-    return load_data(args, byte_tokenizer(bos), values.get("positions", 512))
+    return load_data(args, byte_tokenizer(bos), model_with(values.get("positions", 512)))
 
 
 @pytest.mark.parametrize("name", sorted(set(TASKS) - {"sst2-demo"}))
@@ -140,7 +145,7 @@ def test_a_task_has_2048_positions_if_the_model_has(positions, limit, tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     args = DataArguments(task="sst2", task_data=str(file), num_train=8, num_dev=0, num_test=0)
-    data = load_data(args, byte_tokenizer(), positions)
+    data = load_data(args, byte_tokenizer(), model_with(positions))
     assert max(example.length for example in data.train) == limit
 
 

@@ -8,7 +8,6 @@ sees the same global batches.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.errors import UserError
+from addax_ds.termination import ignore_sigterm
 
 STREAMS = ("zeroth_order", "first_order")
 _ZEROTH_ORDER, _FIRST_ORDER = 0, 1  # streams, as counted into the permutations' key
@@ -300,14 +300,9 @@ def train_dataloader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
         persistent_workers=persistent_workers,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=ignore_sigterm,  # a launcher signals workers, too, and the rank must go on
         generator=torch.Generator(),  # else each epoch draws a number from the global generator
     )
-
-
-def ignore_sigterm(worker: int) -> None:
-    """Leave it to the rank to end its worker: a launcher signals both, and the rank must go on."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
