@@ -1,7 +1,7 @@
 """The command line of `launch/train.py`: typed arguments, their defaults and their checks.
 
 `parse_arguments` refuses what can be refused before anything slow happens: before a process group
-exists and before a model is loaded. `configure` settles the arguments against the DeepSpeed JSON.
+exists and before a model is loaded.
 """
 
 import argparse
@@ -14,16 +14,15 @@ from types import SimpleNamespace
 from typing import Any, Literal, cast, get_type_hints
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser, TrainingArguments
 
 from addax_ds.argument_values import read_argument_file, type_problems, value_problems
-from addax_ds.ds_config import check_ds_config, load_ds_config, pick, warn_without_effect
+from addax_ds.ds_config import check_ds_config, load_ds_config, pick
 from addax_ds.errors import UserError
 from addax_ds.rules import did_you_mean, raise_problems
 from addax_ds.settings import AddaxArguments, AddaxSettings, resolve, settle_arguments
 from addax_ds.tasks import TASKS, find_task
-from addax_ds.training_arguments import DEFAULTS, check_training_arguments, check_values
+from addax_ds.training_arguments import DEFAULTS, check_values
 
 __all__ = [
     "DEMO_PRESET",
@@ -32,7 +31,6 @@ __all__ = [
     "AddaxSettings",
     "DataArguments",
     "ModelArguments",
-    "configure",
     "parse_arguments",
     "resolve",
 ]
@@ -176,64 +174,6 @@ class DataArguments:
     )
 
 
-def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> AddaxSettings:
-    """Check the training arguments and settle Addax's against the DeepSpeed JSON, in place.
-
-    The JSON that `training_args` holds gets an `optimizer` block with numbers for every setting, so
-    that `deepspeed.initialize` builds Addax from it. A second call changes nothing.
-
-    Raises:
-        UserError: a training argument or a key of the JSON that Addax refuses, several GPUs in
-            one process, or a contradiction between arguments and JSON.
-    """
-    check_training_arguments(training_args)
-    deepspeed = getattr(training_args, "hf_deepspeed_config", None)
-    if deepspeed is None:
-        if training_args.n_gpu > 1:
-            raise UserError(
-                f"One process sees {training_args.n_gpu} GPUs: start one a GPU (torchrun "
-                "--nproc_per_node), or let it see one (CUDA_VISIBLE_DEVICES=0)."
-            )
-        # --bf16 and --fp16 are types of the weights; Accelerate would add autocast and a scaler.
-        training_args.mixed_precision = "no"
-        return resolve(addax_args, training_args, {})
-    original, where = load_ds_config(training_args.deepspeed or {})
-    warn_without_effect(original, where)
-    config = deepspeed.config
-    check_ds_config(config, where)
-    # Trainer would report these after the model is loaded.
-    raise_problems(
-        f'{where} contradicts the training arguments; "auto" in the JSON takes the argument:',
-        [mismatch.removeprefix("- ") for mismatch in deepspeed.mismatches],
-    )
-    params = config.get("optimizer", {}).get("params", {})
-    _check_dtypes(config, training_args, where)
-    settings = resolve(addax_args, training_args, params, where)
-    # The engine sees a backward as a step; sums over micro-batches are Addax's.
-    config["gradient_accumulation_steps"] = 1
-    config["gradient_clipping"] = settings.max_grad_norm  # Accelerate would write 1 into a gap
-    if "train_batch_size" in config:
-        config["train_batch_size"] = (
-            training_args.world_size * training_args.per_device_train_batch_size
-        )
-    optimizer = config.setdefault("optimizer", {"type": "Addax"})
-    # Numbers, not "auto": Trainer has filled its "auto" values by now, and Accelerate would put
-    # its own default learning rate into one that is left.
-    optimizer.setdefault("params", {}).update(
-        lr=training_args.learning_rate,
-        weight_decay=training_args.weight_decay,
-        alpha=settings.alpha,
-        zo_eps=settings.zo_eps,
-        seed=settings.seed,
-        rounding=settings.rounding,
-    )
-    if "train_batch_size" not in config:
-        config.setdefault(
-            "train_micro_batch_size_per_gpu", training_args.per_device_train_batch_size
-        )
-    return settings
-
-
 def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]:
@@ -356,22 +296,6 @@ def _from_json(
         if value is not None:
             found[name] = value
     return found
-
-
-def _check_dtypes(config: Mapping[str, Any], args: TrainingArguments, where: str) -> None:
-    """Raise `UserError` if DeepSpeed would train weights of another type, or cannot train them."""
-    for name in ("bf16", "fp16"):
-        block = config.get(name, {})
-        if getattr(args, name) != block.get("enabled", False):
-            raise UserError(
-                f"--{name} is {getattr(args, name)}, but {where} has {name}.enabled "
-                f'{block.get("enabled", "not at all")}: write "{name}": {{"enabled": "auto"}} there'
-            )
-    if args.fp16 and not get_accelerator().is_fp16_supported():
-        raise UserError(
-            "DeepSpeed does not train fp16 weights on this device: use --bf16, or --sharding fsdp2 "
-            "without --deepspeed"
-        )
 
 
 def _check_before_start(

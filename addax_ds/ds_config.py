@@ -1,7 +1,7 @@
 """The DeepSpeed JSON: reading it, filling its "auto" values, refusing what Addax cannot honour.
 
 `addax_ds.ds_keys` lists every key. Under Transformers' Trainer the "auto" values are filled by
-Trainer and by `addax_ds.arguments.configure`; without Trainer by `ds_config`.
+Trainer and by `addax_ds.configure`; without Trainer by `ds_config`.
 """
 
 import copy

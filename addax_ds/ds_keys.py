@@ -265,7 +265,7 @@ DS_KEYS: dict[str, Rule] = {
 }
 
 # The keys whose "auto" Transformers' Trainer replaces by a number (`HfTrainerDeepSpeedConfig`), and
-# those of `optimizer.params` that `addax_ds.arguments.configure` replaces.
+# those of `optimizer.params` that `addax_ds.configure` replaces.
 AUTO_KEYS = frozenset(
     {
         "train_batch_size",

@@ -35,7 +35,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 import addax_ds
 from addax_ds import plotting, resume
 from addax_ds.agreement import all_ranks_or_none, check_same_everywhere, limit_waiting
-from addax_ds.arguments import ModelArguments, configure, parse_arguments
+from addax_ds.arguments import ModelArguments, parse_arguments
+from addax_ds.configure import configure
 from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
 from addax_ds.evaluation import ScoredSet

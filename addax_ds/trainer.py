@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,23 +14,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from addax_ds.agreement import everywhere
-from addax_ds.arguments import AddaxArguments, AddaxSettings, configure
+from addax_ds.configure import configure
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.encoding import Example
 from addax_ds.data.partition import Partition, partition
 from addax_ds.desync import DesyncCheck
 from addax_ds.errors import UserError
-from addax_ds.evaluation import (
-    EvaluationCollator,
-    ScoredSet,
-    Scores,
-    ScoreTable,
-    evaluation_dataloader,
-    token_scores,
-)
+from addax_ds.evaluation import EvaluationCollator, ScoredSet, token_scores
 from addax_ds.optimizer import Addax
 from addax_ds.saving import SavingTrainer
-from addax_ds.settings import weights_dtype
+from addax_ds.scoring import ScoringTrainer
+from addax_ds.settings import AddaxArguments, AddaxSettings, weights_dtype
 from addax_ds.sharding.attach import attach, back_end_of
 
 logger = logging.getLogger(__name__)
@@ -61,7 +55,7 @@ def plan_steps(
     return streams, schedule
 
 
-class AddaxTrainer(SavingTrainer):
+class AddaxTrainer(ScoringTrainer, SavingTrainer):
     """Trainer whose step takes a zeroth-order batch of D0 and a first-order batch of D1.
 
     It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, on a model that is sharded
@@ -133,9 +127,6 @@ class AddaxTrainer(SavingTrainer):
         self._desync: DesyncCheck | None = None
         self._losses: list[tuple[str, int, Tensor]] = []
         self._learning_rate = args.learning_rate
-        self._scores_own_metrics = self.compute_metrics is None
-        self._scored: tuple[ScoredSet, ScoreTable] | None = None
-        self.scores: Scores | None = None
 
     # ---- seams of Trainer ----------------------------------------------------------------------
 
@@ -205,77 +196,8 @@ class AddaxTrainer(SavingTrainer):
         means = (addax.first_order_loss, addax.zeroth_order_loss)
         return torch.tensor(next(m for m in means if m is not None), device=self.args.device)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Let the data set score a batch; nothing is gathered before all of them are scored."""
-        if self._scored is None:
-            inputs = {k: v for k, v in inputs.items() if k != "index"}
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        dataset, table = self._scored
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            table.add(inputs["index"], dataset.score(model, inputs))
-        return None, None, None
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return a loader of this rank's share of a data set's batches."""
-        if not self._scores_own_metrics:
-            return super().get_eval_dataloader(eval_dataset)
-        chosen: Any = self.eval_dataset
-        if isinstance(eval_dataset, str):
-            chosen = chosen[eval_dataset]
-        elif eval_dataset is not None:
-            chosen = eval_dataset
-        if chosen is None:
-            raise UserError("AddaxTrainer: evaluation needs an eval_dataset")
-        args = self.args
-        return evaluation_dataloader(
-            chosen,
-            args.eval_batch_size,
-            args.process_index,
-            args.world_size,
-            self._pad_token_id,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Return a loader for ``predict``, the same as for ``evaluate``."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """Run Trainer's loop as forward-only passes, with the metrics of the data set."""
-        dataset: Any = dataloader.dataset
-        if self._scores_own_metrics:
-            self._scored = dataset, ScoreTable(dataset)
-        prefetching = (
-            nullcontext() if self.optimizer is None else self.addax.sharding.forward_only()
-        )
-        try:
-            with prefetching:
-                output: Any = super().evaluation_loop(
-                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-                )
-            if self._scored is not None:
-                self.scores = self._scored[1].complete()
-                for name, value in dataset.metrics(self.scores).items():
-                    output.metrics[f"{metric_key_prefix}_{name}"] = value
-        finally:
-            self._scored = None
-        return output
+    def _forward_only(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.optimizer is None else self.addax.sharding.forward_only()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the values of the last step to what Trainer reports while it trains."""

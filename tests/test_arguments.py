@@ -20,10 +20,10 @@ from addax_ds.arguments import (
     DEMO_GLOBAL_BATCH_SIZE,
     DEMO_PRESET,
     AddaxArguments,
-    configure,
     parse_arguments,
     resolve,
 )
+from addax_ds.configure import configure
 from addax_ds.rules import Status
 from addax_ds.training_arguments import DEFAULTS, RULES, check_training_arguments, check_values
 

@@ -16,9 +16,9 @@ from addax_ds.arguments import (
     AddaxArguments,
     DataArguments,
     ModelArguments,
-    configure,
     parse_arguments,
 )
+from addax_ds.configure import configure
 from tests.fuzz import JSON, TEXT, fuzzed, outcome
 
 TYPES = (ModelArguments, DataArguments, AddaxArguments, TrainingArguments)

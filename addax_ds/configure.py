@@ -1,0 +1,87 @@
+"""Settles training arguments and Addax's against the DeepSpeed JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from transformers import TrainingArguments
+
+from addax_ds.ds_config import check_ds_config, load_ds_config, warn_without_effect
+from addax_ds.errors import UserError
+from addax_ds.rules import raise_problems
+from addax_ds.settings import AddaxArguments, AddaxSettings, resolve
+from addax_ds.training_arguments import check_training_arguments
+
+
+def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> AddaxSettings:
+    """Check the training arguments and settle Addax's against the DeepSpeed JSON, in place.
+
+    The JSON that `training_args` holds gets an `optimizer` block with numbers for every setting, so
+    that `deepspeed.initialize` builds Addax from it. A second call changes nothing.
+
+    Raises:
+        UserError: a training argument or a key of the JSON that Addax refuses, several GPUs in
+            one process, or a contradiction between arguments and JSON.
+    """
+    check_training_arguments(training_args)
+    deepspeed = getattr(training_args, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        if training_args.n_gpu > 1:
+            raise UserError(
+                f"One process sees {training_args.n_gpu} GPUs: start one a GPU (torchrun "
+                "--nproc_per_node), or let it see one (CUDA_VISIBLE_DEVICES=0)."
+            )
+        # --bf16 and --fp16 are types of the weights; Accelerate would add autocast and a scaler.
+        training_args.mixed_precision = "no"
+        return resolve(addax_args, training_args, {})
+    original, where = load_ds_config(training_args.deepspeed or {})
+    warn_without_effect(original, where)
+    config = deepspeed.config
+    check_ds_config(config, where)
+    # Trainer would report these after the model is loaded.
+    raise_problems(
+        f'{where} contradicts the training arguments; "auto" in the JSON takes the argument:',
+        [mismatch.removeprefix("- ") for mismatch in deepspeed.mismatches],
+    )
+    params = config.get("optimizer", {}).get("params", {})
+    _check_dtypes(config, training_args, where)
+    settings = resolve(addax_args, training_args, params, where)
+    # The engine sees a backward as a step; sums over micro-batches are Addax's.
+    config["gradient_accumulation_steps"] = 1
+    config["gradient_clipping"] = settings.max_grad_norm  # Accelerate would write 1 into a gap
+    if "train_batch_size" in config:
+        config["train_batch_size"] = (
+            training_args.world_size * training_args.per_device_train_batch_size
+        )
+    optimizer = config.setdefault("optimizer", {"type": "Addax"})
+    # Numbers, not "auto": Trainer has filled its "auto" values by now, and Accelerate would put
+    # its own default learning rate into one that is left.
+    optimizer.setdefault("params", {}).update(
+        lr=training_args.learning_rate,
+        weight_decay=training_args.weight_decay,
+        alpha=settings.alpha,
+        zo_eps=settings.zo_eps,
+        seed=settings.seed,
+        rounding=settings.rounding,
+    )
+    if "train_batch_size" not in config:
+        config.setdefault(
+            "train_micro_batch_size_per_gpu", training_args.per_device_train_batch_size
+        )
+    return settings
+
+
+def _check_dtypes(config: Mapping[str, Any], args: TrainingArguments, where: str) -> None:
+    """Raise `UserError` if DeepSpeed would train weights of another type, or cannot train them."""
+    for name in ("bf16", "fp16"):
+        block = config.get(name, {})
+        if getattr(args, name) != block.get("enabled", False):
+            raise UserError(
+                f"--{name} is {getattr(args, name)}, but {where} has {name}.enabled "
+                f'{block.get("enabled", "not at all")}: write "{name}": {{"enabled": "auto"}} there'
+            )
+    if args.fp16 and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            "DeepSpeed does not train fp16 weights on this device: use --bf16, or --sharding fsdp2 "
+            "without --deepspeed"
+        )

@@ -1,0 +1,51 @@
+"""Saved on 2 ranks, resumed on 1 and 4, and back; ZeRO-3 and FSDP2 in all four combinations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.ranks import run_ranks
+from tests.reference import distance
+from tests.tiny import write_model
+from tests.workers.elastic import SAVED_AT, SHARDINGS, STEPS
+
+MOVES = [("two", "one"), ("two", "four"), ("one", "two-again"), ("four", "two-again")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    write_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict[str, Any]:
+    run_ranks("elastic", 2, folder, "two")
+    for name, world_size in (("one", 1), ("four", 4)):
+        run_ranks("elastic", world_size, folder, name)
+        run_ranks("elastic", world_size, folder, f"{name}-from-two", "two")
+    run_ranks("elastic", 2, folder, "two-again", "one", "four")
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("writer", SHARDINGS)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_a_run_goes_on_on_another_number_of_ranks(
+    results, folder, source, target, sharding, writer
+):
+    name = target if target == "two-again" else f"{target}-from-two"
+    resumed, whole = results[name][sharding, source, writer], results["two"]["zero3"]
+    saved = folder / source / writer / f"checkpoint-{SAVED_AT}"
+    start = dict(AutoModelForCausalLM.from_pretrained(saved).named_parameters())
+    way = distance(start, whole["weights"])
+    assert distance(resumed["weights"], whole["weights"]) <= 2e-3 * way
+    assert len(resumed["log"]) == STEPS
+    for found, wanted in zip(resumed["log"], whole["log"], strict=True):
+        assert found["g0"] == pytest.approx(wanted["g0"], abs=1.5e-3)  # the same z and rows
+        for key in ("zo_loss", "fo_loss", "learning_rate"):
+            assert found[key] == pytest.approx(wanted[key], rel=2e-5)
