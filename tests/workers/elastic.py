@@ -4,6 +4,7 @@
 from; without any, the whole training runs. Rank 0 writes ``FOLDER/NAME.pt``.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from deepspeed import comm
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from addax_ds.arguments import AddaxArguments
 from addax_ds.sharding.fsdp2 import shard_model
@@ -28,6 +30,9 @@ SHARDINGS = ("zero3", "fsdp2")
 
 def train(folder: Path, sharding: str, output: Path, checkpoint: Path | None) -> dict[str, Any]:
     AcceleratorState._reset_state()
+    # Of the training before, which would partition this model, too.
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "optimizer": {"type": "Addax", "params": {"lr": "auto", "alpha": "auto"}},
