@@ -148,12 +148,8 @@ def test_a_model_that_ignores_the_number_of_targets_trains_like_any_other(tmp_pa
 
 
 def test_the_weights_have_the_type_that_the_arguments_ask_for(tmp_path):
-    with pytest.raises(
-        addax_ds.UserError, match=r"torch\.float32.* ask for torch\.bfloat16"
-    ):
+    with pytest.raises(addax_ds.UserError, match=r"torch\.float32.* ask for torch\.bfloat16"):
         trainer(tiny_model("opt"), tmp_path, bf16=True).train()
-    with pytest.raises(
-        addax_ds.UserError, match=r"torch\.bfloat16.* ask for torch\.float32"
-    ):
+    with pytest.raises(addax_ds.UserError, match=r"torch\.bfloat16.* ask for torch\.float32"):
         trainer(tiny_model("opt", torch.bfloat16), tmp_path).train()
     trainer(tiny_model("opt", torch.bfloat16), tmp_path, bf16=True).train()
