@@ -13,8 +13,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,20 +41,18 @@ STATE_NAME = "addax_state.json"
 # ---- the folder --------------------------------------------------------------------------------
 
 
-@contextmanager
-def appearing(folder: Path, args: TrainingArguments) -> Iterator[Path]:
-    """Yield where to write what is to be ``folder``, which appears when all of it is on the disk.
+def appearing(folder: Path, args: TrainingArguments) -> AbstractContextManager[Path]:
+    """Give where to write what is to be ``folder``, which appears when all of it is on the disk.
 
-    Every rank has to enter; see `addax_ds.durable.appearing`. Several nodes need a file system
-    that they share, or ``save_on_each_node`` if each has its own. On disks of their own without
-    that flag the first node alone has the folder, and it has to be copied to the others before a
-    run can go on from it.
+    Every rank has to call and enter; see `addax_ds.durable.appearing`. Several nodes need a file
+    system that they share, or ``save_on_each_node`` if each has its own. On disks of their own
+    without that flag the first node alone has the folder, and it has to be copied to the others
+    before a run can go on from it.
 
     Raises:
         UserError: on all ranks, if one of them cannot write.
     """
-    with durable.appearing(folder, _writers(args)) as staging:
-        yield staging
+    return durable.appearing(folder, _writers(args))
 
 
 def steps(output_dir: Path) -> list[int]:
@@ -143,16 +140,22 @@ def load_weights(sharding: Sharding, folder: Path) -> None:
         UserError: on all ranks, if one cannot; see `addax_ds.weights.WeightFiles`. Also if one of
             folder and model has adapters of PEFT and the other has not.
     """
-    holds_adapters = (folder / "adapter_config.json").is_file()
-    if holds_adapters != has_adapters(sharding.model):
-        saved, trained = ("adapters of PEFT", "the whole model")[:: 1 if holds_adapters else -1]
-        raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
-    if has_adapters(sharding.model):
-        with all_ranks_or_none():
+    adapters = has_adapters(sharding.model)
+    with all_ranks_or_none():
+        _check_same_kind(folder, adapters)
+        if adapters:
             load_adapters(sharding.model, folder)
+    if adapters:
         sharding.finish_step()  # what is gathered is from before
     else:
         weights.load_weights(sharding, folder)
+
+
+def _check_same_kind(folder: Path, adapters: bool) -> None:
+    saved_adapters = (folder / "adapter_config.json").is_file()
+    if saved_adapters != adapters:
+        saved, trained = ("adapters of PEFT", "the whole model")[:: 1 if saved_adapters else -1]
+        raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
 
 
 def _start_folder(model: nn.Module, folder: Path, args: TrainingArguments, tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from addax_ds.agreement import everywhere
-from addax_ds.data.batches import pad
+from addax_ds.data.batches import dummy, pad
 from addax_ds.data.encoding import NO_LOSS, Example
 
 Scores = NDArray[np.float64]
@@ -168,11 +168,7 @@ class EvaluationCollator:
         return pad(examples, self._pad_token_id)
 
     def _filler(self) -> tuple[Any, ...]:
-        return _NOBODY, self._one_token()
-
-    def _one_token(self) -> Example:
-        token = np.array([self._pad_token_id], np.int32)
-        return Example(token, np.array([NO_LOSS], np.int32), "filler")
+        return _NOBODY, dummy(self._pad_token_id)
 
 
 class RankBatches(Sampler[list[int]]):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from addax_ds.data.batches import dummy
 from addax_ds.data.encoding import Example
 from addax_ds.evaluation import (
     EvaluationCollator,
@@ -164,7 +165,7 @@ class GenerationCollator(EvaluationCollator):
         }
 
     def _filler(self) -> tuple[Any, ...]:
-        return (*super()._filler(), self._one_token())
+        return (*super()._filler(), dummy(self._pad_token_id))
 
 
 @contextmanager

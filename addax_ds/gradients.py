@@ -74,8 +74,7 @@ class KeptWeights:
         shards = list(shards)
         self._names = [shard.name for shard in shards]
         self._positions = {shard.parameter_id: i for i, shard in enumerate(shards)}
-        device = shards[0].data.device if shards else torch.device("cpu")
-        self._flags = torch.zeros(len(shards), dtype=torch.int32, device=device)
+        self._flags = torch.zeros(len(shards), dtype=torch.int32)  # `flag` moves them
 
     def flag(self, shard: Shard) -> Tensor:
         """Return the flag of a parameter, int32 of shape ``(1,)``, to be set to 1."""

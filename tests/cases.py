@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import tiny_opt, token_batches
-from tests.reference import Hyperparameters
+from tests.reference import Hyperparameters, float64_loop
 
 STEPS = 10
 
@@ -50,6 +50,14 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def float64_outcome(case: Case, data: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Trainable weights before and after the float64 loop, and each g0."""
+    model = case.build().eval()
+    start = trainable(model)
+    g0 = float64_loop(model, data, case.hyperparameters)
+    return {"start": start, "g0": g0, "end": trainable(model)}
 
 
 def mean_loss(model: nn.Module, x: Tensor) -> Tensor:

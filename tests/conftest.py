@@ -7,14 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.cases import CASES, batches, trainable
-from tests.reference import float64_loop
+from tests.cases import CASES, batches, float64_outcome
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +30,18 @@ def _no_live_deepspeed_config() -> Iterator[None]:
     unset_hf_deepspeed_config()
 
 
+@pytest.fixture
+def program_alone(monkeypatch) -> Iterator[None]:
+    """No launcher's variables before, and none of the program's settings after a test."""
+    logger = logging.getLogger("addax_ds")
+    settings = logger.handlers, logger.propagate, logger.level
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    logger.handlers, logger.propagate, logger.level = settings
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def float64_results() -> dict[str, dict]:
     """Start, end and g0 of the float64 loop, by case; equal cases are computed once."""
@@ -37,9 +50,6 @@ def float64_results() -> dict[str, dict]:
     for name, case in CASES.items():
         key = f"{case.model} {case.hyperparameters}"
         if key not in by_content:
-            model = case.build().eval()
-            start = trainable(model)
-            g0 = float64_loop(model, batches(), case.hyperparameters)
-            by_content[key] = {"start": start, "g0": g0, "end": trainable(model)}
+            by_content[key] = float64_outcome(case, batches())
         results[name] = by_content[key]
     return results

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import addax_ds
 from addax_ds.sharding.fsdp2 import shard_model
+from tests.ranks import run_ranks
 from tests.reference import Hyperparameters
 
 Closure = Callable[[], Tensor]
@@ -137,3 +139,16 @@ LAYOUTS = {
     "FSDP2 x2": Layout(2, fsdp2),
     "FSDP2 x4 (HSDP 2x2)": Layout(4, fsdp2, {"mesh": hybrid_mesh}),
 }
+
+
+def run_layouts(worker: str, new_folder: Callable[[str], Path]) -> dict[str, list[dict]]:
+    """Run a worker once for each world size; return what it left for each layout, by rank."""
+    outcome = {}
+    for world_size in sorted({layout.world_size for layout in LAYOUTS.values()}):
+        folder = new_folder(f"{worker}{world_size}")
+        run_ranks(worker, world_size, folder)
+        for name, layout in LAYOUTS.items():
+            if layout.world_size == world_size:
+                paths = [folder / f"{name}-rank{rank}.pt" for rank in range(world_size)]
+                outcome[name] = [torch.load(path) for path in paths]
+    return outcome

@@ -1,16 +1,13 @@
 """The command line: what it refuses, how ranks end, and one real run with everything in it."""
 
 import json
-import logging
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from addax_ds import finetune
@@ -30,6 +27,8 @@ from tests.tiny import (
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.usefixtures("program_alone")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -39,18 +38,6 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows(7, 9))
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch) -> Iterator[None]:
-    """No launcher's variables before, and none of the program's settings after a test."""
-    logger = logging.getLogger("addax_ds")
-    settings = logger.handlers, logger.propagate, logger.level
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    logger.handlers, logger.propagate, logger.level = settings
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def flags(values: dict[str, Any]) -> list[str]:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import batches, trainable
-from tests.layouts import LAYOUTS
-from tests.ranks import run_ranks
-from tests.reference import distance, float64_loop, norm
+from tests.cases import batches, float64_outcome
+from tests.layouts import LAYOUTS, run_layouts
+from tests.reference import distance, norm
 from tests.workers.parity import DTYPES, LIVE, REPLAYED, REPLAYED_STEPS
 
 FIRST = "unsharded x1"
@@ -21,26 +20,12 @@ FIRST = "unsharded x1"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     """Outcome of every run on each rank, by layout."""
-    outcome = {}
-    for world_size in sorted({layout.world_size for layout in LAYOUTS.values()}):
-        folder = tmp_path_factory.mktemp(f"parity{world_size}")
-        run_ranks("parity", world_size, folder)
-        for name, layout in LAYOUTS.items():
-            if layout.world_size == world_size:
-                paths = [folder / f"{name}-rank{rank}.pt" for rank in range(world_size)]
-                outcome[name] = [torch.load(path) for path in paths]
-    return outcome
+    return run_layouts("parity", tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
 def float64_runs() -> dict[str, dict[str, Any]]:
-    runs = {}
-    for method, case in LIVE.items():
-        model = case.build().eval()
-        start = trainable(model)
-        g0 = float64_loop(model, batches(), case.hyperparameters)
-        runs[method] = {"start": start, "g0": g0, "end": trainable(model)}
-    return runs
+    return {method: float64_outcome(case, batches()) for method, case in LIVE.items()}
 
 
 @pytest.mark.parametrize("method", REPLAYED)

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import trainable
-from tests.layouts import LAYOUTS
-from tests.ranks import run_ranks
-from tests.reference import distance, float64_loop, norm
+from tests.cases import float64_outcome
+from tests.layouts import LAYOUTS, run_layouts
+from tests.reference import distance, norm
 from tests.workers.step_variants import (
     CLIPPING,
     EXACT,
@@ -24,26 +23,12 @@ POISONS = ("nan", "inf")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     """Outcome of every run on each rank, by layout."""
-    outcome = {}
-    for world_size in sorted({layout.world_size for layout in LAYOUTS.values()}):
-        folder = tmp_path_factory.mktemp(f"variants{world_size}")
-        run_ranks("step_variants", world_size, folder)
-        for name, layout in LAYOUTS.items():
-            if layout.world_size == world_size:
-                paths = [folder / f"{name}-rank{rank}.pt" for rank in range(world_size)]
-                outcome[name] = [torch.load(path) for path in paths]
-    return outcome
+    return run_layouts("step_variants", tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
 def float64_runs() -> dict[str, dict[str, Any]]:
-    runs = {}
-    for name, variant in EXACT.items():
-        model = variant.case.build().eval()
-        start = trainable(model)
-        g0 = float64_loop(model, global_batches(variant.steps), variant.hyperparameters)
-        runs[name] = {"start": start, "g0": g0, "end": trainable(model)}
-    return runs
+    return {n: float64_outcome(v.case, global_batches(v.steps)) for n, v in EXACT.items()}
 
 
 @pytest.mark.parametrize("variant", EXACT)

@@ -1,15 +1,12 @@
 """The command line on tasks: training, choosing, testing once, and no training at all."""
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from addax_ds import UserError, finetune
@@ -23,21 +20,12 @@ from tests.tiny import byte_tokenizer, write_byte_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
+pytestmark = pytest.mark.usefixtures("program_alone")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return write_byte_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch) -> Iterator[None]:
-    logger = logging.getLogger("addax_ds")
-    settings = logger.handlers, logger.propagate, logger.level
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    logger.handlers, logger.propagate, logger.level = settings
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def flags(model: Path, output: Path, task: str, **values: Any) -> list[str]:

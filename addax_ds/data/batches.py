@@ -208,7 +208,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         own = indices[micro_batch * self._world_size + self._rank :: shares]
         rows = [self._examples[index] for index in own]
         if len(rows) * shares < len(indices):
-            rows.append(_dummy(self._pad_token_id))
+            rows.append(dummy(self._pad_token_id))
         return rows
 
     def _indices(self, step: int, stream: str) -> NDArray[np.int64] | None:
@@ -217,7 +217,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         return self._schedule.first_order_indices(step)
 
 
-def _dummy(pad_token_id: int) -> Example:
+def dummy(pad_token_id: int) -> Example:
     """Return one token without loss: it is attended to, because attention to nothing makes NaN."""
     return Example(np.array([pad_token_id], np.int32), np.array([NO_LOSS], np.int32), "padding")
 

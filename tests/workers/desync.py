@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from addax_ds import UserError
 from addax_ds.desync import DesyncCheck
+from addax_ds.optimizer import unwrap
 from tests.cases import Case, batches
 from tests.layouts import LAYOUTS, Run
 from tests.workers.attached_cases import train_step
-from tests.workers.step_variants import addax_of
 from tests.workers.teardown import shut_down
 
 PARAMETER = "model.decoder.layers.1.fc1.weight"
@@ -24,14 +24,14 @@ def nothing(run: Run) -> None:
 
 def one_weight_of_one_rank(run: Run) -> None:
     if dist.get_rank() == 1:
-        shard = next(s for s in addax_of(run).sharding.shards() if s.name == PARAMETER)
+        shard = next(s for s in unwrap(run.optimizer).sharding.shards() if s.name == PARAMETER)
         with torch.no_grad():
             shard.data[7] += 1e-6
 
 
 def learning_rate_of_one_rank(run: Run) -> None:
     if dist.get_rank() == 1:
-        addax_of(run).param_groups[0]["lr"] *= 1.5
+        unwrap(run.optimizer).param_groups[0]["lr"] *= 1.5
 
 
 HARM = (nothing, one_weight_of_one_rank, learning_rate_of_one_rank)
@@ -41,7 +41,7 @@ def train(layout: str, harm, step: int) -> str | None:
     """Check every other step; do harm before the given one."""
     case = Case(model={"activation": "gelu"})
     run = LAYOUTS[layout].run(case.build(), case.hyperparameters)
-    check = DesyncCheck(addax_of(run), every=2)
+    check = DesyncCheck(unwrap(run.optimizer), every=2)
     try:
         for index, (long, short) in enumerate(batches()[:6]):
             if index == step:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from addax_ds.optimizer import unwrap
 from tests.cases import Case, mean_loss
 from tests.layouts import LAYOUTS, Layout, Run
 from tests.models import token_batches
@@ -80,7 +81,7 @@ def finish(run: Run, loss: Tensor | None) -> None:
 def train(layout: Layout, variant: Variant) -> dict[str, Any]:
     torch.manual_seed(dist.get_rank())
     run = layout.run(variant.case.build(), variant.hyperparameters)
-    addax = addax_of(run)
+    addax = unwrap(run.optimizer)
     reports = []
     for long, short in global_batches(variant.steps):
         batches = (closures(run, batch, variant.micro_batches) for batch in (long, short))
@@ -101,13 +102,13 @@ def early_nan(layout: Layout, h: Hyperparameters) -> dict[str, Any]:
         spoilt = first_order[0]
         first_order[0] = lambda: spoilt() * torch.nan
     finish(run, run.optimizer.measure(closures(run, long, 2), first_order))
-    result = {"report": vars(addax_of(run).report), "before": before, "after": run.weights()}
+    result = {
+        "report": vars(unwrap(run.optimizer).report),
+        "before": before,
+        "after": run.weights(),
+    }
     run.close()
     return result
-
-
-def addax_of(run: Run) -> Any:
-    return getattr(run.optimizer, "optimizer", run.optimizer)
 
 
 # ---- recorded gradients, some of which are not finite -------------------------------------------
@@ -150,7 +151,7 @@ def replay(layout: Layout, dtype: torch.dtype, poison: float | None) -> dict[str
 
     leaf.forward = forward
     run = layout.run(model, REPLAYED)
-    addax = addax_of(run)
+    addax = unwrap(run.optimizer)
     addax.loss_scale = type(addax.loss_scale)(256.0) if dtype == torch.float16 else addax.loss_scale
     reports, weights = [], [run.weights()]
     for step in range(3):
