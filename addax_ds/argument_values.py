@@ -2,7 +2,6 @@
 
 import json
 import math
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from addax_ds.ds_values import json_problems
 from addax_ds.errors import UserError
+from addax_ds.files import read_regular
 from addax_ds.rules import raise_problems, shown
 
 _LEAST: dict[str, float] = {
@@ -46,9 +46,7 @@ def read_argument_file(path: Path) -> dict[str, Any]:
             what `addax_ds.ds_values.json_problems` lists.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-            raise OSError("it is not a regular file")
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, "utf-8-sig")
         if path.suffix == ".json":
             content = json.loads(text, object_pairs_hook=_unique)
         else:

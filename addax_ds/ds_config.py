@@ -7,7 +7,6 @@ Trainer and by `addax_ds.configure`; without Trainer by `ds_config`.
 import copy
 import json
 import logging
-import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from addax_ds.ds_keys import AUTO_KEYS, DS_KEYS, OPTIMIZER_PARAMS
 from addax_ds.ds_values import AUTO, json_problems, value_problems
 from addax_ds.errors import UserError
+from addax_ds.files import read_regular
 from addax_ds.rules import Status, did_you_mean, raise_problems, shown
 from addax_ds.update import ROUNDINGS
 
@@ -344,9 +344,7 @@ def _note(path: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-            raise OSError("it is not a regular file")
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, "utf-8")
     except FileNotFoundError:
         raise UserError(f"There is no DeepSpeed config {path} (looked in {Path.cwd()}).") from None
     except (OSError, ValueError) as error:  # not UTF-8, or a null byte in the path
