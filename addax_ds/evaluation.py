@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from addax_ds.agreement import everywhere
 from addax_ds.data.batches import dummy, pad
-from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.encoding import Example
+from addax_ds.likelihood import positions_of, target_scores, targets_of
 
 Scores = NDArray[np.float64]
 """Shape ``(examples, width)``: what `ScoredSet.score` returned, in the order of the examples."""
@@ -113,12 +113,11 @@ class EvaluationSet(ScoredSet):
 
     def collator(self, pad_token_id: int) -> "EvaluationCollator":
         """Return what makes a batch of items."""
-        return EvaluationCollator(pad_token_id)
+        return SharedRowCollator(pad_token_id)
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-likelihood of each example's target tokens, and their number."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return token_scores(logits, batch["labels"])
+        return target_scores(model, batch, batch["targets"], batch["positions"], batch["row"])
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Return the metrics.
@@ -169,6 +168,40 @@ class EvaluationCollator:
 
     def _filler(self) -> tuple[Any, ...]:
         return _NOBODY, dummy(self._pad_token_id)
+
+
+class SharedRowCollator(EvaluationCollator):
+    """Lets candidates that differ in their last token alone share a row of the model's input.
+
+    A last token is never an input: what the model would say after it, nobody asks. So where all
+    candidates of a prompt are one token long, a single row scores them.
+    """
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return ``input_ids`` and ``attention_mask``, and for each example ``row`` and targets.
+
+        ``row``, int64 ``(examples,)``, says which row of the input is its own; ``targets`` are
+        `targets_of` the examples, and ``positions`` where they are.
+        """
+        rows: dict[bytes, int] = {}
+        inputs: list[Example] = []
+        own = []
+        for example in examples:
+            end = max(example.length - 1, 1)  # the filler has one token
+            ids = example.input_ids[:end]
+            row = rows.setdefault(ids.tobytes(), len(rows))
+            if row == len(inputs):
+                inputs.append(Example(ids, example.labels[:end], example.origin))
+            own.append(row)
+        batch = pad(inputs, self._pad_token_id)
+        targets = targets_of(pad(examples, self._pad_token_id)["labels"])
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "targets": targets,
+            "positions": positions_of(targets),
+            "row": torch.tensor(own),
+        }
 
 
 class RankBatches(Sampler[list[int]]):
@@ -228,25 +261,6 @@ class ScoreTable:
         return self._scores
 
 
-def token_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-likelihood of each row's target tokens, and their number.
-
-    Args:
-        logits: ``(rows, length, vocabulary)``, any floating type.
-        labels: int64 ``(rows, length)``, not shifted; ``NO_LOSS`` where there is no target.
-
-    Returns:
-        fp64 ``(rows, 2)``. The softmax is taken in fp32, over the target positions alone.
-    """
-    targets = labels[:, 1:]
-    mask = targets != NO_LOSS
-    losses = F.cross_entropy(logits[:, :-1][mask].float(), targets[mask], reduction="none")
-    row = mask.nonzero()[:, 0]
-    sums = torch.zeros(len(labels), dtype=torch.float64, device=logits.device)
-    sums.index_add_(0, row, -losses.double())
-    return torch.stack((sums, mask.sum(dim=1).double()), dim=1)
-
-
 def mean_loss(scores: Scores) -> float:
-    """Return the mean negative log-likelihood per token from the columns of `token_scores`."""
+    """Return the mean negative log-likelihood per token from the columns of `target_scores`."""
     return float(-scores[:, 0].sum() / scores[:, 1].sum())

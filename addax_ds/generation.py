@@ -23,8 +23,8 @@ from addax_ds.evaluation import (
     ScoredSet,
     Scores,
     mean_loss,
-    token_scores,
 )
+from addax_ds.likelihood import positions_of, target_scores, targets_of
 
 
 class Decoder:
@@ -68,8 +68,8 @@ class Question:
 class GenerationSet(ScoredSet):
     """Questions that a model answers in writing.
 
-    The scores of an example are those of `token_scores` for the first right answer, followed by the
-    tokens that were written, padded with -1.
+    The scores of an example are those of `target_scores` for the first right answer, followed by
+    the tokens that were written, padded with -1.
 
     Args:
         questions: at least one.
@@ -99,8 +99,7 @@ class GenerationSet(ScoredSet):
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Measure the likelihood of the right answers, and write others."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        scores = token_scores(logits, batch["labels"])
+        scores = target_scores(model, batch, batch["targets"], batch["positions"])
         written = self._write(model, batch["prompt_ids"], batch["prompt_mask"])
         return torch.cat((scores, written.double()), dim=1)
 
@@ -158,8 +157,12 @@ class GenerationCollator(EvaluationCollator):
         for row, prompt in enumerate(prompts):
             ids[row, shape[1] - prompt.length :] = prompt.input_ids
             mask[row, shape[1] - prompt.length :] = 1
+        batch = super()._collate(examples)
+        targets = targets_of(batch["labels"])
         return {
-            **super()._collate(examples),
+            **batch,
+            "targets": targets,
+            "positions": positions_of(targets),
             "prompt_ids": torch.from_numpy(ids),
             "prompt_mask": torch.from_numpy(mask),
         }

@@ -17,7 +17,6 @@ from addax_ds.evaluation import (
     EvaluationSet,
     ScoreTable,
     evaluation_dataloader,
-    token_scores,
 )
 from addax_ds.trainer import AddaxTrainer
 from tests.tiny import choice_set, examples, rows, tiny_model, tiny_tokenizer
@@ -186,11 +185,3 @@ def test_a_table_that_is_not_complete_is_noticed():
     table.add(torch.tensor([0, -1, 3]), torch.ones(3, 2, dtype=torch.float64))
     with pytest.raises(AssertionError, match="every example is scored once"):
         table.complete()
-
-
-def test_token_scores():
-    logits = torch.tensor([[[0.0, 0.0], [9.0, 0.0], [0.0, 5.0]], [[1.0, 0.0]] * 3])
-    labels = torch.tensor([[0, 1, -100], [-100, -100, -100]])
-    scores = token_scores(logits.bfloat16(), labels)
-    assert scores.dtype == torch.float64
-    assert scores.tolist() == [[pytest.approx(math.log(0.5)), 1.0], [0.0, 0.0]]
