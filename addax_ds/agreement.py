@@ -1,7 +1,8 @@
 """What ranks have to agree on before any of them goes on."""
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -9,6 +10,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from addax_ds.errors import UserError
+
+_START_SECONDS = 600.0
+_FAREWELL_SECONDS = 60.0
+
+# Kept, as rank 0 serves it: the process group's own store shares the server while this one lives.
+_start_store: dist.TCPStore | None = None
 
 
 @contextmanager
@@ -30,6 +37,68 @@ def all_ranks_or_none() -> Iterator[None]:
         raise problem
     if errors:
         raise UserError(f"stopped, as {len(errors)} other rank(s) had an error: {errors[0]}")
+
+
+@contextmanager
+def starting_together() -> Iterator[None]:
+    """Do what `all_ranks_or_none` does, before there is a process group.
+
+    A launcher that loses a rank ends those of its own node. On other nodes they would wait where
+    the process group is made, for 10 minutes or more, and then fail without the reason. Does
+    nothing where no launcher says who the ranks are.
+
+    Raises:
+        UserError: on the ranks that could go on; the others raise what they met. Also if a rank
+            has not arrived after 10 minutes.
+    """
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    try:
+        errors = [word for word in _first_words(f"{problem or ''}") if word]
+    except dist.DistError as error:
+        raise problem or UserError(
+            f"not all ranks have started within {_START_SECONDS:.0f} s, so none does: another node "
+            f"has ended, or cannot reach {os.environ['MASTER_ADDR']}, port "
+            f"{os.environ['MASTER_PORT']}; its own output says more ({error})"
+        ) from error
+    if problem is not None:
+        raise problem
+    if errors:
+        raise UserError(f"stopped, as {len(errors)} other rank(s) had an error: {errors[0]}")
+
+
+def _first_words(word: str) -> list[str]:
+    """Return the word of each rank, by way of the store that the process group will use."""
+    global _start_store
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if dist.is_initialized() or any(name not in os.environ for name in names):
+        return [word]
+    rank, ranks = int(os.environ["RANK"]), range(int(os.environ["WORLD_SIZE"]))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun serves the store itself.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=_FAREWELL_SECONDS if word else _START_SECONDS)
+    _start_store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=serves,
+        timeout=limit,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    store = dist.PrefixStore(f"addax_ds/{attempt}", _start_store)
+    store.set(f"said/{rank}", word)
+    words = [store.get(f"said/{other}").decode() for other in ranks]
+    store.set(f"heard/{rank}", "")
+    if any(words) and serves:
+        # The words are gone with their server.
+        with suppress(dist.DistError):
+            heard = [f"heard/{other}" for other in ranks]
+            store.wait(heard, timedelta(seconds=_FAREWELL_SECONDS))
+    return words
 
 
 def check_same_everywhere(values: Mapping[str, str]) -> None:

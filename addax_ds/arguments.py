@@ -16,7 +16,9 @@ from typing import Any, Literal, cast, get_type_hints
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from addax_ds.agreement import starting_together
 from addax_ds.argument_values import read_argument_file, type_problems, value_problems
+from addax_ds.data.partition import BASELINES
 from addax_ds.ds_config import check_ds_config, load_ds_config, pick
 from addax_ds.errors import UserError
 from addax_ds.rules import did_you_mean, raise_problems
@@ -198,7 +200,19 @@ def parse_arguments(
         description="Fine-tune a causal language model with Addax.",
     )
     parser.set_defaults(**GENERAL_DEFAULTS)
-    given = parser.given(list(sys.argv[1:] if argv is None else argv))
+    # TrainingArguments makes the process group, where a rank would wait for one with a mistake.
+    with starting_together():
+        values = _values(parser, list(sys.argv[1:] if argv is None else argv))
+    try:
+        parsed = parser.parse_dict(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"TrainingArguments: {error}") from error
+    return cast("tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]", parsed)
+
+
+def _values(parser: "_Parser", argv: list[str]) -> dict[str, Any]:
+    """Settle what is known before the process group: flags, argument file, JSON and defaults."""
+    given = parser.given(argv)
     is_demo = not {"model_name_or_path", "train_file", "task"} & given.keys()
     values = {**GENERAL_DEFAULTS, **(_demo_preset(given) if is_demo else {}), **given}
     params: Mapping[str, Any] = {}
@@ -213,11 +227,7 @@ def parse_arguments(
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
         if values.get("load_best_model_at_end"):
             values.setdefault("metric_for_best_model", task.metric)
-    try:
-        parsed = parser.parse_dict(values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"TrainingArguments: {error}") from error
-    return cast("tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]", parsed)
+    return values
 
 
 class _Parser(HfArgumentParser):
@@ -319,6 +329,13 @@ def _check_before_start(
             "--save_only_model with --load_best_model_at_end: Trainer refuses both together under "
             "DeepSpeed; remove one."
         )
+    if addax.method in BASELINES and values.get("resume_from_checkpoint") not in (None, False):
+        problems.append(
+            f"--method {addax.method} cannot resume: its checkpoints hold the weights without the "
+            "optimizer's state; remove --resume_from_checkpoint."
+        )
+    if addax.method in BASELINES and values.get("fp16"):
+        problems.append(f"--method {addax.method} trains in bf16 or fp32; remove --fp16.")
     problems += _model_problems(values) + _data_problems(values)
     raise_problems("These arguments cannot be used:", problems)
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))

@@ -6,6 +6,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainingArguments
 
+from addax_ds.data.partition import BASELINES
 from addax_ds.ds_config import check_ds_config, load_ds_config, warn_without_effect
 from addax_ds.errors import UserError
 from addax_ds.rules import raise_problems
@@ -17,7 +18,8 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
     """Check the training arguments and settle Addax's against the DeepSpeed JSON, in place.
 
     The JSON that `training_args` holds gets an `optimizer` block with numbers for every setting, so
-    that `deepspeed.initialize` builds Addax from it. A second call changes nothing.
+    that `deepspeed.initialize` builds Addax from it; a second call changes nothing. For a baseline
+    the block becomes that of its optimizer, and there is no second call.
 
     Raises:
         UserError: a training argument or a key of the JSON that Addax refuses, several GPUs in
@@ -26,6 +28,11 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
     check_training_arguments(training_args)
     deepspeed = getattr(training_args, "hf_deepspeed_config", None)
     if deepspeed is None:
+        if addax_args.method in BASELINES:
+            raise UserError(
+                f"--method {addax_args.method} is DeepSpeed's: give --deepspeed "
+                "ds_configs/zero3.json."
+            )
         if training_args.n_gpu > 1:
             raise UserError(
                 f"One process sees {training_args.n_gpu} GPUs: start one a GPU (torchrun "
@@ -46,29 +53,44 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
     params = config.get("optimizer", {}).get("params", {})
     _check_dtypes(config, training_args, where)
     settings = resolve(addax_args, training_args, params, where)
-    # The engine sees a backward as a step; sums over micro-batches are Addax's.
-    config["gradient_accumulation_steps"] = 1
+    # Of an Addax engine a backward is a step; sums over micro-batches are Addax's.
+    baseline = settings.method in BASELINES
+    in_engine = settings.gradient_accumulation_steps if baseline else 1
+    config["gradient_accumulation_steps"] = in_engine
     config["gradient_clipping"] = settings.max_grad_norm  # Accelerate would write 1 into a gap
     if "train_batch_size" in config:
         config["train_batch_size"] = (
-            training_args.world_size * training_args.per_device_train_batch_size
+            training_args.world_size * training_args.per_device_train_batch_size * in_engine
         )
-    optimizer = config.setdefault("optimizer", {"type": "Addax"})
     # Numbers, not "auto": Trainer has filled its "auto" values by now, and Accelerate would put
     # its own default learning rate into one that is left.
-    optimizer.setdefault("params", {}).update(
-        lr=training_args.learning_rate,
-        weight_decay=training_args.weight_decay,
-        alpha=settings.alpha,
-        zo_eps=settings.zo_eps,
-        seed=settings.seed,
-        rounding=settings.rounding,
-    )
+    if baseline:
+        config["optimizer"] = _baseline_optimizer(settings.method, training_args)
+        config["zero_allow_untested_optimizer"] = True
+    else:
+        optimizer = config.setdefault("optimizer", {"type": "Addax"})
+        optimizer.setdefault("params", {}).update(
+            lr=training_args.learning_rate,
+            weight_decay=training_args.weight_decay,
+            alpha=settings.alpha,
+            zo_eps=settings.zo_eps,
+            seed=settings.seed,
+            rounding=settings.rounding,
+        )
     if "train_batch_size" not in config:
         config.setdefault(
             "train_micro_batch_size_per_gpu", training_args.per_device_train_batch_size
         )
     return settings
+
+
+def _baseline_optimizer(method: str, args: TrainingArguments) -> dict[str, Any]:
+    """Return the block from which DeepSpeed builds torch's optimizer."""
+    params = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if method == "sgd":
+        return {"type": "SGD", "params": params}
+    # DeepSpeed's own would have to be compiled, and computes the same.
+    return {"type": "AdamW", "params": {**params, "torch_adam": True}}
 
 
 def _check_dtypes(config: Mapping[str, Any], args: TrainingArguments, where: str) -> None:

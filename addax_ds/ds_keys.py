@@ -196,9 +196,7 @@ DS_KEYS: dict[str, Rule] = {
         "Checkpoints are addax_ds's own: docs/architecture.md, weights on disk."
     ),
     "checkpoint.tag_validation": no_effect("Checkpoints are addax_ds's own."),
-    "checkpoint.use_node_local_storage": only(
-        False, note="A resume looks for every rank's shards in one folder."
-    ),
+    "checkpoint.use_node_local_storage": no_effect("--save_on_each_node says it."),
     "checkpoint.checkpoint_serialization": no_effect("Checkpoints are addax_ds's own."),
     "checkpoint.load_universal": only(
         False, note="Universal checkpoints hold fp32 master weights, which Addax does not keep."

@@ -34,17 +34,25 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 import addax_ds
 from addax_ds import plotting, resume
-from addax_ds.agreement import all_ranks_or_none, check_same_everywhere, limit_waiting
+from addax_ds.agreement import (
+    all_ranks_or_none,
+    check_same_everywhere,
+    everywhere,
+    limit_waiting,
+)
 from addax_ds.arguments import ModelArguments, parse_arguments
+from addax_ds.baseline import BaselineTrainer
 from addax_ds.configure import configure
+from addax_ds.data.partition import BASELINES
 from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
 from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
 from addax_ds.run import Run, data_digest
 from addax_ds.settings import weights_dtype
+from addax_ds.step_trainer import StepTrainer, plan_steps
 from addax_ds.termination import ignore_sigterm, on_sigterm
-from addax_ds.trainer import AddaxTrainer, plan_steps
+from addax_ds.trainer import AddaxTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +94,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
             if resumed is not None:
                 resume.check(resumed, run.with_data(data.train, streams.threshold))
     check_same_everywhere(dict(_identity(args, model_args, addax_args, data=data)))
-    trainer = AddaxTrainer(
+    trainer = (BaselineTrainer if settings.method in BASELINES else AddaxTrainer)(
         _load_model(source, args, sharding),
         args,
         settings,
@@ -98,7 +106,8 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     if data.train:
         if data.test is not None and data.test_before:
             trainer.add_callback(_TestBeforeTraining(trainer, data.test))
-        on_sigterm(trainer.request_stop)
+        if isinstance(trainer, AddaxTrainer):
+            on_sigterm(trainer.request_stop)
         result = trainer.train(resume_from_checkpoint=resumed)
         if trainer.stopped:
             logger.info(
@@ -109,7 +118,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
             )
             return {}
         trainer.save_complete_model(_folder(args) / "model")
-        trainer.save_metrics("train", result.metrics)
+        trainer.save_metrics("train", {**result.metrics, **_costs(trainer)})
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
         trainer.save_metrics("test", {**_before(trainer), **metrics})
@@ -140,10 +149,8 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
 
 
 def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
-    dtype = weights_dtype(args)
-    if sharding == "fsdp2":
-        return source.load_fsdp2(dtype, args.device)
-    return source.load(dtype)
+    shown = not args.disable_tqdm and args.process_index == 0
+    return source.load(weights_dtype(args), sharding, args.device, progress=shown)
 
 
 def _identity(args: TrainingArguments, *more: Any, data: Data) -> Iterator[tuple[str, str]]:
@@ -173,7 +180,7 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _announce(trainer: AddaxTrainer, model: str, data: Data, run: Run) -> None:
+def _announce(trainer: StepTrainer, model: str, data: Data, run: Run) -> None:
     args = trainer.args
     parameters, examples = get_model_param_count(trainer.model), len(data.train)
     logger.info("Model: %s, %s, %d parameters", model, run.dtype, parameters)
@@ -198,10 +205,17 @@ def _folder(args: TrainingArguments) -> Path:
     return Path(args.output_dir)
 
 
+def _costs(trainer: StepTrainer) -> dict[str, float]:
+    """Return what the training has cost; memory is that of the rank that held most."""
+    costs = trainer.costs.report()
+    peak = max(everywhere(costs["peak_memory_bytes"]))
+    return {**costs, "peak_memory_bytes": peak, "train_steps": trainer.state.global_step}
+
+
 class _TestBeforeTraining(TrainerCallback):
     """Evaluates the untrained model on the test set, once the engine exists."""
 
-    def __init__(self, trainer: AddaxTrainer, test: ScoredSet) -> None:
+    def __init__(self, trainer: StepTrainer, test: ScoredSet) -> None:
         self._trainer = trainer
         self._test = test
 
@@ -210,7 +224,7 @@ class _TestBeforeTraining(TrainerCallback):
             self._trainer.evaluate(self._test, metric_key_prefix="test_before")
 
 
-def _before(trainer: AddaxTrainer) -> dict[str, float]:
+def _before(trainer: StepTrainer) -> dict[str, float]:
     """Find the test metrics from before training in the log, which a resumed run has too."""
     for entry in trainer.state.log_history:
         found = {
@@ -223,7 +237,7 @@ def _before(trainer: AddaxTrainer) -> dict[str, float]:
     return {}
 
 
-def _save_predictions(trainer: AddaxTrainer, test: ScoredSet) -> None:
+def _save_predictions(trainer: StepTrainer, test: ScoredSet) -> None:
     """Write what the model answered to each test row, if they have answers to choose or write."""
     assert trainer.scores is not None
     rows = list(test.predictions(trainer.scores))
@@ -233,7 +247,7 @@ def _save_predictions(trainer: AddaxTrainer, test: ScoredSet) -> None:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def _report(trainer: AddaxTrainer, title: str, metric: str) -> dict[str, float]:
+def _report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
     """Draw the curves, and say how it went and where everything is."""
     folder = _folder(trainer.args)
     if not trainer.is_world_process_zero():

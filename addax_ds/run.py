@@ -8,7 +8,8 @@ steps, logging, evaluation and saving are free.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -45,7 +46,7 @@ class Run:
         sharding: back end.
         ranks: number of ranks; with another one or on another back end a run goes on all the same.
         dtype: of the weights, "bf16", "fp16" or "fp32".
-        method: addax, addax-wa, mezo or ip-sgd.
+        method: one of `Method`.
         seed: of z and of stochastic rounding.
         data_seed: of the order of the data.
         drop_last: whether an epoch ends before a batch that it cannot fill.
@@ -107,15 +108,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far Trainer is with the loss that it logs next, a mean over steps.
+    """How far a run is with what it logs.
 
     Attributes:
-        loss_sum: of the steps since the last time.
+        loss_sum: of the steps since Trainer last logged a loss, which is a mean over steps.
         last_logged_step: when that was.
+        costs: of all steps (`Costs`), as a mapping.
     """
 
     loss_sum: float
     last_logged_step: int
+    costs: dict[str, Any] = field(default_factory=dict)
 
 
 def data_digest(examples: Sequence[Example]) -> str:

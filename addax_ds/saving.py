@@ -2,6 +2,7 @@
 
 import io
 import random
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from addax_ds import checkpoint, durable, resume
 from addax_ds.agreement import all_ranks_or_none, everywhere, limit_waiting
+from addax_ds.costs import CostMeter, Costs
 from addax_ds.data.partition import Partition
 from addax_ds.optimizer import Addax, unwrap
 from addax_ds.run import Progress, Run
@@ -30,10 +32,12 @@ class SavingTrainer(Trainer):
     Attributes:
         settings: the method and its hyperparameters.
         partition: how the training data is divided; None if there is none.
+        costs: of the training up to now.
     """
 
     settings: AddaxSettings
     partition: Partition | None
+    costs: CostMeter
     _progress: Progress | None = None
 
     @property
@@ -99,7 +103,9 @@ class SavingTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with all_ranks_or_none():
             if self.args.should_save:
-                progress = Progress(self._tr_loss.item(), self._globalstep_last_logged)
+                progress = Progress(
+                    self._tr_loss.item(), self._globalstep_last_logged, asdict(self.costs.costs)
+                )
                 own = (self.addax, self.lr_scheduler, self._run, progress)
                 checkpoint.save_state(Path(output_dir), *own)
 
@@ -159,7 +165,7 @@ class SavingTrainer(Trainer):
             with all_ranks_or_none():
                 own = (self.addax, self.lr_scheduler, self._run)
                 self._progress = checkpoint.load_state(folder, *own)
-            checkpoint.load_weights(self.addax.sharding, folder)
+            self._load_weights(folder)
             self.addax.sharding.resume_at(self.state.global_step)
         return prepared
 
@@ -171,17 +177,23 @@ class SavingTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def resume_logging(self) -> None:
-        """Go on with the sum of losses to be logged, once Trainer has begun a new one."""
+        """Go on with what is logged as a sum over steps, once Trainer has begun anew."""
         if self._progress is not None:
             self._tr_loss += self._progress.loss_sum
             self._globalstep_last_logged = self._progress.last_logged_step
+            self.costs.costs = Costs(**self._progress.costs)
             self._progress = None
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         folder = Path(self.state.best_model_checkpoint)
         resume.require_intact(folder, self.args)
-        checkpoint.load_weights(self.addax.sharding, folder)
+        self._load_weights(folder)
+
+    def _load_weights(self, folder: Path) -> None:
+        """Fill the shards; every rank has to call it."""
+        shown = self.is_world_process_zero() and not self.args.disable_tqdm
+        checkpoint.load_weights(self.addax.sharding, folder, progress=shown)
 
     @cached_property
     def _run(self) -> Run:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
-from addax_ds.data.partition import Method
+from addax_ds.data.partition import BASELINES, Method
 from addax_ds.ds_config import OPTIMIZER_DEFAULTS, optimizer_problems, pick
 from addax_ds.errors import UserError
 from addax_ds.rules import raise_problems
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
-# Methods that are Addax at one end of alpha.
-_FIXED_ALPHA = {"mezo": 1.0, "ip-sgd": 0.0}
+# Methods at one end of alpha; those without a zeroth-order part are at 0.
+_FIXED_ALPHA: dict[Method, float] = {"mezo": 1.0, "ip-sgd": 0.0, **dict.fromkeys(BASELINES, 0.0)}
 
 
 @dataclass
@@ -31,14 +31,15 @@ class AddaxArguments:
         default="addax",
         metadata={
             "help": "addax: long sequences zeroth-order, short ones first-order. addax-wa: both "
-            "from all data. mezo: zeroth-order only. ip-sgd: first-order only."
+            "from all data. mezo: zeroth-order only. ip-sgd: first-order only, in place. sgd, "
+            "adamw: for comparison, torch's under ZeRO-3, with fp32 master weights."
         },
     )
     alpha: float | None = field(
         default=None,
         metadata={
             "help": "Weight of the zeroth-order gradient, between 0 and 1 (default 1e-3; mezo is "
-            "1, ip-sgd is 0)."
+            "1, methods without zeroth-order steps are 0)."
         },
     )
     zo_eps: float | None = field(
@@ -74,13 +75,13 @@ class AddaxSettings:
     """The arguments of Addax, settled.
 
     Attributes:
-        method: addax, addax-wa, mezo or ip-sgd.
-        alpha: α, the weight of the zeroth-order gradient: 1 for mezo, 0 for ip-sgd.
+        method: one of `Method`.
+        alpha: α, the weight of the zeroth-order gradient: 1 for mezo, 0 where there is none.
         zo_eps: ε, the perturbation scale.
         length_threshold: L_T in tokens or "median"; `None` where the data is not partitioned.
         rounding: "stochastic" or "nearest".
         seed: seed of z and of stochastic rounding.
-        per_device_zo_batch_size: rows of a zeroth-order micro-batch; 0 for ip-sgd.
+        per_device_zo_batch_size: rows of a zeroth-order micro-batch; 0 where there is none.
         gradient_accumulation_steps: micro-batches of a step and rank, in either stream.
         max_grad_norm: norm that the first-order gradient is clipped to; 0 if it is not.
         desync_check_steps: steps between two comparisons of the ranks; 0 for none.
@@ -132,7 +133,8 @@ def resolve(
         logger.warning("--rounding has no effect on fp32 weights, whose updates are not rounded.")
     if settings.method == "mezo" and training_args.max_grad_norm > 0.0:
         logger.warning("--max_grad_norm has no effect with --method mezo: there is no gradient.")
-    if settings.max_grad_norm > 0.0 and settings.gradient_accumulation_steps == 1:
+    in_place = settings.method not in BASELINES
+    if in_place and settings.max_grad_norm > 0.0 and settings.gradient_accumulation_steps == 1:
         logger.warning(
             "--max_grad_norm %g: the norm is known only after a backward, so each step runs its "
             "first-order forward and backward twice; 0 does not clip.",
@@ -176,7 +178,7 @@ def settle_arguments(
         length_threshold=_length_threshold(args.length_threshold) if partitioned else None,
         rounding=settle("rounding", args.rounding, OPTIMIZER_DEFAULTS["rounding"]),
         seed=seed,
-        per_device_zo_batch_size=0 if args.method == "ip-sgd" else zo_batch_size,
+        per_device_zo_batch_size=zo_batch_size if alpha else 0,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         max_grad_norm=0.0 if args.method == "mezo" else float(training.max_grad_norm),
         desync_check_steps=args.desync_check_steps,
@@ -214,6 +216,8 @@ def _check_addax_arguments(args: AddaxArguments) -> None:
     ignored = {"addax": (), "addax-wa": ("length_threshold",), "mezo": ("length_threshold",)}.get(
         args.method, ("length_threshold", "zo_eps", "per_device_zo_batch_size")
     )
+    if args.method in BASELINES:
+        ignored = (*ignored, "rounding")
     problems += [
         f"--{name} has no effect with --method {args.method}; remove it."
         for name in ignored

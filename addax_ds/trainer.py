@@ -1,31 +1,20 @@
 """`transformers.Trainer` with Addax: Trainer's loop as it is, another step inside it."""
 
-import copy
 import logging
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.agreement import everywhere
-from addax_ds.configure import configure
-from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
-from addax_ds.data.encoding import Example
-from addax_ds.data.partition import Partition, partition
 from addax_ds.desync import DesyncCheck
 from addax_ds.errors import UserError
-from addax_ds.evaluation import EvaluationCollator, ScoredSet, token_scores
 from addax_ds.optimizer import Addax
-from addax_ds.saving import SavingTrainer
-from addax_ds.scoring import ScoringTrainer
-from addax_ds.settings import AddaxArguments, AddaxSettings, weights_dtype
+from addax_ds.settings import weights_dtype
 from addax_ds.sharding.attach import attach, back_end_of
+from addax_ds.step_trainer import StepTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,115 +22,29 @@ MAX_NAMED_EXAMPLES = 20
 """So many examples of a partial step are named in the log."""
 
 
-def plan_steps(
-    examples: Sequence[Example], settings: AddaxSettings, args: TrainingArguments
-) -> tuple[Partition, StepSchedule]:
-    """Divide the examples between the streams and say which of them each step sees.
-
-    Raises:
-        UserError: a stream is empty or has fewer examples than its global batch.
-    """
-    lengths = [example.length for example in examples]
-    streams = partition(lengths, settings.method, settings.length_threshold)
-    shares = args.world_size * settings.gradient_accumulation_steps
-    schedule = StepSchedule(
-        streams.zeroth_order,
-        streams.first_order,
-        settings.per_device_zo_batch_size * shares,
-        args.per_device_train_batch_size * shares,
-        args.seed if args.data_seed is None else args.data_seed,
-        args.dataloader_drop_last,
-    )
-    return streams, schedule
-
-
-class AddaxTrainer(ScoringTrainer, SavingTrainer):
+class AddaxTrainer(StepTrainer):
     """Trainer whose step takes a zeroth-order batch of D0 and a first-order batch of D1.
 
     It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, on a model that is sharded
-    by ``fully_shard`` or whole on each rank. Both losses are sums over the global batch divided by
-    its global number of target tokens. An epoch is one pass over D1; D0 cycles through its own
-    permutations.
+    by `fully_shard` or whole on each rank. Arguments are those of `StepTrainer`.
 
-    Besides Trainer's own values it reports, every ``logging_steps``, those of the last step:
-    ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and ``fo_update_norm``
-    (norms of the two parts of the update) and ``grad_norm`` (of the first-order gradient).
-    ``scores`` holds what the data set made its last metrics of, a row an example.
-
-    Args:
-        model: a causal language model; what it returns has ``logits``. The loss is their
-            cross-entropy (`causal_loss`); a loss of the model's own is not used.
-        args: Trainer's arguments; `addax_ds.training_arguments` says which fields work.
-        addax: the method and its hyperparameters, or what `configure` made of them.
-        train_dataset: tokenised examples (`addax_ds.data.encoding.encode`).
-        eval_dataset: what ``evaluate`` scores, or a dict of such sets.
-        processing_class: the tokenizer; saved with the model.
-        **kwargs: passed to Trainer (``callbacks``, ``compute_metrics``, ...).
-
-    Raises:
-        UserError: for arguments that do not fit together, before anything is trained.
+    Besides the values of Trainer and `StepTrainer` it reports, every ``logging_steps``, those of
+    the last step: ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and
+    ``fo_update_norm`` (norms of the two parts of the update) and ``grad_norm`` (of the first-order
+    gradient).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: TrainingArguments,
-        addax: AddaxArguments | AddaxSettings,
-        train_dataset: Sequence[Example] | None = None,
-        eval_dataset: ScoredSet | dict[str, ScoredSet] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.settings = addax if isinstance(addax, AddaxSettings) else configure(args, addax)
-        # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
-        args = copy.copy(args)
-        args.gradient_accumulation_steps = 1
-        self.partition: Partition | None = None
-        self._steps: StepBatches | None = None
-        self._pad_token_id = _pad_token_id(processing_class)
-        if train_dataset is not None:
-            self.partition, schedule = plan_steps(train_dataset, self.settings, args)
-            self._steps = StepBatches(
-                train_dataset,
-                schedule,
-                args.process_index,
-                args.world_size,
-                self._pad_token_id,
-                self.settings.gradient_accumulation_steps,
-            )
-        kwargs.setdefault("data_collator", EvaluationCollator(self._pad_token_id))
-        kwargs.setdefault("compute_loss_func", causal_loss)
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         if not self.is_deepspeed_enabled:
             # Accelerate would wrap a model on several ranks in DistributedDataParallel.
             model._is_accelerate_prepared = True  # type: ignore[assignment]
         self.add_callback(_EndOfStep(self))
         self._stop_requested = False
         self._desync: DesyncCheck | None = None
-        self._losses: list[tuple[str, int, Tensor]] = []
-        self._learning_rate = args.learning_rate
+        self._learning_rate = self.args.learning_rate
 
     # ---- seams of Trainer ----------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return a loader with one item a step: this rank's part of both batches."""
-        if self._steps is None:
-            raise UserError("AddaxTrainer: training needs a train_dataset")
-        args = self.args
-        return train_dataloader(
-            self._steps,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
-        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON.
@@ -226,11 +129,6 @@ class AddaxTrainer(ScoringTrainer, SavingTrainer):
         )
         return tokens * self.addax.sharding.trainable_elements
 
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        # Shards of FSDP2 are where they belong, which with CPU offload is another device.
-        if not isinstance(model, FSDPModule):
-            super()._move_model_to_device(model, device)
-
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Addax has clipped, before it applied the gradient."""
 
@@ -279,33 +177,6 @@ class AddaxTrainer(ScoringTrainer, SavingTrainer):
 
     # ---- helpers -------------------------------------------------------------------------------
 
-    def _micro_batches(
-        self, model: nn.Module, inputs: dict[str, Any], stream: str
-    ) -> list[Callable[[], Tensor]]:
-        """Return, for each micro-batch of a stream, what computes its loss."""
-        if stream not in inputs:
-            return []
-
-        def noted(number: int, batch: dict[str, Tensor]) -> Tensor:
-            loss = self._loss(model, batch, inputs[f"{stream}_targets"])
-            self._losses.append((stream, number, loss.detach()))
-            return loss
-
-        return [partial(noted, number, batch) for number, batch in enumerate(inputs[stream])]
-
-    def _loss(self, model: nn.Module, batch: dict[str, Tensor], targets: int) -> Tensor:
-        """Return a loss whose mean over ranks and micro-batches is that over all target tokens.
-
-        ``compute_loss`` divides the sum by the global number and multiplies by the number of ranks,
-        to undo the mean that `Addax.measure` takes over them; over micro-batches it takes one, too.
-        """
-        batch = self._prepare_inputs(batch)
-        number = torch.tensor(targets, device=self.args.device)
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch, num_items_in_batch=number)
-        assert isinstance(loss, Tensor)
-        return loss * self.settings.gradient_accumulation_steps
-
     def _logs_after_this_step(self) -> bool:
         step, args = self.state.global_step + 1, self.args
         if args.logging_strategy == "steps":
@@ -341,23 +212,6 @@ class _EndOfStep(TrainerCallback):
             control.should_evaluate = False
 
 
-def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """Cross-entropy of the target tokens, in fp32, summed in fp64 and divided by a given number.
-
-    Trainer's ``compute_loss_func``, because not every model heeds ``num_items_in_batch`` in its own
-    loss. Logits are widened at target positions alone: prompts cost no fp32 copy.
-
-    Args:
-        outputs: of the model; ``logits`` of shape ``(rows, length, vocabulary)``.
-        labels: int64 ``(rows, length)``, not shifted.
-        num_items_in_batch: number of target tokens in the global batch.
-
-    Returns:
-        fp64 scalar.
-    """
-    return -token_scores(outputs.logits, labels)[:, 0].sum() / num_items_in_batch
-
-
 def _check_dtype(model: nn.Module, args: TrainingArguments) -> None:
     wanted = weights_dtype(args)
     dtypes = {p.dtype for p in model.parameters()}
@@ -367,13 +221,3 @@ def _check_dtype(model: nn.Module, args: TrainingArguments) -> None:
             f"arguments (bf16 {args.bf16}, fp16 {args.fp16}) ask for {wanted}: load the model with "
             "the dtype that they ask for"
         )
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return a token to pad with; masked out, so any will do where the tokenizer names none."""
-    if tokenizer is None:
-        return 0
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0

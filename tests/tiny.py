@@ -160,6 +160,16 @@ def examples(rows: list[dict[str, str]]) -> list[Example]:
     return encode(records, tiny_tokenizer(), max_length=None, model_positions=POSITIONS)
 
 
+def repeatable(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A trainer's log of losses without what no two runs agree on."""
+    costs = {"train_seconds", "train_cpu_seconds", "peak_memory_bytes"}
+    return [
+        {name: value for name, value in entry.items() if name not in costs}
+        for entry in log
+        if "train_runtime" not in entry
+    ]
+
+
 def choice_set() -> EvaluationSet:
     """5 rows with 2 or 3 candidates of 1 to 4 words, 13 candidates in all."""
     candidates, choices = [], []

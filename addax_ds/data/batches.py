@@ -183,6 +183,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         self._pad_token_id = pad_token_id
         self._micro_batches = micro_batches
         self._target_counts = np.array([example.target_count for example in examples], np.int64)
+        self._lengths = np.array([example.length for example in examples], np.int64)
 
     @property
     def schedule(self) -> StepSchedule:
@@ -199,6 +200,11 @@ class StepBatches(Dataset[dict[str, Any]]):
                 item[stream] = [pad(part, self._pad_token_id) for part in rows]
                 item[f"{stream}_targets"] = int(self._target_counts[indices].sum())
         return item
+
+    def tokens(self, step: int) -> int:
+        """Return how many tokens the step's global batches have, padding left out."""
+        batches = (self._indices(step, stream) for stream in STREAMS)
+        return sum(int(self._lengths[batch].sum()) for batch in batches if batch is not None)
 
     def rows(self, step: int, stream: str, micro_batch: int) -> list[Example]:
         """Return this rank's rows of a micro-batch of a stream that exists."""

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from addax_ds.errors import UserError
 
-Method = Literal["addax", "addax-wa", "mezo", "ip-sgd"]
+Method = Literal["addax", "addax-wa", "mezo", "ip-sgd", "sgd", "adamw"]
+
+BASELINES: tuple[Method, ...] = ("sgd", "adamw")
+"""Methods that are not Addax at some alpha: torch's optimizers in DeepSpeed's ZeRO-3."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ def partition(
     Args:
         lengths: Tokens of each example.
         method: "addax": D0 = longer than L_T, D1 = the rest. "addax-wa" (without assignment):
-            both are the whole set. "mezo": D0 is the whole set, D1 empty. "ip-sgd": the reverse.
+            both are the whole set. "mezo": D0 is the whole set, D1 empty. The others: the reverse.
         threshold: L_T in tokens for "addax", or "median": the lower median, which never leaves D1
             empty, and D0 only if no length exceeds it. None for other methods.
 
@@ -73,7 +76,7 @@ def partition(
         return Partition(whole, whole, None)
     if method == "mezo":
         return Partition(whole, none, None)
-    if method == "ip-sgd":
+    if method in ("ip-sgd", *BASELINES):
         return Partition(none, whole, None)
     raise UserError(f"--method {method} is unknown; choose from {', '.join(get_args(Method))}")
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.launcher import _MARK, LAUNCHERS, _running
 from tests.ranks import ROOT, free_port
-from tests.tiny import rows, write_model, write_rows
+from tests.tiny import repeatable, rows, write_model, write_rows
 
 SCRIPT = "launch/train.py"
 BACK_ENDS = {
@@ -111,8 +111,8 @@ class Training:
         """Final weights and log, less the times."""
         require_intact(self.output / "model")
         state = json.loads((self.output / "trainer_state.json").read_text())
-        log = [entry for entry in state["log_history"] if "train_runtime" not in entry]
-        return load_file(self.output / "model" / "model.safetensors"), log
+        weights = load_file(self.output / "model" / "model.safetensors")
+        return weights, repeatable(state["log_history"])
 
     def require_same_result(self, reference: "Training") -> None:
         """Compare weights and log bit by bit."""

@@ -1,0 +1,84 @@
+"""Trains with SGD and AdamW under ZeRO-3; each rank saves what it saw.
+
+``python -m tests.workers.baseline_cases FOLDER``; ``FOLDER/model`` holds the model.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from transformers import AutoModelForCausalLM
+
+from addax_ds.baseline import BaselineTrainer
+from addax_ds.settings import AddaxArguments
+from tests.tiny import choice_set, repeatable, tiny_tokenizer
+from tests.workers.teardown import shut_down
+from tests.workers.trainer_cases import Case, arguments, gathered
+
+STEPS = 4
+CASES = {
+    "sgd": Case(addax={"method": "sgd"}, training={"learning_rate": 0.05, "max_steps": STEPS}),
+    "adamw": Case(
+        addax={"method": "adamw"},
+        training={"learning_rate": 1e-3, "max_steps": STEPS, "weight_decay": 0.1},
+    ),
+    "clipped and accumulated": Case(
+        addax={"method": "adamw"},
+        training={"learning_rate": 1e-3, "max_steps": STEPS, "max_grad_norm": 0.5},
+        shares=2,
+    ),
+    "best": Case(
+        addax={"method": "sgd"},
+        training={
+            "learning_rate": 10.0,  # so large that the loss grows
+            "max_steps": STEPS,
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "load_best_model_at_end": True,
+        },
+    ),
+}
+
+
+def train(name: str, folder: Path, world_size: int) -> dict[str, Any]:
+    case, output = CASES[name], folder / f"{name}-{world_size}"
+    args = arguments(case, output, "zero3", world_size)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    trainer = BaselineTrainer(
+        model,
+        args,
+        AddaxArguments(**case.addax),
+        case.examples(),
+        eval_dataset=choice_set(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    log = trainer.state.log_history
+    found = {
+        "log": [entry for entry in repeatable(log) if "loss" in entry],
+        "evaluations": [entry["eval_loss"] for entry in log if "eval_loss" in entry],
+        "weights": gathered(model),
+    }
+    if args.load_best_model_at_end:
+        found["evaluated again"] = trainer.evaluate()["eval_loss"]
+    trainer.model_wrapped.destroy()
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    for name in CASES:
+        found = train(name, folder, world_size)
+        torch.save(found, folder / f"{name}-{world_size}-rank{rank}.pt")
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
