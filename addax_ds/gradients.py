@@ -13,7 +13,7 @@ class GradientSums:
 
     They are kept in fp32, 4 bytes for each element that this rank holds, because a sum in bf16
     loses what later micro-batches add. This is what gradient accumulation costs; without it nothing
-    is allocated here.
+    is allocated here. They lie where the shards do, which with offload is in host memory.
     """
 
     def __init__(self) -> None:
@@ -23,16 +23,17 @@ class GradientSums:
         """Add a gradient, flat and as long as the shard, which is copied."""
         held = self._sums.get(shard.parameter_id)
         if held is None:
-            self._sums[shard.parameter_id] = gradient.to(torch.float32, copy=True)
+            home = shard.data.device
+            self._sums[shard.parameter_id] = gradient.to(home, torch.float32, copy=True)
         else:
-            held += gradient
+            held += gradient.to(held.device)
 
     def take(self, shard: Shard, gradient: Tensor | None) -> Tensor | None:
         """Return the sum with a last gradient added, or None if there is neither; forget it."""
         held = self._sums.pop(shard.parameter_id, None)
         if held is None or gradient is None:
             return held if gradient is None else gradient
-        return held.add_(gradient)
+        return held.add_(gradient.to(held.device))
 
     def held(self, shard: Shard) -> Tensor | None:
         """Return the sum, which stays here."""

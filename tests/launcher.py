@@ -34,6 +34,72 @@ LAUNCHERS = {
 }
 
 
+@dataclass(frozen=True)
+class Started:
+    """A program that runs; whatever it starts in turn carries its mark."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    port: int
+
+    def running(self) -> list[psutil.Process]:
+        """Return what of it is alive."""
+        return _running(self.mark)
+
+
+def start(command: list[str], port: int, environment: dict[str, str] | None = None) -> Started:
+    """Start a program of this environment, as on a machine without a GPU.
+
+    Args:
+        command: the program, by name, and its arguments.
+        port: on which its ranks meet.
+        environment: variables that it gets beside this process's own.
+    """
+    mark = uuid.uuid4().hex
+    programs = Path(sys.executable).parent
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={
+            **inherited,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            **(environment or {}),
+            _MARK: mark,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return Started(process, mark, port)
+
+
+def finish(started: Started, timeout: float = 150.0) -> Outcome:
+    """Wait for a program, and end what is left of it."""
+    process = started.process
+    status: int | None
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        status = process.returncode
+        time.sleep(0.5)  # a rank that was told to end may still be ending
+        left_behind = len(started.running())
+    except subprocess.TimeoutExpired:
+        status, left_behind = None, len(started.running())
+    finally:
+        for survivor in started.running():
+            survivor.kill()
+        # DeepSpeed never removes these, 69 MB a rank.
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{started.port}_*"):
+            buffer.unlink()
+    if status is None:
+        output, _ = process.communicate()
+    return Outcome(status, output, left_behind)
+
+
 def launch(
     script: str,
     *flags: str,
@@ -42,42 +108,9 @@ def launch(
     launcher: str = "deepspeed",
 ) -> Outcome:
     """Run ``<launcher> ... <script> <flags>`` as on a machine without a GPU."""
-    mark = uuid.uuid4().hex
-    programs = Path(sys.executable).parent
     port = free_port()
     options = [option.format(ranks=ranks, port=port) for option in LAUNCHERS[launcher]]
-    environment = {
-        **{k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        _MARK: mark,
-    }
-    process = subprocess.Popen(
-        [str(programs / launcher), *options, script, *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    status: int | None
-    try:
-        output, _ = process.communicate(timeout=timeout)
-        status = process.returncode
-        time.sleep(0.5)  # a rank that was told to end may still be ending
-        left_behind = len(_running(mark))
-    except subprocess.TimeoutExpired:
-        status, left_behind = None, len(_running(mark))
-    finally:
-        for survivor in _running(mark):
-            survivor.kill()
-        # DeepSpeed never removes these, 69 MB a rank.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            buffer.unlink()
-    if status is None:
-        output, _ = process.communicate()
-    return Outcome(status, output, left_behind)
+    return finish(start([launcher, *options, script, *flags], port), timeout)
 
 
 def _running(mark: str) -> list[psutil.Process]:
