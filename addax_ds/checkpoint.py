@@ -130,10 +130,11 @@ def save_model(
     if has_adapters(model):
         save_adapters(model, folder, args.should_save)
     else:
-        weights.save_weights(model, folder, _writers(args))
+        shown = args.process_index == 0 and not args.disable_tqdm
+        weights.save_weights(model, folder, _writers(args), progress=shown)
 
 
-def load_weights(sharding: Sharding, folder: Path) -> None:
+def load_weights(sharding: Sharding, folder: Path, progress: bool = False) -> None:
     """Fill this rank's shards from a folder that `save_model` wrote; every rank has to call it.
 
     Raises:
@@ -148,7 +149,7 @@ def load_weights(sharding: Sharding, folder: Path) -> None:
     if adapters:
         sharding.finish_step()  # what is gathered is from before
     else:
-        weights.load_weights(sharding, folder)
+        weights.load_weights(sharding, folder, progress)
 
 
 def _check_same_kind(folder: Path, adapters: bool) -> None:

@@ -22,13 +22,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+from transformers.integrations import deepspeed_config
+from transformers.modeling_utils import set_zero3_state
 
 from addax_ds import demo
+from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.arguments import ModelArguments
 from addax_ds.errors import UserError
 from addax_ds.rules import shown
 from addax_ds.sharding.fsdp2 import materialize, shard_model
+from addax_ds.sharding.zero3 import partition_empty
 from addax_ds.weights import MODEL_FILE, WeightFiles, local_slices
 
 logger = logging.getLogger(__name__)
@@ -99,15 +104,66 @@ class ModelSource:
         with _refused(f"no tokenizer in {self.path}"):
             return AutoTokenizer.from_pretrained(self.path, **self.options)
 
-    def load(self, dtype: torch.dtype) -> nn.Module:
-        """Load the whole model; under ZeRO-3 Transformers partitions it as it is read.
+    def load(
+        self,
+        dtype: torch.dtype,
+        sharding: str = "none",
+        device: torch.device | str = "cpu",
+        *,
+        progress: bool = False,
+    ) -> nn.Module:
+        """Load the model; every rank has to call it.
 
-        Safetensors files are preferred to ``.bin`` files, which are unpickled with
-        ``weights_only=True``: the larger OPT models come in no other form.
+        A rank reads its shards from the safetensors files, and holds one whole weight besides, if
+        the files hold the model's weights one by one. Others are loaded by Transformers, which
+        needs memory for the whole model, with a warning if it is to be sharded: ``.bin`` files
+        (unpickled with ``weights_only=True``; the larger OPT models come in no other form), experts
+        that are fused, weights that are quantised.
+
+        Args:
+            dtype: of the weights.
+            sharding: what `Sharding.name` calls the back end; "zero3" takes the DeepSpeed
+                configuration of the live `TrainingArguments`.
+            device: where the weights go; under ZeRO-3 that configuration says it.
+            progress: whether to show a bar if it takes long.
 
         Raises:
-            UserError: if it cannot be loaded, or some of its weights are in no file.
+            UserError: on all ranks, if one cannot load it, or some of its weights are in no file.
         """
+        where = f"cannot load the model from {self.path}"
+        other_form: str | None = None
+        with all_ranks_or_none(), _refused(where):
+            model = self._empty(dtype)
+            try:
+                files = self._weight_files(model, dtype)
+                files.check(local_slices(model))
+                files.check_ties(local_slices(model))
+            except _OtherForm as error:
+                other_form = str(error)
+        other_form = next(filter(None, everywhere(other_form)), None)
+        if other_form is not None:
+            return self._load_whole(dtype, sharding, other_form)
+        _lay_out(model, sharding, torch.device(device))
+        with all_ranks_or_none(), _refused(where):
+            files.fill(local_slices(model), progress)
+        return model
+
+    def _load_whole(self, dtype: torch.dtype, sharding: str, why: str) -> nn.Module:
+        """Let Transformers load the model; under ZeRO-3 it partitions it on the way.
+
+        Raises:
+            UserError: see `load`.
+        """
+        if sharding != "none":
+            logger.warning(
+                "Loading takes memory for the whole model on %s, because the files of %s do not "
+                "hold its weights one by one: %s. Safetensors files do, as "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) writes them for "
+                "most models",
+                "rank 0" if sharding == "zero3" else "every rank",
+                self.path,
+                why,
+            )
         with _refused(f"cannot load the model from {self.path}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -123,43 +179,16 @@ class ModelSource:
                     f"its files lack {len(missing)} weights that config.json asks for, such as "
                     f"{missing[0]}; training would start from random ones"
                 )
-        return model
-
-    def load_fsdp2(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Load the model sharded by FSDP2; a rank reads its own shards from the files.
-
-        Files that do not have the model's weights one by one (``.bin`` files, experts that
-        Transformers fuses, quantised weights) are loaded whole by every rank, with a warning.
-
-        Raises:
-            UserError: if it cannot be loaded.
-        """
-        model = self._empty(dtype)
-        try:
-            files = self._weight_files(model)
-            files.check(local_slices(model))
-        except UserError as error:
-            logger.warning(
-                "every rank loads the whole model and then shards it, because the files of %s do "
-                "not hold its weights one by one: %s. Safetensors files do, as "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) writes them for "
-                "most models",
-                self.path,
-                error,
-            )
-            model = self.load(dtype)
+        if sharding == "fsdp2":
             shard_model(model)
-            return model
-        shard_model(model)
-        materialize(model, device)
-        files.fill(local_slices(model))
         return model
 
     def _empty(self, dtype: torch.dtype) -> Any:
         """Build the model with its parameters on the meta device and its buffers as they are."""
         with (
-            _refused(f"cannot load the model from {self.path}"),
+            no_init_weights(),
             init_empty_weights(include_buffers=False),
+            set_zero3_state(),  # or Transformers makes, partitions and broadcasts random weights
         ):
             model = AutoModelForCausalLM.from_config(
                 self.config,
@@ -167,38 +196,64 @@ class ModelSource:
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.options["trust_remote_code"],
             )
+        # Only now, or buffers would be computed in the dtype of the weights.
+        model.initialize_weights()
         model.tie_weights()  # moving them to the meta device one by one has cut the ties
         if model.can_generate():
-            with (
-                _refused(f"cannot load the model from {self.path}"),
-                contextlib.suppress(OSError),  # not every model has one
-            ):
+            with contextlib.suppress(OSError):  # not every model has one
                 model.generation_config = GenerationConfig.from_pretrained(
                     self.path, revision=self.options["revision"]
                 )
         return model.eval()
 
-    def _weight_files(self, model: Any) -> WeightFiles:
+    def _weight_files(self, model: Any, dtype: torch.dtype) -> WeightFiles:
         """Find the files of the weights; on the hub, download them.
 
         Raises:
-            UserError: if there are none that hold the model's weights as they are.
+            _OtherForm: if they do not hold the model's weights as they are.
+            UserError: if one is damaged.
         """
         if getattr(self.config, "quantization_config", None) is not None:
-            raise UserError("they are quantised")
-        folder = self.path
-        if not Path(folder).is_dir():
-            with _refused("cannot download them"):
-                folder = snapshot_download(
+            raise _OtherForm("they are quantised")
+        if model._get_dtype_plan(dtype):
+            raise _OtherForm("Transformers keeps some of them in fp32")
+        folder = Path(self.path)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
                     self.path, revision=self.options["revision"], allow_patterns=_WEIGHTS
                 )
-        files = WeightFiles(Path(folder))
-        for transform in get_model_conversion_mapping(model):
-            if isinstance(transform, WeightConverter):
-                for name in files.names:
-                    if transform.rename_source_key(name)[1] is not None:
-                        raise UserError(f"Transformers converts {name}")
+            )
+        if not any((folder / name).is_file() for name in _WEIGHTS[:2]):
+            raise _OtherForm(f"there is neither {_WEIGHTS[0]} nor {_WEIGHTS[1]}")
+        files = WeightFiles(folder)
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        for name in sorted(files.names):
+            renamed, converted = rename_source_key(name, renamings, converters)
+            if converted is not None:
+                raise _OtherForm(f"Transformers converts {name}")
+            files.rename(name, renamed)
         return files
+
+
+class _OtherForm(Exception):
+    """Files that do not hold the model's weights one by one."""
+
+
+def _lay_out(model: Any, sharding: str, device: torch.device) -> None:
+    """Give memory to what this rank holds of a model whose parameters are on the meta device.
+
+    Values of parameters are undefined afterwards; buffers keep theirs.
+    """
+    if sharding == "fsdp2":
+        shard_model(model)
+    elif sharding == "zero3":
+        partition_empty(model, deepspeed_config())
+    materialize(model, device)
+    if sharding == "none":
+        model.tie_weights()  # giving them memory one by one has cut the ties
 
 
 @contextlib.contextmanager

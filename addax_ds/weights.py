@@ -8,7 +8,7 @@ files, so neither the number of ranks nor the back end can be told from a folder
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from addax_ds.agreement import all_ranks_or_none
+from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.durable import writing
 from addax_ds.errors import UserError
 from addax_ds.sharding.attach import back_end_of
@@ -29,22 +30,28 @@ from addax_ds.sharding.base import Sharding, canonical_name
 
 MODEL_FILE = "model.safetensors"
 MAX_FILE_SIZE = "5GB"
+CHUNK_BYTES = 2**24
+"""Most of a weight that travels at once when files are written."""
+
+BAR_DELAY_S = 2.0
+"""How long reading or writing takes before a bar appears."""
 
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-def load_weights(sharding: Sharding, folder: str | os.PathLike) -> None:
+def load_weights(sharding: Sharding, folder: str | os.PathLike, progress: bool = False) -> None:
     """Fill this rank's shards from a folder with safetensors files; every rank has to call it.
 
     Args:
         sharding: the back end, `Addax.sharding`.
         folder: as `save_weights` or ``save_pretrained`` writes it.
+        progress: whether to show a bar if it takes long.
 
     Raises:
         UserError: on all ranks, if one cannot; see `WeightFiles`.
     """
     with all_ranks_or_none():
-        WeightFiles(Path(folder)).fill(local_slices(sharding.model))
+        WeightFiles(Path(folder)).fill(local_slices(sharding.model), progress)
     sharding.finish_step()  # what is gathered is from before
 
 
@@ -116,16 +123,21 @@ class WeightFiles:
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():
             with _opened(single) as file:
-                self._paths = dict.fromkeys(file.keys(), single)
+                paths = dict.fromkeys(file.keys(), single)
         elif index.is_file():
-            self._paths = _read_index(index)
+            paths = _read_index(index)
         else:
             raise UserError(f"{folder}: there is neither {name} nor {index.name} in this folder")
+        self._tensors = {name: (path, name) for name, path in paths.items()}
 
     @property
     def names(self) -> set[str]:
         """Names of the tensors."""
-        return set(self._paths)
+        return set(self._tensors)
+
+    def rename(self, name: str, new: str) -> None:
+        """Call a tensor what the model calls it; messages go on naming it as the file does."""
+        self._tensors[new] = self._tensors.pop(name)
 
     def check(self, slices: Iterable[WeightSlice]) -> None:
         """Check that the files hold what ``slices`` are parts of.
@@ -136,25 +148,59 @@ class WeightFiles:
         for _ in self._find(slices):
             pass
 
-    def fill(self, slices: Iterable[WeightSlice]) -> None:
+    def check_ties(self, slices: Iterable[WeightSlice]) -> None:
+        """Check that what the files hold of a tied weight under its other names is the same.
+
+        Raises:
+            UserError: if it is not; one of the two would be lost.
+        """
+        for wanted in slices:
+            found = dict.fromkeys(self._tensors[n] for n in wanted.names if n in self._tensors)
+            (path, name), *others = found
+            for other_path, other in others:
+                with _opened(path) as one, _opened(other_path) as two:
+                    same = torch.equal(one.get_tensor(name), two.get_tensor(other))
+                if not same:
+                    raise UserError(
+                        f"{self.folder}: {name} and {other} differ in the files, but config.json "
+                        'makes them one weight: write "tie_word_embeddings": false there'
+                    )
+
+    def fill(self, slices: Iterable[WeightSlice], progress: bool = False) -> None:
         """Read the slices, and nothing else but the rest of the rows that they cut.
 
         Values are converted to the dtype and moved to the device of each slice.
 
+        Args:
+            slices: what to fill.
+            progress: whether to show a bar if it takes long.
+
         Raises:
             UserError: see `check`.
         """
-        for file, name, wanted in self._find(slices):
-            _fill(file, name, wanted)
+        slices = list(slices)
+        size = sum(wanted.data.nbytes for wanted in slices)
+        with _bar("Reading weights", size, progress) as bar:
+            for file, name, wanted in self._find(slices):
+                _fill(file, name, wanted)
+                bar.update(wanted.data.nbytes)
 
     def _find(self, slices: Iterable[WeightSlice]) -> Iterator[tuple[Any, str, WeightSlice]]:
         """Yield the open file and the name of each slice's tensor; one file is open at a time."""
         by_path: dict[Path, list[tuple[str, WeightSlice]]] = {}
+        missing = []
         for wanted in slices:
-            name = next((n for n in wanted.names if n in self._paths), None)
-            if name is None:
-                raise UserError(f"{self.folder}: the weights lack {wanted.names[0]}")
-            by_path.setdefault(self._paths[name], []).append((name, wanted))
+            known = next((n for n in wanted.names if n in self._tensors), None)
+            if known is None:
+                missing.append(wanted.names[0])
+            else:
+                path, name = self._tensors[known]
+                by_path.setdefault(path, []).append((name, wanted))
+        if missing:
+            raise UserError(
+                f"{self.folder}: its files lack {len(missing)} weights of the model, such as "
+                f"{missing[0]}"
+            )
         for path, found in by_path.items():
             with _opened(path) as file:
                 held = set(file.keys())
@@ -214,10 +260,11 @@ def save_weights(
     folder: str | os.PathLike,
     writers: Sequence[int] | None = None,
     max_file_size: str = MAX_FILE_SIZE,
+    progress: bool = False,
 ) -> None:
     """Write the weights as files for ``from_pretrained``; every rank has to call it.
 
-    A rank holds no more than its shards, one file and one whole weight at a time. Files of an
+    A rank holds its shards, `CHUNK_BYTES` of what travels, and, if it writes, one file. Files of an
     earlier save that are not overwritten are removed.
 
     Args:
@@ -225,6 +272,7 @@ def save_weights(
         folder: is made if it does not exist.
         writers: the ranks that write to this rank's file system (default: all), each its files.
         max_file_size: such as "5GB"; a larger weight is a file of its own.
+        progress: whether to show a bar if it takes long.
     """
     folder = Path(folder)
     rank, world_size = _rank_and_world_size()
@@ -236,17 +284,20 @@ def save_weights(
         if rank == writers[0]:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
+    whole = _WholeWeights(model)
     files = list(plan.filename_to_tensors)
-    for first in range(0, len(files), len(writers)):
-        # A round of gathering, in which each writer gets its file, and then all write at once.
-        mine: dict[str, dict[str, Tensor]] = {}
-        for file, writer in zip(files[first:], writers, strict=False):
-            tensors = gather_weights(model, plan.filename_to_tensors[file], rank == writer)
-            if rank == writer:
-                mine[file] = tensors
-        with all_ranks_or_none():
-            for file, tensors in mine.items():
-                _write(tensors, folder / file)
+    with _bar("Writing weights", plan.metadata["total_size"], progress) as bar:
+        for first in range(0, len(files), len(writers)):
+            # A round in which each writer gets its file, and then all write at once.
+            turns = dict(zip(files[first:], writers, strict=False))
+            kept = {
+                file: whole.gather(plan.filename_to_tensors[file], rank == writer, bar.update)
+                for file, writer in turns.items()
+            }
+            with all_ranks_or_none():
+                for file, writer in turns.items():
+                    if rank == writer:  # taken out, or the next round would come on top
+                        _write(kept.pop(file), folder / file)
 
 
 def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[str, Tensor]:
@@ -260,14 +311,79 @@ def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[s
     Returns:
         Copies on the CPU; nothing on ranks that do not keep them.
     """
-    back_end = back_end_of(model)
-    tensors = {names[0]: tensor for tensor, names in _entries(model).items()}
-    kept: dict[str, Tensor] = {}
-    for name in names:
-        with back_end.gathered(tensors[name]) as whole:
+    return _WholeWeights(model).gather(names, keep)
+
+
+class _WholeWeights:
+    """The weights of a model, put together from the parts that the ranks hold.
+
+    Nothing is gathered by the back end, which would make every rank hold the whole of a weight, and
+    gloo twice more. Parts travel in chunks instead, and are put together where they are kept.
+
+    Args:
+        model: on any back end; every rank has to make this, and to call it, at the same time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._rank, world_size = _rank_and_world_size()
+        self._parts = {part.names[0]: part for part in local_slices(model)}
+        ends = {n: (p.start, p.start + p.data.numel()) for n, p in self._parts.items()}
+        self._ends_by_rank = everywhere(ends)
+        if world_size > 1:
+            self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=_traffic_device())
+
+    def gather(
+        self, names: Iterable[str], keep: bool, advance: Callable[[int], Any] = lambda _: None
+    ) -> dict[str, Tensor]:
+        """See `gather_weights`; ``advance`` is told the bytes of each weight."""
+        kept: dict[str, Tensor] = {}
+        for name in names:
+            part = self._parts[name]
             if keep:
-                kept[name] = whole.to("cpu", copy=True).contiguous()
-    return kept
+                kept[name] = torch.empty(part.shape, dtype=part.data.dtype)
+            self._collect(name, kept[name].view(-1) if keep else None)
+            advance(part.shape.numel() * part.data.element_size())
+        return kept
+
+    def _collect(self, name: str, whole: Tensor | None) -> None:
+        """Fill the flat ``whole``; None on a rank that takes part for others."""
+        part = self._parts[name]
+        own, size = part.data.reshape(-1), part.data.element_size()
+        pieces = list(self._pieces(name, CHUNK_BYTES // size))
+        if whole is not None and not pieces:
+            whole.copy_(own)
+        for start, end, sender in pieces:
+            sent = self._chunk[: (end - start) * size]
+            if sender == self._rank:
+                sent.view(own.dtype).copy_(own[start - part.start : end - part.start])
+            dist.broadcast(sent, sender)
+            if whole is not None:
+                whole[start:end].copy_(sent.view(own.dtype))
+
+    def _pieces(self, name: str, limit: int) -> Iterator[tuple[int, int, int]]:
+        """Yield what has to travel of a weight: first element, the one after the last, and whose.
+
+        Nothing, if every rank has it all. Of replicas, one sends.
+        """
+        held = [ends[name] for ends in self._ends_by_rank]
+        at = 0
+        while len(set(held)) > 1 and at < self._parts[name].shape.numel():
+            sender = max(
+                (rank for rank, (start, _) in enumerate(held) if start <= at),
+                key=lambda rank: held[rank][1],
+            )
+            end = min(held[sender][1], at + limit)
+            assert end > at, f"no rank holds element {at} of {name}"
+            yield at, end, sender
+            at = end
+
+
+def _traffic_device() -> torch.device:
+    """Where a tensor has to lie to be sent; shards may be offloaded from there."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or dist.get_backend() in ("gloo", "ccl", "mpi"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -289,6 +405,13 @@ def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -
         index_path.unlink(missing_ok=True)
     else:
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
+
+
+def _bar(what: str, size: int, shown: bool) -> tqdm:
+    """Make a bar of ``size`` bytes that appears if it takes long."""
+    return tqdm(
+        desc=what, total=size, unit="B", unit_scale=True, delay=BAR_DELAY_S, disable=not shown
+    )
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -9,14 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM
 
 from addax_ds import UserError, weights
 from addax_ds.weights import WeightFiles, WeightSlice, local_slices, save_weights
 from tests.ranks import run_ranks
-from tests.tiny import tiny_model, write_model
+from tests.tiny import tiny_model
 from tests.workers.weights_cases import MAX_FILE_SIZE, MODELS, TOKENS, pass_on
-from tests.workers.weights_loading import LARGE
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (4, 3, 2), (0, 4), (211, 32)]
 INDEX = "model.safetensors.index.json"
@@ -151,12 +150,26 @@ def zero(module: nn.Module) -> None:
         parameter.zero_()
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_counts_bytes_on_request(shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "BAR_DELAY_S", 0)
+    model = tiny_model("llama", torch.float64)
+    save_weights(model, tmp_path, progress=shown)
+    WeightFiles(tmp_path).fill(local_slices(model), progress=shown)
+    # Parameters of 8 bytes: 2 layers, embeddings in and out, and the last norm.
+    size = 8 * (2 * (32 * (2 * 32 + 2 * 16 + 3 * 56) + 2 * 32) + 2 * 211 * 32 + 32)
+    said = capsys.readouterr().err
+    for what in ("Writing weights: 100%", "Reading weights: 100%"):
+        assert (what in said) == shown
+    assert said.count(f"{size / 1000:.0f}k/{size / 1000:.0f}kB"[:5]) >= 2 * shown
+
+
 # ---- files that are wrong ----------------------------------------------------------------------
 
 
 def damage_missing(folder: Path) -> str:
     save_file({"other": torch.ones(2)}, folder / "model.safetensors")
-    return f"{folder}: the weights lack weight3"
+    return f"{folder}: its files lack 1 weights of the model, such as weight3"
 
 
 def damage_shape(folder: Path) -> str:
@@ -341,84 +354,6 @@ def test_transformers_loads_what_was_written(chain):
         assert loaded.dtype == model.dtype
         with torch.no_grad():
             assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
-
-
-# ---- loading sharded ---------------------------------------------------------------------------
-
-FAMILIES = {
-    "opt": {},
-    "llama": {},
-    "qwen3": {"tie_word_embeddings": True},
-    "gemma3": {},
-}
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of two ranks found."""
-    folder = tmp_path_factory.mktemp("loading")
-    for family, options in FAMILIES.items():
-        write_model(folder / family, family, **options)
-    bin_only = tiny_model("llama")
-    (folder / "bin-only").mkdir()
-    bin_only.config.save_pretrained(folder / "bin-only")
-    torch.save(bin_only.state_dict(), folder / "bin-only" / "pytorch_model.bin")
-    write_experts(folder / "experts")
-    large = tiny_model(
-        "llama", vocab_size=4000, hidden_size=512, intermediate_size=1536, num_hidden_layers=6
-    )
-    large.save_pretrained(folder / LARGE, max_shard_size="10MB")
-    run_ranks("weights_loading", 2, folder)
-    return [torch.load(folder / f"loading-rank{rank}.pt") for rank in range(2)]
-
-
-def write_experts(folder: Path) -> None:
-    """Files with a matrix an expert, of which Transformers makes one a layer."""
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "bin-only", "experts"])
-def test_a_model_loaded_sharded_is_the_one_loaded_whole(loaded, name):
-    """Parameters, ties, buffers with their dtype, configuration; from fp32 files to bf16."""
-    for rank in loaded:
-        found = rank[name]
-        assert found["different"] == []
-        assert found["logits"]
-        assert found["parameters"][0] == found["parameters"][1]
-        assert found["generation"]
-        assert found["config"]
-        assert not found["training"]
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("bin-only", "there is neither model.safetensors"), ("experts", "Transformers converts")],
-)
-def test_files_without_the_weights_one_by_one_are_loaded_whole(loaded, name, reason):
-    for rank in loaded:
-        (warning,) = rank[name]["warnings"]
-        assert reason in warning
-        assert "save_pretrained" in warning
-        assert all(not rank[family]["warnings"] for family in FAMILIES)
-
-
-def test_loading_sharded_takes_the_memory_of_the_share(loaded):
-    """A rank's half of the bf16 weights and some slack, where the whole load needs all of them."""
-    elements = 6 * (512 * (2 * 32 + 2 * 16 + 3 * 1536)) + 2 * 4000 * 512
-    model = 2 * elements
-    for rank in loaded:
-        assert rank["sharded"] <= model / 2 + 4000 * 512 * 4 + 3 * 2**20
-        assert rank["whole"] >= 0.9 * model
 
 
 def test_a_rank_that_cannot_write_stops_all_of_them(tmp_path):

@@ -13,6 +13,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 SOURCES = {
     DeepSpeedZeroOptimizer_Stage3: (
+        "def _create_param_groups_fp16_flat_cpu_memory(self)",
+        "def _move_to_flat_buffer(self, param_list, flat_buffer",
         "def _setup_for_real_optimizer(self)",
         "self._setup_for_real_optimizer()",
         "def partition_grads(self, params_to_release",
@@ -46,6 +48,9 @@ SOURCES = {
         "def all_gather_coalesced(params: Iterable[Parameter]",
         "p.ds_tensor.to(get_accelerator().current_device_name())",
         "param.ds_process_group = ",
+        "def _convert_to_deepspeed_param(self, param)",
+        "self.local_device = ",
+        "param.partition = partition",
     ),
     PartitionedParameterCoordinator: (
         "param_group[0].all_gather_coalesced(param_group",

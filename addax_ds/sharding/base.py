@@ -7,7 +7,7 @@ not know which back end it runs on.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -136,11 +136,6 @@ class Sharding(ABC):
     @abstractmethod
     def free_gathered(model: nn.Module) -> None:
         """Free what a forward pass has left gathered, so that the parameters are the shards."""
-
-    @staticmethod
-    def gathered(parameter: Tensor) -> AbstractContextManager[Tensor]:
-        """Give the unsharded parameter while the context lasts, to read; all ranks take part."""
-        return nullcontext(parameter.detach())
 
     def shards(self) -> Iterator[Shard]:
         """Yield this rank's part of every trainable parameter, empty ones left out."""

@@ -118,15 +118,6 @@ class Fsdp2(Sharding):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    @staticmethod
-    @contextmanager
-    def gathered(parameter: Any) -> Iterator[Tensor]:  # noqa: D102
-        whole = parameter.detach()
-        if isinstance(parameter, DTensor):
-            # Offloaded shards are gathered on the device of the mesh.
-            whole = whole.to(parameter.device_mesh.device_type).full_tensor()
-        yield whole
-
     def _shard(self, info: ParameterInfo) -> Shard:
         held = _local(info.parameter).numel()
         data = self._fsdp_params[info.parameter].stored[:held]

@@ -6,6 +6,8 @@
 - `Zero3Sharding` perturbs what travels. A parameter is gathered through its instance attributes
   ``all_gather_coalesced`` and ``all_gather``; both are wrapped to gather from perturbed copies of
   the shards, so the stored shards are never written.
+- `partition_empty` partitions a model that was built on the meta device, for its weights to be read
+  into the partitions.
 - `register` makes ``"optimizer": {"type": "Addax"}`` known to `deepspeed.initialize`.
 """
 
@@ -21,7 +23,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
@@ -43,6 +45,17 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     """
 
     sharding: "Zero3Sharding"
+
+    def _create_param_groups_fp16_flat_cpu_memory(self) -> None:
+        # The base class copies offloaded shards into pinned buffers of the same size: for a while
+        # the host would hold the model twice. They are good where `zero.Init` has put them.
+        for group in self.trainable_param_groups:
+            count = sum(parameter.partition_numel() for parameter in group["params"])
+            placeholder = torch.empty(count, dtype=self.dtype, device="meta")
+            self.param_groups_fp16_flat_cpu_memory.append(placeholder)
+
+    def _move_to_flat_buffer(self, *_: Any, **__: Any) -> None:
+        """Nothing: there is no buffer (above)."""
 
     def _setup_for_real_optimizer(self) -> None:
         self.gradient_accumulation_dtype = self.communication_data_type
@@ -111,6 +124,25 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         )
 
 
+def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
+    """Partition, in place, a model whose parameters lie on the meta device.
+
+    A rank holds its partitions, whose values are undefined, and one whole parameter at a time.
+    `deepspeed.zero.Init` around the construction would broadcast every parameter, and change the
+    dtype of tensors that the model makes for its buffers.
+
+    Args:
+        model: its tied parameters stay tied, and its buffers where they are.
+        config: DeepSpeed's; it says where partitions lie.
+    """
+    init = Init(module=nn.Module(), config_dict_or_path=config)
+    for parameter in model.parameters():
+        whole = torch.empty_like(parameter, device=init.local_device)
+        torch.utils.swap_tensors(parameter, nn.Parameter(whole, parameter.requires_grad))
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+
+
 class Zero3Sharding(Sharding):
     """Sharding back end over the partitions of a `Stage3` optimizer."""
 
@@ -155,12 +187,6 @@ class Zero3Sharding(Sharding):
     @staticmethod
     def free_gathered(model: nn.Module) -> None:  # noqa: D102
         pass  # the shards are what they are, gathered or not
-
-    @staticmethod
-    @contextmanager
-    def gathered(parameter: Tensor) -> Iterator[Tensor]:  # noqa: D102
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            yield parameter.detach()
 
     def _shard(self, info: ParameterInfo) -> Shard:
         start, held = self._ranges[info.parameter]
