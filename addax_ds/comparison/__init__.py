@@ -1,0 +1,1 @@
+"""Methods against each other on real data: what `launch/compare.py` runs and reports."""

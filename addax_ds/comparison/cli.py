@@ -1,0 +1,49 @@
+"""The command line of `launch/compare.py`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from addax_ds.comparison.report import write_report
+from addax_ds.comparison.runner import Comparison, run
+from addax_ds.comparison.study import STUDIES
+from addax_ds.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing of the comparison, and write tables and figures of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--folder", type=Path, default=Path("comparison"), help="keeps the runs")
+    parser.add_argument("--model_name_or_path", help="instead of the demo's model")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--ranks", type=int, default=1, help="of each training")
+    parser.add_argument(
+        "--report", type=Path, help="folder to write comparison.json, .md and figures to, and stop"
+    )
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    common = {
+        "deepspeed": "ds_configs/zero3.json",
+        "bf16": "True",
+        "per_device_eval_batch_size": "32",
+        "report_to": "none",
+        "disable_tqdm": "True",
+    }
+    if args.model_name_or_path:
+        common["model_name_or_path"] = args.model_name_or_path
+    if not torch.accelerator.is_available():
+        common["use_cpu"] = "True"
+    comparison = Comparison([STUDIES[name] for name in args.study], args.folder, common)
+    try:
+        if args.report:
+            write_report(comparison, args.report)
+        else:
+            run(comparison.jobs, args.workers, args.ranks)
+            run(comparison.timings, 1, args.ranks)
+    except UserError as error:
+        sys.exit(f"compare: {error}")

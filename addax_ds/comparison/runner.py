@@ -1,0 +1,227 @@
+"""Runs trials as processes of their own, and goes on where an earlier call was interrupted.
+
+A trial's folder has ``outcome.json`` once it is over; one without it is run again from the start.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+import addax_ds
+from addax_ds.comparison.study import Study, Trial
+from addax_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).parents[2]
+_POLL_S = 1.0
+OUTCOME = "outcome.json"
+
+TIMED_ROUNDS = 3
+TIMED_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process: a training, or the reading of the test rows with what it has left.
+
+    Attributes:
+        trial: what it is for.
+        folder: where its files go.
+        flags: arguments of ``launch/train.py``.
+    """
+
+    trial: Trial
+    folder: Path
+    flags: dict[str, str]
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What it came to, or None if it is not over."""
+        path = self.folder / OUTCOME
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+class Comparison:
+    """The jobs of some studies, in the order in which they are due.
+
+    Args:
+        studies: what to compare.
+        folder: where the runs are kept.
+        common: arguments of ``launch/train.py`` for all jobs.
+    """
+
+    def __init__(self, studies: list[Study], folder: Path, common: dict[str, str]) -> None:
+        self.studies = studies
+        self.folder = folder
+        self._common = common
+
+    def training(self, trial: Trial) -> Job:
+        """Return the job that trains."""
+        return Job(trial, self.folder / trial.name, {**self._common, **trial.flags})
+
+    def test(self, trial: Trial) -> Job:
+        """Return the job that reads the test rows with a trained model, or the model as it is."""
+        flags = {**self._common, **trial.study.data_flags, "num_train": "0"}
+        if trial.contender is not None:
+            flags["model_name_or_path"] = str(self.folder / trial.name / "model")
+        return Job(trial, self.folder / trial.name / "test", flags)
+
+    def chosen(self, study: Study) -> dict[str, Trial]:
+        """Return, for each method whose grid is complete, the trial that is best on dev."""
+        found: dict[str, Trial] = {}
+        for contender in study.contenders:
+            trials = [trial for trial in study.grid if trial.contender == contender]
+            outcomes = [self.training(trial).outcome for trial in trials]
+            scores = [dev_score(outcome) for outcome in outcomes if outcome is not None]
+            if len(scores) == len(trials):
+                found[contender.method] = trials[scores.index(max(scores))]
+        return found
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield what can be run as far as is known by now; more is known when it has run."""
+        for study in self.studies:
+            yield self.test(Trial(study))
+            yield from map(self.training, study.grid)
+            winners = self.chosen(study).values()
+            for seed in study.seeds:
+                for winner in winners:
+                    trial = Trial(study, winner.contender, winner.learning_rate, seed)
+                    training = self.training(trial)
+                    yield training
+                    if training.outcome is not None and training.outcome["exit_code"] == 0:
+                        yield self.test(trial)
+
+    def timings(self) -> Iterator[Job]:
+        """Yield short trainings, method after method in rounds, for when nothing else runs."""
+        for study in self.studies:
+            for seed in range(TIMED_ROUNDS):
+                for contender in study.contenders:
+                    trial = Trial(study, contender, contender.learning_rates[0], seed)
+                    short = {"max_steps": str(TIMED_STEPS), "load_best_model_at_end": "False"}
+                    short |= dict.fromkeys(("eval_strategy", "save_strategy"), "no")
+                    folder = self.folder / study.name / f"timing-{contender.method}-{seed}"
+                    yield Job(trial, folder, {**self._common, **trial.flags, **short})
+
+
+def seconds_a_step(outcomes: list[dict[str, Any]]) -> float:
+    """Return the mean over timed trainings, each without its first step, which warms up."""
+    times = [[e["train_seconds"] for e in o["log"] if "loss" in e] for o in outcomes]
+    steps = [(time[-1] - time[0]) / (len(time) - 1) for time in times]
+    return sum(steps) / len(steps)
+
+
+def dev_score(outcome: dict[str, Any]) -> tuple[float, float]:
+    """Rank a training by its best accuracy on dev, then by the loss there; failed ones last."""
+    evaluations = [entry for entry in outcome.get("log", ()) if "eval_accuracy" in entry]
+    return max(
+        ((entry["eval_accuracy"], -entry["eval_loss"]) for entry in evaluations),
+        default=(-1.0, 0.0),
+    )
+
+
+def run(next_jobs: Callable[[], Iterator[Job]], workers: int, ranks: int) -> None:
+    """Run jobs until none is left, ``workers`` at a time.
+
+    Args:
+        next_jobs: what to run, finished jobs included; asked again after each one.
+        workers: processes at a time.
+        ranks: of each job.
+
+    Raises:
+        UserError: jobs failed otherwise than by diverging; the others have run.
+    """
+    running: list[tuple[Job, subprocess.Popen[bytes], float]] = []
+    failed: set[Path] = set()
+    while True:
+        active = {job.folder for job, _, _ in running}
+        due = (
+            job for job in next_jobs() if job.outcome is None and job.folder not in active | failed
+        )
+        while len(running) < workers and (job := next(due, None)) is not None:
+            running.append((job, _start(job, ranks), time.monotonic()))
+        if not running:
+            break
+        time.sleep(_POLL_S)
+        for entry in [entry for entry in running if entry[1].poll() is not None]:
+            running.remove(entry)
+            job, process, began = entry
+            if not _finish(job, process.returncode, time.monotonic() - began):
+                failed.add(job.folder)
+    if failed:
+        logs = "\n".join(str(folder / "output.log") for folder in sorted(failed))
+        raise UserError(f"{len(failed)} job(s) failed, see\n{logs}\nCall again to repeat them")
+
+
+def _start(job: Job, ranks: int) -> subprocess.Popen[bytes]:
+    if job.folder.exists():
+        shutil.rmtree(job.folder)
+    job.folder.mkdir(parents=True)
+    command = _command(job, ranks)
+    logger.info("%s", job.folder)
+    (job.folder / "command.json").write_text(json.dumps(command, indent=1) + "\n")
+    threads = {"OMP_NUM_THREADS": "1"}
+    with (job.folder / "output.log").open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=_ROOT, env={**os.environ, **threads}
+        )
+
+
+def _command(job: Job, ranks: int) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    program = ["--master_port", str(port), str(_ROOT / "launch" / "train.py")]
+    flags = {**job.flags, "output_dir": str(job.folder)}
+    return [*launcher, *program, *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def _finish(job: Job, exit_code: int, seconds: float) -> bool:
+    """Write the outcome of a job that has ended by itself or diverged; else say False."""
+    diverged = "NaN or infinite" in (job.folder / "output.log").read_text(errors="replace")
+    if exit_code != 0 and not diverged:
+        return False
+    content: dict[str, Any] = {
+        "exit_code": exit_code,
+        "seconds": round(seconds, 1),
+        "command": json.loads((job.folder / "command.json").read_text()),
+        "versions": versions(),
+    }
+    for key, name in (("results", "all_results.json"), ("state", "trainer_state.json")):
+        path = job.folder / name
+        content[key] = json.loads(path.read_text()) if path.is_file() else {}
+    content["log"] = content.pop("state").get("log_history", [])
+    for checkpoint in job.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    partial = job.folder / f".{OUTCOME}"
+    partial.write_text(json.dumps(content) + "\n")
+    partial.replace(job.folder / OUTCOME)
+    logger.info("%s: exit %d after %.0f s", job.folder, exit_code, seconds)
+    return True
+
+
+def versions() -> dict[str, str]:
+    """Return the versions and the machine that numbers are from."""
+    return {
+        "addax_ds": addax_ds.__version__,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
