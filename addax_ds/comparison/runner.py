@@ -51,9 +51,12 @@ class Job:
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """What it came to, or None if it is not over."""
+        """What it came to, or None if it is not over or was run with other flags."""
         path = self.folder / OUTCOME
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found if found["flags"] == self.flags else None
 
 
 class Comparison:
@@ -199,6 +202,7 @@ def _finish(job: Job, exit_code: int, seconds: float) -> bool:
     content: dict[str, Any] = {
         "exit_code": exit_code,
         "seconds": round(seconds, 1),
+        "flags": job.flags,
         "command": json.loads((job.folder / "command.json").read_text()),
         "versions": versions(),
     }
