@@ -1,0 +1,265 @@
+"""The comparison: its data, the order of its runs, going on after an interruption, its report."""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from addax_ds.arguments import parse_arguments
+from addax_ds.comparison import runner, sources, tasks
+from addax_ds.comparison.report import write_report
+from addax_ds.comparison.runner import Comparison, Job, run, seconds_a_step
+from addax_ds.comparison.sources import ArchiveMember
+from addax_ds.comparison.study import STUDIES, Contender, Study, Trial
+from addax_ds.errors import UserError
+
+ADDAX = Contender("addax", (1e-3, 2e-3), 4, 2, first_order=2, zeroth_order=2)
+MEZO = Contender("mezo", (1e-6,), 8, 2, zeroth_order=4)
+STUDY = Study("tiny", "MULTIEMO", 64, (ADDAX, MEZO), (0, 1))
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as packed:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            packed.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def index(monkeypatch, tmp_path) -> tuple[ArchiveMember, list[str]]:
+    """An index with one package, whose archive holds another one; and what was asked for."""
+    monkeypatch.setenv("ADDAX_CACHE", str(tmp_path))
+    content = archive({"p-1/inner.tar.gz": archive({"data/rows.txt": "naïve\n".encode()})})
+    digest = hashlib.sha256(content).hexdigest()
+    page = json.dumps({"files": [{"url": "https://x/p.tar.gz", "hashes": {"sha256": digest}}]})
+    asked = []
+
+    def answer(request: Any) -> io.BytesIO:
+        asked.append(request.full_url)
+        return io.BytesIO(content if request.full_url.endswith(".tar.gz") else page.encode())
+
+    monkeypatch.setattr(sources, "_open", answer)
+    monkeypatch.setattr(sources, "_index", lambda: "https://index/simple")
+    return ArchiveMember("P", "1", digest, ("p-1/inner.tar.gz", "data/rows.txt")), asked
+
+
+def test_a_file_out_of_an_archive_is_fetched_once(index):
+    member, asked = index
+    assert member.read() == "naïve\n"
+    assert asked == ["https://index/simple/p/", "https://x/p.tar.gz"]
+    assert member.read() == "naïve\n"
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"path": ("p-1/other.tar.gz",)}])
+def test_another_archive_is_refused(index, change):
+    member, _ = index
+    with pytest.raises(UserError, match="cannot fetch"):
+        ArchiveMember(**{**vars(member), **change}).read()
+
+
+def test_an_address_without_encryption_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ADDAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "_index", lambda: "http://index/simple")
+    with pytest.raises(UserError, match="not an https address"):
+        ArchiveMember("p", "1", "0" * 64, ("x",)).read()
+
+
+def test_reviews_are_the_positive_and_negative_ones(monkeypatch):
+    def example(text: str, **scores: int) -> dict[str, Any]:
+        return {"input": text, "target_scores": {"positive": 0, "negative": 0} | scores}
+
+    examples = [example("a", positive=1), example("b", neutral=1), example("c", negative=1)]
+    monkeypatch.setattr(
+        tasks, "_REVIEWS", SimpleNamespace(read=lambda: json.dumps({"examples": examples}))
+    )
+    (rows,) = tasks.reviews().values()
+    assert [(row.origin[-1], row.columns["label"]) for row in rows] == [("0", 1), ("2", 0)]
+
+
+def test_no_snippet_has_a_tested_sentence_in_it_or_the_other_way_round(monkeypatch):
+    (validation,) = tasks._SST2_VALIDATION().values()
+    sentence = validation[3].columns["sentence"]
+    lines = [
+        "1\t2.5\tA film that nobody has ever written a line about",
+        f"2\t-1.0\tHe says: {sentence.upper()} And more.",
+        f"3\t1.0\t{sentence[: len(sentence) // 2].replace(' ', '  ')}",
+        "4\t0.0\tNeither here nor there, this reviewer has left the cinema",
+    ]
+    monkeypatch.setattr(tasks, "_SNIPPETS", SimpleNamespace(read=lambda: "\n".join(lines)))
+    splits = tasks.snippets()
+    assert len(splits["validation"]) == 872
+    assert [(row.origin[-1], row.columns["label"]) for row in splits["train"]] == [
+        ("1", 1),
+        ("4", 0),
+    ]
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+def comparison(folder: Path) -> Comparison:
+    return Comparison([STUDY], folder, {"bf16": "True"})
+
+
+def finish(job: Job, **content: Any) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    outcome = {"exit_code": 0, "flags": job.flags, "results": {}, "log": [], **content}
+    (job.folder / runner.OUTCOME).write_text(json.dumps(outcome))
+
+
+def evaluated(accuracy: float, step: int = 2, loss: float = 0.5) -> dict[str, Any]:
+    return {"step": step, "eval_accuracy": accuracy, "eval_loss": loss}
+
+
+def names(jobs: Any, folder: Path) -> list[str]:
+    return [str(job.folder.relative_to(folder)) for job in jobs if job.outcome is None]
+
+
+def test_the_order_of_the_jobs(tmp_path):
+    """The grid of all methods in turns; then other seeds and the test rows for the best rate."""
+    compared = comparison(tmp_path)
+    assert names(compared.jobs(), tmp_path) == [
+        "tiny/untrained/test",
+        "tiny/addax-lr0.001-seed0",
+        "tiny/mezo-lr1e-06-seed0",
+        "tiny/addax-lr0.002-seed0",
+    ]
+    for trial, accuracy in zip(STUDY.grid, (0.7, 0.6, 0.8), strict=True):
+        finish(compared.training(trial), log=[evaluated(accuracy), evaluated(0.5, 4)])
+    assert compared.chosen(STUDY)["addax"].learning_rate == 2e-3
+    assert names(compared.jobs(), tmp_path) == [
+        "tiny/untrained/test",
+        "tiny/addax-lr0.002-seed0/test",
+        "tiny/mezo-lr1e-06-seed0/test",
+        "tiny/addax-lr0.002-seed1",
+        "tiny/mezo-lr1e-06-seed1",
+    ]
+
+
+def test_a_tie_goes_to_the_lower_loss_and_a_failed_training_loses(tmp_path):
+    compared = comparison(tmp_path)
+    finish(compared.training(STUDY.grid[0]), log=[evaluated(0.8, loss=0.4)])
+    finish(compared.training(STUDY.grid[2]), log=[evaluated(0.8, loss=0.3)])
+    assert compared.chosen(STUDY)["addax"].learning_rate == 2e-3
+    finish(compared.training(STUDY.grid[2]), exit_code=1)
+    assert compared.chosen(STUDY)["addax"].learning_rate == 1e-3
+
+
+def test_an_outcome_of_other_flags_does_not_count(tmp_path):
+    job = comparison(tmp_path).training(STUDY.grid[0])
+    finish(job, flags={**job.flags, "max_steps": "5"})
+    assert job.outcome is None
+
+
+def test_the_flags_are_those_of_the_launcher(tmp_path):
+    """Baselines need --deepspeed, which needs ranks; their flags are otherwise ip-sgd's."""
+    for study in STUDIES.values():
+        compared = Comparison([study], tmp_path, {"bf16": "True", "use_cpu": "True"})
+        for trial in study.grid:
+            flags = compared.training(trial).flags
+            _, data, addax, args = parse_arguments([f"--{k}={v}" for k, v in flags.items()])
+            assert trial.contender is not None
+            assert (addax.method, args.max_steps) == (
+                trial.contender.method,
+                trial.contender.steps,
+            )
+            assert data.skip_test
+        test = compared.test(Trial(study)).flags
+        _, data, *_ = parse_arguments([f"--{k}={v}" for k, v in test.items()])
+        assert data.num_train == 0
+
+
+def program(text: str) -> Any:
+    return lambda job, ranks: [sys.executable, "-c", text.format(folder=str(job.folder))]
+
+
+def test_jobs_run_and_an_interrupted_one_runs_again(tmp_path, monkeypatch):
+    results = (
+        'import pathlib; pathlib.Path("{folder}/all_results.json").write_text("{{\\"x\\": 1}}")'
+    )
+    monkeypatch.setattr(runner, "_command", program(results))
+    compared = comparison(tmp_path)
+    jobs = [compared.training(trial) for trial in STUDY.grid]
+    jobs[1].folder.mkdir(parents=True)
+    (jobs[1].folder / "half").write_text("written")
+    run(lambda: iter(jobs), workers=2, ranks=1)
+    for job in jobs:
+        assert job.outcome is not None
+        assert job.outcome["exit_code"] == 0
+        assert not (job.folder / "half").exists()
+
+
+@pytest.mark.parametrize(("word", "diverged"), [("NaN or infinite", True), ("no memory", False)])
+def test_a_training_that_diverges_has_an_outcome_and_a_failed_one_has_not(
+    tmp_path, monkeypatch, word, diverged
+):
+    monkeypatch.setattr(runner, "_command", program(f'import sys; sys.exit("{word}")'))
+    job = comparison(tmp_path).training(STUDY.grid[0])
+    if diverged:
+        run(lambda: iter([job]), workers=1, ranks=1)
+        assert job.outcome is not None
+        assert job.outcome["exit_code"] == 1
+    else:
+        with pytest.raises(UserError, match=r"output\.log"):
+            run(lambda: iter([job]), workers=1, ranks=1)
+        assert job.outcome is None
+
+
+# ---- report ------------------------------------------------------------------------------------
+
+
+def test_seconds_a_step():
+    logs = [[10.0, 12.0, 14.0], [30.0, 34.0, 38.0]]
+    outcomes = [{"log": [{"loss": 1.0, "train_seconds": s} for s in log]} for log in logs]
+    assert seconds_a_step(outcomes) == 3.0
+
+
+def test_report(tmp_path):
+    compared = comparison(tmp_path)
+    finish(compared.test(Trial(STUDY)), results={"test_accuracy": 0.5})
+    costs = {"train_steps": 4, "train_tokens": 9, "train_cpu_seconds": 1.5}
+    for trial, accuracy in zip(STUDY.grid, (0.7, 0.6, 0.8), strict=True):
+        assert trial.contender is not None
+        half = trial.contender.steps // 2
+        log = [evaluated(accuracy - 0.1, half), evaluated(accuracy, 2 * half)]
+        for seed in STUDY.seeds:
+            repeated = Trial(STUDY, trial.contender, trial.learning_rate, seed)
+            results = {"peak_memory_bytes": 2.5e9, **costs}
+            finish(compared.training(repeated), log=log, results=results)
+            finish(compared.test(repeated), results={"test_accuracy": accuracy + seed / 100})
+    for job in compared.timings():
+        assert job.trial.contender is not None
+        slower = 1.0 if job.trial.contender.method == "addax" else 2.0
+        finish(job, log=[{"loss": 1.0, "train_seconds": slower * step} for step in range(6)])
+    write_report(compared, tmp_path / "report")
+    tables = (tmp_path / "report" / "tables.md").read_text()
+    assert "| as it is | | 0 | 0.500 |" in tables
+    row = "| addax | 0.002 | 4 | 0.805 (0.800 to 0.810) | 2 | 1.00 | 0.1 | 2.50 |"
+    assert row in tables
+    assert "| addax | 0.001: 0.700, 0.002: 0.800 |" in tables
+    # After 4 steps of Addax mezo has had the time for 2, and was first evaluated after 4.
+    assert "| addax | 0.700 | 0.700 | 0.800 | 0.800 |" in tables
+    assert "| mezo | none yet | none yet | 0.500 | none yet |" in tables
+    content = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    addax = content["studies"]["tiny"]["methods"]["addax"]
+    assert addax["test_accuracy_by_seed"] == {"0": 0.8, "1": 0.81}
+    for figure in ("tiny-time.png", "tiny-memory.png"):
+        assert (tmp_path / "report" / figure).stat().st_size > 1000
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no training"):
+        write_report(comparison(tmp_path), tmp_path / "report")
