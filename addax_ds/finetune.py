@@ -43,6 +43,7 @@ from addax_ds.agreement import (
 from addax_ds.arguments import ModelArguments, parse_arguments
 from addax_ds.baseline import BaselineTrainer
 from addax_ds.configure import configure
+from addax_ds.costs import CostMeter
 from addax_ds.data.partition import BASELINES
 from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 _OF_ONE_RANK = ("local_rank", "output_dir")
+_STEPS_TO_TIME = 3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,6 +106,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     _announce(trainer, source.label, data, run)
     if data.train:
+        trainer.add_callback(_Duration(trainer.costs))
         if data.test is not None and data.test_before:
             trainer.add_callback(_TestBeforeTraining(trainer, data.test))
         if isinstance(trainer, AddaxTrainer):
@@ -212,6 +215,29 @@ def _costs(trainer: StepTrainer) -> dict[str, float]:
     return {**costs, "peak_memory_bytes": peak, "train_steps": trainer.state.global_step}
 
 
+class _Duration(TrainerCallback):
+    """Says after a few steps how long the rest will take."""
+
+    def __init__(self, costs: CostMeter) -> None:
+        self._costs = costs
+        self._first: tuple[int, float] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = state.global_step, self._costs.costs.train_seconds
+        if self._first is None:  # this step was the one that warms up
+            self._first = now
+        elif now[0] == self._first[0] + _STEPS_TO_TIME:
+            seconds = (now[1] - self._first[1]) / _STEPS_TO_TIME
+            left = state.max_steps - now[0]
+            logger.info(
+                "A step takes %.2f s: %.0f min for the %d that are left, evaluations and "
+                "checkpoints not counted",
+                seconds,
+                seconds * left / 60,
+                left,
+            )
+
+
 class _TestBeforeTraining(TrainerCallback):
     """Evaluates the untrained model on the test set, once the engine exists."""
 
@@ -261,8 +287,13 @@ def _report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
     if "train_runtime" in results:
         plotting.training_curves(trainer.state.log_history, folder / "training.png", title, metric)
         logger.info(
-            "Trained for %.0f s. Model: %s\nCurves:  %s",
+            "Trained %d steps on %d tokens in %.0f s, %.0f s with evaluations and checkpoints; "
+            "the most memory of a rank: %.2f GB\nModel:   %s\nCurves:  %s",
+            results["train_steps"],
+            results["train_tokens"],
+            results["train_seconds"],
             results["train_runtime"],
+            results["peak_memory_bytes"] / 1e9,
             (folder / "model").resolve(),
             (folder / "training.png").resolve(),
         )
