@@ -1,0 +1,204 @@
+"""Bytes that one rank needs for a training step: a pure function of `Inputs`.
+
+The total is the largest sum of live tensors at any moment of the step, the weights included. Not in
+it are the CUDA context, what kernels and NCCL allocate for themselves, and blocks that the caching
+allocator holds without use.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from addax_ds.planner.replay import Engine, Ledger, replay
+from addax_ds.planner.shapes import ModelShape
+from addax_ds.planner.trace import Batch, Trace, trace
+from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
+from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
+
+PlannedMethod = Literal["addax", "addax-wa", "mezo", "ip-sgd", "sgd", "adamw"]
+PlannedSharding = Literal["zero3", "fsdp2", "none"]
+
+METHODS: tuple[PlannedMethod, ...] = ("addax", "addax-wa", "mezo", "ip-sgd", "sgd", "adamw")
+STOCK = ("sgd", "adamw")
+"""Methods of DeepSpeed's own ZeRO-3 optimizer."""
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that the memory of a step depends on.
+
+    Attributes:
+        shape: of the model.
+        method: "sgd" and "adamw" are torch's, in DeepSpeed's ZeRO-3 optimizer.
+        sharding: where the weights live.
+        ranks: number of GPUs over which they are sharded.
+        zeroth_order: batch of the two passes without a backward; None without such passes.
+        first_order: batch of the pass with a backward; None without it.
+        checkpointing: whether blocks are recomputed in backward.
+        attention: "eager", "sdpa" or a flash implementation; None for the model's own choice.
+        zero3: settings of DeepSpeed; only read for "zero3".
+        accumulation: micro-batches of a step.
+        cuda: whether the device is a GPU.
+    """
+
+    shape: ModelShape
+    method: PlannedMethod
+    sharding: PlannedSharding
+    ranks: int
+    zeroth_order: Batch | None
+    first_order: Batch | None
+    checkpointing: bool = False
+    attention: str | None = None
+    zero3: Zero3Settings = field(default_factory=Zero3Settings)
+    accumulation: int = 1
+    cuda: bool = True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank needs.
+
+    Attributes:
+        categories: bytes at the moment of the largest total (`addax_ds.planner.replay.CATEGORIES`).
+        total: their sum.
+        host: bytes of host memory that this rank needs besides, where weights are offloaded.
+        stage: the part of the step in which that moment lies.
+    """
+
+    categories: Mapping[str, int]
+    total: int
+    host: int
+    stage: str
+
+
+def step_memory(inputs: Inputs) -> Memory:
+    """Return what one rank needs for a step after the second one."""
+    standing = standing_bytes(inputs)
+    stages = []
+    if inputs.zeroth_order is not None:
+        stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, standing)))
+    if inputs.first_order is not None:
+        stages.append(("first-order", _pass(inputs, inputs.first_order, standing)))
+    if inputs.method in STOCK:
+        stages.append(("update", _update(inputs, standing)))
+    stage, ledger = max(stages, key=lambda entry: entry[1].peak_total)
+    return Memory(ledger.peak, ledger.peak_total, _host_bytes(inputs), stage)
+
+
+def first_order_memory(inputs: Inputs) -> int:
+    """Return the bytes that the first-order pass alone needs at its peak."""
+    assert inputs.first_order is not None
+    return step_memory(replace(inputs, zeroth_order=None)).total
+
+
+def standing_bytes(inputs: Inputs) -> dict[str, int]:
+    """Return what is there all the time, by category.
+
+    - Weights: each parameter cut into equal parts, padded (ZeRO-3, Rajbhandari et al., "ZeRO",
+      section 5.3: 2 psi / N for 16-bit weights); rows of it under FSDP2.
+    - One bucket of ``reduce_bucket_size`` in the weights' type (``_setup_for_real_optimizer`` of
+      ``Stage3`` and of DeepSpeed).
+    - SGD and AdamW of DeepSpeed: fp32 master weights, a partition for gradients in the weights'
+      type, and for AdamW two fp32 moments: with the 16-bit weights 16 bytes a parameter over the
+      ranks (``_create_fp32_partitions``, ``grad_partitions_flat_buffer``).
+    - fp32 sums of the gradient shards if there are several micro-batches
+      (`addax_ds.gradients.GradientSums`).
+    """
+    shape, ranks = inputs.shape, inputs.ranks
+    if inputs.sharding == "none":
+        shard = shape.parameters * shape.itemsize
+    elif inputs.sharding == "fsdp2":
+        shard = fsdp2_shard(shape, ranks)
+    else:
+        shard = _partitioned(shape, ranks) * shape.itemsize
+    elements = shard // shape.itemsize
+    standing = {"weights": shard}
+    if inputs.sharding == "zero3":
+        if inputs.zero3.offload:
+            standing["weights"] = 0
+        if inputs.zero3.contiguous_gradients:
+            standing["buckets"] = inputs.zero3.reduce_bucket_size * shape.itemsize
+    if inputs.method in STOCK:
+        master_and_moments = _FP32 * (3 if inputs.method == "adamw" else 1)
+        standing["optimizer"] = elements * (master_and_moments + shape.itemsize)
+        standing["persistent"] = shape.itemsize * sum(
+            shape.numels[p] for p in inputs.zero3.persistent(shape) if ranks > 1
+        )
+    elif inputs.accumulation > 1 and inputs.first_order is not None:
+        standing["gradients"] = elements * _FP32
+    return standing
+
+
+def _partitioned(shape: ModelShape, ranks: int) -> int:
+    return sum(math.ceil(numel / ranks) for numel in shape.numels)
+
+
+def _pass(inputs: Inputs, batch: Batch, standing: Mapping[str, int]) -> Ledger:
+    """Replay one pass; a zeroth-order one is perturbed."""
+    backward = batch is inputs.first_order
+    events = trace(
+        inputs.shape,
+        batch,
+        backward=backward,
+        checkpointing=inputs.checkpointing,
+        attention=inputs.attention,
+        cuda=inputs.cuda,
+        zero3=inputs.sharding == "zero3",
+    )
+    ledger = Ledger(standing)
+    replay(events, _engine(inputs, ledger, events, perturbed=not backward))
+    return ledger
+
+
+def _engine(inputs: Inputs, ledger: Ledger, events: Trace, perturbed: bool) -> Engine:
+    shape, ranks, gloo = inputs.shape, inputs.ranks, not inputs.cuda
+    if inputs.sharding == "none":
+        return UnshardedPass(ledger, shape, perturbed)
+    if inputs.sharding == "fsdp2":
+        return Fsdp2Pass(ledger, shape, ranks, perturbed, gloo)
+    stock = inputs.method in STOCK
+    return Zero3Pass(ledger, shape, inputs.zero3, ranks, events, perturbed, stock, gloo)
+
+
+def _update(inputs: Inputs, standing: Mapping[str, int]) -> Ledger:
+    """Account for the update of DeepSpeed's own optimizer, one sub-group after the other.
+
+    The gradients of a sub-group are flattened and widened to fp32
+    (``_prepare_fp32_grad_for_sub_group``); torch's AdamW makes the root of the second moment, and
+    on a CPU its quotient too (``torch.optim.adamw``).
+    """
+    ledger = Ledger(standing)
+    elements = max(_sub_groups(inputs))
+    shape = inputs.shape
+    ledger.add("optimizer", elements * shape.itemsize)
+    ledger.add("optimizer", elements * _FP32)
+    ledger.add("optimizer", -elements * shape.itemsize)
+    if inputs.method == "adamw":
+        ledger.add("optimizer", elements * _FP32 * (1 if inputs.cuda else 2))
+    return ledger
+
+
+def _sub_groups(inputs: Inputs) -> list[int]:
+    """Elements of the parts in which the update goes (``_create_fp16_sub_groups``)."""
+    groups = [0]
+    for numel in inputs.shape.numels:
+        if groups[-1] >= inputs.zero3.sub_group_size:
+            groups.append(0)
+        groups[-1] += math.ceil(numel / inputs.ranks)
+    return groups
+
+
+def _host_bytes(inputs: Inputs) -> int:
+    """Host memory of a rank whose shards are offloaded: the shards, and the largest copies.
+
+    A shard is perturbed where it lives (`addax_ds.update.perturb`), a prefetch bucket at a time.
+    """
+    if inputs.sharding != "zero3" or not inputs.zero3.offload:
+        return 0
+    shape, ranks = inputs.shape, inputs.ranks
+    group = max(max(shape.numels), inputs.zero3.stage3_prefetch_bucket_size)
+    copies = 0 if inputs.zeroth_order is None else math.ceil(group / ranks)
+    return (_partitioned(shape, ranks) + copies) * shape.itemsize

@@ -1,0 +1,280 @@
+"""Runs a pass of the model on the meta device and keeps what it allocates and frees.
+
+No formula for a layer's activations could follow every model of Transformers, so the model's own
+code says what it keeps: a forward, and a backward with its autograd graph, over tensors without
+memory. Weights are not on this tape; which of them are gathered when is for the back ends to say
+(`addax_ds.planner.replay`), at the module boundaries that the tape notes.
+
+Three things that depend on the device are stood in for. Attention by ``sdpa`` or a flash kernel
+keeps query, key, value, result and one fp32 number a query and head (Dao et al.,
+"FlashAttention", section 3.1), and never a score matrix. Dropout keeps a mask of one byte an
+element on a GPU and of the activation's own type on a CPU (``native_dropout``; ``_dropout_impl`` in
+ATen's Dropout.cpp). The loss is that of `addax_ds.likelihood`.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+
+from addax_ds.planner.shapes import ModelShape
+from addax_ds.planner.tape import Event, Tape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one micro-batch on one rank.
+
+    Attributes:
+        rows: sequences.
+        length: tokens of the longest, to which the others are padded.
+        targets: positions of a sequence whose next token is predicted; at most ``length - 1``.
+    """
+
+    rows: int
+    length: int
+    targets: int
+
+    @property
+    def positions(self) -> int:
+        """Positions whose logits are computed: those at which any row may have a target."""
+        return min(self.rows * self.targets, self.length - 1)
+
+    @property
+    def padded(self) -> bool:
+        """Whether attention needs a mask: rows of different lengths have padding."""
+        return self.rows > 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one pass allocates, and when it needs which module.
+
+    Attributes:
+        events: in their order: ``("alloc", storage, bytes)``, ``("free", storage)``,
+            ``("fetch", module, is_forward)`` before and ``("release", module, is_forward)`` after a
+            module computes, ``("gradient", parameter, storage)``.
+        categories: of each storage: "activations", "logits" or "gradients".
+    """
+
+    events: tuple[Event, ...]
+    categories: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=64)
+def trace(
+    shape: ModelShape,
+    batch: Batch,
+    *,
+    backward: bool,
+    checkpointing: bool = False,
+    attention: str | None = None,
+    cuda: bool = True,
+    zero3: bool = False,
+) -> Trace:
+    """Run one pass on the meta device.
+
+    Args:
+        shape: of the model.
+        batch: its input.
+        backward: whether it is a first-order pass, in training mode; else forward alone, in
+            evaluation mode.
+        checkpointing: recompute each block in backward (``activation_checkpointing_enable``).
+        attention: "eager", "sdpa" or a flash implementation; None for the model's own choice.
+        cuda: whether to count what kernels keep on a GPU, or on a CPU.
+        zero3: whether linear layers are DeepSpeed's, which ``zero.Init`` puts in place of torch's.
+    """
+    model: Any = shape.build("sdpa" if _fused(attention) else attention)
+    model.config.use_cache = False  # as Trainer sets it
+    model.train(backward)
+    if checkpointing and backward:
+        model.activation_checkpointing_enable()
+    tape = Tape(functools.partial(_category, shape))
+    for tensor in (*model.parameters(), *model.buffers()):
+        tape.ignore(tensor)
+    parameters = _note_gradients(model, tape)
+    _note_modules(model, tape)
+    inputs = _inputs(batch, attention)
+    with _stand_ins(cuda, zero3), tape, torch.set_grad_enabled(backward):
+        loss = _loss(model, inputs, batch)
+        if backward:
+            loss.backward()
+    del loss, parameters
+    return Trace(tuple(tape.events), tuple(tape.categories))
+
+
+def _fused(attention: str | None) -> bool:
+    return attention is not None and "flash" in attention
+
+
+def _category(shape: ModelShape, tensor: Tensor, tag: str | None) -> str:
+    return category_of(tensor, shape.vocabulary)
+
+
+def category_of(tensor: Tensor, vocabulary: int) -> str:
+    """Return "logits", "gradients" or "activations" for what a pass has allocated.
+
+    Logits and what the softmax makes of them have the vocabulary as their last dimension. The
+    embedding's two gradients, of the output projection and of the input, have it as their first.
+    Other gradients are known when backward has put them in place.
+    """
+    if tensor.ndim >= 2 and tensor.shape[-1] == vocabulary:
+        return "logits"
+    if tensor.ndim == 2 and tensor.shape[0] == vocabulary:
+        return "gradients"
+    return "activations"
+
+
+def _note_gradients(model: nn.Module, tape: Tape) -> list[nn.Parameter]:
+    parameters = list(model.parameters())
+
+    def hook(index: int, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        storage = tape.note(parameter.grad)
+        assert storage is not None
+        tape.categories[storage] = "gradients"
+        tape.events.append(("gradient", index, storage))
+        parameter.grad = None
+
+    for index, parameter in enumerate(parameters):
+        parameter.register_post_accumulate_grad_hook(functools.partial(hook, index))
+    return parameters
+
+
+class _Boundary(torch.autograd.Function):
+    """Notes that backward has come to a place of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, tape: Tape, event: Event) -> Tensor:
+        ctx.note = tape, event
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        tape, event = ctx.note
+        tape.events.append(event)
+        return gradient, None, None
+
+
+def _note_modules(model: nn.Module, tape: Tape) -> None:
+    """Note where each module starts and ends, in forward and in backward.
+
+    As `DeepSpeedZeRoOffload` does: backward reaches a module's results before, and its positional
+    arguments after it has computed; a module without an argument to differentiate does not end.
+    """
+
+    def boundary(value: Any, event: Event) -> Any:
+        def mark(tensor: Tensor) -> Tensor:
+            marks = tensor.requires_grad and torch.is_grad_enabled()
+            return _Boundary.apply(tensor, tape, event) if marks else tensor
+
+        return tree_map_only(Tensor, mark, value)
+
+    def before(index: int, module: nn.Module, arguments: Any) -> Any:
+        tape.events.append(("fetch", index, True))
+        return boundary(arguments, ("release", index, False))
+
+    def after(index: int, module: nn.Module, arguments: Any, result: Any) -> Any:
+        tape.events.append(("release", index, True))
+        return boundary(result, ("fetch", index, False))
+
+    for index, module in enumerate(model.modules()):
+        module.register_forward_pre_hook(functools.partial(before, index))
+        module.register_forward_hook(functools.partial(after, index))
+
+
+def _inputs(batch: Batch, attention: str | None) -> dict[str, Tensor]:
+    shape = batch.rows, batch.length
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
+    if batch.padded and not _fused(attention):
+        # Whether there is padding cannot be read off a tensor without memory: the mask that
+        # Transformers would make of it is given instead.
+        square = (batch.rows, 1, batch.length, batch.length)
+        inputs["attention_mask"] = torch.ones(square, dtype=torch.bool, device="meta")
+        positions = torch.zeros(shape, dtype=torch.long, device="meta")
+        inputs["position_ids"] = positions
+    return inputs
+
+
+def _loss(model: Any, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Return the loss as `addax_ds.likelihood.target_scores` computes it; it keeps the same."""
+
+    def indices(number: int) -> Tensor:
+        return torch.zeros(number, dtype=torch.long, device="meta")
+
+    positions = indices(batch.positions)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, logits_to_keep=positions).logits
+    else:
+        logits = model(**inputs).logits[:, positions]
+    row, position, target = (indices(batch.rows * batch.targets) for _ in range(3))
+    losses = F.cross_entropy(logits[row, position].float(), target, reduction="none")
+    return losses.double().sum()
+
+
+class _Attention(torch.autograd.Function):
+    """Attention by a fused kernel, on the meta device: only what it keeps is right."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        rows, heads, length, _ = query.shape
+        result = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        normalizer = query.new_empty(rows, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, result, normalizer)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # `convert_boolean_attn_mask` of ATen's attention.cpp makes one for each call.
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+    return _Attention.apply(query, key, value, attn_mask)
+
+
+def _fused_dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0.0 else input
+
+
+@contextmanager
+def _stand_ins(cuda: bool, zero3: bool) -> Iterator[None]:
+    """Replace functions whose meta version keeps something else than the real one."""
+    patches: list[Any] = [
+        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        # zero.Init leaves its own in place for good, also for models without ZeRO-3.
+        mock.patch.object(F, "linear", zero3_linear_wrap if zero3 else torch._C._nn.linear),
+        # Asks for values, which there are none of; a batch of this package is never packed.
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+    ]
+    if cuda:
+        patches.append(mock.patch.object(F, "dropout", _fused_dropout))
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.stop()

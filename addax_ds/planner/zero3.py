@@ -1,0 +1,308 @@
+"""What ZeRO-3 gathers, prefetches, keeps and reduces during a pass.
+
+The rules are DeepSpeed's (0.19.8): `PartitionedParameterCoordinator` decides what is gathered when,
+`partition_parameters` in which buffers, `stage3` how gradients travel; what a perturbed pass adds
+is `addax_ds.sharding.zero3`. It is the third step or a later one: the order of modules is known.
+"""
+
+import bisect
+import math
+import sys
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from addax_ds.planner.replay import Engine, Ledger
+from addax_ds.planner.shapes import ModelShape
+from addax_ds.planner.trace import Trace
+
+
+@dataclass(frozen=True)
+class Zero3Settings:
+    """Keys of ``zero_optimization`` that memory depends on, in elements.
+
+    Attributes:
+        reduce_bucket_size: elements of the buffer that gradients are reduced from.
+        stage3_prefetch_bucket_size: elements gathered ahead of their module.
+        stage3_param_persistence_threshold: parameters up to this size stay whole during a pass.
+        stage3_model_persistence_threshold: elements of all of them together.
+        stage3_max_live_parameters: nothing is prefetched beyond.
+        stage3_max_reuse_distance: a parameter that is used again sooner stays gathered.
+        sub_group_size: elements that DeepSpeed's own optimizer updates at once.
+        contiguous_gradients: whether there is a bucket that gradients are copied to.
+        offload: whether the shards are in host memory.
+    """
+
+    reduce_bucket_size: int = 500_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    stage3_model_persistence_threshold: int = sys.maxsize
+    stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+    contiguous_gradients: bool = True
+    offload: bool = False
+
+    @classmethod
+    def from_json(cls, zero: Mapping[str, Any], hidden: int) -> "Zero3Settings":
+        """Read a ``zero_optimization`` block; "auto" becomes what Trainer makes of it.
+
+        Args:
+            zero: the block, checked by `addax_ds.ds_config.check_ds_config`.
+            hidden: hidden size of the model (`HfTrainerDeepSpeedConfig.trainer_config_finalize`).
+        """
+        automatic = {
+            "reduce_bucket_size": hidden * hidden,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+            "stage3_param_persistence_threshold": 10 * hidden,
+        }
+        values: dict[str, Any] = {}
+        for name in cls.__dataclass_fields__:
+            value = zero.get(name, zero.get(name.removeprefix("stage3_")))
+            if value == "auto":
+                value = automatic[name]
+            if value is not None:
+                values[name] = value if isinstance(value, bool) else int(value)
+        offload = zero.get("offload_param") or {}
+        return cls(**values | {"offload": offload.get("device", "none") == "cpu"})
+
+    def persistent(self, shape: ModelShape) -> frozenset[int]:
+        """Return the parameters that stay whole (``mark_persistent_parameters``)."""
+        found, total = set(), 0
+        for index, numel in enumerate(shape.numels):
+            fits = total + numel <= self.stage3_model_persistence_threshold
+            if numel <= self.stage3_param_persistence_threshold and fits:
+                found.add(index)
+                total += numel
+        return frozenset(found)
+
+
+class _Collective:
+    """One all-gather: its buffer lives until the last of its parameters was waited for."""
+
+    def __init__(self, parameters: Collection[int], buffer: int) -> None:
+        self.waiting = set(parameters)
+        self.buffer = buffer
+        self.done = False
+
+
+class Zero3Pass(Engine):
+    """ZeRO-3 during one pass.
+
+    Args:
+        ledger: the account.
+        shape: of the model.
+        settings: of DeepSpeed.
+        ranks: over which parameters are partitioned.
+        trace: of the pass; the order of its modules is what DeepSpeed has recorded.
+        perturbed: whether what travels is a perturbed copy.
+        keeps_persistent: whether persistent parameters stay whole between passes, as DeepSpeed's
+            own optimizer has it; Addax gathers them at the start of each pass.
+        gloo: whether gloo reduces, which copies what it is given.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        shape: ModelShape,
+        settings: Zero3Settings,
+        ranks: int,
+        trace: Trace,
+        perturbed: bool,
+        keeps_persistent: bool = False,
+        gloo: bool = False,
+    ) -> None:
+        super().__init__(ledger)
+        self._gloo = gloo and ranks > 1
+        self._shape, self._settings, self._ranks = shape, settings, ranks
+        self._perturbed = perturbed
+        self._persistent = settings.persistent(shape)
+        self._keeps_persistent = keeps_persistent
+        self._order = [e[1] for e in trace.events if e[0] == "fetch"]
+        self._distances, self._uses = [0], [[] for _ in shape.numels]  # type: ignore[var-annotated]
+        self._queue: deque[tuple[int, int]] = deque()
+        for position, module in enumerate(self._order):
+            parameters = shape.modules[module]
+            self._distances.append(self._distances[-1] + sum(self._numels(parameters)))
+            for parameter in sorted(parameters):
+                self._uses[parameter].append(position)
+                self._queue.append((parameter, position))
+        self._step = 0
+        self._available = 0
+        self._last_fetched: dict[int, int] = {}
+        self._held: dict[int, int] = {}  # bytes of each gathered parameter
+        self._in_flight: dict[int, _Collective] = {}
+        self._active: dict[int, list[int]] = {}
+        self._bucket: list[tuple[int, int]] = []  # parameter, bytes outside of the bucket's buffer
+        self._bucket_elements = 0
+
+    # ---- gathering -----------------------------------------------------------------------------
+
+    def begin(self) -> None:  # noqa: D102
+        if self._keeps_persistent:
+            self._held.update(dict.fromkeys(self._persistent, 0))
+        elif self._persistent:
+            self._all_gather(sorted(self._persistent))
+            self._wait(sorted(self._persistent))
+
+    def fetch(self, module: int, is_forward: bool) -> None:  # noqa: D102
+        needed = self._shape.modules[module]
+        self._start([p for p in needed if not self._is_gathered(p)])
+        for parameter in needed:
+            self._active.setdefault(parameter, []).append(module)
+        self._wait(needed)
+        self._forget_fetched(needed)
+        self._prefetch()
+        self._step += 1
+
+    def release(self, module: int, is_forward: bool) -> None:  # noqa: D102
+        for parameter in self._shape.modules[module]:
+            users = self._active.get(parameter, [])
+            if module in users:
+                self._active[parameter] = [user for user in users if user != module]
+            is_whole = parameter in self._held and parameter not in self._in_flight
+            if is_whole and not self._active.get(parameter) and not self._is_kept(parameter):
+                self._free(parameter)
+                self._available -= self._shape.numels[parameter]
+
+    def _is_kept(self, parameter: int) -> bool:
+        """Whether a release leaves a parameter gathered (``__params_to_release``)."""
+        if parameter in self._persistent or self._last_fetched.get(parameter, -1) > self._step:
+            return True
+        uses = self._uses[parameter]
+        following = bisect.bisect_left(uses, self._step)
+        if following == len(uses):
+            return False
+        distance = self._distances[uses[following]] - self._distances[self._step]
+        return distance < self._settings.stage3_max_reuse_distance
+
+    def _is_gathered(self, parameter: int) -> bool:
+        return parameter in self._held or parameter in self._in_flight
+
+    def _forget_fetched(self, needed: Collection[int]) -> None:
+        """Take what a module has fetched out of the queue of what is to be prefetched."""
+        fresh = {p for p in needed if self._last_fetched.get(p, -1) < self._step}
+        found: set[int] = set()
+        while self._queue and len(found) < len(fresh):
+            parameter, position = self._queue.popleft()
+            self._last_fetched[parameter] = position
+            found.add(parameter)
+
+    def _prefetch(self) -> None:
+        settings = self._settings
+        room = settings.stage3_max_live_parameters - self._available
+        limit = min(room, settings.stage3_prefetch_bucket_size)
+        chosen: list[int] = []
+        elements = 0
+        while self._queue and elements < limit:
+            parameter, position = self._queue.popleft()
+            self._last_fetched[parameter] = max(self._last_fetched.get(parameter, -1), position)
+            if not self._is_gathered(parameter) and parameter not in chosen:
+                chosen.append(parameter)
+                elements += self._shape.numels[parameter]
+        self._start(chosen)
+
+    def _start(self, parameters: Collection[int]) -> None:
+        if parameters:
+            self._available += sum(self._numels(parameters))
+            self._all_gather(parameters)
+
+    def _all_gather(self, parameters: Collection[int]) -> None:
+        """Start a collective (``all_gather_coalesced``).
+
+        One rank alone sees its shard, or a copy of it. Of a single parameter the whole is gathered
+        into its place, and what travels lives as long as the collective; several are first copied
+        into one buffer.
+        """
+        shape, ranks = self._shape, self._ranks
+        copied = self._perturbed or self._settings.offload
+        if ranks == 1:
+            for parameter in parameters:
+                self._hold(parameter, self._bytes(parameter) if copied else 0)
+                self._in_flight[parameter] = _Collective([parameter], 0)
+            return
+        travelling = sum(self._partition(p) for p in parameters) * shape.itemsize
+        self._add("gathered", travelling * copied)
+        if len(parameters) == 1:
+            (parameter,) = parameters
+            self._hold(parameter, self._partition(parameter) * ranks * shape.itemsize)
+            collective = _Collective(parameters, travelling * copied)
+            collective.done = True
+        else:
+            collective = _Collective(parameters, travelling * ranks)
+            self._add("gathered", collective.buffer)
+            self._add("gathered", -travelling * copied)
+        self._in_flight.update(dict.fromkeys(parameters, collective))
+
+    def _wait(self, parameters: Collection[int]) -> None:
+        for parameter in parameters:
+            collective = self._in_flight.pop(parameter, None)
+            if collective is None:
+                continue
+            if not collective.done and self._ranks > 1:
+                for gathered in collective.waiting:
+                    self._hold(gathered, self._bytes(gathered))
+            collective.done = True
+            collective.waiting.discard(parameter)
+            if not collective.waiting:
+                self._add("gathered", -collective.buffer)
+
+    # ---- gradients -----------------------------------------------------------------------------
+
+    def gradient(self, parameter: int, size: int) -> None:  # noqa: D102
+        numel, limit = self._shape.numels[parameter], self._settings.reduce_bucket_size
+        if self._bucket and self._bucket_elements + numel > limit:
+            self._reduce()
+        if self._settings.contiguous_gradients and self._bucket_elements + numel <= limit:
+            self._add("gradients", -size)
+            size = 0
+        self._bucket.append((parameter, size))
+        self._bucket_elements += numel
+
+    def _reduce(self) -> None:
+        """Reduce-scatter the bucket (``reduce_scatter_coalesced``).
+
+        Several gradients, and one that has to be padded, are first copied in the order of ranks.
+        """
+        numel = sum(self._numels([p for p, _ in self._bucket]))
+        padded = sum(self._partition(p) for p, _ in self._bucket) * self._ranks
+        in_place = len(self._bucket) == 1 and padded == numel
+        buffer = padded * self._shape.itemsize * ((not in_place) + self._gloo)
+        self._add("buckets", buffer)
+        self._add("gradients", -sum(size for _, size in self._bucket))
+        self._add("buckets", -buffer)
+        self._bucket.clear()
+        self._bucket_elements = 0
+
+    def end(self) -> None:  # noqa: D102
+        if self._bucket:
+            self._reduce()
+        self._wait(list(self._in_flight))
+        for parameter in list(self._held):
+            self._free(parameter)
+
+    # ---- bytes ---------------------------------------------------------------------------------
+
+    def _numels(self, parameters: Collection[int]) -> list[int]:
+        return [self._shape.numels[p] for p in parameters]
+
+    def _bytes(self, parameter: int) -> int:
+        return self._shape.numels[parameter] * self._shape.itemsize
+
+    def _partition(self, parameter: int) -> int:
+        return math.ceil(self._shape.numels[parameter] / self._ranks)
+
+    def _hold(self, parameter: int, size: int) -> None:
+        self._held[parameter] = size
+        self._add(self._place(parameter), size)
+
+    def _free(self, parameter: int) -> None:
+        self._add(self._place(parameter), -self._held.pop(parameter))
+
+    def _place(self, parameter: int) -> str:
+        return "persistent" if parameter in self._persistent else "gathered"
+
+    def _add(self, category: str, size: int) -> None:
+        if size:
+            self.ledger.add(category, size)

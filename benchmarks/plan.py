@@ -1,0 +1,234 @@
+"""Measures what a step holds, by category, beside what the planner says.
+
+    python benchmarks/plan.py --output benchmarks/results
+
+Starts itself on one or two ranks for every case (ZeRO-3 by the ``deepspeed`` launcher, FSDP2 by
+``torchrun``), trains random weights for three steps and records the last one (`benchmarks.live`).
+Writes plan.json and prints a table.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import OPTConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
+
+from addax_ds.planner.memory import Inputs, Memory, step_memory
+from addax_ds.planner.shapes import shape_of
+from addax_ds.planner.trace import Batch
+from addax_ds.planner.zero3 import Zero3Settings
+from benchmarks.common import circumstances
+from benchmarks.live import MODELS, measure
+
+# ---- beside the planner --------------------------------------------------------------------------
+
+
+def planned(case: dict[str, Any], ranks: int) -> Memory:
+    """Return what the planner says of a case on this CPU."""
+    method = case["method"]
+    shape = shape_of(OPTConfig(**MODELS[case["model"]]), case["model"])
+    return step_memory(
+        Inputs(
+            shape,
+            method,
+            case["sharding"],
+            ranks,
+            Batch(*case["zeroth"]) if method in ("addax", "mezo") else None,
+            Batch(*case["first"]) if method != "mezo" else None,
+            case["checkpointing"],
+            case["attention"],
+            Zero3Settings.from_json(case["zero_optimization"], shape.hidden),
+            cuda=False,
+        )
+    )
+
+
+def completed(case: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a case does not say; bucket sizes are those that Trainer puts for "auto"."""
+    hidden = MODELS[case["model"]]["hidden_size"]
+    automatic = {
+        "reduce_bucket_size": hidden**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+    usual = {"attention": None, "checkpointing": False, "zeroth": (1, 128, 127)}
+    return {**usual, "first": (1, 64, 63), "zero_optimization": automatic, **case}
+
+
+def compare(measured: dict[str, int], plan: Memory) -> dict[str, Any]:
+    """Put measurement and plan side by side, bytes by category.
+
+    Parameters that ZeRO-3 keeps whole are gathered like the others, and cannot be told apart.
+    """
+    said = {category: size for category, size in plan.categories.items() if size}
+    said["gathered"] = said.pop("persistent", 0) + said.get("gathered", 0)
+    names = sorted((measured.keys() | said.keys()) - {"total", "resident"})
+    return {
+        "stage": plan.stage,
+        "total": {"measured": measured["total"], "planned": plan.total},
+        "resident": measured["resident"],
+        "categories": {
+            name: {"measured": measured.get(name, 0), "planned": said.get(name, 0)}
+            for name in names
+            if measured.get(name, 0) or said.get(name, 0)
+        },
+    }
+
+
+def examine(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure cases on the ranks of this process group; rank 0's results are returned."""
+    cases = [completed(case) for case in cases]
+    # Before zero.Init replaces torch's linear layer, and before from_config finds a JSON.
+    plans = [planned(case, dist.get_world_size()) for case in cases]
+    results = []
+    for case, plan in zip(cases, plans, strict=True):
+        results.append({"case": case, **compare(measure(case), plan)})
+        gc.collect()
+        dist.barrier()
+    return results
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def _case(model: str, sharding: str, method: str, ranks: int, **more: Any) -> dict[str, Any]:
+    return {"model": model, "sharding": sharding, "method": method, "ranks": ranks, **more}
+
+
+_LONG: dict[str, Any] = {"zeroth": (2, 512, 64), "first": (2, 256, 64)}
+CASES = [
+    *(_case("opt-125m", "zero3", "addax", ranks, **_LONG) for ranks in (1, 2)),
+    *(_case("opt-125m", "zero3", method, 2, **_LONG) for method in ("mezo", "sgd", "adamw")),
+    _case("opt-125m", "zero3", "ip-sgd", 2, first=(2, 512, 64), checkpointing=True),
+    _case("opt-125m", "zero3", "ip-sgd", 2, first=(2, 512, 64), attention="eager"),
+    _case("opt-125m", "zero3", "addax", 2, **_LONG, zero_optimization={}),
+    *(_case("opt-125m", "fsdp2", method, 2, **_LONG) for method in ("addax", "mezo")),
+    *(_case("opt-350m", "zero3", "addax", ranks, **_LONG) for ranks in (1, 2)),
+    _case("opt-350m", "zero3", "adamw", 2, **_LONG),
+    _case("opt-350m", "fsdp2", "addax", 2, **_LONG),
+    *(_case("opt-1.3b", "zero3", "addax", ranks) for ranks in (2, 1)),
+    _case("opt-1.3b", "fsdp2", "addax", 2),
+    _case("opt-1.3b", "zero3", "mezo", 2),
+]
+
+
+def launch(case: dict[str, Any]) -> dict[str, Any]:
+    """Run one case with the launcher that a user would take."""
+    scripts = Path(sys.executable).parent
+    ranks = case["ranks"]
+    port = str(free_port())
+    launcher = {
+        "zero3": [str(scripts / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port],
+        "fsdp2": [
+            str(scripts / "torchrun"),
+            *("--nproc_per_node", str(ranks), "--master_port", port),
+        ],
+    }[case["sharding"]]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        words = [*launcher, __file__, "--cases", json.dumps([case]), "--output", str(path)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        if not path.exists():
+            raise RuntimeError(f"{shlex.join(words)} failed:\n{done.stdout}\n{done.stderr}")
+        return json.loads(path.read_text())[0]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def row(result: dict[str, Any]) -> str:
+    """Return a line of the table: total, its error, the category that is furthest off, RSS."""
+    case, total = result["case"], result["total"]
+    flags = [n for n, v in (("checkpointing", case["checkpointing"]), (case["attention"], 1)) if v]
+    flags += ["default buckets"] if not case["zero_optimization"] else []
+    name, off = worst(result)
+    cells = (
+        case["model"],
+        f"{case['sharding']} x {case['ranks']}",
+        " ".join([case["method"], *(flag for flag in flags if flag)]),
+        f"{total['measured'] / 1e9:.3f}",
+        f"{total['planned'] / 1e9:.3f}",
+        f"{100 * (total['planned'] / total['measured'] - 1):+.1f} %",
+        f"{name} {100 * off:+.1f} %",
+        f"{result['resident'] / 1e9:.2f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def worst(result: dict[str, Any]) -> tuple[str, float]:
+    """Return the category that is furthest off, relative to what was measured.
+
+    A category below a twentieth of the total is compared with that.
+    """
+    floor = result["total"]["measured"] / 20
+    errors = {
+        name: (sizes["planned"] - sizes["measured"]) / max(sizes["measured"], floor)
+        for name, sizes in result["categories"].items()
+    }
+    return max(errors.items(), key=lambda entry: abs(entry[1]))
+
+
+HEADER = (
+    "| model | back end x ranks | method | measured GB | planned GB | off | worst category | RSS |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def main() -> None:
+    """Measure one list of cases as a rank, or all cases, each on ranks of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder; of a rank, a file")
+    parser.add_argument("--cases", help="JSON: measure these as one rank of several")
+    parser.add_argument(
+        "--only", default="", help="models, with commas; plan.json keeps what it has of others"
+    )
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    arguments = parser.parse_args()
+    if arguments.cases:
+        torch.set_num_threads(1)
+        deepspeed.init_distributed("gloo")
+        results = examine(json.loads(arguments.cases))
+        if dist.get_rank() == 0:
+            arguments.output.write_text(json.dumps(results))
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+        return
+    path = arguments.output / "plan.json"
+    chosen = arguments.only.split(",") if arguments.only else sorted({c["model"] for c in CASES})
+    kept = json.loads(path.read_text())["results"] if path.exists() else []
+    results = [result for result in kept if result["case"]["model"] not in chosen]
+    for case in CASES:
+        if case["model"] in chosen:
+            results.append(launch(case))
+            print(row(results[-1]), flush=True)
+            report = {"circumstances": circumstances(), "results": results}
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join([*HEADER, *map(row, results)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Say what fine-tuning a model needs in GPU memory, before anybody pays for GPUs.
+
+    python launch/plan.py --model facebook/opt-66b --gpus 8 --gpu_memory 80
+
+reads no weights and asks no hub; ``--help`` lists the arguments.
+"""
+
+from addax_ds.planner.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""The planner against what can be counted by hand, and against autograd on a real model."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from addax_ds.errors import UserError
+from addax_ds.planner.cli import main, plan
+from addax_ds.planner.memory import Inputs, standing_bytes, step_memory
+from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape, shape_of
+from addax_ds.planner.tape import Tape
+from addax_ds.planner.threshold import largest_batch, largest_threshold
+from addax_ds.planner.trace import Batch, Trace, trace
+from addax_ds.planner.zero3 import Zero3Settings
+from benchmarks.live import peak
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 256,
+    "word_embed_proj_dim": 64,
+    "vocab_size": 501,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+}
+SETTINGS = Zero3Settings(
+    reduce_bucket_size=4096,
+    stage3_prefetch_bucket_size=4096,
+    stage3_param_persistence_threshold=640,
+)
+
+
+@pytest.fixture(scope="module")
+def small() -> ModelShape:
+    return shape_of(OPTConfig(**SMALL), "small")
+
+
+def inputs_of(shape: ModelShape, **more) -> Inputs:
+    batch = Batch(4, 128, 8)
+    usual = Inputs(shape, "addax", "zero3", 2, batch, batch, zero3=SETTINGS)
+    return replace(usual, **more)
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPT_FAMILY)
+def test_a_built_in_model_has_the_parameters_of_its_formula(name):
+    config = OPTConfig(**OPT_FAMILY[name])
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    embedded = config.word_embed_proj_dim
+    expected = layers * (12 * hidden**2 + 13 * hidden)  # attention, feed-forward, two norms
+    expected += config.vocab_size * embedded + 2050 * hidden
+    expected += 2 * hidden if config.do_layer_norm_before else 0
+    expected += 2 * hidden * embedded if embedded != hidden else 0
+    shape = find_shape(f"facebook/{name}")
+    assert shape.parameters == expected
+    assert len(shape.blocks) == layers
+    assert shape.tied
+
+
+def test_a_folder_and_a_file_are_read(tmp_path):
+    OPTConfig(**SMALL).save_pretrained(tmp_path)
+    from_folder = find_shape(str(tmp_path))
+    from_file = find_shape(str(tmp_path / "config.json"))
+    assert from_folder.parameters == from_file.parameters == sum(from_file.numels)
+    assert from_folder.vocabulary == 501
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "vit"}', '{"a": 1}', "[]"])
+def test_a_file_that_describes_no_model_is_refused(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="not a configuration"):
+        find_shape(str(path))
+
+
+def test_an_unknown_name_is_not_looked_up(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    with pytest.raises(UserError, match=r"Did you mean 'opt-6\.7b'"):
+        find_shape("facebook/opt-6.7")
+
+
+def test_a_running_zero3_training_does_not_disturb_the_planner(small):
+    batch = Batch(2, 64, 8)
+    expected = trace.__wrapped__(small, batch, backward=True, zero3=True)
+    linear = F.linear
+    live = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    try:
+        F.linear = zero3_linear_wrap  # as zero.Init leaves it
+        assert shape_of(OPTConfig(**SMALL), "small") == small
+        assert trace.__wrapped__(small, batch, backward=True, zero3=True) == expected
+        assert trace.__wrapped__(small, batch, backward=True) == trace(small, batch, backward=True)
+    finally:
+        F.linear = linear
+        del live
+
+
+# ---- what a pass keeps ---------------------------------------------------------------------------
+
+
+def kept(tape: Trace) -> int:
+    """Bytes of activations that are alive when backward begins."""
+    sizes: dict[int, int] = {}
+    for kind, number, *rest in tape.events:
+        if kind == "fetch" and rest == [False]:
+            break
+        if kind == "alloc":
+            sizes[number] = rest[0]
+        elif kind == "free":
+            sizes.pop(number)
+    return sum(size for number, size in sizes.items() if tape.categories[number] == "activations")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_saved_activations_are_those_of_autograd(attention):
+    """Storages that the graph of a real forward holds, weights left out, are on the tape."""
+    model = OPTForCausalLM._from_config(
+        OPTConfig(**SMALL), dtype=torch.float32, attn_implementation=attention
+    )
+    model.config.use_cache = False
+    model.train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 500, (1, 200))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.model(input_ids=tokens).last_hidden_state
+    del hidden
+
+    shape = shape_of(model.config, "small", "fp32")
+    tape = trace(shape, Batch(1, 200, 1), backward=True, attention=attention, cuda=False)
+    assert kept(tape) == pytest.approx(sum(saved.values()), rel=0.02)
+
+
+def test_the_tape_counts_what_the_allocator_does():
+    """The peak of a real forward and backward, against the events of torch's CPU allocator."""
+    model = OPTForCausalLM._from_config(OPTConfig(**SMALL), dtype=torch.float32)
+    model.config.use_cache = False
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    tokens = torch.randint(0, 500, (2, 100))
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    allocated = max(accumulate(size for _, size in changes))
+
+    tape = Tape(lambda *_: "all")
+    for tensor in (*model.parameters(), *model.buffers(), tokens):
+        tape.ignore(tensor)
+    with tape:
+        step()
+    assert peak(tape)["total"] == pytest.approx(allocated, rel=1e-3)
+
+
+def test_attention_scores_grow_with_the_square_of_the_length(small):
+    def activations(length: int, attention: str) -> int:
+        first = Batch(1, length, 1)
+        inputs = inputs_of(small, zeroth_order=None, first_order=first, attention=attention)
+        return step_memory(inputs).categories["activations"]
+
+    assert activations(512, "sdpa") == pytest.approx(2 * activations(256, "sdpa"), rel=0.01)
+    assert activations(512, "eager") > 3 * activations(256, "eager")
+
+
+def test_dropout_keeps_a_byte_on_a_gpu_and_two_on_a_cpu(small):
+    config = OPTConfig(**{**SMALL, "dropout": 0.1})
+    shape, batch = shape_of(config, "dropout"), Batch(1, 128, 1)
+
+    def added(cuda: bool) -> int:
+        dropped, whole = (trace(s, batch, backward=True, cuda=cuda) for s in (shape, small))
+        return kept(dropped) - kept(whole)
+
+    masks = 3 * 2 * 128 * 64  # elements, two in each of three layers
+    assert added(cuda=True) == masks
+    assert added(cuda=False) == 2 * masks
+
+
+def test_checkpointing_keeps_inputs_of_blocks_alone(small):
+    first = Batch(8, 256, 1)
+    inputs = inputs_of(small, zeroth_order=None, first_order=first)
+    plain = step_memory(inputs).categories["activations"]
+    checkpointed = step_memory(replace(inputs, checkpointing=True)).categories["activations"]
+    inputs_of_blocks = 3 * 8 * 256 * 64 * 2
+    assert inputs_of_blocks < checkpointed < plain * 0.7
+
+
+def test_other_families_are_traced():
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=301,
+    )
+    shape = shape_of(config, "llama")
+    memory = step_memory(inputs_of(shape))
+    assert memory.total > sum(shape.numels)
+    assert not shape.tied
+
+
+# ---- what is there all the time ------------------------------------------------------------------
+
+
+def test_adamw_has_sixteen_bytes_a_parameter_over_the_ranks(small):
+    for ranks in (1, 2, 8):
+        standing = standing_bytes(inputs_of(small, method="adamw", ranks=ranks))
+        state = standing["weights"] + standing["optimizer"]
+        assert state == 16 * sum(math.ceil(numel / ranks) for numel in small.numels)
+
+
+def test_addax_has_the_weights_and_a_bucket(small):
+    assert standing_bytes(inputs_of(small, ranks=1)) == {
+        "weights": 2 * small.parameters,
+        "buckets": 2 * 4096,
+    }
+
+
+def test_micro_batches_are_summed_in_fp32(small):
+    standing = standing_bytes(inputs_of(small, ranks=1, accumulation=2))
+    assert standing["gradients"] == 4 * small.parameters
+
+
+def test_the_tied_gradient_of_opt_66b_has_less_than_a_gigabyte():
+    words = "--model opt-66b --sharding none --methods ip-sgd --length 64 --json"
+    result = json.loads(plan([*words.split(), "--per_device_train_batch_size", "1"]))
+    assert result["embedding_gradient"] == 50272 * 9216 * 2
+    (method,) = result["methods"]
+    # Of the output projection, of the input, and their sum.
+    assert method["bytes"]["gradients"] == 3 * 50272 * 9216 * 2
+
+
+def test_offloaded_shards_are_in_host_memory(small):
+    inputs = inputs_of(small, zero3=replace(SETTINGS, offload=True))
+    memory = step_memory(inputs)
+    assert memory.categories["weights"] == 0
+    assert memory.host >= small.parameters  # 2 bytes over 2 ranks
+    assert step_memory(inputs_of(small)).host == 0
+
+
+# ---- L_T -----------------------------------------------------------------------------------------
+
+
+def test_the_threshold_is_the_largest_that_fits(small):
+    inputs = inputs_of(small, zeroth_order=None, first_order=Batch(4, 2, 1))
+    lengths = [20, 60, 60, 100, 140, 200, 260]
+
+    def total(length: int) -> int:
+        return step_memory(replace(inputs, first_order=Batch(4, length, length - 1))).total
+
+    for budget in (total(100), total(140) - 1, total(140), 10**12):
+        found = largest_threshold(inputs, lengths, budget)
+        expected = max(length for length in lengths[:-1] if total(length) <= budget)
+        assert found is not None
+        assert found.length == expected
+        assert found.first_order == sum(length <= expected for length in lengths)
+        assert found.zeroth_order + found.first_order == len(lengths)
+        assert found.total == total(expected)
+    assert largest_threshold(inputs, lengths, total(20) - 1) is None
+    whole = largest_threshold(inputs, lengths, 10**12, leave_longer=False)
+    assert whole is not None
+    assert whole.length == 260
+
+
+def test_no_threshold_helps_if_the_zeroth_order_pass_does_not_fit(small):
+    inputs = inputs_of(small, zeroth_order=Batch(64, 2, 1), first_order=Batch(1, 2, 1))
+    budget = step_memory(replace(inputs, zeroth_order=Batch(64, 512, 511), first_order=None)).total
+    assert largest_threshold(inputs, [16, 512], budget - 1) is None
+    assert largest_threshold(inputs, [16, 512], budget) is not None
+
+
+def test_the_batch_is_the_largest_that_fits(small):
+    inputs = inputs_of(small, zeroth_order=None)
+    budget = step_memory(replace(inputs, first_order=Batch(5, 128, 127))).total
+    assert largest_batch(inputs, 128, budget, limit=64) == 5
+    assert largest_batch(inputs, 128, budget, limit=3) == 3
+    assert largest_batch(inputs, 128, 1000, limit=3) == 0
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+WORDS = ["--gpus", "2", "--gpu_memory", "1", "--reserve", "0.1", "--length", "256"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    OPTConfig(**SMALL).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp2", "none"])
+def test_the_table_has_a_line_for_each_method_that_runs(folder, capsys, sharding):
+    main(["--model", folder, *WORDS, "--sharding", sharding, "--length_threshold", "64"])
+    lines = capsys.readouterr().out.splitlines()
+    methods = [line.split()[0] for line in lines if " yes " in line]
+    stock = ["sgd", "adamw"] if sharding == "zero3" else []
+    assert methods == ["addax", "addax-wa", "mezo", "ip-sgd", *stock]
+
+
+def test_json_says_the_same_in_bytes(folder):
+    result = json.loads(plan(["--model", folder, *WORDS, "--json"]))
+    for method in result["methods"]:
+        assert sum(method["bytes"].values()) == method["total"]
+        assert method["fits"] == (method["total"] <= 9 * 10**8)
+    (addax,) = (m for m in result["methods"] if m["method"] == "addax")
+    assert addax["first_order_length"] == 240  # all of it fits, but some has to be longer
+
+
+def test_gpus_needed_is_where_it_starts_to_fit(folder):
+    words = ["--model", folder, *WORDS, "--methods", "adamw", "--json"]
+    memory = json.loads(plan(words))["methods"][0]["total"]
+    tight = [*words, "--gpu_memory", str((memory - 1) / 1e9), "--reserve", "0"]
+    (result,) = json.loads(plan(tight))["methods"]
+    assert not result["fits"]
+    assert result["gpus_needed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "0"], "--gpus 0"),
+        (["--length", "1000"], "takes 2 to 512 tokens"),
+        (["--length_threshold", "256"], "not below --length"),
+        (["--sharding", "fsdp2", "--methods", "adamw"], "zero3 alone"),
+        (["--sharding", "fsdp2", "--deepspeed", "x.json"], "no effect"),
+        (["--reserve", "2"], "--reserve"),
+        (["--method", "adamw"], "Unrecognized arguments"),
+        (["--deepspeed", "missing.json"], "missing.json"),
+    ],
+)
+def test_mistakes_are_sentences(folder, capsys, words, message):
+    with pytest.raises(SystemExit):
+        main(["--model", folder, *WORDS, *words])
+    assert message in capsys.readouterr().err
+
+
+def test_nvme_is_refused(folder, tmp_path):
+    path = tmp_path / "nvme.json"
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(UserError, match="NVMe"):
+        plan(["--model", folder, *WORDS, "--deepspeed", str(path)])
+
+
+def test_the_deepspeed_json_is_heeded(folder, tmp_path):
+    path = tmp_path / "zero3.json"
+    zero = {
+        "stage": 3,
+        "reduce_bucket_size": 12345,
+        "stage3_prefetch_bucket_size": "auto",
+        "offload_param": {"device": "cpu"},
+    }
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    words = ["--model", folder, *WORDS, "--json", "--deepspeed", str(path), "--methods", "mezo"]
+    result = json.loads(plan(words))
+    assert result["zero_optimization"]["reduce_bucket_size"] == 12345
+    assert result["zero_optimization"]["stage3_prefetch_bucket_size"] == int(0.9 * 64**2)
+    assert result["zero_optimization"]["stage3_param_persistence_threshold"] == 100_000
+    (mezo,) = result["methods"]
+    assert mezo["bytes"]["buckets"] == 2 * 12345
+    assert mezo["host_per_node"] > 0

@@ -1,0 +1,41 @@
+"""Measures real steps of small shapes on the ranks of this process group, beside their plans.
+
+python -m tests.workers.planner_cases <folder>
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from benchmarks.plan import examine
+from tests.workers.teardown import shut_down
+
+LAYERS = {"model": "tiny", "zeroth": (8, 60, 59), "first": (8, 60, 20)}
+VOCABULARY = {"model": "opt-11m", "zeroth": (2, 64, 63), "first": (2, 32, 8)}
+CASES = [
+    *({**LAYERS, "sharding": "zero3", "method": m} for m in ("addax", "adamw")),
+    *(
+        {**LAYERS, "sharding": "zero3", "method": "ip-sgd", **more}
+        for more in (
+            {"checkpointing": True},
+            {"attention": "eager"},
+            {"zero_optimization": {"reduce_bucket_size": 10**6}},
+        )
+    ),
+    *({**VOCABULARY, "sharding": "zero3", "method": m} for m in ("mezo", "ip-sgd")),
+    *({**VOCABULARY, "sharding": "fsdp2", "method": m} for m in ("mezo", "ip-sgd")),
+    {**LAYERS, "sharding": "fsdp2", "method": "addax"},
+    {**LAYERS, "sharding": "fsdp2", "method": "ip-sgd", "checkpointing": True},
+]
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    results = examine(CASES)
+    if dist.get_rank() == 0:
+        Path(sys.argv[1], "plan.json").write_text(json.dumps(results))
+    shut_down()
