@@ -261,6 +261,15 @@ def test_offloaded_shards_are_in_host_memory(small):
     assert step_memory(inputs_of(small)).host == 0
 
 
+def test_pinned_shards_are_rounded_up_to_a_power_of_two(small):
+    pageable = replace(SETTINGS, offload=True)
+    inputs = inputs_of(small, zero3=pageable, ranks=1, zeroth_order=None, cuda=True)
+    pinned = replace(inputs, zero3=replace(pageable, pin_memory=True))
+    expected = sum(2 ** math.ceil(math.log2(2 * numel)) for numel in small.numels)
+    assert step_memory(pinned).host == expected > step_memory(inputs).host
+    assert step_memory(replace(pinned, cuda=False)).host == step_memory(inputs).host
+
+
 # ---- L_T -----------------------------------------------------------------------------------------
 
 

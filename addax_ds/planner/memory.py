@@ -195,10 +195,14 @@ def _host_bytes(inputs: Inputs) -> int:
     """Host memory of a rank whose shards are offloaded: the shards, and the largest copies.
 
     A shard is perturbed where it lives (`addax_ds.update.perturb`), a prefetch bucket at a time.
+    torch rounds every pinned tensor up to a power of two (``CachingHostAllocator.h``).
     """
     if inputs.sharding != "zero3" or not inputs.zero3.offload:
         return 0
     shape, ranks = inputs.shape, inputs.ranks
+    shards = [math.ceil(numel / ranks) * shape.itemsize for numel in shape.numels]
+    if inputs.zero3.pin_memory and inputs.cuda:
+        shards = [1 << (size - 1).bit_length() for size in shards]
     group = max(max(shape.numels), inputs.zero3.stage3_prefetch_bucket_size)
     copies = 0 if inputs.zeroth_order is None else math.ceil(group / ranks)
-    return (_partitioned(shape, ranks) + copies) * shape.itemsize
+    return sum(shards) + copies * shape.itemsize

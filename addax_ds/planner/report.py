@@ -224,5 +224,11 @@ def _notes(request: Request, plans: list[Plan]) -> list[str]:
             )
         )
     if request.inputs.sharding == "zero3" and request.inputs.zero3.offload:
-        notes.append(f"host: GB of host memory of a node with {request.gpus_per_node} GPU(s).")
+        note = f"host: GB of host memory of a node with {request.gpus_per_node} GPU(s)."
+        if request.inputs.zero3.pin_memory:
+            note += (
+                " torch rounds pinned tensors up to a power of two; with "
+                'offload_param {"pin_memory": false} it is less, and transfers are slower.'
+            )
+        notes.append(note)
     return notes

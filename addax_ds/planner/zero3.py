@@ -32,6 +32,7 @@ class Zero3Settings:
         sub_group_size: elements that DeepSpeed's own optimizer updates at once.
         contiguous_gradients: whether there is a bucket that gradients are copied to.
         offload: whether the shards are in host memory.
+        pin_memory: whether they are pinned there.
     """
 
     reduce_bucket_size: int = 500_000_000
@@ -43,6 +44,7 @@ class Zero3Settings:
     sub_group_size: int = 1_000_000_000
     contiguous_gradients: bool = True
     offload: bool = False
+    pin_memory: bool = False
 
     @classmethod
     def from_json(cls, zero: Mapping[str, Any], hidden: int) -> "Zero3Settings":
@@ -65,7 +67,13 @@ class Zero3Settings:
             if value is not None:
                 values[name] = value if isinstance(value, bool) else int(value)
         offload = zero.get("offload_param") or {}
-        return cls(**values | {"offload": offload.get("device", "none") == "cpu"})
+        return cls(
+            **values
+            | {
+                "offload": offload.get("device", "none") == "cpu",
+                "pin_memory": offload.get("pin_memory", False),
+            }
+        )
 
     def persistent(self, shape: ModelShape) -> frozenset[int]:
         """Return the parameters that stay whole (``mark_persistent_parameters``)."""
