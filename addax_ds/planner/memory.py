@@ -8,20 +8,18 @@ allocator holds without use.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
+from addax_ds.data.partition import BASELINES, Method
 from addax_ds.planner.replay import Engine, Ledger, replay
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Batch, Trace, trace
 from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
 from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
 
-PlannedMethod = Literal["addax", "addax-wa", "mezo", "ip-sgd", "sgd", "adamw"]
 PlannedSharding = Literal["zero3", "fsdp2", "none"]
 
-METHODS: tuple[PlannedMethod, ...] = ("addax", "addax-wa", "mezo", "ip-sgd", "sgd", "adamw")
-STOCK = ("sgd", "adamw")
-"""Methods of DeepSpeed's own ZeRO-3 optimizer."""
+METHODS: tuple[Method, ...] = get_args(Method)
 
 _FP32 = 4
 
@@ -45,7 +43,7 @@ class Inputs:
     """
 
     shape: ModelShape
-    method: PlannedMethod
+    method: Method
     sharding: PlannedSharding
     ranks: int
     zeroth_order: Batch | None
@@ -82,7 +80,7 @@ def step_memory(inputs: Inputs) -> Memory:
         stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, standing)))
     if inputs.first_order is not None:
         stages.append(("first-order", _pass(inputs, inputs.first_order, standing)))
-    if inputs.method in STOCK:
+    if inputs.method in BASELINES:
         stages.append(("update", _update(inputs, standing)))
     stage, ledger = max(stages, key=lambda entry: entry[1].peak_total)
     return Memory(ledger.peak, ledger.peak_total, _host_bytes(inputs), stage)
@@ -121,7 +119,7 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
             standing["weights"] = 0
         if inputs.zero3.contiguous_gradients:
             standing["buckets"] = inputs.zero3.reduce_bucket_size * shape.itemsize
-    if inputs.method in STOCK:
+    if inputs.method in BASELINES:
         master_and_moments = _FP32 * (3 if inputs.method == "adamw" else 1)
         standing["optimizer"] = elements * (master_and_moments + shape.itemsize)
         standing["persistent"] = shape.itemsize * sum(
@@ -159,7 +157,7 @@ def _engine(inputs: Inputs, ledger: Ledger, events: Trace, perturbed: bool) -> E
         return UnshardedPass(ledger, shape, perturbed)
     if inputs.sharding == "fsdp2":
         return Fsdp2Pass(ledger, shape, ranks, perturbed, gloo)
-    stock = inputs.method in STOCK
+    stock = inputs.method in BASELINES
     return Zero3Pass(ledger, shape, inputs.zero3, ranks, events, perturbed, stock, gloo)
 
 

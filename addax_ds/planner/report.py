@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from addax_ds.planner.memory import STOCK, Inputs, Memory, PlannedMethod, step_memory
+from addax_ds.planner.memory import BASELINES, Inputs, Memory, Method, step_memory
 from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.threshold import batch, largest_threshold
 
@@ -62,7 +62,7 @@ class Plan:
         host_per_node: bytes of host memory of a node, where weights are offloaded.
     """
 
-    method: PlannedMethod
+    method: Method
     first_order_length: int | None
     memory: Memory
     with_checkpointing: int
@@ -71,9 +71,9 @@ class Plan:
     host_per_node: int
 
 
-def make_plan(request: Request, method: PlannedMethod) -> Plan | None:
+def make_plan(request: Request, method: Method) -> Plan | None:
     """Plan one method; None if it does not run on the back end."""
-    if method in STOCK and request.inputs.sharding != "zero3":
+    if method in BASELINES and request.inputs.sharding != "zero3":
         return None
     length = first_order_length(request, method)
     zeroth, first = None, None
@@ -94,7 +94,7 @@ def make_plan(request: Request, method: PlannedMethod) -> Plan | None:
     )
 
 
-def first_order_length(request: Request, method: PlannedMethod) -> int | None:
+def first_order_length(request: Request, method: Method) -> int | None:
     """Return the longest first-order sequence: L_T for addax, for others the longest there is."""
     if method == "mezo":
         return None
