@@ -11,7 +11,8 @@ from transformers.utils import is_peft_available
 from addax_ds.agreement import all_ranks_or_none
 from addax_ds.durable import writing
 from addax_ds.errors import UserError
-from addax_ds.weights import WeightFiles, full_shapes, gather_weights, local_slices
+from addax_ds.weight_files import WeightFiles
+from addax_ds.weights import full_shapes, gather_weights, local_slices
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -47,7 +48,7 @@ def load_adapters(model: Any, folder: Path) -> None:
     """Fill this rank's shards of the adapters from a folder that `save_adapters` wrote.
 
     Raises:
-        UserError: see `addax_ds.weights.WeightFiles`.
+        UserError: see `addax_ds.weight_files.WeightFiles`.
     """
     for adapter in model.peft_config:
         files = WeightFiles(folder if adapter == "default" else folder / adapter, ADAPTER_FILE)

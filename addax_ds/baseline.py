@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from addax_ds.agreement import all_ranks_or_none
 from addax_ds.errors import UserError
 from addax_ds.step_trainer import StepTrainer
-from addax_ds.weights import WeightFiles, local_slices
+from addax_ds.weight_files import WeightFiles
+from addax_ds.weights import local_slices
 
 
 class BaselineTrainer(StepTrainer):

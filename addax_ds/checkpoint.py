@@ -138,7 +138,7 @@ def load_weights(sharding: Sharding, folder: Path, progress: bool = False) -> No
     """Fill this rank's shards from a folder that `save_model` wrote; every rank has to call it.
 
     Raises:
-        UserError: on all ranks, if one cannot; see `addax_ds.weights.WeightFiles`. Also if one of
+        UserError: on all ranks, if one cannot; see `addax_ds.weight_files.WeightFiles`. Also if one of
             folder and model has adapters of PEFT and the other has not.
     """
     adapters = has_adapters(sharding.model)

@@ -4,14 +4,14 @@ import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed_config
 from transformers.modeling_utils import set_zero3_state
+from transformers.utils import CONFIG_NAME
 
 from addax_ds import demo
 from addax_ds.agreement import all_ranks_or_none, everywhere
@@ -34,13 +35,14 @@ from addax_ds.errors import UserError
 from addax_ds.rules import shown
 from addax_ds.sharding.fsdp2 import materialize, shard_model
 from addax_ds.sharding.zero3 import partition_empty
-from addax_ds.weights import MODEL_FILE, WeightFiles, local_slices
+from addax_ds.weight_files import MODEL_FILE, UNSAFE_PICKLE, OtherForm, WeightFiles
+from addax_ds.weights import local_slices
 
 logger = logging.getLogger(__name__)
 
-# What Transformers reads a model from, in this order; either may be an index of several files.
-_MODEL_FILES = (MODEL_FILE, "pytorch_model.bin")
-_WEIGHTS = [MODEL_FILE, f"{MODEL_FILE}.index.json", "model-*.safetensors"]
+# What Transformers reads a model from, in this order. Either may be several files with an index,
+# which are then called as the pattern says.
+_MODEL_FILES = {MODEL_FILE: "model-*.safetensors", "pytorch_model.bin": "pytorch_model-*.bin"}
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,11 @@ class ModelSource:
     ) -> nn.Module:
         """Load the model; every rank has to call it.
 
-        A rank reads its shards from the safetensors files, and holds one whole weight besides, if
-        the files hold the model's weights one by one. Others are loaded by Transformers, which
-        needs memory for the whole model, with a warning if it is to be sharded: ``.bin`` files
-        (unpickled with ``weights_only=True``; the larger OPT models come in no other form), experts
-        that are fused, weights that are quantised.
+        A rank reads its shards from the files, and holds one whole weight besides, if these hold
+        the model's weights one by one: safetensors files, or else ``.bin`` files (unpickled with
+        ``weights_only=True``; the larger OPT models come in no other form). Others are loaded by
+        Transformers, which needs memory for the whole model, with a warning if it is to be sharded:
+        ``.bin`` files of torch before 1.6, experts that are fused, weights that are quantised.
 
         Args:
             dtype: of the weights.
@@ -138,7 +140,7 @@ class ModelSource:
                 files = self._weight_files(model, dtype)
                 files.check(local_slices(model))
                 files.check_ties(local_slices(model))
-            except _OtherForm as error:
+            except OtherForm as error:
                 other_form = str(error)
         other_form = next(filter(None, everywhere(other_form)), None)
         if other_form is not None:
@@ -156,8 +158,8 @@ class ModelSource:
         """
         if sharding != "none":
             logger.warning(
-                "Loading takes memory for the whole model on %s, because the files of %s do not "
-                "hold its weights one by one: %s. Safetensors files do, as "
+                "Loading takes memory for the whole model on %s, because its weights cannot be "
+                "read one by one from the files of %s: %s. From safetensors files they can, as "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) writes them for "
                 "most models",
                 "rank 0" if sharding == "zero3" else "every rank",
@@ -200,46 +202,80 @@ class ModelSource:
         model.initialize_weights()
         model.tie_weights()  # moving them to the meta device one by one has cut the ties
         if model.can_generate():
-            with contextlib.suppress(OSError):  # not every model has one
-                model.generation_config = GenerationConfig.from_pretrained(
-                    self.path, revision=self.options["revision"]
-                )
+            model.generation_config = self._generation_config()
         return model.eval()
+
+    def _generation_config(self) -> GenerationConfig:
+        """Read it from its own file, or where that is missing from config.json."""
+        revision = self.options["revision"]
+        try:
+            return GenerationConfig.from_pretrained(self.path, revision=revision)
+        except OSError:
+            return GenerationConfig.from_pretrained(
+                self.path, CONFIG_NAME, revision=revision, _from_model_config=True
+            )
 
     def _weight_files(self, model: Any, dtype: torch.dtype) -> WeightFiles:
         """Find the files of the weights; on the hub, download them.
 
         Raises:
-            _OtherForm: if they do not hold the model's weights as they are.
+            OtherForm: if they do not hold the model's weights as they are.
             UserError: if one is damaged.
         """
         if getattr(self.config, "quantization_config", None) is not None:
-            raise _OtherForm("they are quantised")
+            raise OtherForm("they are quantised")
         if model._get_dtype_plan(dtype):
-            raise _OtherForm("Transformers keeps some of them in fp32")
+            raise OtherForm("Transformers keeps some of them in fp32")
         folder = Path(self.path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    self.path, revision=self.options["revision"], allow_patterns=_WEIGHTS
-                )
-            )
-        if not any((folder / name).is_file() for name in _WEIGHTS[:2]):
-            raise _OtherForm(f"there is neither {_WEIGHTS[0]} nor {_WEIGHTS[1]}")
-        files = WeightFiles(folder)
+            folder = self._download()
+        files = WeightFiles(folder, _model_file(_files_in(folder)))
         transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         for name in sorted(files.names):
             renamed, converted = rename_source_key(name, renamings, converters)
             if converted is not None:
-                raise _OtherForm(f"Transformers converts {name}")
+                raise OtherForm(f"Transformers converts {name}")
             files.rename(name, renamed)
         return files
 
+    def _download(self) -> Path:
+        """Download the files of the weights from the hub, if they are not in its cache.
 
-class _OtherForm(Exception):
-    """Files that do not hold the model's weights one by one."""
+        Raises:
+            OtherForm: if the hub has none of their kinds.
+        """
+        revision = self.options["revision"]
+        try:
+            names = list_repo_files(self.path, revision=revision)
+        except Exception:  # offline, or the hub is down: what was downloaded before may do
+            cached = try_to_load_from_cache(self.path, CONFIG_NAME, revision=revision)
+            if isinstance(cached, str):
+                folder = Path(cached).parent
+                with contextlib.suppress(OtherForm):
+                    _model_file(_files_in(folder))
+                    return folder
+            raise
+        chosen = _model_file(names)
+        patterns = [chosen] if chosen in names else [f"{chosen}.index.json", _MODEL_FILES[chosen]]
+        return Path(snapshot_download(self.path, revision=revision, allow_patterns=patterns))
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
+def _model_file(names: Collection[str]) -> str:
+    """Return the first of `_MODEL_FILES` that is among ``names``, as it is or by its index.
+
+    Raises:
+        OtherForm: if none is.
+    """
+    for name in _MODEL_FILES:
+        if name in names or f"{name}.index.json" in names:
+            return name
+    raise OtherForm(f"there is neither {' nor '.join(_MODEL_FILES)}, nor an index of either")
 
 
 def _lay_out(model: Any, sharding: str, device: torch.device) -> None:
@@ -266,10 +302,7 @@ def _refused(what: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:  # whose message recommends weights_only=False
-        raise UserError(
-            f"{what}: a .bin file is damaged, or holds more than tensors, which could run any "
-            "code; use the model's safetensors files"
-        ) from error
+        raise UserError(f"{what}: a .bin file {UNSAFE_PICKLE}") from error
     except (UserError, OSError, ValueError) as error:
         said = str(error).replace("`trust_remote_code=True`", "--trust_remote_code")
         raise UserError(f"{what}: {said}") from error

@@ -1,4 +1,4 @@
-"""A model's weights in safetensors files, the same whatever back end holds them.
+"""A model's weights and the files of them, the same whatever back end holds them.
 
 Files are those of Hugging Face: ``model.safetensors``, or several with an index, with the entries
 of the model's state dict, bit for bit. A rank reads the rows that its shards need and writes whole
@@ -9,32 +9,25 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.durable import writing
 from addax_ds.errors import UserError
 from addax_ds.sharding.attach import back_end_of
 from addax_ds.sharding.base import Sharding, canonical_name
+from addax_ds.weight_files import MODEL_FILE, WeightFiles, WeightSlice, bytes_bar
 
-MODEL_FILE = "model.safetensors"
 MAX_FILE_SIZE = "5GB"
 CHUNK_BYTES = 2**24
 """Most of a weight that travels at once when files are written."""
-
-BAR_DELAY_S = 2.0
-"""How long reading or writing takes before a bar appears."""
 
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -53,23 +46,6 @@ def load_weights(sharding: Sharding, folder: str | os.PathLike, progress: bool =
     with all_ranks_or_none():
         WeightFiles(Path(folder)).fill(local_slices(sharding.model), progress)
     sharding.finish_step()  # what is gathered is from before
-
-
-@dataclass(frozen=True)
-class WeightSlice:
-    """The part of one weight that this rank holds: of a parameter, frozen or not, or of a buffer.
-
-    Attributes:
-        names: what the weight may be called in a file; its name in the model comes first.
-        shape: of the whole weight.
-        start: flat index of the part's first element in the whole weight.
-        data: the part, flat, or the whole weight in its own shape; writing to it writes the weight.
-    """
-
-    names: tuple[str, ...]
-    shape: torch.Size
-    start: int
-    data: Tensor
 
 
 def local_slices(model: nn.Module) -> Iterator[WeightSlice]:
@@ -104,157 +80,6 @@ def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
     return entries
 
 
-# ---- reading -----------------------------------------------------------------------------------
-
-
-class WeightFiles:
-    """The tensors in a folder's safetensors files.
-
-    Args:
-        folder: where the files are.
-        name: of the file, if it is one; the index of several is called ``<name>.index.json``.
-
-    Raises:
-        UserError: if there are no such files, or one is damaged.
-    """
-
-    def __init__(self, folder: Path, name: str = MODEL_FILE) -> None:
-        self.folder = folder
-        single, index = folder / name, folder / f"{name}.index.json"
-        if single.is_file():
-            with _opened(single) as file:
-                paths = dict.fromkeys(file.keys(), single)
-        elif index.is_file():
-            paths = _read_index(index)
-        else:
-            raise UserError(f"{folder}: there is neither {name} nor {index.name} in this folder")
-        self._tensors = {name: (path, name) for name, path in paths.items()}
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the tensors."""
-        return set(self._tensors)
-
-    def rename(self, name: str, new: str) -> None:
-        """Call a tensor what the model calls it; messages go on naming it as the file does."""
-        self._tensors[new] = self._tensors.pop(name)
-
-    def check(self, slices: Iterable[WeightSlice]) -> None:
-        """Check that the files hold what ``slices`` are parts of.
-
-        Raises:
-            UserError: for a tensor that is missing or has another shape, and for a damaged file.
-        """
-        for _ in self._find(slices):
-            pass
-
-    def check_ties(self, slices: Iterable[WeightSlice]) -> None:
-        """Check that what the files hold of a tied weight under its other names is the same.
-
-        Raises:
-            UserError: if it is not; one of the two would be lost.
-        """
-        for wanted in slices:
-            found = dict.fromkeys(self._tensors[n] for n in wanted.names if n in self._tensors)
-            (path, name), *others = found
-            for other_path, other in others:
-                with _opened(path) as one, _opened(other_path) as two:
-                    same = torch.equal(one.get_tensor(name), two.get_tensor(other))
-                if not same:
-                    raise UserError(
-                        f"{self.folder}: {name} and {other} differ in the files, but config.json "
-                        'makes them one weight: write "tie_word_embeddings": false there'
-                    )
-
-    def fill(self, slices: Iterable[WeightSlice], progress: bool = False) -> None:
-        """Read the slices, and nothing else but the rest of the rows that they cut.
-
-        Values are converted to the dtype and moved to the device of each slice.
-
-        Args:
-            slices: what to fill.
-            progress: whether to show a bar if it takes long.
-
-        Raises:
-            UserError: see `check`.
-        """
-        slices = list(slices)
-        size = sum(wanted.data.nbytes for wanted in slices)
-        with _bar("Reading weights", size, progress) as bar:
-            for file, name, wanted in self._find(slices):
-                _fill(file, name, wanted)
-                bar.update(wanted.data.nbytes)
-
-    def _find(self, slices: Iterable[WeightSlice]) -> Iterator[tuple[Any, str, WeightSlice]]:
-        """Yield the open file and the name of each slice's tensor; one file is open at a time."""
-        by_path: dict[Path, list[tuple[str, WeightSlice]]] = {}
-        missing = []
-        for wanted in slices:
-            known = next((n for n in wanted.names if n in self._tensors), None)
-            if known is None:
-                missing.append(wanted.names[0])
-            else:
-                path, name = self._tensors[known]
-                by_path.setdefault(path, []).append((name, wanted))
-        if missing:
-            raise UserError(
-                f"{self.folder}: its files lack {len(missing)} weights of the model, such as "
-                f"{missing[0]}"
-            )
-        for path, found in by_path.items():
-            with _opened(path) as file:
-                held = set(file.keys())
-                for name, wanted in found:
-                    if name not in held:
-                        raise UserError(f"{path}: {name} is missing, which the index says is here")
-                    shape = file.get_slice(name).get_shape()
-                    if shape != list(wanted.shape):
-                        raise UserError(
-                            f"{path}: {name} has shape {shape}, but the model's is "
-                            f"{list(wanted.shape)}"
-                        )
-                    yield file, name, wanted
-
-
-def _fill(file: Any, name: str, wanted: WeightSlice) -> None:
-    count = wanted.data.numel()
-    if count == wanted.shape.numel():
-        values = file.get_tensor(name)
-    elif count:
-        row = wanted.shape[1:].numel()
-        first, last = wanted.start // row, -(-(wanted.start + count) // row)
-        rows = file.get_slice(name)[first:last].reshape(-1)
-        values = rows[wanted.start - first * row :][:count]
-    else:
-        return
-    wanted.data.copy_(values.view(wanted.data.shape))
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        outside = next((file for file in files.values() if Path(file).name != file), None)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: this is not an index of safetensors files: {error!r}") from error
-    if outside is not None:
-        raise UserError(f"{path}: it names {outside}, which is not a file of this folder")
-    return {name: path.parent / file for name, file in files.items()}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file, but the index names it") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: the file is damaged or cannot be read: {error}") from error
-
-
-# ---- writing -----------------------------------------------------------------------------------
-
-
 def save_weights(
     model: nn.Module,
     folder: str | os.PathLike,
@@ -286,7 +111,7 @@ def save_weights(
             _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
     whole = _WholeWeights(model)
     files = list(plan.filename_to_tensors)
-    with _bar("Writing weights", plan.metadata["total_size"], progress) as bar:
+    with bytes_bar("Writing weights", plan.metadata["total_size"], progress) as bar:
         for first in range(0, len(files), len(writers)):
             # A round in which each writer gets its file, and then all write at once.
             turns = dict(zip(files[first:], writers, strict=False))
@@ -405,13 +230,6 @@ def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -
         index_path.unlink(missing_ok=True)
     else:
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
-
-
-def _bar(what: str, size: int, shown: bool) -> tqdm:
-    """Make a bar of ``size`` bytes that appears if it takes long."""
-    return tqdm(
-        desc=what, total=size, unit="B", unit_scale=True, delay=BAR_DELAY_S, disable=not shown
-    )
 
 
 def _rank_and_world_size() -> tuple[int, int]:

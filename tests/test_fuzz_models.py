@@ -76,7 +76,7 @@ def test_weights_that_are_pickled(folder, monkeypatch):
     monkeypatch.setattr(torch, "load", recorded)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     loaded, expected = load(folder).state_dict(), tiny_model().state_dict()
-    assert asked == [True]
+    assert set(asked) == {True}
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 

@@ -5,18 +5,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig, MixtralConfig
 
+from addax_ds import UserError, model_source
+from addax_ds.arguments import ModelArguments
+from addax_ds.model_source import ModelSource
 from tests.ranks import run_ranks
-from tests.tiny import tiny_model, write_model
-from tests.workers.loading_cases import CHUNK_BYTES, FILE_SIZE, LARGE, RUN_ON
+from tests.tiny import tiny_model, tiny_tokenizer, write_model
+from tests.workers.loading_cases import CHUNK_BYTES, FILE_SIZE, LARGE, LARGE_BIN, RUN_ON
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {},
@@ -39,11 +44,12 @@ OTHER_MODELS = {
         vocab_size=211, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=48
     ),
 }
+BINS = ("opt-bins", "llama-bin")
 OTHER_FORMS = {
-    "bin-only": "there is neither model.safetensors",
+    "old-bin": "pytorch_model.bin has the format of torch before 1.6",
     "experts": "Transformers converts",
 }
-INDEX = "model.safetensors.index.json"
+INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SIZES = {
     "vocab_size": 1001,
     "hidden_size": 128,
@@ -60,14 +66,46 @@ def models(tmp_path_factory) -> Path:
     for name, config in OTHER_MODELS.items():
         torch.manual_seed(7)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "models" / name)
-    bin_only = tiny_model("llama")
-    (folder / "models" / "bin-only").mkdir()
-    bin_only.config.save_pretrained(folder / "models" / "bin-only")
-    torch.save(bin_only.state_dict(), folder / "models" / "bin-only" / "pytorch_model.bin")
+    write_bins(folder / "models" / "opt-bins", opt_weights())
+    tiny_model("opt").config.save_pretrained(folder / "models" / "opt-bins")
+    for name, zipped in (("llama-bin", True), ("old-bin", False)):
+        llama = tiny_model("llama")
+        llama.config.save_pretrained(folder / "models" / name)
+        path = folder / "models" / name / "pytorch_model.bin"
+        torch.save(llama.state_dict(), path, _use_new_zipfile_serialization=zipped)
     write_experts(folder / "models" / "experts")
     large = tiny_model("llama", torch.bfloat16, **SIZES)
     large.save_pretrained(folder / "models" / LARGE, max_shard_size=FILE_SIZE)
+    large.config.save_pretrained(folder / "models" / LARGE_BIN)
+    write_bins(folder / "models" / LARGE_BIN, large.state_dict())
     return folder
+
+
+def opt_weights() -> dict[str, Tensor]:
+    """As OPT was published: fp16, the head beside the embedding, no prefix of the base model.
+
+    One weight lies by columns, and the weights of a layer's projections lie in one storage.
+    """
+    model = tiny_model("opt", torch.float16)
+    weights = {n.removeprefix("model."): t for n, t in model.state_dict().items()}
+    columns = "decoder.layers.0.fc1.weight"
+    weights[columns] = weights[columns].T.contiguous().T
+    projections = [f"decoder.layers.1.self_attn.{p}_proj.weight" for p in "qkv"]
+    together = torch.cat([weights[name] for name in projections])
+    return weights | dict(zip(projections, together.chunk(3), strict=True))
+
+
+def write_bins(folder: Path, weights: dict[str, Tensor], count: int = 3) -> None:
+    """Files with an index, written without the code under test."""
+    folder.mkdir(exist_ok=True)
+    names = list(weights)
+    paths = {}
+    for number in range(count):
+        held = names[number * len(names) // count : (number + 1) * len(names) // count]
+        path = f"pytorch_model-{number + 1:05d}-of-{count:05d}.bin"
+        torch.save({name: weights[name] for name in held}, folder / path)
+        paths |= dict.fromkeys(held, path)
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": paths}))
 
 
 def write_experts(folder: Path) -> None:
@@ -95,7 +133,7 @@ def loaded(models, request) -> list[dict[Any, Any]]:
     ]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *OTHER_MODELS, *OTHER_FORMS])
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHER_MODELS, *BINS, *OTHER_FORMS])
 def test_a_loaded_model_is_the_one_that_transformers_loads(loaded, name):
     """Parameters, ties, buffers with their dtype, configuration; from fp32 files to each dtype."""
     for rank, layout in itertools.product(loaded, RUN_ON[len(loaded)]):
@@ -117,7 +155,8 @@ def test_files_of_another_form_are_loaded_whole_with_a_warning(loaded):
                 assert reason in warning
                 assert "save_pretrained" in warning
                 assert ("on rank 0" in warning) == layout.startswith("zero3")
-        assert all(not rank[layout, family]["warnings"] for family in (*FAMILIES, *OTHER_MODELS))
+        by_parts = (*FAMILIES, *OTHER_MODELS, *BINS)
+        assert all(not rank[layout, name]["warnings"] for name in by_parts)
 
 
 @pytest.mark.parametrize("case", [("llama", False), ("llama", True), ("opt", True)])
@@ -143,6 +182,8 @@ def test_a_rank_holds_its_share_and_one_tensor_or_file(loaded, models):
         assert share - 2 * buffers <= found["held"] <= share
         assert found["held"] <= found["loading"] <= share + largest + buffers
         assert found["saving"] <= share + written + CHUNK_BYTES + buffers
+        assert rank[layout, LARGE_BIN]["held"] == found["held"]
+        assert rank[layout, LARGE_BIN]["loading"] <= share + largest + buffers
 
 
 def test_what_is_saved_are_the_files_that_were_loaded(loaded, models):
@@ -156,6 +197,89 @@ def test_what_is_saved_are_the_files_that_were_loaded(loaded, models):
         assert names == expected
         assert sorted(path.name for path in saved.glob("*.safetensors")) == files
         assert all((saved / f).read_bytes() == (start / f).read_bytes() for f in files)
+
+
+# ---- the hub -----------------------------------------------------------------------------------
+
+WEIGHTS_OF = {
+    "model.safetensors": lambda m, f: m.save_pretrained(f),
+    INDEX: lambda m, f: m.save_pretrained(f, max_shard_size="40KB"),
+    "pytorch_model.bin": lambda m, f: torch.save(m.state_dict(), f / "pytorch_model.bin"),
+    BIN_INDEX: lambda m, f: write_bins(f, m.state_dict()),
+}
+"""Files that a repository may hold, in the order in which they are preferred."""
+
+
+def published(folder: Path, kinds: list[str]) -> tuple[nn.Module, Path]:
+    """A repository with files of several kinds, and things that nobody needs."""
+    model = tiny_model("llama")
+    folder.mkdir(parents=True)
+    for kind in reversed(kinds):
+        WEIGHTS_OF[kind](model, folder)
+    tiny_tokenizer().save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    for other in ("flax_model.msgpack", "tf_model.h5", "pytorch_model.fp16.bin"):
+        (folder / other).write_bytes(b"unused")
+    return model, folder
+
+
+def same_weights(source: ModelSource, model: nn.Module) -> bool:
+    loaded = source.load(torch.float32).state_dict()
+    return all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("first", range(4), ids=WEIGHTS_OF)
+def test_of_a_repository_the_preferred_kind_is_downloaded_alone(first, tmp_path, monkeypatch):
+    kinds = list(WEIGHTS_OF)[first:]
+    model, repository = published(tmp_path / "hub", kinds)
+    names = [path.name for path in repository.iterdir()]
+    downloaded: list[str] = []
+
+    def download(path: str, revision: str, allow_patterns: list[str]) -> str:
+        assert (path, revision) == ("someone/model", "v2")
+        for name in names:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                downloaded.append(name)
+                shutil.copy(repository / name, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(model_source, "list_repo_files", lambda path, revision: names)
+    monkeypatch.setattr(model_source, "snapshot_download", download)
+    options = {"revision": "v2", "trust_remote_code": False}
+    source = ModelSource("someone/model", "model", model.config, options, None)
+    monkeypatch.setattr(ModelSource, "_generation_config", lambda _: None)
+    assert same_weights(source, model)
+    chosen = kinds[0]
+    if "index" in chosen:
+        files = set(json.loads((repository / chosen).read_text())["weight_map"].values())
+        assert len(files) > 1
+        assert set(downloaded) == {chosen, *files}
+    else:
+        assert downloaded == [chosen]
+
+
+def in_cache(folder: Path, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Make the hub's cache with someone/model in it; the suite is offline."""
+    cached = folder / "models--someone--model"
+    model, _ = published(cached / "snapshots" / ("a" * 40), kinds)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    return model
+
+
+@pytest.mark.parametrize("kind", WEIGHTS_OF)
+def test_what_was_downloaded_before_is_loaded_offline(kind, tmp_path, monkeypatch):
+    model = in_cache(tmp_path, [kind], monkeypatch)
+    source = ModelSource.find(ModelArguments(model_name_or_path="someone/model"))
+    assert same_weights(source, model)
+
+
+def test_a_configuration_alone_is_not_enough_offline(tmp_path, monkeypatch):
+    in_cache(tmp_path, [], monkeypatch)
+    source = ModelSource.find(ModelArguments(model_name_or_path="someone/model"))
+    with pytest.raises(UserError, match=r"load the model from someone/model: .*offline mode"):
+        source.load(torch.float32)
 
 
 # ---- what cannot be loaded ---------------------------------------------------------------------
@@ -183,20 +307,46 @@ def damage_ties(folder: Path) -> str:
     return "differ in the files, but config.json makes them one weight"
 
 
-def damage_bin(folder: Path) -> str:
-    weights = rewrite(folder, lambda weights: None)
+def damage_old_bin(folder: Path) -> str:
+    weights = rewrite(folder, lambda weights: weights.pop("model.norm.weight"))
     (folder / "model.safetensors").unlink()
-    weights.pop("model.norm.weight")
-    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     return "its files lack 1 weights that config.json asks for, such as model.norm.weight"
 
 
-def damage_bin_cut_short(folder: Path) -> str:
-    weights = rewrite(folder, lambda weights: None)
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
-    os.truncate(folder / "pytorch_model.bin", 5000)
-    return ""
+def damage_bins_missing(folder: Path) -> str:
+    rewrite_as_bins(folder, lambda weights: weights.pop("model.norm.weight"))
+    return "its files lack 1 weights of the model, such as model.norm.weight"
+
+
+def damage_bins_cut_short(folder: Path) -> str:
+    path = rewrite_as_bins(folder)
+    os.truncate(path, path.stat().st_size - 7)
+    return f"{path}: the file is damaged"
+
+
+def damage_bins_file(folder: Path) -> str:
+    path = rewrite_as_bins(folder)
+    path.unlink()
+    return f"{path}: there is no such file, but the index names it"
+
+
+def damage_bins_code(folder: Path) -> str:
+    path = rewrite_as_bins(folder)
+    torch.save({"code": os.getcwd}, path)
+    return f"{path}: the file is damaged, or holds more than tensors, which could run any code"
+
+
+def damage_bins_nested(folder: Path) -> str:
+    path = rewrite_as_bins(folder)
+    torch.save({"state_dict": torch.load(path)}, path)
+    return f"{path}: it is no state dict, as its entries are not tensors: 'state_dict' is a dict"
+
+
+def damage_bins_on_one_rank(folder: Path) -> str:
+    return damage_bins_cut_short(
+        Path(shutil.copytree(folder, folder.with_name(f"{folder.name}-1")))
+    )
 
 
 def damage_damaged_later(folder: Path) -> str:
@@ -214,12 +364,21 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> dict[st
     return weights
 
 
+def rewrite_as_bins(
+    folder: Path, change: Callable[[dict[str, Tensor]], Any] = lambda _: None
+) -> Path:
+    """Return the path of the second of three files."""
+    write_bins(folder, rewrite(folder, change))
+    (folder / "model.safetensors").unlink()
+    return folder / "pytorch_model-00002-of-00003.bin"
+
+
 DAMAGES = {
     n.removeprefix("damage_").replace("_", "-"): f
     for n, f in list(globals().items())
     if n.startswith("damage_")
 }
-ON_ONE_RANK = ("damaged-later", "on-one-rank")
+ON_ONE_RANK = ("damaged-later", "on-one-rank", "bins-on-one-rank")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Weights in safetensors files: slices of them, and what every back end makes of them."""
+"""Weights in files: slices of them, and what every back end makes of them."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from addax_ds import UserError, weights
-from addax_ds.weights import WeightFiles, WeightSlice, local_slices, save_weights
+from addax_ds import UserError, weight_files
+from addax_ds.weight_files import OtherForm, WeightFiles, WeightSlice
+from addax_ds.weights import local_slices, save_weights
 from tests.ranks import run_ranks
 from tests.tiny import tiny_model
 from tests.workers.weights_cases import MAX_FILE_SIZE, MODELS, TOKENS, pass_on
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (4, 3, 2), (0, 4), (211, 32)]
 INDEX = "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def tensors() -> dict[str, Tensor]:
@@ -38,6 +41,16 @@ def write_files(folder: Path, files: list[dict[str, Tensor]]) -> Path:
     return folder
 
 
+def write_bins(folder: Path, files: list[dict[str, Tensor]]) -> Path:
+    """The same as `torch.save` writes them."""
+    names = {}
+    for number, content in enumerate(files):
+        torch.save(content, folder / f"part-{number}.bin")
+        names |= dict.fromkeys(content, f"part-{number}.bin")
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
 def part(name: str, whole: Tensor, start: int, end: int, **options: Any) -> WeightSlice:
     return WeightSlice((name,), whole.shape, start, torch.empty(end - start, **options))
 
@@ -54,16 +67,15 @@ def partitions(whole: Tensor, ranks: int, rows: bool) -> list[tuple[int, int]]:
 # ---- reading -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", BIN])
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_parts_of_all_ranks_are_the_whole(ranks, rows, tmp_path):
+def test_parts_of_all_ranks_are_the_whole(ranks, rows, kind, tmp_path):
     whole = tensors()
     names = list(whole)
-    files = WeightFiles(
-        write_files(
-            tmp_path, [{n: whole[n]} for n in names[:4]] + [{n: whole[n] for n in names[4:]}]
-        )
-    )
+    write = write_bins if kind == BIN else write_files
+    write(tmp_path, [{n: whole[n]} for n in names[:4]] + [{n: whole[n] for n in names[4:]}])
+    files = WeightFiles(tmp_path, kind)
     for name, tensor in whole.items():
         parts = [part(name, tensor, *p) for p in partitions(tensor, ranks, rows)]
         files.fill(parts)
@@ -75,7 +87,9 @@ def test_a_slice_reads_its_rows_alone(tmp_path, monkeypatch):
     whole = tensors()["weight7"]
     save_file({"weight": whole}, tmp_path / "model.safetensors")
     read: list[tuple[str, Any]] = []
-    monkeypatch.setattr(weights, "safe_open", lambda *a, **k: Watched(safe_open(*a, **k), read))
+    monkeypatch.setattr(
+        weight_files, "safe_open", lambda *a, **k: Watched(safe_open(*a, **k), read)
+    )
     wanted = part("weight", whole, 200, 267)
     WeightFiles(tmp_path).fill([wanted])
     assert read == [("weight", slice(6, 9))]
@@ -152,7 +166,7 @@ def zero(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_bar_counts_bytes_on_request(shown, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(weights, "BAR_DELAY_S", 0)
+    monkeypatch.setattr(weight_files, "BAR_DELAY_S", 0)
     model = tiny_model("llama", torch.float64)
     save_weights(model, tmp_path, progress=shown)
     WeightFiles(tmp_path).fill(local_slices(model), progress=shown)
@@ -162,6 +176,114 @@ def test_a_bar_counts_bytes_on_request(shown, tmp_path, monkeypatch, capsys):
     for what in ("Writing weights: 100%", "Reading weights: 100%"):
         assert (what in said) == shown
     assert said.count(f"{size / 1000:.0f}k/{size / 1000:.0f}kB"[:5]) >= 2 * shown
+
+
+# ---- files of torch.save -----------------------------------------------------------------------
+
+
+def test_a_bin_file_is_mapped(tmp_path):
+    """What is yielded are views of one mapping, and the mapping ends with the file's use."""
+    torch.save(tensors(), tmp_path / BIN)
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path / BIN))
+
+    with weight_files._opened(tmp_path / BIN) as file:
+        rows, whole = file.rows("weight7", 6, 9), file.whole("weight7")
+        assert rows.data_ptr() == whole[6:].data_ptr()
+        assert mappings() == 1
+    del rows, whole
+    assert mappings() == 0
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        lambda t: t.T.contiguous().T,
+        lambda t: torch.stack([t, t], dim=2)[..., 1],
+        lambda t: torch.cat([t, t])[5:],
+        lambda t: nn.Parameter(t),
+    ],
+    ids=["by-columns", "strided", "part-of-a-storage", "parameter"],
+)
+def test_tensors_of_any_layout(entry, start, tmp_path):
+    whole = torch.randn(5, 3)
+    torch.save({"epoch": 3, "weight": entry(whole), "more": {"other": whole}}, tmp_path / BIN)
+    wanted = part("weight", whole, start, 15)
+    WeightFiles(tmp_path, BIN).fill([wanted])
+    assert torch.equal(wanted.data, whole.flatten()[start:])
+    assert not wanted.data.requires_grad
+
+
+def test_a_bin_file_that_cannot_be_mapped_is_of_another_form(tmp_path):
+    content = {"weight": torch.ones(5, 3)}
+    torch.save(content, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    torch.save(content, tmp_path / "stored.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.bin") as stored,
+        zipfile.ZipFile(tmp_path / "deflated.bin", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    for name, reason in (
+        ("old.bin", "has the format of torch before"),
+        ("deflated.bin", "is comp"),
+    ):
+        with pytest.raises(OtherForm, match=rf"{name} {reason}"):
+            WeightFiles(tmp_path, name)
+
+
+BAD_CONTENTS = {
+    "list": ([torch.ones(5, 3)], "it holds a list, not a state dict"),
+    "tensor": (torch.ones(5, 3), "it holds a Tensor, not a state dict"),
+    "nested": ({"model": {"weight": torch.ones(5, 3)}}, "entries are not tensors: 'model' is a d"),
+    "sparse": ({"weight": torch.ones(5, 3).to_sparse()}, "entries are not tensors: 'weight' is a"),
+    "class": ({"weight": torch.ones(5, 3), "path": Path()}, "holds more than tensors, which could"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_CONTENTS, "script"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_bin_file_of_other_things_is_refused(name, tmp_path):
+    if name == "script":
+        message = "holds more than tensors, which could run any"
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / BIN)
+    else:
+        content, message = BAD_CONTENTS[name]
+        torch.save(content, tmp_path / BIN)
+    with pytest.raises(UserError, match=message) as error:
+        WeightFiles(tmp_path, BIN)
+    assert str(error.value).startswith(f"{tmp_path / BIN}: ")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 700, -1])
+def test_a_bin_file_that_is_cut_short(size, tmp_path):
+    torch.save({"weight": torch.ones(5, 3)}, tmp_path / BIN)
+    content = (tmp_path / BIN).read_bytes()
+    (tmp_path / BIN).write_bytes(content[:size])
+    with pytest.raises(UserError, match=rf"{BIN}: the file is damaged: "):
+        WeightFiles(tmp_path, BIN)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_bin_file_with_other_bytes_is_read_or_refused(tmp_path):
+    """Nothing but a `UserError` comes out; changed numbers of a weight nobody can find."""
+    torch.save({"weight": torch.ones(5, 3)}, tmp_path / BIN)
+    content = (tmp_path / BIN).read_bytes()
+    refused = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        damaged = bytearray(content)
+        for place in torch.randint(len(content), (5,)).tolist():
+            damaged[place] ^= 0x55
+        (tmp_path / BIN).write_bytes(damaged)
+        try:
+            WeightFiles(tmp_path, BIN).fill([part("weight", torch.ones(5, 3), 2, 9)])
+        except UserError:
+            refused += 1
+    assert refused > 10
 
 
 # ---- files that are wrong ----------------------------------------------------------------------

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from addax_ds import UserError, weights
+from addax_ds import UserError, weight_files
 from tests.workers.loading_cases import RUN_ON, load
 from tests.workers.teardown import shut_down
 
@@ -20,20 +20,20 @@ DAMAGED_LATER = "damaged-later"
 
 
 def told(folder: Path, layout: str) -> str:
-    rank, fill = dist.get_rank(), weights._fill
+    rank, fill = dist.get_rank(), weight_files._fill
     own = folder.with_name(f"{folder.name}-{rank}")
 
     def unreadable(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
     if folder.name == DAMAGED_LATER and rank == 1:
-        weights._fill = unreadable
+        weight_files._fill = unreadable
     try:
         load(own if own.exists() else folder, layout, torch.bfloat16)
     except UserError as error:
         return str(error)
     finally:
-        weights._fill = fill
+        weight_files._fill = fill
     return ""
 
 
