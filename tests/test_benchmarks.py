@@ -1,9 +1,13 @@
 """The step benchmark runs, and its contenders do what they stand for; no time is asserted."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
+from benchmarks import largest
 from benchmarks.contenders import USUAL
 from tests.ranks import run_module
 
@@ -84,3 +88,45 @@ def test_state(contenders):
     assert BYTES <= state["addax"] < 1.1 * BYTES  # and a bucket a rank
     assert state["sgd"] >= BYTES + 4  # fp32 master weights
     assert state["adamw"] >= state["sgd"] + 4 + 4
+
+
+# ---- the largest model -------------------------------------------------------------------------
+
+
+def attempts(monkeypatch, planned: dict[str, float], held: dict[str, float], memory: float) -> list:
+    """Models that a search tries, with what it finds; they hold what is given, in GB."""
+
+    def attempt(name: str, method: str, limit: float) -> dict:
+        return {"model": name, "trained": held[name] * 1e9 <= limit}
+
+    monkeypatch.setattr(largest, "attempt", attempt)
+    monkeypatch.setattr(largest, "planned", lambda name, method: planned.get(name, 1e3) * 1e9)
+    return [(a["model"], a["trained"]) for a in largest.search("addax", memory * 1e9)]
+
+
+def test_the_search_goes_up_from_what_is_planned_to_fit(monkeypatch):
+    held = {"opt-1.3b": 4.0, "opt-2.7b": 9.0, "opt-6.7b": 21.0}
+    planned = {"opt-125m": 0.5, "opt-350m": 1.0, "opt-1.3b": 3.0}
+    found = attempts(monkeypatch, planned, held, 20)
+    assert found == [("opt-1.3b", True), ("opt-2.7b", True), ("opt-6.7b", False)]
+
+
+def test_the_search_goes_down_where_the_plan_was_too_bold(monkeypatch):
+    held = {"opt-125m": 2.0, "opt-350m": 5.0, "opt-1.3b": 30.0}
+    planned = {"opt-125m": 1.0, "opt-350m": 3.0, "opt-1.3b": 19.0}
+    found = attempts(monkeypatch, planned, held, 20)
+    assert found == [("opt-1.3b", False), ("opt-350m", True)]
+
+
+def test_the_search_stops_at_weights_that_do_not_fit(monkeypatch):
+    planned = {"opt-6.7b": 16.0, "opt-2.7b": 7.0}
+    assert attempts(monkeypatch, planned, {"opt-6.7b": 17.0}, 20) == [("opt-6.7b", True)]
+
+
+def test_ranks_that_hold_too_much_are_killed():
+    hog = "import time; held = bytearray(300_000_000); held[::4096] = held[::4096]; time.sleep(60)"
+    child = [sys.executable, "-c", hog, "--local_rank=0"]
+    parent = f"import subprocess; subprocess.run({child!r})"
+    process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+    assert largest._watch(process, 200e6) > 200e6
+    assert process.returncode == -signal.SIGKILL
