@@ -1,43 +1,23 @@
 """What the benchmarks share: models of a shape, live tensors, collectives, circumstances."""
 
 import gc
-import os
-import platform
-import subprocess
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, OPTConfig
 
-import addax_ds
-
-
-def _opt(hidden_size: int, num_hidden_layers: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "ffn_dim": 4 * hidden_size,
-        "num_attention_heads": hidden_size // 64,
-        "word_embed_proj_dim": hidden_size,
-        **more,
-    }
-
+from addax_ds.circumstances import circumstances as circumstances
+from addax_ds.planner.shapes import OPT_FAMILY
+from addax_ds.scaling.point import SMALL_SHAPES
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": _opt(128, 3, ffn_dim=256, vocab_size=1003, max_position_embeddings=66),
-    "opt-11m": _opt(192, 2),
-    "opt-34m": _opt(384, 8),
-    "opt-125m": _opt(768, 12),
-    "opt-350m": _opt(1024, 24, word_embed_proj_dim=512, do_layer_norm_before=False),
+    **SMALL_SHAPES,
+    **{name: OPT_FAMILY[name] for name in ("opt-125m", "opt-350m")},
 }
-"""Arguments of `OPTConfig`. The last two are published ones; the smaller ones keep their vocabulary
-of 50272 and their 2048 positions, except "tiny"."""
+"""Arguments of `OPTConfig`."""
 
 
 def random_model(shape: str) -> nn.Module:
@@ -97,32 +77,3 @@ def _tensors(arguments: Any) -> list[Tensor]:
     if isinstance(arguments, list | tuple):
         return [tensor for argument in arguments for tensor in _tensors(argument)]
     return []
-
-
-def circumstances() -> dict[str, Any]:
-    """What the numbers depend on besides the configuration: code, versions and machine."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": {
-            "addax_ds": addax_ds.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": commit.stdout.strip() or None,
-        "uncommitted_changes": bool(changes.stdout.strip()),
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

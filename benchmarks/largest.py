@@ -10,6 +10,7 @@ killed) or, if that one fails, down until one trains. Writes largest.json and pr
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -39,6 +40,7 @@ from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.sharding.fsdp2 import materialize
 from addax_ds.sharding.zero3 import partition_empty
 from benchmarks.common import circumstances
+from benchmarks.live import batch_of, closure
 
 RANKS = 2
 STEPS = 2
@@ -63,22 +65,16 @@ def train(name: str, method: str) -> dict[str, Any]:
     materialize(model, torch.device("cpu"))
     _fill(model)
     engine, optimizer, _, _ = deepspeed.initialize(model=model.train(), config=config)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    long, short = (
-        torch.randint(5, 50000, (ROWS, length), generator=generator) for length in (LONG, SHORT)
-    )
-
-    def loss(tokens: Tensor) -> Tensor:
-        return engine(input_ids=tokens, labels=tokens, use_cache=False).loss
-
+    model.config.use_cache = False
+    long, short = (closure(engine, batch_of(ROWS, n, n - 1)) for n in (LONG, SHORT))
     seconds = []
     for _ in range(STEPS):
         began = time.perf_counter()
         first: Tensor | None = None
         if method in ALPHA:
-            first = optimizer.measure(lambda: loss(long), lambda: loss(short))
+            first = optimizer.measure(long, short)
         else:
-            first = loss(short)
+            first = short()
         if first is not None:
             engine.backward(first)
         engine.step()
@@ -191,11 +187,12 @@ def _watch(process: subprocess.Popen[bytes], memory: float) -> int:
     while process.poll() is None:
         peak = max(peak, _held(process.pid))
         if peak > memory or time.monotonic() > deadline:
+            ranks = psutil.Process(process.pid).children(recursive=True)  # in their own sessions
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            for child in psutil.process_iter(["cmdline"]):  # ranks have sessions of their own
-                if __file__ in (child.info["cmdline"] or ()) and child.pid != os.getpid():
-                    child.kill()
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()
             break
         time.sleep(_POLL_S)
     return peak

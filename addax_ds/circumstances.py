@@ -1,0 +1,42 @@
+"""What measured numbers depend on besides the configuration: code, versions and machine."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+import addax_ds
+
+
+def circumstances() -> dict[str, Any]:
+    """Return them for a record; ``commit`` is None outside of a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": {
+            "addax_ds": addax_ds.__version__,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": commit.stdout.strip() or None,
+        "uncommitted_changes": bool(changes.stdout.strip()),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()

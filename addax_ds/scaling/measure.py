@@ -1,0 +1,245 @@
+"""Measures one point; runs on each of its ranks.
+
+``python -m addax_ds.scaling.measure FOLDER`` under a launcher. ``FOLDER/point.json`` is the point;
+rank 0 writes ``FOLDER/measured.json``.
+
+Steps are taken by the trainers of ``launch/train.py`` in one training: warm-up steps, steps that
+are only timed, and steps with instruments, whose total is another where phases do not overlap.
+All ranks begin a step together.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainingArguments
+
+from addax_ds.agreement import everywhere
+from addax_ds.baseline import BaselineTrainer
+from addax_ds.circumstances import circumstances
+from addax_ds.costs import peak_memory
+from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.partition import BASELINES
+from addax_ds.ds_config import load_ds_config
+from addax_ds.scaling.instruments import instrumented
+from addax_ds.scaling.model import random_model
+from addax_ds.scaling.phases import PhaseTimer
+from addax_ds.scaling.point import Point
+from addax_ds.scaling.traffic import Collectives, Traffic
+from addax_ds.settings import AddaxArguments
+from addax_ds.sharding.attach import back_end_of
+from addax_ds.step_trainer import StepTrainer
+from addax_ds.trainer import AddaxTrainer
+
+WARM_UP_STEPS = 3
+"""DeepSpeed follows its recorded order of modules from the third step on."""
+
+MEASURED = "measured.json"
+DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+_SMALL_LEARNING_RATE = 1e-6  # at 0 the kernels would leave work out
+
+
+@dataclass
+class Steps:
+    """What this rank has seen, a list entry a step.
+
+    Attributes:
+        seconds: of the steps that are only timed.
+        phases: seconds by phase, of the steps with instruments.
+        collectives: of the same steps.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    phases: list[dict[str, float]] = field(default_factory=list)
+    collectives: list[list[Collectives]] = field(default_factory=list)
+
+
+class Watch(TrainerCallback):
+    """Times ``count`` steps after the warm-up, and watches as many more with instruments."""
+
+    def __init__(self, trainer: StepTrainer, count: int) -> None:
+        self.steps = Steps()
+        self._trainer = trainer
+        self._first_timed = WARM_UP_STEPS
+        self._first_watched = WARM_UP_STEPS + count
+        self._traffic = Traffic()
+        self._timer = PhaseTimer(synchronize=self._synchronize)
+        self._instruments = ExitStack()
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let all ranks begin together."""
+        if state.global_step == self._first_watched:
+            instruments = instrumented(self._trainer, self._timer, self._traffic)
+            self._instruments.enter_context(instruments)
+        self._synchronize()
+        dist.barrier()
+        self._traffic.take()
+        if state.global_step >= self._first_watched:
+            self._timer.start()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note what the step took."""
+        step = state.global_step - 1
+        if step >= self._first_watched:
+            self.steps.phases.append(self._timer.stop())
+            self.steps.collectives.append(self._traffic.take())
+        elif step >= self._first_timed:
+            self._synchronize()
+            self.steps.seconds.append(time.perf_counter() - self._began)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the instruments away."""
+        self._instruments.close()
+
+    def _synchronize(self) -> None:
+        if self._trainer.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def measure(point: Point, steps: int, ds_config: str | None, folder: Path) -> dict[str, Any]:
+    """Train on the point and return what it took, the same on every rank.
+
+    Args:
+        point: what to measure.
+        steps: so many steps are timed, and as many watched.
+        ds_config: DeepSpeed JSON; None for `DS_CONFIG`.
+        folder: for what Trainer wants to write.
+    """
+    args = _arguments(point, WARM_UP_STEPS + 2 * steps, ds_config, folder)
+    before = peak_memory(args.device)
+    load_before = os.getloadavg()
+    model = random_model(point.config(), point.sharding, torch.bfloat16, args.device)
+    trainer = (BaselineTrainer if point.method in BASELINES else AddaxTrainer)(
+        model, args, _addax_arguments(point), _examples(point)
+    )
+    shape_of = back_end_of(model).full_shape
+    parameters = sum(shape_of(parameter).numel() for parameter in model.parameters())
+    watch = Watch(trainer, steps)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert trainer._steps is not None
+    found = {
+        "parameters": parameters,
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu",
+        "tokens": trainer._steps.tokens(0),
+        **summarise(everywhere(watch.steps)),
+        "peak_memory_bytes": everywhere(peak_memory(args.device)),
+        "memory_before_model_bytes": everywhere(before),
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "circumstances": circumstances(),
+    }
+    if trainer.is_deepspeed_enabled:
+        engine: Any = trainer.model_wrapped
+        engine.destroy()
+    return found
+
+
+def summarise(by_rank: list[Steps]) -> dict[str, Any]:
+    """Put the steps of all ranks together.
+
+    Returns:
+        ``seconds``: of each timed step, on the rank that took longest. Of the step with instruments
+        that is the median on rank 0: ``phase_seconds``, which add up to ``watched_seconds``, and
+        rank 0's ``collectives``.
+    """
+    first = by_rank[0]
+    totals = [sum(phases.values()) for phases in first.phases]
+    median = totals.index(statistics.median_low(totals))
+    return {
+        "seconds": [max(step) for step in zip(*(rank.seconds for rank in by_rank), strict=True)],
+        "phase_seconds": first.phases[median],
+        "watched_seconds": totals[median],
+        "collectives": [asdict(c) | {"sent": c.sent} for c in first.collectives[median]],
+    }
+
+
+def _arguments(
+    point: Point, max_steps: int, ds_config: str | None, folder: Path
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=max_steps,
+        per_device_train_batch_size=point.fo_rows,
+        learning_rate=_SMALL_LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        bf16=True,
+        activation_checkpointing=point.activation_checkpointing,
+        use_cpu=not torch.accelerator.is_available(),
+        deepspeed=_deepspeed(ds_config) if point.sharding == "zero3" else None,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _deepspeed(path: str | None) -> dict[str, Any]:
+    config, _ = load_ds_config(path or str(DS_CONFIG))
+    if path is None:
+        # Else a small model would stay gathered from forward to backward; a large one does not.
+        config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    return config
+
+
+def _addax_arguments(point: Point) -> AddaxArguments:
+    has_zeroth_order = point.method in ("addax", "addax-wa", "mezo")
+    return AddaxArguments(
+        method=point.method,
+        length_threshold=point.first_order_length if point.method == "addax" else None,
+        per_device_zo_batch_size=point.zo_rows if has_zeroth_order else None,
+        desync_check_steps=0,
+    )
+
+
+def _examples(point: Point) -> list[Example]:
+    """Return random sequences, as many as the global batches of one step need."""
+    config: Any = point.config().get_text_config()
+    generator = np.random.default_rng(0)
+
+    def example(length: int) -> Example:
+        ids = generator.integers(4, config.vocab_size, length, dtype=np.int32)
+        labels = np.full(length, NO_LOSS, np.int32)
+        labels[-point.target_tokens :] = ids[-point.target_tokens :]
+        return Example(ids, labels, "random")
+
+    long, short = point.ranks * point.zo_rows, point.ranks * point.fo_rows
+    if point.method != "addax":
+        return [example(point.length) for _ in range(max(long, short))]
+    lengths = [point.length] * long + [point.first_order_length] * short
+    return [example(length) for length in lengths]
+
+
+def main() -> None:
+    """Measure the point of a folder."""
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "point.json").read_text())
+    # With it, DeepSpeed sets up 69 MB of shared memory a rank for inference and never removes it.
+    os.environ.pop("LOCAL_SIZE", None)
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.init_distributed()
+    found = measure(Point(**job["point"]), job["steps"], job["deepspeed"], folder)
+    if dist.get_rank() == 0:
+        (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

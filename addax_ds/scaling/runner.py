@@ -1,0 +1,204 @@
+"""Runs jobs as processes of their own, one after the other, each with a time limit.
+
+A job's folder has ``outcome.json`` once it has been measured; one without it is run again from the
+start by the next call. A job that fails or takes too long leaves ``failure.json`` and does not stop
+the others.
+"""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from addax_ds.errors import UserError
+from addax_ds.scaling.measure import MEASURED
+
+logger = logging.getLogger(__name__)
+
+OUTCOME, FAILURE = "outcome.json", "failure.json"
+_JOB, _LOG = "point.json", "output.log"
+_ROOT = Path(__file__).parents[2]
+_GRACE_S = 10.0
+_LAST_LINES = 8
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where ranks run.
+
+    Attributes:
+        hostfile: DeepSpeed's; None for this machine.
+        ranks_per_node: on each of its hosts.
+    """
+
+    hostfile: Path | None = None
+    ranks_per_node: int = 8
+
+    def launcher_flags(self, ranks: int) -> list[str]:
+        """Return the flags of ``deepspeed`` for a number of ranks.
+
+        Raises:
+            UserError: if they do not fill nodes.
+        """
+        if self.hostfile is None:
+            return ["--num_gpus", str(ranks)]
+        nodes = -(-ranks // self.ranks_per_node)
+        if ranks % nodes:
+            raise UserError(
+                f"--ranks {ranks}: on nodes of {self.ranks_per_node} ranks (--ranks_per_node) that "
+                f"is {nodes} nodes with different numbers of ranks"
+            )
+        flags = ["--hostfile", str(self.hostfile), "--num_nodes", str(nodes)]
+        return [*flags, "--num_gpus", str(ranks // nodes)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch.
+
+    Attributes:
+        module: what each rank runs, with the folder as its argument.
+        ranks: how many there are.
+        folder: where its files go.
+        content: what ``point.json`` says of it; a folder with another content is not reused.
+    """
+
+    module: str
+    ranks: int
+    folder: Path
+    content: dict[str, Any]
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What it came to, or None if it has not been measured."""
+        return _read(self.folder / OUTCOME)
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """Why it has not been measured, if it was tried."""
+        return None if self.outcome else _read(self.folder / FAILURE)
+
+    def check(self) -> None:
+        """Check that what was measured in the folder is the same job.
+
+        Raises:
+            UserError: if it is another one.
+        """
+        before = _read(self.folder / _JOB)
+        if self.outcome is not None and before != self.content:
+            assert before is not None
+            changed = [
+                f"{name} {before.get(name)} there, {value} here"
+                for name, value in self.content.items()
+                if before.get(name) != value
+            ]
+            raise UserError(
+                f"{self.folder} holds a measurement with other settings ({'; '.join(changed)}): "
+                "give another --folder, or remove that one"
+            )
+
+
+def run(jobs: Sequence[Job], hosts: Hosts, time_limit: float) -> list[Job]:
+    """Run the jobs that have not been measured, and return those that failed.
+
+    Args:
+        jobs: in their order.
+        hosts: where.
+        time_limit: seconds for each.
+
+    Raises:
+        UserError: before anything is started; see `Job.check` and `Hosts.launcher_flags`.
+    """
+    for job in jobs:
+        job.check()
+        hosts.launcher_flags(job.ranks)
+    missing = [job for job in jobs if job.outcome is None]
+    for number, job in enumerate(missing, start=1):
+        logger.info("%d of %d: %s", number, len(missing), job.folder)
+        _run(job, hosts, time_limit)
+    return [job for job in jobs if job.outcome is None]
+
+
+def _run(job: Job, hosts: Hosts, time_limit: float) -> None:
+    if job.folder.exists():
+        shutil.rmtree(job.folder)
+    job.folder.mkdir(parents=True)
+    _write(job.folder / _JOB, job.content)
+    command = _command(job, hosts)
+    began = time.monotonic()
+    with (job.folder / _LOG).open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+        )
+    try:
+        status = process.wait(time_limit)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        _end(process)
+    measured = _read(job.folder / MEASURED)
+    shutil.rmtree(job.folder / "trainer", ignore_errors=True)
+    record = {"command": command, "job_seconds": round(time.monotonic() - began, 1)}
+    if status == 0 and measured is not None:
+        _write(job.folder / OUTCOME, {**record, **measured})
+        (job.folder / MEASURED).unlink()
+        return
+    reason = f"took more than {time_limit:g} s" if status is None else f"exit status {status}"
+    _write(job.folder / FAILURE, {**record, "reason": reason})
+    lines = (job.folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:]
+    logger.warning("%s: %s\n%s", job.folder, reason, "\n".join(lines))
+
+
+def _command(job: Job, hosts: Hosts) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    flags = [*hosts.launcher_flags(job.ranks), "--master_port", str(port), "--no_local_rank"]
+    return [launcher, *flags, "--module", job.module, str(job.folder.resolve())]
+
+
+def _environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # DeepSpeed's launcher hands variables of this name on to other nodes.
+    modules = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".removesuffix(os.pathsep)
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "PYTHONPATH": modules}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher that still runs, and the ranks that it may leave behind."""
+    if process.poll() is not None:
+        return
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()  # it ends its ranks, on other nodes too
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for rank in ranks:
+        if rank.is_running():
+            rank.kill()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
