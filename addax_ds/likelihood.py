@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from addax_ds.data.encoding import NO_LOSS
+from addax_ds.errors import UserError
 
 
 def targets_of(labels: Tensor) -> Tensor:
@@ -55,7 +56,8 @@ def target_scores(
 
     Args:
         model: a causal language model, in the wrappers of DeepSpeed and PEFT or without. One that
-            does not take ``logits_to_keep`` computes the logits of all positions.
+            does not take ``logits_to_keep`` computes the logits of all positions
+            (`takes_positions`).
         inputs: ``input_ids`` and ``attention_mask``, int64 ``(rows, length)``; the rest is ignored.
         targets: int64 ``(sequences, length)``, see `targets_of`; the model's input may end where no
             sequence has a target any more.
@@ -66,7 +68,7 @@ def target_scores(
         fp64 ``(sequences, 2)``.
     """
     arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    if _takes_positions(model):
+    if takes_positions(model):
         logits = model(**arguments, logits_to_keep=positions).logits
     else:
         logits = model(**arguments).logits[:, positions]
@@ -84,8 +86,19 @@ def scores_of_logits(logits: Tensor, targets: Tensor, row: Tensor | None = None)
     return torch.stack((sums, mask.sum(dim=1).double()), dim=1)
 
 
-def _takes_positions(model: Any) -> bool:
+def takes_positions(model: Any) -> bool:
+    """Whether a model, in whatever wrappers, can be asked for the logits of some positions.
+
+    Raises:
+        UserError: if adapters put virtual tokens in front of the prompt, which moves all positions.
+    """
     inner = getattr(model, "module", model)
     if hasattr(inner, "get_base_model"):
+        config = inner.active_peft_config
+        if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+            raise UserError(
+                f"adapters of type {config.peft_type} put tokens in front of the prompt, which is "
+                "not supported: use LoRA, or prefix tuning"
+            )
         inner = inner.get_base_model()
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

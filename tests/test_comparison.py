@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from addax_ds.arguments import parse_arguments
 from addax_ds.comparison import runner, sources, tasks
+from addax_ds.comparison.cli import main
 from addax_ds.comparison.report import write_report
 from addax_ds.comparison.runner import Comparison, Job, run, seconds_a_step
 from addax_ds.comparison.sources import ArchiveMember
@@ -43,7 +45,7 @@ def index(monkeypatch, tmp_path) -> tuple[ArchiveMember, list[str]]:
     monkeypatch.setenv("ADDAX_CACHE", str(tmp_path))
     content = archive({"p-1/inner.tar.gz": archive({"data/rows.txt": "naïve\n".encode()})})
     digest = hashlib.sha256(content).hexdigest()
-    page = json.dumps({"files": [{"url": "https://x/p.tar.gz", "hashes": {"sha256": digest}}]})
+    page = json.dumps({"files": [{"url": "../../p.tar.gz", "hashes": {"sha256": digest}}]})
     asked = []
 
     def answer(request: Any) -> io.BytesIO:
@@ -58,7 +60,7 @@ def index(monkeypatch, tmp_path) -> tuple[ArchiveMember, list[str]]:
 def test_a_file_out_of_an_archive_is_fetched_once(index):
     member, asked = index
     assert member.read() == "naïve\n"
-    assert asked == ["https://index/simple/p/", "https://x/p.tar.gz"]
+    assert asked == ["https://index/simple/p/", "https://index/p.tar.gz"]
     assert member.read() == "naïve\n"
     assert len(asked) == 2
 
@@ -75,6 +77,13 @@ def test_an_address_without_encryption_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "_index", lambda: "http://index/simple")
     with pytest.raises(UserError, match="not an https address"):
         ArchiveMember("p", "1", "0" * 64, ("x",)).read()
+
+
+def test_the_index_is_the_one_that_pip_is_told(monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror/simple/")
+    assert sources._index() == "https://mirror/simple"
+    monkeypatch.delenv("PIP_INDEX_URL")
+    assert sources._index().startswith("https://")
 
 
 def test_reviews_are_the_positive_and_negative_ones(monkeypatch):
@@ -116,7 +125,8 @@ def comparison(folder: Path) -> Comparison:
 
 def finish(job: Job, **content: Any) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
-    outcome = {"exit_code": 0, "flags": job.flags, "results": {}, "log": [], **content}
+    outcome = {"exit_code": 0, "flags": job.flags, "results": {}, "log": [], "circumstances": {}}
+    outcome |= content
     (job.folder / runner.OUTCOME).write_text(json.dumps(outcome))
 
 
@@ -154,14 +164,19 @@ def test_a_tie_goes_to_the_lower_loss_and_a_failed_training_loses(tmp_path):
     finish(compared.training(STUDY.grid[0]), log=[evaluated(0.8, loss=0.4)])
     finish(compared.training(STUDY.grid[2]), log=[evaluated(0.8, loss=0.3)])
     assert compared.chosen(STUDY)["addax"].learning_rate == 2e-3
-    finish(compared.training(STUDY.grid[2]), exit_code=1)
+    nothing = [{"step": 2, "eval_accuracy": 0.9, "eval_loss": float("nan")}]
+    finish(compared.training(STUDY.grid[2]), log=nothing)
     assert compared.chosen(STUDY)["addax"].learning_rate == 1e-3
+    finish(compared.training(STUDY.grid[0]), exit_code=1)
+    assert "addax" not in compared.chosen(STUDY)  # no other seed is wasted on it
 
 
 def test_an_outcome_of_other_flags_does_not_count(tmp_path):
     job = comparison(tmp_path).training(STUDY.grid[0])
     finish(job, flags={**job.flags, "max_steps": "5"})
     assert job.outcome is None
+    finish(job, flags={**job.flags, "use_cpu": "True"})  # by a machine without a GPU
+    assert job.outcome is not None
 
 
 def test_the_flags_are_those_of_the_launcher(tmp_path):
@@ -183,7 +198,7 @@ def test_the_flags_are_those_of_the_launcher(tmp_path):
 
 
 def program(text: str) -> Any:
-    return lambda job, ranks: [sys.executable, "-c", text.format(folder=str(job.folder))]
+    return lambda job: [sys.executable, "-c", text.format(folder=str(job.folder))]
 
 
 def test_jobs_run_and_an_interrupted_one_runs_again(tmp_path, monkeypatch):
@@ -195,27 +210,58 @@ def test_jobs_run_and_an_interrupted_one_runs_again(tmp_path, monkeypatch):
     jobs = [compared.training(trial) for trial in STUDY.grid]
     jobs[1].folder.mkdir(parents=True)
     (jobs[1].folder / "half").write_text("written")
-    run(lambda: iter(jobs), workers=2, ranks=1)
+    run(lambda: iter(jobs), workers=2)
     for job in jobs:
         assert job.outcome is not None
         assert job.outcome["exit_code"] == 0
         assert not (job.folder / "half").exists()
 
 
-@pytest.mark.parametrize(("word", "diverged"), [("NaN or infinite", True), ("no memory", False)])
+@pytest.mark.parametrize(
+    ("end", "diverged"),
+    [
+        ('import sys; sys.exit("NaN or infinite")', True),
+        ('import sys; sys.exit("no memory")', False),
+        ("print('no results either')", False),
+    ],
+)
 def test_a_training_that_diverges_has_an_outcome_and_a_failed_one_has_not(
-    tmp_path, monkeypatch, word, diverged
+    tmp_path, monkeypatch, end, diverged
 ):
-    monkeypatch.setattr(runner, "_command", program(f'import sys; sys.exit("{word}")'))
+    monkeypatch.setattr(runner, "_command", program(end))
     job = comparison(tmp_path).training(STUDY.grid[0])
     if diverged:
-        run(lambda: iter([job]), workers=1, ranks=1)
+        run(lambda: iter([job]), workers=1)
         assert job.outcome is not None
         assert job.outcome["exit_code"] == 1
     else:
         with pytest.raises(UserError, match=r"output\.log"):
-            run(lambda: iter([job]), workers=1, ranks=1)
+            run(lambda: iter([job]), workers=1)
         assert job.outcome is None
+    finish(job, flags={**job.flags, "use_cpu": "True"})  # by a machine without a GPU
+    assert job.outcome is not None
+
+
+def test_an_exception_ends_what_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_command", program("import time; time.sleep(60)"))
+    started = []
+    start = runner._start
+    monkeypatch.setattr(runner, "_start", lambda job: started.append(start(job)) or started[-1])
+    job = comparison(tmp_path).training(STUDY.grid[0])
+
+    def jobs() -> Any:
+        if started:
+            raise KeyboardInterrupt
+        yield job
+
+    with pytest.raises(KeyboardInterrupt):
+        run(jobs, workers=1)
+    assert started[0].returncode is not None
+
+
+def test_one_comparison_at_a_time(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another comparison"):
+        main(["--folder", str(tmp_path)])
 
 
 # ---- report ------------------------------------------------------------------------------------
@@ -224,7 +270,10 @@ def test_a_training_that_diverges_has_an_outcome_and_a_failed_one_has_not(
 def test_seconds_a_step():
     logs = [[10.0, 12.0, 14.0], [30.0, 34.0, 38.0]]
     outcomes = [{"log": [{"loss": 1.0, "train_seconds": s} for s in log]} for log in logs]
-    assert seconds_a_step(outcomes) == 3.0
+    outcomes = [{"exit_code": 0, **outcome} for outcome in outcomes]
+    diverged = {"exit_code": 1, "log": []}
+    assert seconds_a_step([*outcomes, diverged]) == 3.0
+    assert seconds_a_step([diverged]) is None
 
 
 def test_report(tmp_path):

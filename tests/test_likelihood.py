@@ -5,12 +5,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
 from addax_ds.data.batches import pad
 from addax_ds.data.encoding import Example
+from addax_ds.errors import UserError
 from addax_ds.evaluation import EvaluationSet
 from addax_ds.likelihood import positions_of, scores_of_logits, target_scores, targets_of
 from tests.tiny import tiny_model
@@ -113,3 +115,25 @@ def test_candidates_that_differ_in_the_last_token_share_a_row():
     for score, row in zip(scores, candidates, strict=True):
         ids, labels = (torch.from_numpy(x).long() for x in (row.input_ids, row.labels))
         assert score.tolist() == pytest.approx(reference(model, ids, labels), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "works"), [("prompt", False), ("prefix", True), ("lora", True)])
+def test_adapters(kind, works):
+    """Virtual tokens in front of the prompt would move the positions, and nothing would show it."""
+    configs = {
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "lora": peft.LoraConfig(task_type="CAUSAL_LM", r=2),
+    }
+    model = peft.get_peft_model(tiny_model("llama"), configs[kind]).eval()
+    batch = pad(examples([9, 6]), 0)
+    targets = targets_of(batch["labels"])
+    if not works:
+        with pytest.raises(UserError, match="in front of the prompt"):
+            target_scores(model, batch, targets, positions_of(targets))
+        return
+    with torch.no_grad():
+        scores = target_scores(model, batch, targets, positions_of(targets))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        whole = scores_of_logits(model(**inputs).logits, targets)
+    assert torch.allclose(scores, whole, rtol=1e-5)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from addax_ds.comparison.report import write_report
 from addax_ds.comparison.runner import Comparison, run
@@ -21,7 +22,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("comparison"), help="keeps the runs")
     parser.add_argument("--model_name_or_path", help="instead of the demo's model")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--ranks", type=int, default=1, help="of each training")
     parser.add_argument(
         "--report", type=Path, help="folder to write comparison.json, .md and figures to, and stop"
     )
@@ -42,8 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.report:
             write_report(comparison, args.report)
-        else:
-            run(comparison.jobs, args.workers, args.ranks)
-            run(comparison.timings, 1, args.ranks)
+            return
+        # Two at once would clear each other's folders.
+        args.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(args.folder / ".lock", timeout=0):
+            run(comparison.jobs, args.workers)
+            run(comparison.timings, 1)
+    except Timeout:
+        sys.exit(f"compare: another comparison runs in {args.folder}")
     except UserError as error:
         sys.exit(f"compare: {error}")

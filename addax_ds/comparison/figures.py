@@ -55,7 +55,7 @@ def draw_costs(curves: list[Curve], path: Path, title: str) -> None:
     for curve in curves:
         memory = [curve.peak_memory / 1e9] * len(curve.tests)
         axes.plot(memory, curve.tests, "o", color=_COLOURS[curve.method], label=curve.method)
-    axes.set_xlabel("peak resident memory of the process, GB")
+    axes.set_xlabel("peak memory, GB (on a CPU the resident set of the process)")
     axes.set_ylabel("accuracy on the test rows")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

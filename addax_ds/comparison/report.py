@@ -2,13 +2,13 @@
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from addax_ds.comparison.figures import Curve, draw_costs, draw_curves
-from addax_ds.comparison.runner import Comparison, dev_score, seconds_a_step, versions
+from addax_ds.comparison.runner import Comparison, dev_score, seconds_a_step
 from addax_ds.comparison.study import Contender, Study, Trial
 from addax_ds.errors import UserError
 
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def peak_memory(self) -> float | None:
-        """Largest resident set of a rank, in bytes, median over seeds."""
+        """Most that a rank has held (`peak_memory`), in bytes, median over seeds."""
         peaks = [o["results"]["peak_memory_bytes"] for o in self.trainings.values()]
         return statistics.median(peaks) if peaks else None
 
@@ -63,7 +63,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         UserError: nothing has.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"versions": versions(), "studies": {}}
+    content: dict[str, Any] = {"studies": {}}
     pages = []
     for study in comparison.studies:
         entries = [_entry(comparison, study, contender) for contender in study.contenders]
@@ -214,6 +214,7 @@ def _as_json(study: Study, entries: list[Entry], untrained: float | None) -> dic
                 "flags": entry.contender.flags,
                 "dev_accuracy_by_learning_rate": entry.grid,
                 "learning_rate": entry.chosen,
+                "circumstances": _distinct(o["circumstances"] for o in entry.trainings.values()),
                 "test_accuracy_by_seed": entry.tests,
                 "seconds_a_step": entry.step_seconds,
                 "peak_memory_bytes": entry.peak_memory,
@@ -232,3 +233,11 @@ def _as_json(study: Study, entries: list[Entry], untrained: float | None) -> dic
             for entry in entries
         },
     }
+
+
+def _distinct(circumstances: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for entry in circumstances:
+        if entry not in found:
+            found.append(entry)
+    return found

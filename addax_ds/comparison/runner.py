@@ -5,8 +5,8 @@ A trial's folder has ``outcome.json`` once it is over; one without it is run aga
 
 import json
 import logging
+import math
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -17,11 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import torch
-import transformers
-
-import addax_ds
+from addax_ds.circumstances import circumstances
 from addax_ds.comparison.study import Study, Trial
 from addax_ds.errors import UserError
 
@@ -31,6 +27,7 @@ _ROOT = Path(__file__).parents[2]
 _POLL_S = 1.0
 OUTCOME = "outcome.json"
 
+_FAILED = (-1.0, 0.0)
 TIMED_ROUNDS = 3
 TIMED_STEPS = 6
 
@@ -56,7 +53,12 @@ class Job:
         if not path.is_file():
             return None
         found: dict[str, Any] = json.loads(path.read_text())
-        return found if found["flags"] == self.flags else None
+        return found if _identity(found["flags"]) == _identity(self.flags) else None
+
+
+def _identity(flags: dict[str, str]) -> dict[str, str]:
+    """Leave out what depends on the machine that asks."""
+    return {name: value for name, value in flags.items() if name != "use_cpu"}
 
 
 class Comparison:
@@ -81,7 +83,7 @@ class Comparison:
         """Return the job that reads the test rows with a trained model, or the model as it is."""
         flags = {**self._common, **trial.study.data_flags, "num_train": "0"}
         if trial.contender is not None:
-            flags["model_name_or_path"] = str(self.folder / trial.name / "model")
+            flags["model_name_or_path"] = str((self.folder / trial.name / "model").resolve())
         return Job(trial, self.folder / trial.name / "test", flags)
 
     def chosen(self, study: Study) -> dict[str, Trial]:
@@ -91,7 +93,7 @@ class Comparison:
             trials = [trial for trial in study.grid if trial.contender == contender]
             outcomes = [self.training(trial).outcome for trial in trials]
             scores = [dev_score(outcome) for outcome in outcomes if outcome is not None]
-            if len(scores) == len(trials):
+            if len(scores) == len(trials) and max(scores) > _FAILED:
                 found[contender.method] = trials[scores.index(max(scores))]
         return found
 
@@ -121,60 +123,75 @@ class Comparison:
                     yield Job(trial, folder, {**self._common, **trial.flags, **short})
 
 
-def seconds_a_step(outcomes: list[dict[str, Any]]) -> float:
-    """Return the mean over timed trainings, each without its first step, which warms up."""
-    times = [[e["train_seconds"] for e in o["log"] if "loss" in e] for o in outcomes]
+def seconds_a_step(outcomes: list[dict[str, Any]]) -> float | None:
+    """Return the mean over timed trainings, each without its first step, which warms up.
+
+    None if there are none; those that diverged are left out.
+    """
+    times = [
+        [entry["train_seconds"] for entry in outcome["log"] if "loss" in entry]
+        for outcome in outcomes
+        if outcome["exit_code"] == 0
+    ]
     steps = [(time[-1] - time[0]) / (len(time) - 1) for time in times]
-    return sum(steps) / len(steps)
+    return sum(steps) / len(steps) if steps else None
 
 
 def dev_score(outcome: dict[str, Any]) -> tuple[float, float]:
-    """Rank a training by its best accuracy on dev, then by the loss there; failed ones last."""
-    evaluations = [entry for entry in outcome.get("log", ()) if "eval_accuracy" in entry]
+    """Rank a training by its best accuracy on dev, then by the loss there; diverged ones last."""
+    if outcome["exit_code"] != 0:
+        return _FAILED
+    evaluations = [entry for entry in outcome["log"] if "eval_accuracy" in entry]
     return max(
-        ((entry["eval_accuracy"], -entry["eval_loss"]) for entry in evaluations),
-        default=(-1.0, 0.0),
+        (
+            (entry["eval_accuracy"], -entry["eval_loss"])
+            for entry in evaluations
+            if math.isfinite(entry["eval_loss"])
+        ),
+        default=_FAILED,
     )
 
 
-def run(next_jobs: Callable[[], Iterator[Job]], workers: int, ranks: int) -> None:
-    """Run jobs until none is left, ``workers`` at a time.
+def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
+    """Run jobs until none is left, ``workers`` at a time; an exception ends those that run.
 
     Args:
         next_jobs: what to run, finished jobs included; asked again after each one.
         workers: processes at a time.
-        ranks: of each job.
 
     Raises:
         UserError: jobs failed otherwise than by diverging; the others have run.
     """
     running: list[tuple[Job, subprocess.Popen[bytes], float]] = []
     failed: set[Path] = set()
-    while True:
-        active = {job.folder for job, _, _ in running}
-        due = (
-            job for job in next_jobs() if job.outcome is None and job.folder not in active | failed
-        )
-        while len(running) < workers and (job := next(due, None)) is not None:
-            running.append((job, _start(job, ranks), time.monotonic()))
-        if not running:
-            break
-        time.sleep(_POLL_S)
-        for entry in [entry for entry in running if entry[1].poll() is not None]:
-            running.remove(entry)
-            job, process, began = entry
-            if not _finish(job, process.returncode, time.monotonic() - began):
-                failed.add(job.folder)
+    try:
+        while True:
+            taken = failed | {job.folder for job, _, _ in running}
+            due = (job for job in next_jobs() if job.outcome is None and job.folder not in taken)
+            while len(running) < workers and (job := next(due, None)) is not None:
+                running.append((job, _start(job), time.monotonic()))
+            if not running:
+                break
+            time.sleep(_POLL_S)
+            for entry in [entry for entry in running if entry[1].poll() is not None]:
+                running.remove(entry)
+                job, process, began = entry
+                if not _finish(job, process.returncode, time.monotonic() - began):
+                    failed.add(job.folder)
+    finally:
+        for _, process, _ in running:
+            process.terminate()  # the launcher ends its ranks
+            process.wait()
     if failed:
         logs = "\n".join(str(folder / "output.log") for folder in sorted(failed))
         raise UserError(f"{len(failed)} job(s) failed, see\n{logs}\nCall again to repeat them")
 
 
-def _start(job: Job, ranks: int) -> subprocess.Popen[bytes]:
+def _start(job: Job) -> subprocess.Popen[bytes]:
     if job.folder.exists():
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True)
-    command = _command(job, ranks)
+    command = _command(job)
     logger.info("%s", job.folder)
     (job.folder / "command.json").write_text(json.dumps(command, indent=1) + "\n")
     threads = {"OMP_NUM_THREADS": "1"}
@@ -184,27 +201,28 @@ def _start(job: Job, ranks: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _command(job: Job, ranks: int) -> list[str]:
+def _command(job: Job) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1"]
     program = ["--master_port", str(port), str(_ROOT / "launch" / "train.py")]
-    flags = {**job.flags, "output_dir": str(job.folder)}
+    flags = {**job.flags, "output_dir": str(job.folder.resolve())}
     return [*launcher, *program, *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def _finish(job: Job, exit_code: int, seconds: float) -> bool:
     """Write the outcome of a job that has ended by itself or diverged; else say False."""
     diverged = "NaN or infinite" in (job.folder / "output.log").read_text(errors="replace")
-    if exit_code != 0 and not diverged:
+    complete = (job.folder / "all_results.json").is_file()
+    if not (diverged if exit_code != 0 else complete):
         return False
     content: dict[str, Any] = {
         "exit_code": exit_code,
         "seconds": round(seconds, 1),
         "flags": job.flags,
         "command": json.loads((job.folder / "command.json").read_text()),
-        "versions": versions(),
+        "circumstances": circumstances(),
     }
     for key, name in (("results", "all_results.json"), ("state", "trainer_state.json")):
         path = job.folder / name
@@ -217,15 +235,3 @@ def _finish(job: Job, exit_code: int, seconds: float) -> bool:
     partial.replace(job.folder / OUTCOME)
     logger.info("%s: exit %d after %.0f s", job.folder, exit_code, seconds)
     return True
-
-
-def versions() -> dict[str, str]:
-    """Return the versions and the machine that numbers are from."""
-    return {
-        "addax_ds": addax_ds.__version__,
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }

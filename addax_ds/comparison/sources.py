@@ -7,10 +7,11 @@ installed: one file is taken out of the archive and kept in the cache.
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
-import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class ArchiveMember:
         url = next((f["url"] for f in files if f["hashes"].get("sha256") == self.sha256), None)
         if url is None:
             raise ValueError(f"{page} names no file with the SHA-256 {self.sha256}")
-        with _open(urllib.request.Request(url)) as answer:
+        with _open(urllib.request.Request(urllib.parse.urljoin(page, url))) as answer:
             content = answer.read()
         found = hashlib.sha256(content).hexdigest()
         if found != self.sha256:
@@ -96,7 +97,9 @@ def _open(request: urllib.request.Request) -> IO[bytes]:
 
 
 def _index() -> str:
-    """Return the address of pip's index: the configured one, or pip's default."""
+    """Return the address of pip's index: of the environment, the configured or the default one."""
+    if os.environ.get("PIP_INDEX_URL"):
+        return os.environ["PIP_INDEX_URL"].rstrip("/")
     pip = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
     configured = subprocess.run(pip, capture_output=True, text=True, check=False).stdout.strip()
     if configured:
