@@ -35,14 +35,13 @@ from addax_ds.errors import UserError
 from addax_ds.rules import shown
 from addax_ds.sharding.fsdp2 import materialize, shard_model
 from addax_ds.sharding.zero3 import partition_empty
-from addax_ds.weight_files import MODEL_FILE, UNSAFE_PICKLE, OtherForm, WeightFiles
+from addax_ds.weight_files import MODEL_FILE, UNSAFE_PICKLE, OtherForm, WeightFiles, read_index
 from addax_ds.weights import local_slices
 
 logger = logging.getLogger(__name__)
 
-# What Transformers reads a model from, in this order. Either may be several files with an index,
-# which are then called as the pattern says.
-_MODEL_FILES = {MODEL_FILE: "model-*.safetensors", "pytorch_model.bin": "pytorch_model-*.bin"}
+# What Transformers reads a model from, in this order. Either may be several files with an index.
+_MODEL_FILES = (MODEL_FILE, "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,8 @@ class ModelSource:
         """Let Transformers load the model; under ZeRO-3 it partitions it on the way.
 
         Raises:
-            UserError: see `load`.
+            UserError: see `load`. Under ZeRO-3, which loads with collectives, a rank that alone
+                cannot go on leaves the others to ``--ddp_timeout``.
         """
         if sharding != "none":
             logger.warning(
@@ -166,7 +166,8 @@ class ModelSource:
                 self.path,
                 why,
             )
-        with _refused(f"cannot load the model from {self.path}"):
+        together = contextlib.nullcontext if sharding == "zero3" else all_ranks_or_none
+        with together(), _refused(f"cannot load the model from {self.path}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=dtype,
@@ -258,8 +259,15 @@ class ModelSource:
                     return folder
             raise
         chosen = _model_file(names)
-        patterns = [chosen] if chosen in names else [f"{chosen}.index.json", _MODEL_FILES[chosen]]
-        return Path(snapshot_download(self.path, revision=revision, allow_patterns=patterns))
+        if chosen in names:
+            return self._fetch([chosen])
+        index = f"{chosen}.index.json"
+        parts = {path.name for path in read_index(self._fetch([index]) / index).values()}
+        return self._fetch([index, *sorted(parts)])
+
+    def _fetch(self, names: list[str]) -> Path:
+        revision = self.options["revision"]
+        return Path(snapshot_download(self.path, revision=revision, allow_patterns=names))
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -211,7 +211,7 @@ class WeightFiles:
             with _opened(single) as file:
                 paths = dict.fromkeys(file.keys(), single)
         elif index.is_file():
-            paths = _read_index(index)
+            paths = read_index(index)
         else:
             raise UserError(f"{folder}: there is neither {name} nor {index.name} in this folder")
         self._tensors = {name: (path, name) for name, path in paths.items()}
@@ -316,7 +316,12 @@ def _fill(file: WeightFile, name: str, wanted: WeightSlice) -> None:
     wanted.data.copy_(values.reshape(wanted.data.shape))
 
 
-def _read_index(path: Path) -> dict[str, Path]:
+def read_index(path: Path) -> dict[str, Path]:
+    """Return the file of each tensor, from an index beside the files.
+
+    Raises:
+        UserError: if it is no index, or names a file of another folder.
+    """
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = next((file for file in files.values() if Path(file).name != file), None)

@@ -28,7 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
@@ -70,11 +70,7 @@ def train(name: str, method: str) -> dict[str, Any]:
     seconds = []
     for _ in range(STEPS):
         began = time.perf_counter()
-        first: Tensor | None = None
-        if method in ALPHA:
-            first = optimizer.measure(long, short)
-        else:
-            first = short()
+        first = optimizer.measure(long, short) if method in ALPHA else short()
         if first is not None:
             engine.backward(first)
         engine.step()

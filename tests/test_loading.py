@@ -203,11 +203,22 @@ def test_what_is_saved_are_the_files_that_were_loaded(loaded, models):
 
 WEIGHTS_OF = {
     "model.safetensors": lambda m, f: m.save_pretrained(f),
-    INDEX: lambda m, f: m.save_pretrained(f, max_shard_size="40KB"),
+    INDEX: lambda m, f: save_parts(m, f),
     "pytorch_model.bin": lambda m, f: torch.save(m.state_dict(), f / "pytorch_model.bin"),
     BIN_INDEX: lambda m, f: write_bins(f, m.state_dict()),
 }
 """Files that a repository may hold, in the order in which they are preferred."""
+
+
+def save_parts(model: nn.Module, folder: Path) -> None:
+    """Several files with names of a publisher's own."""
+    model.save_pretrained(folder, max_shard_size="40KB")
+    index = json.loads((folder / INDEX).read_text())
+    for number, name in enumerate(sorted(set(index["weight_map"].values()))):
+        (folder / name).rename(folder / f"part-{number}.safetensors")
+        (folder / INDEX).write_text(
+            (folder / INDEX).read_text().replace(name, f"part-{number}.safetensors")
+        )
 
 
 def published(folder: Path, kinds: list[str]) -> tuple[nn.Module, Path]:
