@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import OPT_FAMILY, shape_of
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
 from addax_ds.sharding.fsdp2 import materialize
 from addax_ds.sharding.zero3 import partition_empty
 from benchmarks.common import circumstances
@@ -102,9 +102,7 @@ def _zero(name: str) -> dict[str, Any]:
         "stage": 3,
         "overlap_comm": True,
         "contiguous_gradients": True,
-        "reduce_bucket_size": hidden**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
-        "stage3_param_persistence_threshold": 10 * hidden,
+        **automatic_sizes(hidden),
         "stage3_max_reuse_distance": 0,
         "stage3_max_live_parameters": 12 * hidden**2,
     }

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
 from benchmarks.common import circumstances
 from benchmarks.live import MODELS, measure
 
@@ -58,12 +58,7 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
 
 def completed(case: dict[str, Any]) -> dict[str, Any]:
     """Fill in what a case does not say; bucket sizes are those that Trainer puts for "auto"."""
-    hidden = MODELS[case["model"]]["hidden_size"]
-    automatic = {
-        "reduce_bucket_size": hidden**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
-        "stage3_param_persistence_threshold": 10 * hidden,
-    }
+    automatic = automatic_sizes(MODELS[case["model"]]["hidden_size"])
     usual = {"attention": None, "checkpointing": False, "zeroth": (1, 128, 127)}
     return {**usual, "first": (1, 64, 63), "zero_optimization": automatic, **case}
 

@@ -10,7 +10,7 @@ from typing import Any
 from addax_ds.ds_config import check_ds_config, load_ds_config
 from addax_ds.errors import UserError
 from addax_ds.planner.memory import METHODS, Inputs
-from addax_ds.planner.report import GB, Request, as_json, as_table, make_plan
+from addax_ds.planner.report import GB, GRAIN, Request, as_json, as_table, make_plan
 from addax_ds.planner.shapes import DTYPES, OPT_FAMILY, ModelShape, find_shape
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.rules import raise_problems
@@ -25,7 +25,14 @@ _AUTOMATIC = dict.fromkeys(
 )
 """What ``ds_configs/zero3.json`` says."""
 
+_ONLY_FOR = {
+    "length_threshold": {"addax"},
+    "per_device_zo_batch_size": {"addax", "addax-wa", "mezo"},
+}
+"""Methods outside of which a flag has no effect."""
+
 _DEFAULT_LENGTH = 2048
+_DEFAULT_ROWS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,7 +75,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
     shape = find_shape(arguments.model, arguments.dtype)
     length = arguments.length or min(shape.positions or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
     _check_length(arguments, shape, length)
-    train_rows = arguments.per_device_train_batch_size
+    train_rows = arguments.per_device_train_batch_size or _DEFAULT_ROWS
     inputs = Inputs(
         shape=shape,
         method="addax",
@@ -120,7 +127,11 @@ def _parser() -> argparse.ArgumentParser:
         help="GB of a GPU that tensors do not get: CUDA context, NCCL, fragmentation",
     )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to plan")
-    add("--per_device_train_batch_size", type=int, default=8, help="rows of a first-order batch")
+    add(
+        "--per_device_train_batch_size",
+        type=int,
+        help=f"rows of a first-order batch (default: {_DEFAULT_ROWS})",
+    )
     add(
         "--per_device_zo_batch_size",
         type=int,
@@ -173,14 +184,33 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.deepspeed and arguments.sharding != "zero3":
         problems.append(f"--deepspeed has no effect with --sharding {arguments.sharding}.")
+    problems += [
+        f"--{name} has no effect with --methods {' '.join(arguments.methods)}; remove it."
+        for name, methods in _ONLY_FOR.items()
+        if getattr(arguments, name) is not None and methods.isdisjoint(arguments.methods)
+    ]
+    both = arguments.per_device_train_batch_size, arguments.per_device_zo_batch_size
+    if set(arguments.methods) == {"mezo"} and None not in both:
+        problems.append(
+            "--per_device_train_batch_size has no effect with --methods mezo beside "
+            "--per_device_zo_batch_size; remove it."
+        )
     raise_problems("These arguments cannot be planned with:", problems)
 
 
 def _check_length(arguments: argparse.Namespace, shape: ModelShape, length: int) -> None:
     if length < 2 or length > (shape.positions or length):
         raise UserError(f"--length {length}: {shape.name} takes 2 to {shape.positions} tokens")
+    if "addax" not in arguments.methods:
+        return
     threshold = arguments.length_threshold
-    if threshold is not None and threshold >= length and "addax" in arguments.methods:
+    if threshold is None and length <= GRAIN:
+        raise UserError(
+            f"--length {length}: L_T is looked for in multiples of {GRAIN} tokens, and none leaves "
+            "a longer sequence that would be zeroth-order: give a --length_threshold below "
+            "--length, or --methods without addax"
+        )
+    if threshold is not None and threshold >= length:
         raise UserError(
             f"--length_threshold {threshold} is not below --length {length}: no sequence would be "
             "zeroth-order"

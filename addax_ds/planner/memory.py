@@ -103,7 +103,7 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
       type, and for AdamW two fp32 moments: with the 16-bit weights 16 bytes a parameter over the
       ranks (``_create_fp32_partitions``, ``grad_partitions_flat_buffer``).
     - fp32 sums of the gradient shards if there are several micro-batches
-      (`addax_ds.gradients.GradientSums`).
+      (`addax_ds.gradients.GradientSums`); with offload they lie in host memory, as the shards do.
     """
     shape, ranks = inputs.shape, inputs.ranks
     if inputs.sharding == "none":
@@ -113,21 +113,28 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
     else:
         shard = _partitioned(shape, ranks) * shape.itemsize
     elements = shard // shape.itemsize
-    standing = {"weights": shard}
-    if inputs.sharding == "zero3":
-        if inputs.zero3.offload:
-            standing["weights"] = 0
-        if inputs.zero3.contiguous_gradients:
-            standing["buckets"] = inputs.zero3.reduce_bucket_size * shape.itemsize
+    standing = {"weights": 0 if _is_offloaded(inputs) else shard}
+    if inputs.sharding == "zero3" and inputs.zero3.contiguous_gradients:
+        standing["buckets"] = inputs.zero3.reduce_bucket_size * shape.itemsize
     if inputs.method in BASELINES:
         master_and_moments = _FP32 * (3 if inputs.method == "adamw" else 1)
         standing["optimizer"] = elements * (master_and_moments + shape.itemsize)
         standing["persistent"] = shape.itemsize * sum(
             shape.numels[p] for p in inputs.zero3.persistent(shape) if ranks > 1
         )
-    elif inputs.accumulation > 1 and inputs.first_order is not None:
-        standing["gradients"] = elements * _FP32
+    elif _sum_bytes(inputs) and not _is_offloaded(inputs):
+        standing["gradients"] = elements * _sum_bytes(inputs)
     return standing
+
+
+def _is_offloaded(inputs: Inputs) -> bool:
+    return inputs.sharding == "zero3" and inputs.zero3.offload
+
+
+def _sum_bytes(inputs: Inputs) -> int:
+    """Bytes an element of the sums over micro-batches; DeepSpeed's optimizers have none."""
+    is_summed = inputs.accumulation > 1 and inputs.first_order is not None
+    return _FP32 if is_summed and inputs.method not in BASELINES else 0
 
 
 def _partitioned(shape: ModelShape, ranks: int) -> int:
@@ -144,7 +151,7 @@ def _pass(inputs: Inputs, batch: Batch, standing: Mapping[str, int]) -> Ledger:
         checkpointing=inputs.checkpointing,
         attention=inputs.attention,
         cuda=inputs.cuda,
-        zero3=inputs.sharding == "zero3",
+        zero3_linear=inputs.sharding == "zero3" and inputs.zero3.memory_efficient_linear,
     )
     ledger = Ledger(standing)
     replay(events, _engine(inputs, ledger, events, perturbed=not backward))
@@ -190,12 +197,13 @@ def _sub_groups(inputs: Inputs) -> list[int]:
 
 
 def _host_bytes(inputs: Inputs) -> int:
-    """Host memory of a rank whose shards are offloaded: the shards, and the largest copies.
+    """Host memory of a rank whose shards are offloaded: the shards, sums and the largest copies.
 
     A shard is perturbed where it lives (`addax_ds.update.perturb`), a prefetch bucket at a time.
-    torch rounds every pinned tensor up to a power of two (``CachingHostAllocator.h``).
+    torch rounds every pinned tensor up to a power of two (``CachingHostAllocator.h``); sums over
+    micro-batches are not pinned.
     """
-    if inputs.sharding != "zero3" or not inputs.zero3.offload:
+    if not _is_offloaded(inputs):
         return 0
     shape, ranks = inputs.shape, inputs.ranks
     shards = [math.ceil(numel / ranks) * shape.itemsize for numel in shape.numels]
@@ -203,4 +211,5 @@ def _host_bytes(inputs: Inputs) -> int:
         shards = [1 << (size - 1).bit_length() for size in shards]
     group = max(max(shape.numels), inputs.zero3.stage3_prefetch_bucket_size)
     copies = 0 if inputs.zeroth_order is None else math.ceil(group / ranks)
-    return sum(shards) + copies * shape.itemsize
+    sums = _partitioned(shape, ranks) * _sum_bytes(inputs)
+    return sum(shards) + sums + copies * shape.itemsize

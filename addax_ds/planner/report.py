@@ -1,5 +1,6 @@
 """What the planner says: a plan for each method, as a table and as JSON."""
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,7 +10,8 @@ from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.threshold import batch, largest_threshold
 
 MOST_GPUS = 1024
-_GRAIN = 16  # tokens; L_T is planned in multiples of it
+GRAIN = 16
+"""Tokens; L_T is planned in multiples of it."""
 GB = 10**9
 
 _TITLES = ("method", *CATEGORIES, "total", "fits", "GPUs needed", "with checkpointing", "host")
@@ -104,24 +106,28 @@ def first_order_length(request: Request, method: Method) -> int | None:
         return request.length_threshold
     probe = batch(request.train_rows, request.length, request.targets)
     inputs = replace(request.inputs, method=method, zeroth_order=None, first_order=probe)
-    lengths = [*range(_GRAIN, request.length, _GRAIN), request.length]
+    lengths = [*range(GRAIN, request.length, GRAIN), request.length]
     found = largest_threshold(inputs, lengths, request.budget, request.targets)
     return lengths[0] if found is None else found.length
 
 
 def gpus_needed(inputs: Inputs, budget: int) -> int | None:
-    """Return the fewest GPUs, up to 8 or in steps of 8, on which a step fits."""
-    counts = [*range(1, 8), *range(8, MOST_GPUS + 1, 8)]
+    """Return the fewest GPUs, up to 8 or in steps of 8, on which a step fits.
+
+    One alone gathers nothing and reduces nothing, and may need less than two do; from two on memory
+    falls with their number, but for padding.
+    """
+
+    def fits(ranks: int) -> bool:
+        return step_memory(replace(inputs, ranks=ranks)).total <= budget
+
+    if fits(1):
+        return 1
     if inputs.sharding == "none":
-        counts = [1]
-    low, high = 0, len(counts)
-    while low < high:
-        middle = (low + high) // 2
-        if step_memory(replace(inputs, ranks=counts[middle])).total <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return counts[low] if low < len(counts) else None
+        return None
+    counts = [*range(2, 8), *range(8, MOST_GPUS + 1, 8)]
+    place = bisect.bisect_left(counts, True, key=fits)
+    return counts[place] if place < len(counts) else None
 
 
 def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
@@ -137,7 +143,10 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
         "reserve": request.reserve,
         "per_device_zo_batch_size": request.zo_rows,
         "per_device_train_batch_size": request.train_rows,
+        "gradient_accumulation_steps": inputs.accumulation,
         "length": request.length,
+        "length_threshold": request.length_threshold,
+        "target_tokens": request.targets,
         "attn_implementation": inputs.attention,
         "activation_checkpointing": inputs.checkpointing,
         "zero_optimization": asdict(inputs.zero3) if inputs.sharding == "zero3" else None,

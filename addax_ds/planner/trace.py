@@ -7,13 +7,14 @@ memory. Weights are not on this tape; which of them are gathered when is for the
 
 Three things that depend on the device are stood in for. Attention by ``sdpa`` or a flash kernel
 keeps query, key, value, result and one fp32 number a query and head (Dao et al.,
-"FlashAttention", section 3.1), and never a score matrix. Dropout keeps a mask of one byte an
+"FlashAttention", section 3.1), and no score matrix, unless keys have fewer heads and are broadcast
+over the queries', which no fused kernel does. Dropout keeps a mask of one byte an
 element on a GPU and of the activation's own type on a CPU (``native_dropout``; ``_dropout_impl`` in
 ATen's Dropout.cpp). The loss is that of `addax_ds.likelihood`.
 """
 
 import functools
-import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
+from addax_ds.errors import UserError
+from addax_ds.likelihood import takes_positions
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.tape import Event, Tape
 
@@ -80,7 +83,7 @@ def trace(
     checkpointing: bool = False,
     attention: str | None = None,
     cuda: bool = True,
-    zero3: bool = False,
+    zero3_linear: bool = False,
 ) -> Trace:
     """Run one pass on the meta device.
 
@@ -92,20 +95,50 @@ def trace(
         checkpointing: recompute each block in backward (``activation_checkpointing_enable``).
         attention: "eager", "sdpa" or a flash implementation; None for the model's own choice.
         cuda: whether to count what kernels keep on a GPU, or on a CPU.
-        zero3: whether linear layers are DeepSpeed's, which ``zero.Init`` puts in place of torch's.
+        zero3_linear: whether linear layers are DeepSpeed's, which ``zero.Init`` puts in place of
+            torch's.
+
+    Raises:
+        UserError: if the model does not run without the values of its tensors, or not with this
+            attention or checkpointing.
     """
+    try:
+        return _run(shape, batch, backward, checkpointing, attention, cuda, zero3_linear)
+    except UserError:
+        raise
+    except Exception as error:  # a model's code may ask for anything
+        model_type = json.loads(shape.config)["model_type"]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".: ")
+        raise UserError(
+            f"{shape.name}: the planner cannot run a model of type {model_type} without its "
+            f"weights, with {batch.rows} row(s) of {batch.length} tokens, attention "
+            f"{attention or 'of its own choice'}{', checkpointing' * checkpointing}: {reason}. "
+            "Find by a trial run what fits"
+        ) from error
+
+
+def _run(
+    shape: ModelShape,
+    batch: Batch,
+    backward: bool,
+    checkpointing: bool,
+    attention: str | None,
+    cuda: bool,
+    zero3_linear: bool,
+) -> Trace:
     model: Any = shape.build("sdpa" if _fused(attention) else attention)
     model.config.use_cache = False  # as Trainer sets it
     model.train(backward)
     if checkpointing and backward:
         model.activation_checkpointing_enable()
     tape = Tape(functools.partial(_category, shape))
-    for tensor in (*model.parameters(), *model.buffers()):
+    inputs = _inputs(batch)
+    for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
         tape.ignore(tensor)
     parameters = _note_gradients(model, tape)
     _note_modules(model, tape)
-    inputs = _inputs(batch, attention)
-    with _stand_ins(cuda, zero3), tape, torch.set_grad_enabled(backward):
+    stand_ins = _stand_ins(batch, attention, cuda, zero3_linear)
+    with stand_ins, tape, torch.set_grad_enabled(backward):
         loss = _loss(model, inputs, batch)
         if backward:
             loss.backward()
@@ -193,17 +226,10 @@ def _note_modules(model: nn.Module, tape: Tape) -> None:
         module.register_forward_hook(functools.partial(after, index))
 
 
-def _inputs(batch: Batch, attention: str | None) -> dict[str, Tensor]:
+def _inputs(batch: Batch) -> dict[str, Tensor]:
     shape = batch.rows, batch.length
-    inputs = {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
-    if batch.padded and not _fused(attention):
-        # Whether there is padding cannot be read off a tensor without memory: the mask that
-        # Transformers would make of it is given instead.
-        square = (batch.rows, 1, batch.length, batch.length)
-        inputs["attention_mask"] = torch.ones(square, dtype=torch.bool, device="meta")
-        positions = torch.zeros(shape, dtype=torch.long, device="meta")
-        inputs["position_ids"] = positions
-    return inputs
+    names = "input_ids", "attention_mask"
+    return {name: torch.zeros(shape, dtype=torch.long, device="meta") for name in names}
 
 
 def _loss(model: Any, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
@@ -213,7 +239,7 @@ def _loss(model: Any, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
         return torch.zeros(number, dtype=torch.long, device="meta")
 
     positions = indices(batch.positions)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if takes_positions(model):
         logits = model(**inputs, logits_to_keep=positions).logits
     else:
         logits = model(**inputs).logits[:, positions]
@@ -226,31 +252,47 @@ class _Attention(torch.autograd.Function):
     """Attention by a fused kernel, on the meta device: only what it keeps is right."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        rows, heads, length, _ = query.shape
-        result = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cuda: bool
+    ) -> Tensor:
+        rows, heads, length, width = query.shape
+        if (mask is not None and cuda) or value.shape[-1] != width:
+            # `_efficient_attention_forward` in ATen's attention.cu
+            result = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        else:
+            # The others lay it out as the query, and what a model makes of it may be a copy.
+            result = torch.empty_like(query)
         normalizer = query.new_empty(rows, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, result, normalizer)
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return *gradients, None, None
 
 
 def _attention(
+    cuda: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    *_: Any,
-    **__: Any,
+    *rest: Any,
+    enable_gqa: bool = False,
+    **more: Any,
 ) -> Tensor:
+    if key.shape[1] != query.shape[1] and not enable_gqa:
+        # Fused kernels do not broadcast heads (`check_batch_size_and_num_heads_dense` of ATen's
+        # sdp_utils_cpp.h), so torch multiplies matrices, which meta tensors can do as well.
+        return torch._C._nn.scaled_dot_product_attention(
+            query, key, value, attn_mask, *rest, **more
+        )
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         # `convert_boolean_attn_mask` of ATen's attention.cpp makes one for each call.
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
-    return _Attention.apply(query, key, value, attn_mask)
+    return _Attention.apply(query, key, value, attn_mask, cuda)
 
 
 def _fused_dropout(
@@ -260,15 +302,20 @@ def _fused_dropout(
 
 
 @contextmanager
-def _stand_ins(cuda: bool, zero3: bool) -> Iterator[None]:
+def _stand_ins(
+    batch: Batch, attention: str | None, cuda: bool, zero3_linear: bool
+) -> Iterator[None]:
     """Replace functions whose meta version keeps something else than the real one."""
     patches: list[Any] = [
-        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, cuda)),
         # zero.Init leaves its own in place for good, also for models without ZeRO-3.
-        mock.patch.object(F, "linear", zero3_linear_wrap if zero3 else torch._C._nn.linear),
-        # Asks for values, which there are none of; a batch of this package is never packed.
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+        mock.patch.object(F, "linear", zero3_linear_wrap if zero3_linear else torch._C._nn.linear),
+        # Whether there is padding cannot be read off a mask without values.
+        mock.patch.object(masking_utils, "fast_all", return_value=not batch.padded),
     ]
+    if _fused(attention):  # the planner has sdpa in its place, which would need a square mask
+        skip = mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", return_value=True)
+        patches.append(skip)
     if cuda:
         patches.append(mock.patch.object(F, "dropout", _fused_dropout))
     for patch in patches:

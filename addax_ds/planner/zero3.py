@@ -18,9 +18,22 @@ from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Trace
 
 
+def automatic_sizes(hidden: int) -> dict[str, int]:
+    """Return what Trainer makes of "auto" in a ``zero_optimization`` block, in elements.
+
+    Args:
+        hidden: hidden size of the model (`HfTrainerDeepSpeedConfig.trainer_config_finalize`).
+    """
+    return {
+        "reduce_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+
+
 @dataclass(frozen=True)
 class Zero3Settings:
-    """Keys of ``zero_optimization`` that memory depends on, in elements.
+    """Keys of ``zero_optimization`` that memory depends on; sizes are in elements.
 
     Attributes:
         reduce_bucket_size: elements of the buffer that gradients are reduced from.
@@ -31,6 +44,8 @@ class Zero3Settings:
         stage3_max_reuse_distance: a parameter that is used again sooner stays gathered.
         sub_group_size: elements that DeepSpeed's own optimizer updates at once.
         contiguous_gradients: whether there is a bucket that gradients are copied to.
+        memory_efficient_linear: whether linear layers are DeepSpeed's, which ``zero.Init`` puts in
+            place of torch's.
         offload: whether the shards are in host memory.
         pin_memory: whether they are pinned there.
     """
@@ -43,6 +58,7 @@ class Zero3Settings:
     stage3_max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     contiguous_gradients: bool = True
+    memory_efficient_linear: bool = True
     offload: bool = False
     pin_memory: bool = False
 
@@ -52,13 +68,9 @@ class Zero3Settings:
 
         Args:
             zero: the block, checked by `addax_ds.ds_config.check_ds_config`.
-            hidden: hidden size of the model (`HfTrainerDeepSpeedConfig.trainer_config_finalize`).
+            hidden: hidden size of the model.
         """
-        automatic = {
-            "reduce_bucket_size": hidden * hidden,
-            "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-            "stage3_param_persistence_threshold": 10 * hidden,
-        }
+        automatic = automatic_sizes(hidden)
         values: dict[str, Any] = {}
         for name in cls.__dataclass_fields__:
             value = zero.get(name, zero.get(name.removeprefix("stage3_")))
