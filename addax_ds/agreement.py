@@ -1,10 +1,11 @@
 """What ranks have to agree on before any of them goes on."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -81,14 +82,23 @@ def _first_words(word: str) -> list[str]:
     # torchrun serves the store itself.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=_FAREWELL_SECONDS if word else _START_SECONDS)
-    _start_store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=serves,
-        timeout=limit,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        _start_store = dist.TCPStore(
+            address,
+            port,
+            is_master=serves,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        if not serves:
+            raise
+        raise UserError(
+            f"port {port}, at which the ranks are to meet, cannot be opened here; if another "
+            f"training uses it, give the launcher another --master_port ({error})"
+        ) from error
     store = dist.PrefixStore(f"addax_ds/{attempt}", _start_store)
     store.set(f"said/{rank}", word)
     words = [store.get(f"said/{other}").decode() for other in ranks]
@@ -135,13 +145,48 @@ def limit_waiting(seconds: float) -> None:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+@contextmanager
+def aside(wait: float, usually: float) -> Iterator[Callable[[Any], list[Any]]]:
+    """Let ranks agree also where one of them has left a collective of the others.
+
+    Every rank has to enter.
+
+    Args:
+        wait: seconds after which a collective of the body fails that another rank has not joined.
+        usually: the same for afterwards.
+
+    Yields:
+        `everywhere` over a group of its own, on which nothing else waits.
+    """
+    if not dist.is_initialized():
+        yield everywhere
+        return
+    group = dist.new_group(backend="gloo")
+    limit_waiting(wait)
+    # Others come here only after they have waited for this rank elsewhere.
+    distributed_c10d._set_pg_timeout(timedelta(seconds=2 * wait + usually), group)
+    try:
+        yield partial(everywhere, group=group)
+    finally:
+        dist.destroy_process_group(group)
+        limit_waiting(usually)
+
+
+def collectives_begun() -> list[int]:
+    """Return how many collectives this rank has begun, by group in the order of their making."""
+    if not dist.is_initialized():
+        return []
+    groups: Any = distributed_c10d._world.pg_map
+    return [group._get_sequence_number_for_group() for group in groups]
+
+
 T = TypeVar("T")
 
 
-def everywhere(value: T) -> list[T]:
+def everywhere(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return the value of each rank, on all ranks; it has to be picklable and small."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values

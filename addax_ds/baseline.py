@@ -1,16 +1,14 @@
 """SGD and AdamW under ZeRO-3: what Addax is compared with, on the same batches and evaluations."""
 
-from pathlib import Path
+import math
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from addax_ds.agreement import all_ranks_or_none
 from addax_ds.errors import UserError
+from addax_ds.report import NonFiniteSteps
 from addax_ds.step_trainer import StepTrainer
-from addax_ds.weight_files import WeightFiles
-from addax_ds.weights import local_slices
 
 
 class BaselineTrainer(StepTrainer):
@@ -18,8 +16,13 @@ class BaselineTrainer(StepTrainer):
 
     `configure` has put it into the JSON. The weights have a master copy in fp32, SGD has no
     momentum, AdamW torch's defaults; clipping and the sum over micro-batches are the engine's.
-    Checkpoints hold the weights alone, so a run cannot go on from one.
+    Checkpoints hold the weights alone, so a run cannot go on from one. Nothing keeps a loss that is
+    NaN or infinite from the weights, but after `MAX_NON_FINITE_STEPS` of them training ends.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._non_finite = NonFiniteSteps()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -37,7 +40,10 @@ class BaselineTrainer(StepTrainer):
         assert isinstance(mean, Tensor)
         if self.args.world_size > 1:
             dist.all_reduce(mean)
-        return mean / self.args.world_size
+        mean /= self.args.world_size
+        step = self.state.global_step
+        self._non_finite.count(step, [] if math.isfinite(mean) else [f"first-order loss {mean}"])
+        return mean
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -57,10 +63,6 @@ class BaselineTrainer(StepTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Nothing: checkpoints are for choosing the best one, not for going on."""
 
-    def _load_weights(self, folder: Path) -> None:
-        """Fill the 16-bit shards, for evaluation and saving; the master copy stays behind."""
-        assert self.model is not None
-        with all_ranks_or_none():
-            WeightFiles(folder).fill(local_slices(self.model))
+    def _free_gathered(self) -> None:
         engine: Any = self.model_wrapped
-        engine.optimizer.parameter_offload.partition_all_parameters()  # gathered before
+        engine.optimizer.parameter_offload.partition_all_parameters()

@@ -31,7 +31,7 @@ from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
 from addax_ds.run import Progress, Run, changes, check_same_run
-from addax_ds.sharding.base import Sharding
+from addax_ds.weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
@@ -134,22 +134,22 @@ def save_model(
         weights.save_weights(model, folder, _writers(args), progress=shown)
 
 
-def load_weights(sharding: Sharding, folder: Path, progress: bool = False) -> None:
+def load_weights(model: nn.Module, folder: Path, progress: bool = False) -> None:
     """Fill this rank's shards from a folder that `save_model` wrote; every rank has to call it.
 
+    What is gathered is then from before; whoever gathers has to free it.
+
     Raises:
-        UserError: on all ranks, if one cannot; see `addax_ds.weight_files.WeightFiles`. Also if one of
-            folder and model has adapters of PEFT and the other has not.
+        UserError: on all ranks, if one cannot; see `addax_ds.weight_files.WeightFiles`. Also if one
+            of folder and model has adapters of PEFT and the other has not.
     """
-    adapters = has_adapters(sharding.model)
+    adapters = has_adapters(model)
     with all_ranks_or_none():
         _check_same_kind(folder, adapters)
         if adapters:
-            load_adapters(sharding.model, folder)
-    if adapters:
-        sharding.finish_step()  # what is gathered is from before
-    else:
-        weights.load_weights(sharding, folder, progress)
+            load_adapters(model, folder)
+        else:
+            WeightFiles(folder).fill(weights.local_slices(model), progress)
 
 
 def _check_same_kind(folder: Path, adapters: bool) -> None:

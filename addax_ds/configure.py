@@ -1,6 +1,7 @@
 """Settles training arguments and Addax's against the DeepSpeed JSON."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -82,6 +83,27 @@ def configure(training_args: TrainingArguments, addax_args: AddaxArguments) -> A
             "train_micro_batch_size_per_gpu", training_args.per_device_train_batch_size
         )
     return settings
+
+
+def divide_batches(args: TrainingArguments, settings: AddaxSettings, parts: int) -> AddaxSettings:
+    """Take ``parts`` times as many micro-batches of as many times fewer rows; K0 and K1 stay.
+
+    Args:
+        args: changed in place, with the DeepSpeed JSON that they hold; `configure` has seen them.
+        settings: that `configure` returned.
+        parts: divides both batch sizes of a device.
+    """
+    args.per_device_train_batch_size //= parts
+    args.gradient_accumulation_steps *= parts
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
+        if deepspeed is not None and key in deepspeed.config:
+            deepspeed.config[key] //= parts
+    return replace(
+        settings,
+        per_device_zo_batch_size=settings.per_device_zo_batch_size // parts,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps * parts,
+    )
 
 
 def _baseline_optimizer(method: str, args: TrainingArguments) -> dict[str, Any]:

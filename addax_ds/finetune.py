@@ -22,6 +22,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,18 @@ from addax_ds.agreement import (
     limit_waiting,
 )
 from addax_ds.arguments import ModelArguments, parse_arguments
+from addax_ds.auto_threshold import AutoThreshold, plan_threshold
 from addax_ds.baseline import BaselineTrainer
-from addax_ds.configure import configure
+from addax_ds.configure import configure, divide_batches
 from addax_ds.costs import CostMeter
 from addax_ds.data.partition import BASELINES
 from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
 from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
+from addax_ds.planner.memory import PlannedSharding
 from addax_ds.run import Run, data_digest
-from addax_ds.settings import weights_dtype
+from addax_ds.settings import AddaxSettings, weights_dtype
 from addax_ds.step_trainer import StepTrainer, plan_steps
 from addax_ds.termination import ignore_sigterm, on_sigterm
 from addax_ds.trainer import AddaxTrainer
@@ -91,12 +95,17 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         data = load_data(data_args, tokenizer, source)
+    planned = None
+    if data.train and settings.length_threshold == "auto":
+        planned, settings = _plan_threshold(source, sharding, data, args, settings, resumed, run)
+    with all_ranks_or_none():
         if data.train:  # the trainer does these, too, but with the model loaded
             streams, _ = plan_steps(data.train, settings, args)
             if resumed is not None:
-                resume.check(resumed, run.with_data(data.train, streams.threshold))
+                resume.check(resumed, run.with_data(data_digest(data.train), streams.threshold))
     check_same_everywhere(dict(_identity(args, model_args, addax_args, data=data)))
-    trainer = (BaselineTrainer if settings.method in BASELINES else AddaxTrainer)(
+    baseline = settings.method in BASELINES
+    trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
         _load_model(source, args, sharding),
         args,
         settings,
@@ -154,6 +163,39 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
 def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
     shown = not args.disable_tqdm and args.process_index == 0
     return source.load(weights_dtype(args), sharding, args.device, progress=shown)
+
+
+def _plan_threshold(
+    source: ModelSource,
+    sharding: PlannedSharding,
+    data: Data,
+    args: TrainingArguments,
+    settings: AddaxSettings,
+    resumed: str | None,
+    run: Run,
+) -> tuple[AutoThreshold, AddaxSettings]:
+    """Plan ``--length_threshold auto``; every rank has to call it.
+
+    Returns:
+        The plan, and the settings with its L_T and its micro-batches.
+    """
+    fixed = None
+    if resumed is not None:
+        with all_ranks_or_none():
+            fixed = resume.check(resumed, run).length_threshold
+    kernel = source.attn_implementation
+    plan = plan_threshold(source.config, kernel, sharding, data.train, args, settings, fixed)
+    settings = replace(settings, length_threshold=plan.length)
+    if plan.parts > 1:
+        settings = divide_batches(args, settings, plan.parts)
+        logger.info(
+            "More rows would not fit: a step has %d micro-batches, of %d rows first-order and %d "
+            "zeroth-order. K0 and K1 are as they were.",
+            settings.gradient_accumulation_steps,
+            args.per_device_train_batch_size,
+            settings.per_device_zo_batch_size,
+        )
+    return plan, settings
 
 
 def _identity(args: TrainingArguments, *more: Any, data: Data) -> Iterator[tuple[str, str]]:

@@ -204,6 +204,38 @@ class Addax(torch.optim.Optimizer):
         self.first_order_loss = running.first_order_loss
         return loss
 
+    def rehearse(
+        self,
+        zeroth_order: Closure | Sequence[Closure] | None,
+        first_order: Closure | Sequence[Closure] | None,
+    ) -> None:
+        """Run the passes of a step, backward too, for the memory that they need.
+
+        Nothing that a later step reads is changed: weights, step number, random generators, loss
+        scale. If a pass raises, such as for want of memory, it is abandoned, and the next step or
+        rehearsal is as if it had not been; see `Sharding.abandon`.
+
+        Args:
+            zeroth_order: see `measure`; one micro-batch needs as much memory as several.
+            first_order: see `measure`; two need as much as more.
+
+        Raises:
+            RuntimeError: within a step.
+        """
+        self._check_comes_first()
+        zeroth = _listed(zeroth_order) if self.alpha > 0.0 else []
+        first = _listed(first_order) if self.alpha < 1.0 else []
+        running = self._running = self._new_step()
+        try:
+            running.rehearse(zeroth, first)
+            self.sharding.finish_step()  # frees what is gathered
+        except BaseException:
+            self.sharding.abandon()
+            raise
+        finally:
+            self._running = None
+            self.sharding.awaiting_backward = False
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Finish the step: update what got no gradient, then go on to the next z.

@@ -61,14 +61,17 @@ def find(wanted: str | bool | None, args: TrainingArguments, run: Run) -> Intact
     return IntactCheckpoint(folder)
 
 
-def check(folder: str | Path, run: Run) -> None:
+def check(folder: str | Path, run: Run) -> Run:
     """Check that a run can go on from a checkpoint, as far as the run is known.
+
+    Returns:
+        The run that wrote it.
 
     Raises:
         UserError: says why it cannot, and with which flags it could.
     """
     try:
-        checkpoint.check(Path(folder), run)
+        return checkpoint.check(Path(folder), run)
     except UserError as error:
         raise UserError(f"{_FLAG} {error}") from error
 

@@ -101,9 +101,9 @@ class Run:
             rounding=None if dtype == "fp32" else settings.rounding,
         )
 
-    def with_data(self, examples: Sequence[Example], length_threshold: int | None) -> "Run":
-        """Add the training data and the L_T that divides it."""
-        return replace(self, data=data_digest(examples), length_threshold=length_threshold)
+    def with_data(self, digest: str, length_threshold: int | None) -> "Run":
+        """Add the `data_digest` of the training data and the L_T that divides it."""
+        return replace(self, data=digest, length_threshold=length_threshold)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,19 @@ class RunningStep:
             self._backward(loss, _Mode.TAKE_NORM)
         return self._scaled(first_order[0](), 1) if self._clip() else None
 
+    def rehearse(self, zeroth_order: list[Closure], first_order: list[Closure]) -> None:
+        """Run all passes, forward and backward, and apply nothing; this object is of no more use.
+
+        Gradients take as much memory as in a step: they are summed if there are several.
+        """
+        mode = _Mode.ACCUMULATE if len(first_order) > 1 else _Mode.TAKE_NORM
+        with self._replayed():
+            if zeroth_order:
+                self._perturbed_losses(zeroth_order)
+            if first_order:
+                loss, _ = self._micro_batches(first_order)
+                self._backward(loss, mode)
+
     @torch.no_grad()
     def _perturbed_losses(self, closures: list[Closure]) -> list[Tensor]:
         """Return this rank's mean losses at theta + zo_eps z and at theta - zo_eps z."""

@@ -19,7 +19,7 @@ from addax_ds.agreement import all_ranks_or_none, everywhere, limit_waiting
 from addax_ds.costs import CostMeter, Costs
 from addax_ds.data.partition import Partition
 from addax_ds.optimizer import Addax, unwrap
-from addax_ds.run import Progress, Run
+from addax_ds.run import Progress, Run, data_digest
 from addax_ds.settings import AddaxSettings
 from addax_ds.sharding.attach import back_end_of
 
@@ -193,9 +193,15 @@ class SavingTrainer(Trainer):
     def _load_weights(self, folder: Path) -> None:
         """Fill the shards; every rank has to call it."""
         shown = self.is_world_process_zero() and not self.args.disable_tqdm
-        checkpoint.load_weights(self.addax.sharding, folder, progress=shown)
+        assert self.model is not None
+        checkpoint.load_weights(self.model, folder, progress=shown)
+        self._free_gathered()
 
-    @cached_property
+    def _free_gathered(self) -> None:
+        """Free what is gathered from weights that are no more."""
+        self.addax.sharding.finish_step()
+
+    @property
     def _run(self) -> Run:
         """What checkpoints note, and have to agree with."""
         assert self.model is not None
@@ -203,8 +209,12 @@ class SavingTrainer(Trainer):
         run = Run.of(self.args, self.settings, sharding)
         if self.partition is None:
             return run
+        return run.with_data(self._data_digest, self.partition.threshold)
+
+    @cached_property
+    def _data_digest(self) -> str:
         examples: Any = self.train_dataset
-        return run.with_data(examples, self.partition.threshold)
+        return data_digest(examples)
 
 
 def _generator_states(distributed: bool) -> bytes:

@@ -48,7 +48,15 @@ class AddaxArguments:
     length_threshold: int | str | None = field(
         default=None,
         metadata={
-            "help": "L_T in tokens, or median: longer sequences are zeroth-order (default median)."
+            "help": "L_T in tokens, median, or auto: longer sequences are zeroth-order (default "
+            "median). auto is the largest that fits into memory, and needs --max_steps."
+        },
+    )
+    device_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "GB (1e9 bytes) of a rank that tensors may take, for --length_threshold auto "
+            "(default: what is free, on a GPU less 4)."
         },
     )
     per_device_zo_batch_size: int | None = field(
@@ -78,25 +86,28 @@ class AddaxSettings:
         method: one of `Method`.
         alpha: α, the weight of the zeroth-order gradient: 1 for mezo, 0 where there is none.
         zo_eps: ε, the perturbation scale.
-        length_threshold: L_T in tokens or "median"; `None` where the data is not partitioned.
+        length_threshold: L_T in tokens, "median", or "auto" (until `addax_ds.auto_threshold` has
+            found it); `None` where the data is not partitioned.
         rounding: "stochastic" or "nearest".
         seed: seed of z and of stochastic rounding.
         per_device_zo_batch_size: rows of a zeroth-order micro-batch; 0 where there is none.
         gradient_accumulation_steps: micro-batches of a step and rank, in either stream.
         max_grad_norm: norm that the first-order gradient is clipped to; 0 if it is not.
         desync_check_steps: steps between two comparisons of the ranks; 0 for none.
+        device_memory: GB of a rank that tensors may take; `None` where it is not given.
     """
 
     method: Method
     alpha: float
     zo_eps: float
-    length_threshold: int | Literal["median"] | None
+    length_threshold: int | Literal["median", "auto"] | None
     rounding: Rounding
     seed: int
     per_device_zo_batch_size: int
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 0.0
     desync_check_steps: int = 0
+    device_memory: float | None = None
 
 
 def weights_dtype(args: Any) -> torch.dtype:
@@ -170,18 +181,24 @@ def settle_arguments(
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: Trainer needs a seed from 0 to 2**32 - 1.")
     zo_batch_size = args.per_device_zo_batch_size or training.per_device_train_batch_size
-    partitioned = args.method == "addax"
+    threshold = _length_threshold(args.length_threshold) if args.method == "addax" else None
+    if threshold == "auto" and training.max_steps <= 0:
+        raise UserError(
+            "--length_threshold auto needs --max_steps: L_T decides how many steps an epoch has, "
+            "and is final only after the first passes."
+        )
     return AddaxSettings(
         method=args.method,
         alpha=float(alpha),
         zo_eps=float(settle("zo_eps", args.zo_eps, OPTIMIZER_DEFAULTS["zo_eps"])),
-        length_threshold=_length_threshold(args.length_threshold) if partitioned else None,
+        length_threshold=threshold,
         rounding=settle("rounding", args.rounding, OPTIMIZER_DEFAULTS["rounding"]),
         seed=seed,
         per_device_zo_batch_size=zo_batch_size if alpha else 0,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         max_grad_norm=0.0 if args.method == "mezo" else float(training.max_grad_norm),
         desync_check_steps=args.desync_check_steps,
+        device_memory=args.device_memory,
     )
 
 
@@ -207,6 +224,10 @@ def _check_addax_arguments(args: AddaxArguments) -> None:
         problems.append("--per_device_zo_batch_size must be at least 1.")
     if args.desync_check_steps < 0:
         problems.append("--desync_check_steps must be at least 0.")
+    if args.device_memory is not None and args.length_threshold != "auto":
+        problems.append("--device_memory has no effect without --length_threshold auto; remove it.")
+    elif args.device_memory is not None and not args.device_memory > 0:
+        problems.append(f"--device_memory {args.device_memory:g}: it must be above 0.")
     fixed_alpha = _FIXED_ALPHA.get(args.method, args.alpha)
     if args.alpha not in (None, fixed_alpha):
         problems.append(
@@ -226,9 +247,13 @@ def _check_addax_arguments(args: AddaxArguments) -> None:
     raise_problems("These arguments of Addax cannot be used:", problems)
 
 
-def _length_threshold(value: int | str | None) -> int | Literal["median"]:
+def _length_threshold(value: int | str | None) -> int | Literal["median", "auto"]:
     if value is None or value == "median":
         return "median"
+    if value == "auto":
+        return "auto"
     if str(value).isdecimal() and int(value) > 0:
         return int(value)
-    raise UserError(f"--length_threshold {value}: it must be a number of tokens above 0 or median.")
+    raise UserError(
+        f"--length_threshold {value}: it must be a number of tokens above 0, median or auto."
+    )

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -113,6 +114,18 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
         self.costs = CostMeter(self.args.device)
         self.add_callback(_Meter(self))
         self._losses: list[tuple[str, int, Tensor]] = []
+
+    def repartition(self, threshold: int) -> None:
+        """Divide the training data by another L_T, before a loader has been read.
+
+        What Trainer has computed from the length of an epoch, such as the epochs that it logs,
+        stays: which examples a step sees does not depend on it.
+        """
+        assert self._steps is not None
+        examples: Any = self.train_dataset
+        self.settings = replace(self.settings, length_threshold=threshold)
+        self.partition, schedule = plan_steps(examples, self.settings, self.args)
+        self._steps.reschedule(schedule)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader with one item a step: this rank's part of both batches."""

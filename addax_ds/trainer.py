@@ -2,16 +2,21 @@
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.agreement import everywhere
+from addax_ds.auto_threshold import AutoThreshold
+from addax_ds.data.partition import partition
 from addax_ds.desync import DesyncCheck
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
+from addax_ds.rehearsal import find_threshold, longest_batch
 from addax_ds.settings import weights_dtype
 from addax_ds.sharding.attach import attach, back_end_of
 from addax_ds.step_trainer import StepTrainer
@@ -32,10 +37,20 @@ class AddaxTrainer(StepTrainer):
     the last step: ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and
     ``fo_update_norm`` (norms of the two parts of the update) and ``grad_norm`` (of the first-order
     gradient).
+
+    Args:
+        model: see `StepTrainer`.
+        *args: see `StepTrainer`.
+        planned: how ``--length_threshold auto`` was planned, whose L_T the settings have. A run
+            that does not go on from a checkpoint rehearses it, and lowers it if it does not fit.
+        **kwargs: see `StepTrainer`.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *args: Any, planned: AutoThreshold | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model, *args, **kwargs)
+        self._planned = planned
         if not self.is_deepspeed_enabled:
             # Accelerate would wrap a model on several ranks in DistributedDataParallel.
             model._is_accelerate_prepared = True  # type: ignore[assignment]
@@ -74,6 +89,34 @@ class AddaxTrainer(StepTrainer):
             )
             attach(self.optimizer, model)
         return self.optimizer
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self._planned is not None and resume_from_checkpoint is None:
+            rehearse = partial(self._rehearse, prepared[0])
+            wait = self.args.ddp_timeout
+            self.repartition(find_threshold(self._planned, rehearse, self.args.device, wait))
+        return prepared
+
+    def _rehearse(self, model: nn.Module, threshold: int) -> None:
+        """Run a step over the longest sequences that there are with an L_T."""
+        examples: Any = self.train_dataset
+        streams = partition([example.length for example in examples], "addax", threshold)
+        batches = (
+            (streams.zeroth_order, self.settings.per_device_zo_batch_size),
+            (streams.first_order, self.args.per_device_train_batch_size),
+        )
+        zeroth, first = (
+            partial(self._loss, model, longest_batch(examples, *batch, self._pad_token_id), 1)
+            for batch in batches
+        )
+        model.train()
+        summed = self.settings.gradient_accumulation_steps > 1
+        self.addax.rehearse(zeroth, [first, first] if summed else first)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

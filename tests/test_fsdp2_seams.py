@@ -17,6 +17,7 @@ SOURCES = {
         "self.sharded_param = nn.Parameter(",
         "self._unsharded_param = nn.Parameter(",
         "self.unsharded_accumulated_grad = ",
+        "def free_unsharded_param(self)",
         "self.fsdp_placement = fsdp_placement",
         "self.mesh_info = mesh_info",
         "self.is_dtensor = ",
@@ -35,6 +36,9 @@ SOURCES = {
         "self._is_root",
         "self._comm_ctx.post_forward_order.clear()",
         "fsdp_param_group._reset_iter_state()",
+        # An abandoned pass: what it has in flight is dropped by the same method.
+        "self._comm_ctx.reduce_scatter_states.clear()",
+        "self._state_ctx.post_backward_final_callback_queued = False",
     ),
     _fully_shard: (
         "def _get_fsdp_state(self)",

@@ -1,7 +1,6 @@
 """Runs that are stopped, and runs that have nothing left to do."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,4 +110,4 @@ def test_adapters_and_whole_models_are_told_apart(model, tmp_path, saved):
     else:
         plain = get_peft_model(plain, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="adapters of PEFT"):
-        checkpoint.load_weights(SimpleNamespace(model=plain), tmp_path)
+        checkpoint.load_weights(plain, tmp_path)

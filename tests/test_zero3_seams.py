@@ -4,12 +4,13 @@ import inspect
 
 import deepspeed
 import pytest
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import utils
+from deepspeed.runtime.zero import parameter_offload, utils
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, IPGBucketZ3
 
 SOURCES = {
     DeepSpeedZeroOptimizer_Stage3: (
@@ -29,6 +30,17 @@ SOURCES = {
         "bucket.buffer = torch.empty(self.reduce_bucket_size",
         "param.grad.record_stream(get_accelerator().current_stream())",
         "def destroy(self)",
+        # What is given up when a pass is abandoned.
+        "self.ipg_buckets: ",
+        "self.parameter_offload.release_backward_leftovers()",
+    ),
+    IPGBucketZ3: ("def clear_params(self)",),
+    ZeROOptimizer: ("def _backward_active_depth(self)", "def exit_backward(self)"),
+    parameter_offload: (
+        "FWD_MODULE_STACK = list()",
+        "FWD_MODULE_STACK.append(sub_module)",
+        "class ZeROOrderedDict(OrderedDict)",
+        "self._in_forward = False",
     ),
     DeepSpeedZeRoOffload: (
         "self.param_coordinator = ",
@@ -40,6 +52,7 @@ SOURCES = {
         "self._max_reuse_distance_in_numel",
         "self._max_available_parameters_in_numel",
         "self.log_trace_cache_warnings",
+        "def release_backward_leftovers(self)",
     ),
     Init: (
         "param.all_gather = all_gather",
@@ -51,6 +64,7 @@ SOURCES = {
         "def _convert_to_deepspeed_param(self, param)",
         "self.local_device = ",
         "param.partition = partition",
+        "param.ds_status = ZeroParamStatus.INFLIGHT",
     ),
     PartitionedParameterCoordinator: (
         "param_group[0].all_gather_coalesced(param_group",
@@ -63,6 +77,7 @@ SOURCES = {
         "self.global_steps += 1",
         "self.micro_steps += 1",
         "self.global_samples += self.train_batch_size()",
+        "module._parameters._in_forward = True",
     ),
 }
 

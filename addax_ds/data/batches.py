@@ -190,6 +190,10 @@ class StepBatches(Dataset[dict[str, Any]]):
         """Which examples each step sees."""
         return self._schedule
 
+    def reschedule(self, schedule: StepSchedule) -> None:
+        """Show other examples from now on; a loader's workers, once started, do not learn of it."""
+        self._schedule = schedule
+
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Return this rank's part of the step; see the class."""
         item: dict[str, Any] = {}

@@ -46,7 +46,7 @@ class Partition:
 
 
 def partition(
-    lengths: Sequence[int], method: Method, threshold: int | Literal["median"] | None
+    lengths: Sequence[int], method: Method, threshold: int | Literal["median", "auto"] | None
 ) -> Partition:
     """Divide examples between the streams.
 
@@ -55,7 +55,8 @@ def partition(
         method: "addax": D0 = longer than L_T, D1 = the rest. "addax-wa" (without assignment):
             both are the whole set. "mezo": D0 is the whole set, D1 empty. The others: the reverse.
         threshold: L_T in tokens for "addax", or "median": the lower median, which never leaves D1
-            empty, and D0 only if no length exceeds it. None for other methods.
+            empty, and D0 only if no length exceeds it. None for other methods. "auto" is not for
+            this function: it depends on more than lengths.
 
     Raises:
         UserError: No examples, a threshold that is missing or has no effect, or one that leaves a
@@ -66,6 +67,11 @@ def partition(
     if method == "addax":
         if threshold is None:
             raise UserError("--method addax needs --length_threshold: a number of tokens or median")
+        if threshold == "auto":
+            raise UserError(
+                "--length_threshold auto is found by addax_ds.auto_threshold, as launch/train.py "
+                "does: give AddaxTrainer its result as planned and in the settings"
+            )
         if threshold == "median":
             threshold = statistics.median_low(lengths)
         return _by_length(lengths, threshold)

@@ -186,6 +186,15 @@ class Sharding(ABC):
         """Make the updated weights visible to the next pass."""
 
     @abstractmethod
+    def abandon(self) -> None:
+        """Give up a pass that an exception has ended at any point, in backward too.
+
+        Frees what is gathered and drops gradients on their way, so that the next step finds what it
+        would have found without that pass. All ranks have to have left it at the same point:
+        collectives that only some of them began are still waited for.
+        """
+
+    @abstractmethod
     def step_without_backward(self) -> None:
         """Complete a step that ran no backward.
 

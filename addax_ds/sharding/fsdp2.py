@@ -149,6 +149,16 @@ class Fsdp2(Sharding):
     def finish_step(self) -> None:  # noqa: D102
         self._reshard()  # what is still gathered is from before the update
 
+    def abandon(self) -> None:  # noqa: D102
+        self.awaiting_backward = False
+        self._reshard()  # which drops what is being gathered or reduced, too
+        for parameter, fsdp_param in self._fsdp_params.items():
+            parameter.grad = None
+            fsdp_param.unsharded_accumulated_grad = None
+            if hasattr(fsdp_param, "_unsharded_param"):
+                fsdp_param._unsharded_param.grad = None
+                fsdp_param.free_unsharded_param()  # a gather may have ended before it counted
+
     def step_without_backward(self) -> None:  # noqa: D102
         pass  # the training loop calls the optimizer's step
 

@@ -96,6 +96,11 @@ class Unsharded(Sharding):
     def finish_step(self) -> None:  # noqa: D102
         pass  # the weights that a pass reads are the weights that were updated
 
+    def abandon(self) -> None:  # noqa: D102
+        self.awaiting_backward = False
+        for info in self.infos:
+            info.parameter.grad = None
+
     def step_without_backward(self) -> None:  # noqa: D102
         pass  # the training loop calls the optimizer's step
 

@@ -21,7 +21,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero import parameter_offload, stage3
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -228,6 +228,33 @@ class Zero3Sharding(Sharding):
             gather_stream = _gather_stream(self._zero.parameter_offload)
             gather_stream.wait_stream(get_accelerator().current_stream())
 
+    def abandon(self) -> None:  # noqa: D102
+        get_accelerator().synchronize()  # what is in flight uses memory that is freed here
+        self.awaiting_backward = False
+        zero, offload = self._zero, self._zero.parameter_offload
+        _inflight(offload).clear()
+        for parameter in self.model.parameters():
+            if parameter.ds_status is ZeroParamStatus.INFLIGHT:  # type: ignore[attr-defined]
+                parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        offload.release_backward_leftovers()
+        # Their records of the order of modules, and of where in it they are, end in the middle.
+        offload.param_coordinator = _new_coordinator(offload)
+        self._forward_coordinator = _new_coordinator(offload)
+        self._partition_all()
+        for module in self.model.modules():
+            if isinstance(module._parameters, parameter_offload.ZeROOrderedDict):
+                module._parameters._in_forward = False
+        running = parameter_offload.FWD_MODULE_STACK
+        del running[running.index(self.model) + 1 :]
+        for bucket in zero.ipg_buckets.values():
+            bucket.clear_params()
+        for info in self.infos:
+            info.parameter.grad = None
+        while zero._backward_active_depth:
+            zero.exit_backward()
+        for timer in self.engine.timers.get_timers().values():
+            timer.reset()  # one that runs cannot be started again
+
     def step_without_backward(self) -> None:  # noqa: D102
         self.engine.step()
 
@@ -247,21 +274,29 @@ class Zero3Sharding(Sharding):
         usual = offload.param_coordinator
         self._partition_all()
         offload.param_coordinator = self._forward_coordinator
-        try:
+        with self._abandoned_on_error():
             yield
-        finally:
-            self._partition_all()
-            offload.param_coordinator = usual
+        self._partition_all()
+        offload.param_coordinator = usual
 
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
         self._partition_all()  # what is still gathered would be seen unperturbed
         self._perturb = perturb
+        with self._abandoned_on_error():
+            yield
+        self._perturb = None
+        self._partition_all()  # what is still gathered is perturbed
+
+    @contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        """Abandon a pass that raises; a gather that has failed could not be partitioned again."""
         try:
             yield
-        finally:
+        except BaseException:
             self._perturb = None
-            self._partition_all()  # what is still gathered is perturbed
+            self.abandon()
+            raise
 
     def _gather_perturbed(self, gather: Callable, own: nn.Parameter | None = None) -> Callable:
         def wrapped(params: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -331,12 +366,15 @@ def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
         max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
         max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
         allgather_stream=_gather_stream(offload),
-        inflight_param_registry=getattr(
-            offload, _mangled(type(offload), "__inflight_param_registry")
-        ),
+        inflight_param_registry=_inflight(offload),
         timers=offload.timers,
         log_trace_cache_warnings=offload.log_trace_cache_warnings,
     )
+
+
+def _inflight(offload: Any) -> Any:
+    """Return the registry of parameters that are being gathered."""
+    return getattr(offload, _mangled(type(offload), "__inflight_param_registry"))
 
 
 def _gather_stream(offload: Any) -> Any:

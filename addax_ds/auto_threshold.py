@@ -1,0 +1,265 @@
+"""``--length_threshold auto``, first half: the largest L_T for which a step should fit.
+
+`addax_ds.planner` predicts it from the model's configuration, before the model is loaded;
+`addax_ds.rehearsal` then runs the worst step, and lowers it where memory runs out all the same.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, TrainingArguments
+
+from addax_ds.agreement import all_ranks_or_none, everywhere
+from addax_ds.checkpoint import nodes
+from addax_ds.data.encoding import Example
+from addax_ds.errors import UserError
+from addax_ds.planner.memory import Inputs, PlannedSharding, step_memory
+from addax_ds.planner.shapes import shape_of
+from addax_ds.planner.threshold import batch, largest_threshold
+from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.settings import AddaxSettings
+
+FLAG = "--length_threshold auto"
+GB = 10**9
+RESERVE = 4 * GB
+"""Of a GPU's free memory, for NCCL, workspaces of kernels and fragmentation: an assumption."""
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class AutoThreshold:
+    """What the planner has found.
+
+    Attributes:
+        length: L_T in tokens.
+        lengths: every L_T that leaves each stream a global batch, ascending.
+        parts: how many times fewer rows a micro-batch has than was asked for.
+        predicted: bytes that a rank needs for a step.
+        limit: bytes that tensors may take if that was stated, None if it was detected.
+        reason: why L_T is not larger, in words.
+    """
+
+    length: int
+    lengths: tuple[int, ...]
+    parts: int
+    predicted: int
+    limit: int | None
+    reason: str
+
+
+def plan_threshold(
+    config: PreTrainedConfig,
+    attention: str | None,
+    sharding: PlannedSharding,
+    examples: Sequence[Example],
+    args: TrainingArguments,
+    settings: AddaxSettings,
+    fixed: int | None = None,
+) -> AutoThreshold:
+    """Find the largest L_T whose step should fit on every rank; all ranks have to call it.
+
+    Where not even the shortest sequences fit, micro-batches get fewer rows and become more, so that
+    K0 and K1 stay; `addax_ds.configure.divide_batches` does it.
+
+    Args:
+        config: of the model.
+        attention: attention kernel, None for the model's own choice.
+        sharding: back end.
+        examples: the training data.
+        args: as `addax_ds.configure.configure` has left them.
+        settings: what it returned.
+        fixed: L_T of the checkpoint that the run goes on from: rows alone are to be found.
+
+    Returns:
+        The same on all ranks.
+
+    Raises:
+        UserError: on all ranks, if no step fits, no L_T leaves each stream a batch, memory cannot
+            be detected, or the planner cannot follow the model.
+    """
+    with all_ranks_or_none():
+        stated = settings.device_memory
+        free = _free_memory(args) if stated is None else int(stated * GB)
+    node = next(node for node in nodes(args) if args.process_index in node)
+    shared = stated is None and args.device.type != "cuda"
+    budget = min(everywhere(free // len(node) if shared else free))
+    plan = None
+    with all_ranks_or_none():
+        if args.process_index == 0:
+            inputs = _inputs(config, attention, sharding, examples, args, settings)
+            search = _Search(inputs, examples, args, budget, fixed)
+            plan = search.run(None if stated is None else budget)
+    found = everywhere(plan)[0]
+    assert found is not None
+    return found
+
+
+def _inputs(
+    config: PreTrainedConfig,
+    attention: str | None,
+    sharding: PlannedSharding,
+    examples: Sequence[Example],
+    args: TrainingArguments,
+    settings: AddaxSettings,
+) -> Inputs:
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    try:
+        shape = shape_of(config, config.name_or_path or "the model", dtype)
+    except Exception as error:  # a model may come with code that runs nowhere else
+        raise UserError(
+            f"{FLAG}: the planner cannot build this model without its weights "
+            f"({type(error).__name__}: {error}): give a number of tokens"
+        ) from error
+    targets = max(example.target_count for example in examples)
+    longest = max(example.length for example in examples)
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    zero3 = Zero3Settings()
+    if deepspeed is not None:
+        zero3 = Zero3Settings.from_json(deepspeed.config["zero_optimization"], shape.hidden)
+    return Inputs(
+        shape=shape,
+        method="addax",
+        sharding=sharding,
+        ranks=args.world_size,
+        zeroth_order=batch(settings.per_device_zo_batch_size, longest, targets),
+        first_order=batch(args.per_device_train_batch_size, longest, targets),
+        checkpointing=bool(args.activation_checkpointing),
+        attention=attention,
+        zero3=zero3,
+        accumulation=settings.gradient_accumulation_steps,
+        cuda=args.device.type == "cuda",
+    )
+
+
+class _Search:
+    """Looks for the fewest parts of a batch, and then the largest L_T, that fit."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        examples: Sequence[Example],
+        args: TrainingArguments,
+        budget: int,
+        fixed: int | None,
+    ) -> None:
+        assert inputs.zeroth_order is not None
+        assert inputs.first_order is not None
+        shares = args.world_size * inputs.accumulation
+        self._k0, self._k1 = inputs.zeroth_order.rows * shares, inputs.first_order.rows * shares
+        self._inputs = inputs
+        self._budget = budget
+        self._fixed = fixed
+        self._targets = inputs.zeroth_order.targets
+        every = sorted(example.length for example in examples)
+        self._longest = every[-1]
+        self._lengths = dividing_lengths(every, self._k0, self._k1)
+        if not self._lengths:
+            raise UserError(
+                f"{FLAG}: no L_T leaves K0 = {self._k0} longer sequences and K1 = {self._k1} "
+                f"others: there are {len(every)}, of {every[0]} to {every[-1]} tokens. Lower "
+                "--per_device_train_batch_size or --per_device_zo_batch_size, or use --method "
+                "addax-wa"
+            )
+
+    def run(self, limit: int | None) -> AutoThreshold:
+        """Return what fits.
+
+        Raises:
+            UserError: if nothing does.
+        """
+        assert self._inputs.zeroth_order is not None
+        assert self._inputs.first_order is not None
+        rows = self._inputs.first_order.rows, self._inputs.zeroth_order.rows
+        shortest = self._fixed or self._lengths[0]
+        common = math.gcd(*rows)
+        for parts in (divisor for divisor in range(1, common + 1) if common % divisor == 0):
+            needed = self._memory(shortest, parts)
+            if needed.total <= self._budget:
+                length, reason = self._largest(parts)
+                total = self._memory(length, parts).total
+                return AutoThreshold(length, tuple(self._lengths), parts, total, limit, reason)
+        flags = "--per_device_train_batch_size", "--per_device_zo_batch_size"
+        zeroth = needed.stage == "zeroth-order"
+        left, length = rows[zeroth] // parts, self._longest if zeroth else shortest
+        advice = "Use more ranks with ZeRO-3 or FSDP2, --activation_checkpointing, or --max_length"
+        if left > 1:
+            advice = f"Fewer rows need a greatest common divisor of {' and '.join(flags)} above 1"
+        raise UserError(
+            f"{FLAG}: a step does not fit into the {gigabytes(self._budget)} of a rank. Its "
+            f"{needed.stage} pass over {left} row(s) of up to {length} tokens needs "
+            f"{gigabytes(needed.total)}, so {gigabytes(needed.total - self._budget)} are missing. "
+            f"{advice}; launch/plan.py says what fits where"
+        )
+
+    def _largest(self, parts: int) -> tuple[int, str]:
+        """Return L_T and why it is not larger."""
+        if self._fixed is not None:
+            return self._fixed, "the checkpoint was written with it"
+        lengths = [*self._lengths, self._longest]
+        found = largest_threshold(self._divided(parts), lengths, self._budget, self._targets)
+        assert found is not None  # the shortest one fits
+        place = self._lengths.index(found.length) + 1
+        if place == len(self._lengths):
+            return found.length, f"a larger one leaves fewer than K0 = {self._k0} longer sequences"
+        larger = self._lengths[place]
+        total = self._memory(larger, parts).total
+        return found.length, f"{larger} would need {gigabytes(total)}"
+
+    def _memory(self, length: int, parts: int) -> Any:
+        divided = self._divided(parts)
+        assert divided.first_order is not None
+        first = batch(divided.first_order.rows, length, self._targets)
+        return step_memory(replace(divided, first_order=first))
+
+    def _divided(self, parts: int) -> Inputs:
+        zeroth, first = self._inputs.zeroth_order, self._inputs.first_order
+        assert zeroth is not None
+        assert first is not None
+        return replace(
+            self._inputs,
+            zeroth_order=replace(zeroth, rows=zeroth.rows // parts),
+            first_order=replace(first, rows=first.rows // parts),
+            accumulation=self._inputs.accumulation * parts,
+        )
+
+
+def gigabytes(number: float) -> str:
+    """Return a number of bytes in words."""
+    return f"{number / GB:.4g} GB"
+
+
+def dividing_lengths(lengths: Sequence[int], k0: int, k1: int) -> list[int]:
+    """Return every L_T that leaves K0 longer sequences and K1 others, ascending.
+
+    Args:
+        lengths: tokens of each example, ascending.
+        k0: global zeroth-order batch.
+        k1: global first-order batch.
+    """
+    last = len(lengths) - k0  # so many may be first-order at most
+    return sorted(
+        {
+            length
+            for count, length in enumerate(lengths[:-1], start=1)
+            if k1 <= count <= last and length < lengths[count]
+        }
+    )
+
+
+def _free_memory(args: TrainingArguments) -> int:
+    """Return the bytes that this rank's device has, or on a CPU all ranks of the machine share."""
+    if args.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(args.device)
+        return free - RESERVE
+    try:
+        entries = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{FLAG}: how much memory is free cannot be read from {_MEMINFO}: give --device_memory"
+        ) from error

@@ -1,0 +1,149 @@
+"""Rehearsals that go well and ones that run out of memory anywhere, on every layout.
+
+Writes what each run left to the folder.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from addax_ds.optimizer import unwrap
+from tests.cases import Case, mean_loss
+from tests.layouts import LAYOUTS, Layout, Run
+from tests.models import token_batches
+from tests.reference import Hyperparameters
+from tests.workers.teardown import shut_down
+
+STEPS = 2
+ROWS = 8
+POINTS = 5
+"""So many operations of a rehearsal, evenly spread, find no memory, each in its turn."""
+
+MODEL = {"dropout": 0.2, "vocabulary": 1004}
+"""Its parameters divide over all ranks, which therefore do the same operations."""
+
+VARIANTS: dict[str, tuple[int, Case]] = {
+    "plain": (1, Case(model=MODEL)),
+    "accumulated": (
+        2,
+        Case(
+            model=MODEL,
+            hyperparameters=Hyperparameters(max_grad_norm=0.4),
+            gradient_checkpointing=True,
+        ),
+    ),
+}
+"""Micro-batches and what is trained."""
+
+
+LEFT_OUT = ("unsharded x1", "ZeRO-3 x1", "ZeRO-3 x2, CPU offload")
+"""Layouts in which nothing is given up that is not in another."""
+
+
+class FailsAt(TorchDispatchMode):
+    """Lets the operation of this number find no memory; counts them."""
+
+    def __init__(self, number: int | None = None) -> None:
+        super().__init__()
+        self.number = number
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.number:
+            raise torch.OutOfMemoryError(f"injected into operation {self.number}, {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def closures(run: Run, batch: Tensor, micro_batches: int) -> list[Callable[[], Tensor]]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parts = batch.chunk(world_size * micro_batches)
+    own = [parts[i * world_size + rank] for i in range(micro_batches)]
+    return [lambda x=x: mean_loss(run.model, x) for x in own]
+
+
+def rehearse(run: Run, micro_batches: int, fails_at: int | None = None) -> int:
+    """Rehearse; return the number of operations, or 0 if it ran out of memory."""
+    ((long, short),) = token_batches(1, rows=ROWS, length=40)
+    mode = FailsAt(fails_at)
+    try:
+        with mode:
+            unwrap(run.optimizer).rehearse(
+                closures(run, long, 1), closures(run, short, micro_batches)
+            )
+    except torch.OutOfMemoryError:
+        return 0
+    return mode.count
+
+
+def state(run: Run) -> dict[str, Any]:
+    """All that a later step reads."""
+    addax = unwrap(run.optimizer)
+    return {
+        "weights": run.weights(),
+        "state": addax.state_dict()["addax"],
+        "generator": torch.random.get_rng_state(),
+        "unapplied": addax.sharding.unapplied_gradient(),
+        "awaiting": addax.sharding.awaiting_backward,
+    }
+
+
+def fail_everywhere(run: Run, micro_batches: int, operations: int) -> list[int]:
+    """Rehearse with failures all over the step, and then a whole one."""
+    numbers = [operations * (2 * point + 1) // (2 * POINTS) for point in range(POINTS)]
+    return [rehearse(run, micro_batches, number) for number in (*numbers, None)]
+
+
+def train(layout: Layout, name: str, rehearses: bool) -> dict[str, Any]:
+    """Take two steps; rehearse before the first, and fail to do so before the second.
+
+    The first forward of FSDP2 sets it up, which is not begun anew if it fails.
+    """
+    micro_batches, case = VARIANTS[name]
+    torch.manual_seed(dist.get_rank())
+    run = layout.run(case.build(), case.hyperparameters)
+    found: dict[str, Any] = {"steps": [], "rehearsed": []}
+    for long, short in token_batches(STEPS, rows=ROWS):
+        run.model.train()
+        before = state(run)
+        if rehearses and not found["steps"]:
+            found["rehearsed"] = [rehearse(run, micro_batches) for _ in range(2)]
+        elif rehearses:
+            operations = found["rehearsed"][-1]
+            found["rehearsed"] += fail_everywhere(run, micro_batches, operations)
+        found["steps"].append({"before": before, "after": state(run)})
+        loss = run.optimizer.measure(
+            closures(run, long, micro_batches), closures(run, short, micro_batches)
+        )
+        assert loss is not None
+        run.backward(loss)
+        run.step()
+        found["steps"][-1]["report"] = vars(unwrap(run.optimizer).report)
+    found["weights"] = run.weights()
+    run.close()
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name, layout in LAYOUTS.items():
+        if layout.world_size != dist.get_world_size() or name in LEFT_OUT:
+            continue
+        found = {}
+        for variant in VARIANTS:
+            print(name, variant, flush=True)
+            found[variant] = [train(layout, variant, rehearses) for rehearses in (False, True)]
+        torch.save(found, folder / f"{name}-rank{dist.get_rank()}.pt")
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
