@@ -243,7 +243,8 @@ def test_a_training_that_diverges_has_an_outcome_and_a_failed_one_has_not(
 
 
 def test_an_exception_ends_what_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_command", program("import time; time.sleep(60)"))
+    monkeypatch.setattr(runner, "_command", program("import time; time.sleep(600)"))
+    monkeypatch.setattr(runner, "_GRACE_S", 2.0)
     started = []
     start = runner._start
     monkeypatch.setattr(runner, "_start", lambda job: started.append(start(job)) or started[-1])
@@ -255,7 +256,7 @@ def test_an_exception_ends_what_runs(tmp_path, monkeypatch):
         yield job
 
     with pytest.raises(KeyboardInterrupt):
-        run(jobs, workers=1)
+        run(jobs, workers=2)  # the second one asks again
     assert started[0].returncode is not None
 
 

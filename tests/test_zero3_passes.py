@@ -45,9 +45,7 @@ def test_passes(results, name, world_size):
 def test_perturbed_copies_live_as_long_as_their_gather(results, name, world_size):
     """While modules run, there may be a prefetched one in flight, and one that gloo lets go of."""
     for found in results[name, world_size]:
-        peak, in_modules, left = found["copies"]
-        assert peak > 0
+        made, in_modules, left = found["copies"]
+        assert made > 0
         assert in_modules <= 3 * found["largest"] < found["stored"]
         assert left == 0
-        if name != "all-persistent":  # which one gather fetches
-            assert peak < found["stored"]

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[2]
 _POLL_S = 1.0
+_GRACE_S = 60.0
 OUTCOME = "outcome.json"
 
 _FAILED = (-1.0, 0.0)
@@ -181,7 +182,11 @@ def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
     finally:
         for _, process, _ in running:
             process.terminate()  # the launcher ends its ranks
-            process.wait()
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     if failed:
         logs = "\n".join(str(folder / "output.log") for folder in sorted(failed))
         raise UserError(f"{len(failed)} job(s) failed, see\n{logs}\nCall again to repeat them")

@@ -1,5 +1,6 @@
 """What the zeroth-order passes see under ZeRO-3, and what they leave behind."""
 
+import gc
 import hashlib
 import sys
 import weakref
@@ -84,10 +85,10 @@ def explicit_losses(options: dict, weights: dict[str, Tensor], step: int, x: Ten
 
 
 class CopyWatch:
-    """Follows the perturbed copies of partitions: bytes alive in a gather, and as modules run."""
+    """Follows the perturbed copies of partitions: how many there were, bytes as modules run."""
 
     def __init__(self, engine: Any, sharding: Any) -> None:
-        self.peak = self.in_modules = 0
+        self.in_modules = 0
         self._copies: list[weakref.ref[Tensor]] = []
         self._perturb = sharding._perturbed_partition
         sharding._perturbed_partition = self._watched
@@ -98,11 +99,14 @@ class CopyWatch:
         copy = self._perturb(parameter)
         if copy is not parameter.ds_tensor:
             self._copies.append(weakref.ref(copy))
-            self.peak = max(self.peak, self.alive())
         return copy
 
     def _look(self, *_: Any) -> None:
         self.in_modules = max(self.in_modules, self.alive())
+
+    @property
+    def made(self) -> int:
+        return len(self._copies)
 
     def alive(self) -> int:
         alive = [copy for copy in (ref() for ref in self._copies) if copy is not None]
@@ -130,6 +134,7 @@ def examine(name: str) -> dict[str, Any]:
 
         if step == 1:
             found["raised"] = raises_inside(engine, optimizer, closure)
+            gc.collect()  # what was on its way in the abandoned pass hangs in cycles
         seen.clear()
         found["g0"].append(optimizer.zeroth_order(closure))
         found["unchanged"].append(digests(model) == before)
@@ -144,7 +149,7 @@ def examine(name: str) -> dict[str, Any]:
         engine.train()
         engine.step()
     shards = [p.ds_tensor for p in model.parameters()]
-    found["copies"] = (watch.peak, watch.in_modules, watch.alive())
+    found["copies"] = (watch.made, watch.in_modules, watch.alive())
     found["largest"] = max(shard.numel() * shard.element_size() for shard in shards)
     found["stored"] = sum(shard.numel() * shard.element_size() for shard in shards)
     found["moved"] = any(not torch.equal(w, weights[n]) for n, w in gathered(model).items())
