@@ -1,5 +1,6 @@
 """What ranks have to agree on before any of them goes on."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,11 +34,7 @@ def all_ranks_or_none() -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    errors = [error for error in everywhere(problem and f"{problem}") if error is not None]
-    if problem is not None:
-        raise problem
-    if errors:
-        raise UserError(f"stopped, as {len(errors)} other rank(s) had an error: {errors[0]}")
+    _raise_any(problem, everywhere(f"{problem}" if problem else None))
 
 
 @contextmanager
@@ -58,15 +55,21 @@ def starting_together() -> Iterator[None]:
     except UserError as error:
         problem = error
     try:
-        errors = [word for word in _first_words(f"{problem or ''}") if word]
+        words = _first_words(f"{problem}" if problem else "")
     except dist.DistError as error:
         raise problem or UserError(
             f"not all ranks have started within {_START_SECONDS:.0f} s, so none does: another node "
             f"has ended, or cannot reach {os.environ['MASTER_ADDR']}, port "
             f"{os.environ['MASTER_PORT']}; its own output says more ({error})"
         ) from error
+    _raise_any(problem, [word or None for word in words])
+
+
+def _raise_any(problem: Exception | None, by_rank: list[str | None]) -> None:
+    """Raise this rank's own problem, or say that others have one."""
     if problem is not None:
         raise problem
+    errors = [error for error in by_rank if error is not None]
     if errors:
         raise UserError(f"stopped, as {len(errors)} other rank(s) had an error: {errors[0]}")
 
@@ -190,3 +193,14 @@ def everywhere(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def leave_together() -> None:
+    """End the process group; without this order ranks that end at different times abort at times.
+
+    Every rank has to call it.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -23,6 +23,7 @@ from addax_ds.ds_config import check_ds_config, load_ds_config, pick
 from addax_ds.errors import UserError
 from addax_ds.rules import did_you_mean, raise_problems
 from addax_ds.settings import AddaxArguments, AddaxSettings, resolve, settle_arguments
+from addax_ds.sharding.base import ShardingName
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.training_arguments import DEFAULTS, check_values
 
@@ -71,8 +72,6 @@ _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 # Arguments that only a task heeds.
 _OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed")
-
-ShardingName = Literal["zero3", "fsdp2", "none"]
 
 
 @dataclass

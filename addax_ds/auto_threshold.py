@@ -17,17 +17,15 @@ from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.checkpoint import nodes
 from addax_ds.data.encoding import Example
 from addax_ds.errors import UserError
-from addax_ds.planner.memory import Inputs, PlannedSharding, step_memory
+from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.report import GB, RESERVE
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.threshold import batch, largest_threshold
 from addax_ds.planner.zero3 import Zero3Settings
-from addax_ds.settings import AddaxSettings
+from addax_ds.settings import AddaxSettings, dtype_name
+from addax_ds.sharding.base import ShardingName
 
 FLAG = "--length_threshold auto"
-GB = 10**9
-RESERVE = 4 * GB
-"""Of a GPU's free memory, for NCCL, workspaces of kernels and fragmentation: an assumption."""
-
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -55,7 +53,7 @@ class AutoThreshold:
 def plan_threshold(
     config: PreTrainedConfig,
     attention: str | None,
-    sharding: PlannedSharding,
+    sharding: ShardingName,
     examples: Sequence[Example],
     args: TrainingArguments,
     settings: AddaxSettings,
@@ -102,14 +100,13 @@ def plan_threshold(
 def _inputs(
     config: PreTrainedConfig,
     attention: str | None,
-    sharding: PlannedSharding,
+    sharding: ShardingName,
     examples: Sequence[Example],
     args: TrainingArguments,
     settings: AddaxSettings,
 ) -> Inputs:
-    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     try:
-        shape = shape_of(config, config.name_or_path or "the model", dtype)
+        shape = shape_of(config, config.name_or_path or "the model", dtype_name(args))
     except Exception as error:  # a model may come with code that runs nowhere else
         raise UserError(
             f"{FLAG}: the planner cannot build this model without its weights "

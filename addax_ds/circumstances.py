@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def circumstances() -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "uncommitted_changes": bool(changes.stdout.strip()),
     }
+
+
+def distinct(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those that differ: numbers may have been measured at different times and places."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if record not in found:
+            found.append(record)
+    return found
 
 
 def _processor() -> str:

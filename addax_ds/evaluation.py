@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from addax_ds.agreement import everywhere
 from addax_ds.data.batches import dummy, pad
 from addax_ds.data.encoding import Example
-from addax_ds.likelihood import positions_of, target_scores, targets_of
+from addax_ds.likelihood import target_scores, target_tensors
 
 Scores = NDArray[np.float64]
 """Shape ``(examples, width)``: what `ScoredSet.score` returned, in the order of the examples."""
@@ -194,12 +194,10 @@ class SharedRowCollator(EvaluationCollator):
                 inputs.append(Example(ids, example.labels[:end], example.origin))
             own.append(row)
         batch = pad(inputs, self._pad_token_id)
-        targets = targets_of(pad(examples, self._pad_token_id)["labels"])
         return {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
-            "targets": targets,
-            "positions": positions_of(targets),
+            **target_tensors(pad(examples, self._pad_token_id)["labels"]),
             "row": torch.tensor(own),
         }
 

@@ -15,7 +15,6 @@ Raises:
         wherever it can be known by then.
 """
 
-import gc
 import hashlib
 import json
 import logging
@@ -29,7 +28,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
@@ -40,6 +38,7 @@ from addax_ds.agreement import (
     all_ranks_or_none,
     check_same_everywhere,
     everywhere,
+    leave_together,
     limit_waiting,
 )
 from addax_ds.arguments import ModelArguments, parse_arguments
@@ -52,9 +51,9 @@ from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
 from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
-from addax_ds.planner.memory import PlannedSharding
 from addax_ds.run import Run, data_digest
 from addax_ds.settings import AddaxSettings, weights_dtype
+from addax_ds.sharding.base import ShardingName
 from addax_ds.step_trainer import StepTrainer, plan_steps
 from addax_ds.termination import ignore_sigterm, on_sigterm
 from addax_ds.trainer import AddaxTrainer
@@ -74,11 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Every rank says it: the mistake may be on one machine only.
         print(f"\naddax_ds: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    if dist.is_initialized():
-        # Without an orderly end, ranks that exit at different times abort now and then.
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
+    leave_together()
     ignore_sigterm()  # a launcher may send it again
 
 
@@ -167,7 +162,7 @@ def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> 
 
 def _plan_threshold(
     source: ModelSource,
-    sharding: PlannedSharding,
+    sharding: ShardingName,
     data: Data,
     args: TrainingArguments,
     settings: AddaxSettings,

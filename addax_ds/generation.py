@@ -24,7 +24,7 @@ from addax_ds.evaluation import (
     Scores,
     mean_loss,
 )
-from addax_ds.likelihood import positions_of, target_scores, targets_of
+from addax_ds.likelihood import target_scores, target_tensors
 
 
 class Decoder:
@@ -158,11 +158,9 @@ class GenerationCollator(EvaluationCollator):
             ids[row, shape[1] - prompt.length :] = prompt.input_ids
             mask[row, shape[1] - prompt.length :] = 1
         batch = super()._collate(examples)
-        targets = targets_of(batch["labels"])
         return {
             **batch,
-            "targets": targets,
-            "positions": positions_of(targets),
+            **target_tensors(batch["labels"]),
             "prompt_ids": torch.from_numpy(ids),
             "prompt_mask": torch.from_numpy(mask),
         }

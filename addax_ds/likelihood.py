@@ -43,6 +43,12 @@ def positions_of(targets: Tensor) -> Tensor:
     return found if len(found) else torch.zeros(1, dtype=torch.int64, device=targets.device)
 
 
+def target_tensors(labels: Tensor) -> dict[str, Tensor]:
+    """Return ``targets`` and their ``positions``, which `target_scores` takes, from labels."""
+    targets = targets_of(labels)
+    return {"targets": targets, "positions": positions_of(targets)}
+
+
 def target_scores(
     model: Any,
     inputs: Mapping[str, Tensor],

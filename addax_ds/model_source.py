@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
 from torch import nn
 from transformers import (
@@ -23,18 +22,15 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.initialization import no_init_weights
-from transformers.integrations import deepspeed_config
-from transformers.modeling_utils import set_zero3_state
 from transformers.utils import CONFIG_NAME
 
 from addax_ds import demo
 from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.arguments import ModelArguments
+from addax_ds.empty_model import empty_model, lay_out
 from addax_ds.errors import UserError
 from addax_ds.rules import shown
-from addax_ds.sharding.fsdp2 import materialize, shard_model
-from addax_ds.sharding.zero3 import partition_empty
+from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.weight_files import MODEL_FILE, UNSAFE_PICKLE, OtherForm, WeightFiles, read_index
 from addax_ds.weights import local_slices
 
@@ -144,7 +140,7 @@ class ModelSource:
         other_form = next(filter(None, everywhere(other_form)), None)
         if other_form is not None:
             return self._load_whole(dtype, sharding, other_form)
-        _lay_out(model, sharding, torch.device(device))
+        lay_out(model, sharding, torch.device(device))
         with all_ranks_or_none(), _refused(where):
             files.fill(local_slices(model), progress)
         return model
@@ -188,20 +184,12 @@ class ModelSource:
 
     def _empty(self, dtype: torch.dtype) -> Any:
         """Build the model with its parameters on the meta device and its buffers as they are."""
-        with (
-            no_init_weights(),
-            init_empty_weights(include_buffers=False),
-            set_zero3_state(),  # or Transformers makes, partitions and broadcasts random weights
-        ):
-            model = AutoModelForCausalLM.from_config(
-                self.config,
-                dtype=dtype,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.options["trust_remote_code"],
-            )
-        # Only now, or buffers would be computed in the dtype of the weights.
-        model.initialize_weights()
-        model.tie_weights()  # moving them to the meta device one by one has cut the ties
+        model = empty_model(
+            self.config,
+            dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.options["trust_remote_code"],
+        )
         if model.can_generate():
             model.generation_config = self._generation_config()
         return model.eval()
@@ -284,20 +272,6 @@ def _model_file(names: Collection[str]) -> str:
         if name in names or f"{name}.index.json" in names:
             return name
     raise OtherForm(f"there is neither {' nor '.join(_MODEL_FILES)}, nor an index of either")
-
-
-def _lay_out(model: Any, sharding: str, device: torch.device) -> None:
-    """Give memory to what this rank holds of a model whose parameters are on the meta device.
-
-    Values of parameters are undefined afterwards; buffers keep theirs.
-    """
-    if sharding == "fsdp2":
-        shard_model(model)
-    elif sharding == "zero3":
-        partition_empty(model, deepspeed_config())
-    materialize(model, device)
-    if sharding == "none":
-        model.tie_weights()  # giving them memory one by one has cut the ties
 
 
 @contextlib.contextmanager

@@ -11,11 +11,33 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from addax_ds.data.partition import Method
+
 # Blue, orange, green and grey that colour-blind readers tell apart (Okabe and Ito).
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 _MARKED_POINTS = 60  # A longer curve reads better without a marker at every point.
 
 Points = list[tuple[float, float]]
+
+
+METHOD_COLOURS: dict[Method, str] = {
+    "addax": _ORANGE,
+    "addax-wa": "#E69F00",
+    "mezo": _GREEN,
+    "ip-sgd": _BLUE,
+    "sgd": "#56B4E9",
+    "adamw": "#000000",
+}
+"""In every figure that compares methods, in this order."""
+
+
+def plain_axes(axes: Axes, x: str = "", y: str = "") -> None:
+    """Label axes, with a light grid behind the curves and no frame around them."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def training_curves(
@@ -76,10 +98,7 @@ def _points(log_history: Sequence[dict[str, Any]], *keys: str) -> Points:
 
 
 def _style(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes, y=label)
     axes.margins(x=0.02, y=0.1)
 
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from addax_ds.data.encoding import Example
 from addax_ds.errors import UserError
-from addax_ds.settings import AddaxSettings
+from addax_ds.settings import AddaxSettings, dtype_name
 
 # What must not change, and how to give it.
 _FIXED = {
@@ -83,7 +83,7 @@ class Run:
         """Describe the run that has these arguments; `with_data` adds what it trains on."""
         in_global_batch = args.world_size * settings.gradient_accumulation_steps
         first_order = 0 if settings.method == "mezo" else args.per_device_train_batch_size
-        dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+        dtype = dtype_name(args)
         return cls(
             sharding=sharding,
             ranks=args.world_size,

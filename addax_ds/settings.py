@@ -117,6 +117,11 @@ def weights_dtype(args: Any) -> torch.dtype:
     return torch.float16 if args.fp16 else torch.float32
 
 
+def dtype_name(args: Any) -> str:
+    """Return what `weights_dtype` is called: "bf16", "fp16" or "fp32"."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
 def resolve(
     addax_args: AddaxArguments,
     training_args: TrainingArguments,

@@ -19,7 +19,7 @@ from addax_ds.data.encoding import Example
 from addax_ds.data.partition import Partition, partition
 from addax_ds.errors import UserError
 from addax_ds.evaluation import EvaluationCollator, ScoredSet
-from addax_ds.likelihood import positions_of, scores_of_logits, target_scores, targets_of
+from addax_ds.likelihood import scores_of_logits, target_scores, target_tensors, targets_of
 from addax_ds.saving import SavingTrainer
 from addax_ds.scoring import ScoringTrainer
 from addax_ds.settings import AddaxArguments, AddaxSettings
@@ -176,9 +176,7 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
         In fp64. The sum is divided by the global number of targets, and multiplied by the number of
         ranks and micro-batches: whoever takes the step takes a mean over them.
         """
-        following = targets_of(batch["labels"])
-        inputs = {**batch, "targets": following, "positions": positions_of(following)}
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs({**batch, **target_tensors(batch["labels"])})
         with self.compute_loss_context_manager():
             scores = target_scores(model, inputs, inputs["targets"], inputs["positions"])
         parts = self.args.world_size * self.settings.gradient_accumulation_steps

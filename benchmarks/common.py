@@ -1,6 +1,7 @@
 """What the benchmarks share: models of a shape, live tensors, collectives, circumstances."""
 
 import gc
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from addax_ds.circumstances import circumstances as circumstances
 from addax_ds.planner.shapes import OPT_FAMILY
+from addax_ds.processes import search_path
 from addax_ds.scaling.point import SMALL_SHAPES
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -18,6 +20,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     **{name: OPT_FAMILY[name] for name in ("opt-125m", "opt-350m")},
 }
 """Arguments of `OPTConfig`."""
+
+
+def one_thread_each() -> dict[str, str]:
+    """Return the environment for ranks on a CPU, one thread each."""
+    on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **on_cpu, "PATH": search_path()}
 
 
 def random_model(shape: str) -> nn.Module:

@@ -9,7 +9,6 @@ are fewer cores than ranks, seconds say little: over ranks, bytes and CPU second
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run as a script
+
+from addax_ds.plotting import plain_axes
+from addax_ds.processes import script
+from benchmarks.common import one_thread_each
 
 STEP = Path(__file__).with_name("step.py")
 SIZES = ["opt-11m", "opt-34m", "opt-125m", "opt-350m"]
@@ -32,20 +37,15 @@ COLORS = {"addax": "#D55E00", "parts": "#0072B2"}  # as in `addax_ds.plotting`
 
 def measure(shape: str, ranks: int, rounds: int, port: int) -> dict[str, Any]:
     """Run `step` on a number of ranks and return what it wrote."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}",
-    }
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [str(launcher), f"--num_gpus={ranks}", f"--master_port={port}", str(STEP)]
+        command = [script("deepspeed"), f"--num_gpus={ranks}", f"--master_port={port}", str(STEP)]
         command += ["--shape", shape, "--rounds", str(rounds), "--output", folder]
         command += ["--no_memory", "--contenders", *LABELS]
         with log.open("w") as file:
-            code = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+            code = subprocess.run(
+                command, env=one_thread_each(), stdout=file, stderr=file
+            ).returncode
         if code:
             raise SystemExit(f"{log.read_text()}\n{shape} on {ranks} ranks failed")
         result = json.loads((Path(folder) / "step.json").read_text())
@@ -60,7 +60,7 @@ def draw(sizes: list[dict[str, Any]], ranks: list[dict[str, Any]], path: Path) -
     FigureCanvasAgg(figure)
     time, sent, cpu = figure.subplots(1, 3)
 
-    _style(time, "parameters, millions", "seconds a step")
+    plain_axes(time, "parameters, millions", "seconds a step")
     millions = [run["configuration"]["parameters"] / 1e6 for run in sizes]
     for name in LABELS:
         _curve(time, name, millions, [run["contenders"][name]["seconds"] for run in sizes])
@@ -74,8 +74,8 @@ def draw(sizes: list[dict[str, Any]], ranks: list[dict[str, Any]], path: Path) -
     time.yaxis.set_minor_locator(NullLocator())
 
     numbers = [run["configuration"]["ranks"] for run in ranks]
-    _style(sent, "ranks", "MB that a rank sends in a step")
-    _style(cpu, "ranks", "CPU seconds of a rank in a step")
+    plain_axes(sent, "ranks", "MB that a rank sends in a step")
+    plain_axes(cpu, "ranks", "CPU seconds of a rank in a step")
     for name in LABELS:
         results = [run["contenders"][name] for run in ranks]
         _curve(sent, name, numbers, [_megabytes(r["communication"]) for r in results])
@@ -99,14 +99,6 @@ def _per_rank(result: dict[str, Any], ranks: int) -> dict[str, Any]:
         "median": seconds["median"] / ranks,
         "quartiles": [quartile / ranks for quartile in seconds["quartiles"]],
     }
-
-
-def _style(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _curve(axes: Axes, name: str, x: list[float], spreads: list[dict[str, Any]]) -> None:

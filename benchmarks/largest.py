@@ -11,7 +11,6 @@ killed) or, if that one fails, down until one trains. Writes largest.json and pr
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import shlex
@@ -27,26 +26,26 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
-from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import OPTConfig
+from transformers.integrations import HfDeepSpeedConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
+from addax_ds.agreement import leave_together
+from addax_ds.data.partition import ZEROTH_ORDER
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import OPT_FAMILY, shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
-from addax_ds.sharding.fsdp2 import materialize
-from addax_ds.sharding.zero3 import partition_empty
-from benchmarks.common import circumstances
-from benchmarks.live import batch_of, closure
+from addax_ds.processes import script
+from addax_ds.scaling.model import random_model
+from benchmarks.common import circumstances, one_thread_each
+from benchmarks.live import ALPHAS, OPTIMIZERS, batch_of, closure
 
 RANKS = 2
 STEPS = 2
 ROWS, LONG, SHORT = 1, 128, 64
-METHODS = ("addax", "mezo", "ip-sgd", "sgd", "adamw")
-ALPHA = {"addax": 1e-3, "mezo": 1.0, "ip-sgd": 0.0}
+METHODS = tuple(OPTIMIZERS)
 _POLL_S = 0.25
 _LIMIT_S = 3600.0  # of one attempt
 
@@ -56,21 +55,16 @@ _LIMIT_S = 3600.0  # of one attempt
 def train(name: str, method: str) -> dict[str, Any]:
     """Train random weights for two steps; return the seconds of each."""
     config = _config(name, method)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            OPTConfig(**OPT_FAMILY[name]), dtype=torch.bfloat16
-        )
-    model.tie_weights()
-    partition_empty(model, config)
-    materialize(model, torch.device("cpu"))
-    _fill(model)
+    shape = OPTConfig(**OPT_FAMILY[name], use_cache=False)
+    live = HfDeepSpeedConfig(config)  # random_model looks for it
+    model = random_model(shape, "zero3", torch.bfloat16, torch.device("cpu"))
+    del live
     engine, optimizer, _, _ = deepspeed.initialize(model=model.train(), config=config)
-    model.config.use_cache = False
     long, short = (closure(engine, batch_of(ROWS, n, n - 1)) for n in (LONG, SHORT))
     seconds = []
     for _ in range(STEPS):
         began = time.perf_counter()
-        first = optimizer.measure(long, short) if method in ALPHA else short()
+        first = optimizer.measure(long, short) if method in ALPHAS else short()
         if first is not None:
             engine.backward(first)
         engine.step()
@@ -79,17 +73,10 @@ def train(name: str, method: str) -> dict[str, Any]:
 
 
 def _config(name: str, method: str) -> dict[str, Any]:
-    if method in ALPHA:
-        params = {"lr": 1e-6, "alpha": ALPHA[method], "zo_eps": 1e-3}
-        optimizer = {"type": "Addax", "params": params}
-    elif method == "sgd":
-        optimizer = {"type": "SGD", "params": {"lr": 1e-6}}
-    else:
-        optimizer = {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True}}
     return {
         "train_micro_batch_size_per_gpu": ROWS,
         "bf16": {"enabled": True},
-        "optimizer": optimizer,
+        "optimizer": OPTIMIZERS[method],
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero(name),
     }
@@ -108,18 +95,6 @@ def _zero(name: str) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def _fill(model: nn.Module) -> None:
-    """Give every partition values as an initialised model has them."""
-    torch.manual_seed(dist.get_rank())
-    for name, parameter in model.named_parameters():
-        partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-        if "norm" in name or name.endswith("bias"):
-            partition.fill_(float(name.endswith("weight")))
-        else:
-            partition.normal_(0.0, 0.02)
-
-
 # ---- all ranks -----------------------------------------------------------------------------------
 
 
@@ -131,7 +106,7 @@ def planned(name: str, method: str) -> int:
         method,
         "zero3",
         RANKS,
-        Batch(ROWS, LONG, LONG - 1) if method in ("addax", "mezo") else None,
+        Batch(ROWS, LONG, LONG - 1) if method in ZEROTH_ORDER else None,
         Batch(ROWS, SHORT, SHORT - 1) if method != "mezo" else None,
         False,
         None,
@@ -143,21 +118,14 @@ def planned(name: str, method: str) -> int:
 
 def attempt(name: str, method: str, memory: float) -> dict[str, Any]:
     """Train on ranks of their own, killed when together they hold more than ``memory``."""
-    scripts = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-    }
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
-        words = [str(scripts / "deepspeed"), "--num_gpus", str(RANKS), __file__]
+        words = [script("deepspeed"), "--num_gpus", str(RANKS), __file__]
         words += ["--model", name, "--method", method, "--output", str(result)]
         print(f"{name} {method}: {shlex.join(words)}", flush=True)
         with log.open("wb") as output:
             process = subprocess.Popen(
-                words, env=environment, stdout=output, stderr=output, start_new_session=True
+                words, env=one_thread_each(), stdout=output, stderr=output, start_new_session=True
             )
         peak = _watch(process, memory)
         found = json.loads(result.read_text()) if result.exists() else {}
@@ -249,9 +217,7 @@ def main() -> None:
         result = train(arguments.model, arguments.method)
         if dist.get_rank() == 0:
             arguments.output.write_text(json.dumps(result))
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
+        leave_together()
         return
     results = []
     print("| method | model | trains | planned GB | peak GB | seconds of the steps |")

@@ -24,6 +24,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from addax_ds import Addax, attach, running_step
 from addax_ds.data.encoding import NO_LOSS
+from addax_ds.data.partition import ZEROTH_ORDER
 from addax_ds.likelihood import positions_of, target_scores, targets_of
 from addax_ds.planner.shapes import OPT_FAMILY
 from addax_ds.planner.tape import Tape
@@ -132,7 +133,7 @@ def torch_step(case: dict[str, Any]) -> tuple[Any, Callable[[], None], Any]:
 
 def _closures(model: Any, case: dict[str, Any]) -> tuple[Any, Any]:
     method = case["method"]
-    zeroth = None if method not in ("addax", "mezo") else closure(model, batch_of(*case["zeroth"]))
+    zeroth = None if method not in ZEROTH_ORDER else closure(model, batch_of(*case["zeroth"]))
     first = None if method == "mezo" else closure(model, batch_of(*case["first"]))
     return zeroth, first
 

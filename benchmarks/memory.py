@@ -16,7 +16,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.runtime.comm import coalesced_collectives
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 import addax_ds  # noqa: F401  (registers the optimizer)
+from addax_ds.agreement import leave_together
 from benchmarks.common import (
     all_live_tensors,
     circumstances,
@@ -141,9 +141,7 @@ def main() -> None:
         (arguments.output / name).write_text(text)
     elif comm.get_rank() == 0:
         print(text)
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

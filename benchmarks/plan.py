@@ -10,9 +10,7 @@ Writes plan.json and prints a table.
 import argparse
 import gc
 import json
-import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,11 +24,14 @@ from transformers import OPTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
+from addax_ds.agreement import leave_together
+from addax_ds.data.partition import ZEROTH_ORDER
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
-from benchmarks.common import circumstances
+from addax_ds.processes import free_port, script
+from benchmarks.common import circumstances, one_thread_each
 from benchmarks.live import MODELS, measure
 
 # ---- beside the planner --------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
             method,
             case["sharding"],
             ranks,
-            Batch(*case["zeroth"]) if method in ("addax", "mezo") else None,
+            Batch(*case["zeroth"]) if method in ZEROTH_ORDER else None,
             Batch(*case["first"]) if method != "mezo" else None,
             case["checkpointing"],
             case["attention"],
@@ -122,36 +123,16 @@ CASES = [
 
 def launch(case: dict[str, Any]) -> dict[str, Any]:
     """Run one case with the launcher that a user would take."""
-    scripts = Path(sys.executable).parent
-    ranks = case["ranks"]
-    port = str(free_port())
-    launcher = {
-        "zero3": [str(scripts / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port],
-        "fsdp2": [
-            str(scripts / "torchrun"),
-            *("--nproc_per_node", str(ranks), "--master_port", port),
-        ],
-    }[case["sharding"]]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-    }
+    flags = {"zero3": ("deepspeed", "--num_gpus"), "fsdp2": ("torchrun", "--nproc_per_node")}
+    launcher, number = flags[case["sharding"]]
+    command = [script(launcher), number, str(case["ranks"]), "--master_port", str(free_port())]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        words = [*launcher, __file__, "--cases", json.dumps([case]), "--output", str(path)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        words = [*command, __file__, "--cases", json.dumps([case]), "--output", str(path)]
+        done = subprocess.run(words, env=one_thread_each(), capture_output=True, text=True)
         if not path.exists():
             raise RuntimeError(f"{shlex.join(words)} failed:\n{done.stdout}\n{done.stderr}")
         return json.loads(path.read_text())[0]
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def row(result: dict[str, Any]) -> str:
@@ -208,9 +189,7 @@ def main() -> None:
         results = examine(json.loads(arguments.cases))
         if dist.get_rank() == 0:
             arguments.output.write_text(json.dumps(results))
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
+        leave_together()
         return
     path = arguments.output / "plan.json"
     chosen = arguments.only.split(",") if arguments.only else sorted({c["model"] for c in CASES})

@@ -18,7 +18,6 @@ import ctypes
 import gc
 import json
 import os
-import socket
 import statistics
 import sys
 import time
@@ -38,6 +37,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
+from addax_ds.agreement import leave_together
+from addax_ds.processes import free_port
 from benchmarks.common import (
     SHAPES,
     CollectiveCounter,
@@ -221,7 +222,7 @@ def _memory_alone(workload: Workload, name: str, port: int) -> dict[str, int | N
         "peak_device_bytes": None if _on_cpu() else get_accelerator().max_memory_allocated(),
         "state_bytes": live_bytes(all_live_tensors()) - live_before,
     }
-    _stop()
+    leave_together()
     return result
 
 
@@ -233,9 +234,7 @@ def _status_bytes(field: str) -> int:
 
 
 def _common_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return gather(probe.getsockname()[1])[0]
+    return gather(free_port())[0]
 
 
 # ---- all ranks ---------------------------------------------------------------------------------
@@ -264,13 +263,6 @@ def _start() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
     deepspeed.init_distributed()
-
-
-def _stop() -> None:
-    """Without this order gloo aborts now and then at exit."""
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def run(workload: Workload, names: list[str], rounds: int, with_memory: bool) -> dict[str, Any]:
@@ -354,7 +346,7 @@ def main() -> None:
         if arguments.output:
             text = json.dumps(document, indent=2)
             (arguments.output / "step.json").write_text(text + "\n")
-    _stop()
+    leave_together()
 
 
 if __name__ == "__main__":

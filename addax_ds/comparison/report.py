@@ -2,11 +2,12 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from addax_ds.circumstances import distinct
 from addax_ds.comparison.figures import Curve, draw_costs, draw_curves
 from addax_ds.comparison.runner import Comparison, dev_score, seconds_a_step
 from addax_ds.comparison.study import Contender, Study, Trial
@@ -214,7 +215,7 @@ def _as_json(study: Study, entries: list[Entry], untrained: float | None) -> dic
                 "flags": entry.contender.flags,
                 "dev_accuracy_by_learning_rate": entry.grid,
                 "learning_rate": entry.chosen,
-                "circumstances": _distinct(o["circumstances"] for o in entry.trainings.values()),
+                "circumstances": distinct(o["circumstances"] for o in entry.trainings.values()),
                 "test_accuracy_by_seed": entry.tests,
                 "seconds_a_step": entry.step_seconds,
                 "peak_memory_bytes": entry.peak_memory,
@@ -233,11 +234,3 @@ def _as_json(study: Study, entries: list[Entry], untrained: float | None) -> dic
             for entry in entries
         },
     }
-
-
-def _distinct(circumstances: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for entry in circumstances:
-        if entry not in found:
-            found.append(entry)
-    return found

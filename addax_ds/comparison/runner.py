@@ -8,9 +8,7 @@ import logging
 import math
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 from addax_ds.circumstances import circumstances
 from addax_ds.comparison.study import Study, Trial
 from addax_ds.errors import UserError
+from addax_ds.processes import end, free_port, read_json, script, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +49,10 @@ class Job:
     @property
     def outcome(self) -> dict[str, Any] | None:
         """What it came to, or None if it is not over or was run with other flags."""
-        path = self.folder / OUTCOME
-        if not path.is_file():
+        found = read_json(self.folder / OUTCOME)
+        if found is None or _identity(found["flags"]) != _identity(self.flags):
             return None
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found if _identity(found["flags"]) == _identity(self.flags) else None
+        return found
 
 
 def _identity(flags: dict[str, str]) -> dict[str, str]:
@@ -167,13 +165,17 @@ def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
     failed: set[Path] = set()
     try:
         while True:
-            taken = failed | {job.folder for job, _, _ in running}
-            due = (job for job in next_jobs() if job.outcome is None and job.folder not in taken)
-            while len(running) < workers and (job := next(due, None)) is not None:
+            while len(running) < workers:
+                taken = failed | {job.folder for job, _, _ in running}
+                missing = (job for job in next_jobs() if job.folder not in taken)
+                job = next((job for job in missing if job.outcome is None), None)
+                if job is None:
+                    break
                 running.append((job, _start(job), time.monotonic()))
             if not running:
                 break
-            time.sleep(_POLL_S)
+            while all(process.poll() is None for _, process, _ in running):
+                time.sleep(_POLL_S)
             for entry in [entry for entry in running if entry[1].poll() is not None]:
                 running.remove(entry)
                 job, process, began = entry
@@ -181,12 +183,7 @@ def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
                     failed.add(job.folder)
     finally:
         for _, process, _ in running:
-            process.terminate()  # the launcher ends its ranks
-            try:
-                process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process, _GRACE_S)
     if failed:
         logs = "\n".join(str(folder / "output.log") for folder in sorted(failed))
         raise UserError(f"{len(failed)} job(s) failed, see\n{logs}\nCall again to repeat them")
@@ -207,11 +204,8 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
 
 
 def _command(job: Job) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1"]
-    program = ["--master_port", str(port), str(_ROOT / "launch" / "train.py")]
+    launcher = [script("deepspeed"), "--num_gpus", "1"]
+    program = ["--master_port", str(free_port()), str(_ROOT / "launch" / "train.py")]
     flags = {**job.flags, "output_dir": str(job.folder.resolve())}
     return [*launcher, *program, *(f"--{name}={value}" for name, value in flags.items())]
 
@@ -229,14 +223,11 @@ def _finish(job: Job, exit_code: int, seconds: float) -> bool:
         "command": json.loads((job.folder / "command.json").read_text()),
         "circumstances": circumstances(),
     }
-    for key, name in (("results", "all_results.json"), ("state", "trainer_state.json")):
-        path = job.folder / name
-        content[key] = json.loads(path.read_text()) if path.is_file() else {}
-    content["log"] = content.pop("state").get("log_history", [])
+    content["results"] = read_json(job.folder / "all_results.json") or {}
+    state = read_json(job.folder / "trainer_state.json") or {}
+    content["log"] = state.get("log_history", [])
     for checkpoint in job.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    partial = job.folder / f".{OUTCOME}"
-    partial.write_text(json.dumps(content) + "\n")
-    partial.replace(job.folder / OUTCOME)
+    write_json(job.folder / OUTCOME, content)
     logger.info("%s: exit %d after %.0f s", job.folder, exit_code, seconds)
     return True

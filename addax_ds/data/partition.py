@@ -14,6 +14,9 @@ from addax_ds.errors import UserError
 
 Method = Literal["addax", "addax-wa", "mezo", "ip-sgd", "sgd", "adamw"]
 
+ZEROTH_ORDER: tuple[Method, ...] = ("addax", "addax-wa", "mezo")
+"""Methods with a zeroth-order part."""
+
 BASELINES: tuple[Method, ...] = ("sgd", "adamw")
 """Methods that are not Addax at some alpha: torch's optimizers in DeepSpeed's ZeRO-3."""
 

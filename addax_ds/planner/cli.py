@@ -7,27 +7,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from addax_ds.data.partition import ZEROTH_ORDER, Method
 from addax_ds.ds_config import check_ds_config, load_ds_config
 from addax_ds.errors import UserError
 from addax_ds.planner.memory import METHODS, Inputs
-from addax_ds.planner.report import GB, GRAIN, Request, as_json, as_table, make_plan
+from addax_ds.planner.report import GB, GRAIN, RESERVE, Request, as_json, as_table, make_plan
 from addax_ds.planner.shapes import DTYPES, OPT_FAMILY, ModelShape, find_shape
-from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
 from addax_ds.rules import raise_problems
 
-_AUTOMATIC = dict.fromkeys(
-    (
-        "reduce_bucket_size",
-        "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold",
-    ),
-    "auto",
-)
-"""What ``ds_configs/zero3.json`` says."""
-
-_ONLY_FOR = {
+_ONLY_FOR: dict[str, set[Method]] = {
     "length_threshold": {"addax"},
-    "per_device_zo_batch_size": {"addax", "addax-wa", "mezo"},
+    "per_device_zo_batch_size": set(ZEROTH_ORDER),
 }
 """Methods outside of which a flag has no effect."""
 
@@ -123,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--reserve",
         type=float,
-        default=4.0,
+        default=RESERVE / GB,
         help="GB of a GPU that tensors do not get: CUDA context, NCCL, fragmentation",
     )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to plan")
@@ -219,7 +210,7 @@ def _check_length(arguments: argparse.Namespace, shape: ModelShape, length: int)
 
 def _zero3(arguments: argparse.Namespace, shape: ModelShape) -> Zero3Settings:
     if not arguments.deepspeed:
-        return Zero3Settings.from_json(_AUTOMATIC, shape.hidden)
+        return Zero3Settings.from_json(automatic_sizes(shape.hidden), shape.hidden)
     config, where = load_ds_config(arguments.deepspeed)
     check_ds_config(config, where)
     return Zero3Settings.from_json(config["zero_optimization"], shape.hidden)

@@ -7,8 +7,8 @@ allocator holds without use.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import get_args
 
 from addax_ds.data.partition import BASELINES, Method
 from addax_ds.planner.replay import Engine, Ledger, replay
@@ -16,8 +16,7 @@ from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Batch, Trace, trace
 from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
 from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
-
-PlannedSharding = Literal["zero3", "fsdp2", "none"]
+from addax_ds.sharding.base import ShardingName
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -44,7 +43,7 @@ class Inputs:
 
     shape: ModelShape
     method: Method
-    sharding: PlannedSharding
+    sharding: ShardingName
     ranks: int
     zeroth_order: Batch | None
     first_order: Batch | None
@@ -84,12 +83,6 @@ def step_memory(inputs: Inputs) -> Memory:
         stages.append(("update", _update(inputs, standing)))
     stage, ledger = max(stages, key=lambda entry: entry[1].peak_total)
     return Memory(ledger.peak, ledger.peak_total, _host_bytes(inputs), stage)
-
-
-def first_order_memory(inputs: Inputs) -> int:
-    """Return the bytes that the first-order pass alone needs at its peak."""
-    assert inputs.first_order is not None
-    return step_memory(replace(inputs, zeroth_order=None)).total
 
 
 def standing_bytes(inputs: Inputs) -> dict[str, int]:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from addax_ds.planner.memory import BASELINES, Inputs, Memory, Method, step_memory
+from addax_ds.data.partition import BASELINES, ZEROTH_ORDER, Method
+from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.threshold import batch, largest_threshold
 
@@ -13,6 +14,8 @@ MOST_GPUS = 1024
 GRAIN = 16
 """Tokens; L_T is planned in multiples of it."""
 GB = 10**9
+RESERVE = 4 * GB
+"""Of a GPU's memory, for what is not a tensor: CUDA context, NCCL, fragmentation; an assumption."""
 
 _TITLES = ("method", *CATEGORIES, "total", "fits", "GPUs needed", "with checkpointing", "host")
 
@@ -79,7 +82,7 @@ def make_plan(request: Request, method: Method) -> Plan | None:
         return None
     length = first_order_length(request, method)
     zeroth, first = None, None
-    if method in ("addax", "addax-wa", "mezo"):
+    if method in ZEROTH_ORDER:
         zeroth = batch(request.zo_rows, request.length, request.targets)
     if length is not None:
         first = batch(request.train_rows, length, request.targets)

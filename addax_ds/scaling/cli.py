@@ -4,10 +4,11 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from addax_ds.circumstances import distinct
 from addax_ds.ds_config import check_ds_config, load_ds_config
 from addax_ds.errors import UserError
 from addax_ds.rules import raise_problems
@@ -111,7 +112,7 @@ def _write(
         "configuration": {
             name: value for name, value in vars(arguments).items() if name not in _PLACES
         },
-        "circumstances": _distinct(o["circumstances"] for m in tried for o in m.outcomes),
+        "circumstances": distinct(o["circumstances"] for m in tried for o in m.outcomes),
     }
     found = {number: job.outcome for number, job in links.items() if job.outcome}
     rows, projected = results.write(folder, tried, found, arguments.project, network, about)
@@ -122,15 +123,6 @@ def _write(
     else:
         logger.info("Nothing to project from: it takes a point on 2 ranks or more")
     logger.info("Results: %s (projections are a %s)", folder.resolve(), LABEL)
-
-
-def _distinct(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what differs; points may have been measured at different times and places."""
-    found: list[dict[str, Any]] = []
-    for record in records:
-        if record not in found:
-            found.append(record)
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

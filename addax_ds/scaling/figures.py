@@ -9,20 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from addax_ds.plotting import METHOD_COLOURS, plain_axes
 from addax_ds.scaling.phases import PHASES
 from addax_ds.scaling.projection import LABEL
 
 Row = dict[str, Any]
 
-# Colours that colour-blind readers tell apart (Okabe and Ito).
-_METHOD_COLORS = {
-    "addax": "#D55E00",
-    "addax-wa": "#E69F00",
-    "mezo": "#009E73",
-    "ip-sgd": "#0072B2",
-    "sgd": "#56B4E9",
-    "adamw": "#000000",
-}
 _PHASE_COLORS = dict(
     zip(
         PHASES,
@@ -53,13 +45,13 @@ def draw_projection(rows: Sequence[Row], path: Path) -> None:
     for (model, length), (axes,) in columns.items():
         same = [row for row in rows if (row["model"], row["length"]) == (model, length)]
         axes.set_title(f"{model}, {length} tokens", fontsize="medium")
-        _style(axes, "GPUs", "tokens a second, projected")
+        plain_axes(axes, "GPUs", "tokens a second, projected")
         for method in dict.fromkeys(row["method"] for row in same):
             own = sorted((r for r in same if r["method"] == method), key=lambda r: r["ranks"])
             numbers = [row["ranks"] for row in own]
             slow = [row["tokens_per_second_no_overlap"] for row in own]
             fast = [row["tokens_per_second_full_overlap"] for row in own]
-            color = _METHOD_COLORS[method]
+            color = METHOD_COLOURS[method]
             axes.fill_between(numbers, slow, fast, color=color, alpha=0.25, linewidth=0)
             axes.plot(numbers, slow, color=color, marker="o", markersize=3.5, label=method)
             axes.plot(numbers, fast, color=color, linestyle="--")
@@ -86,13 +78,13 @@ def _columns(
 
 
 def _curves(axes: Axes, rows: Sequence[Row], label: str, value: Callable[[Row], float]) -> None:
-    _style(axes, "ranks", label)
+    plain_axes(axes, "ranks", label)
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted((row for row in rows if row["method"] == method), key=lambda r: r["ranks"])
         axes.plot(
             [row["ranks"] for row in own],
             [value(row) for row in own],
-            color=_METHOD_COLORS[method],
+            color=METHOD_COLOURS[method],
             marker="o",
             markersize=3.5,
             label=method,
@@ -103,9 +95,9 @@ def _curves(axes: Axes, rows: Sequence[Row], label: str, value: Callable[[Row], 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     """Stack the phases of each method and number of ranks."""
-    _style(axes, "method, ranks", "seconds of a watched step")
+    plain_axes(axes, "method, ranks", "seconds of a watched step")
     ordered = sorted(
-        rows, key=lambda row: (list(_METHOD_COLORS).index(row["method"]), row["ranks"])
+        rows, key=lambda row: (list(METHOD_COLOURS).index(row["method"]), row["ranks"])
     )
     places = range(len(ordered))
     below = [0.0] * len(ordered)
@@ -115,14 +107,6 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
         below = [a + b for a, b in zip(below, seconds, strict=True)]
     names = [f"{row['method']}, {row['ranks']}" for row in ordered]
     axes.set_xticks(list(places), names, rotation=90, fontsize="small")
-
-
-def _style(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _ticks(axes: Axes, numbers: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 ``python -m addax_ds.scaling.link FOLDER`` under a launcher; rank 0 writes ``FOLDER/measured.json``.
 """
 
-import gc
 import json
 import os
 import statistics
@@ -16,7 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from addax_ds.agreement import everywhere
+from addax_ds.agreement import everywhere, leave_together
 from addax_ds.circumstances import circumstances
 from addax_ds.scaling.measure import MEASURED
 from addax_ds.scaling.traffic import ring_bytes
@@ -74,9 +73,7 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ are only timed, and steps with instruments, whose total is another where phases 
 All ranks begin a step together.
 """
 
-import gc
 import json
 import os
 import statistics
@@ -26,12 +25,12 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
-from addax_ds.agreement import everywhere
+from addax_ds.agreement import everywhere, leave_together
 from addax_ds.baseline import BaselineTrainer
 from addax_ds.circumstances import circumstances
 from addax_ds.costs import peak_memory
 from addax_ds.data.encoding import NO_LOSS, Example
-from addax_ds.data.partition import BASELINES
+from addax_ds.data.partition import BASELINES, ZEROTH_ORDER
 from addax_ds.ds_config import load_ds_config
 from addax_ds.scaling.instruments import instrumented
 from addax_ds.scaling.model import random_model
@@ -197,7 +196,7 @@ def _deepspeed(path: str | None) -> dict[str, Any]:
 
 
 def _addax_arguments(point: Point) -> AddaxArguments:
-    has_zeroth_order = point.method in ("addax", "addax-wa", "mezo")
+    has_zeroth_order = point.method in ZEROTH_ORDER
     return AddaxArguments(
         method=point.method,
         length_threshold=point.first_order_length if point.method == "addax" else None,
@@ -236,9 +235,7 @@ def main() -> None:
     found = measure(Point(**job["point"]), job["steps"], job["deepspeed"], folder)
     if dist.get_rank() == 0:
         (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,11 @@
 """A model with random weights, of which a rank makes what it holds and no more."""
 
-from typing import Any
-
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.initialization import no_init_weights
-from transformers.integrations import deepspeed_config
-from transformers.modeling_utils import set_zero3_state
+from transformers import PreTrainedConfig
 
+from addax_ds.empty_model import empty_model, lay_out
 from addax_ds.sharding.attach import back_end_of
-from addax_ds.sharding.fsdp2 import materialize, shard_model
-from addax_ds.sharding.zero3 import partition_empty
 
 _STANDARD_DEVIATION = 0.02
 
@@ -27,19 +20,12 @@ def random_model(
 
     Args:
         config: of the model.
-        sharding: "zero3" (the live `TrainingArguments` have the JSON) or "fsdp2".
+        sharding: see `lay_out`.
         dtype: of the weights.
         device: where the weights go.
     """
-    with no_init_weights(), init_empty_weights(include_buffers=False), set_zero3_state():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.initialize_weights()  # buffers
-    model.tie_weights()  # moving them to the meta device one by one has cut the ties
-    if sharding == "fsdp2":
-        shard_model(model)
-    else:
-        partition_empty(model, deepspeed_config())
-    materialize(model, device)
+    model = empty_model(config, dtype)
+    lay_out(model, sharding, device)
     back_end = back_end_of(model)
     for name, parameter in model.named_parameters():
         _, data = back_end.local_slice(parameter)

@@ -5,22 +5,18 @@ start by the next call. A job that fails or takes too long leaves ``failure.json
 the others.
 """
 
-import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from addax_ds.errors import UserError
+from addax_ds.processes import end, free_port, read_json, script, search_path, write_json
 from addax_ds.scaling.measure import MEASURED
 
 logger = logging.getLogger(__name__)
@@ -81,12 +77,12 @@ class Job:
     @property
     def outcome(self) -> dict[str, Any] | None:
         """What it came to, or None if it has not been measured."""
-        return _read(self.folder / OUTCOME)
+        return read_json(self.folder / OUTCOME)
 
     @property
     def failure(self) -> dict[str, Any] | None:
         """Why it has not been measured, if it was tried."""
-        return None if self.outcome else _read(self.folder / FAILURE)
+        return None if self.outcome else read_json(self.folder / FAILURE)
 
     def check(self) -> None:
         """Check that what was measured in the folder is the same job.
@@ -94,7 +90,7 @@ class Job:
         Raises:
             UserError: if it is another one.
         """
-        before = _read(self.folder / _JOB)
+        before = read_json(self.folder / _JOB)
         if self.outcome is not None and before != self.content:
             assert before is not None
             changed = [
@@ -133,7 +129,7 @@ def _run(job: Job, hosts: Hosts, time_limit: float) -> None:
     if job.folder.exists():
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True)
-    _write(job.folder / _JOB, job.content)
+    write_json(job.folder / _JOB, job.content)
     command = _command(job, hosts)
     began = time.monotonic()
     with (job.folder / _LOG).open("wb") as log:
@@ -148,57 +144,27 @@ def _run(job: Job, hosts: Hosts, time_limit: float) -> None:
     except subprocess.TimeoutExpired:
         status = None
     finally:
-        _end(process)
-    measured = _read(job.folder / MEASURED)
+        end(process, _GRACE_S)
+    measured = read_json(job.folder / MEASURED)
     shutil.rmtree(job.folder / "trainer", ignore_errors=True)
     record = {"command": command, "job_seconds": round(time.monotonic() - began, 1)}
     if status == 0 and measured is not None:
-        _write(job.folder / OUTCOME, {**record, **measured})
+        write_json(job.folder / OUTCOME, {**record, **measured})
         (job.folder / MEASURED).unlink()
         return
     reason = f"took more than {time_limit:g} s" if status is None else f"exit status {status}"
-    _write(job.folder / FAILURE, {**record, "reason": reason})
+    write_json(job.folder / FAILURE, {**record, "reason": reason})
     lines = (job.folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:]
     logger.warning("%s: %s\n%s", job.folder, reason, "\n".join(lines))
 
 
 def _command(job: Job, hosts: Hosts) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    flags = [*hosts.launcher_flags(job.ranks), "--master_port", str(port), "--no_local_rank"]
-    return [launcher, *flags, "--module", job.module, str(job.folder.resolve())]
+    port = str(free_port())
+    flags = [*hosts.launcher_flags(job.ranks), "--master_port", port, "--no_local_rank"]
+    return [script("deepspeed"), *flags, "--module", job.module, str(job.folder.resolve())]
 
 
 def _environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # DeepSpeed's launcher hands variables of this name on to other nodes.
     modules = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".removesuffix(os.pathsep)
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "PYTHONPATH": modules}
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a launcher that still runs, and the ranks that it may leave behind."""
-    if process.poll() is not None:
-        return
-    ranks = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()  # it ends its ranks, on other nodes too
-    try:
-        process.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for rank in ranks:
-        if rank.is_running():
-            rank.kill()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": search_path(), "PYTHONPATH": modules}

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 import torch
@@ -21,6 +21,7 @@ from addax_ds.noise import MAX_PARAMETER_ELEMENTS, parameter_id
 
 _WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
+ShardingName = Literal["zero3", "fsdp2", "none"]
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models whose gradients an optimizer applies."""
