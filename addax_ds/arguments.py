@@ -18,11 +18,16 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from addax_ds.agreement import starting_together
 from addax_ds.argument_values import read_argument_file, type_problems, value_problems
-from addax_ds.data.partition import BASELINES
 from addax_ds.ds_config import check_ds_config, load_ds_config, pick
 from addax_ds.errors import UserError
 from addax_ds.rules import did_you_mean, raise_problems
-from addax_ds.settings import AddaxArguments, AddaxSettings, resolve, settle_arguments
+from addax_ds.settings import (
+    AddaxArguments,
+    AddaxSettings,
+    check_can_resume,
+    resolve,
+    settle_arguments,
+)
 from addax_ds.sharding.base import ShardingName
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.training_arguments import DEFAULTS, check_values
@@ -316,6 +321,8 @@ def _check_before_start(
     names = {f.name for f in fields(AddaxArguments)}
     addax = AddaxArguments(**{name: value for name, value in values.items() if name in names})
     settle_arguments(addax, SimpleNamespace(**{**DEFAULTS, **values}), params, where)
+    if values.get("resume_from_checkpoint") not in (None, False):
+        check_can_resume(addax.method)
     both = [given.get(f"per_device_{kind}_batch_size") for kind in ("train", "zo")]
     problems = []
     if addax.method == "mezo" and None not in both and both[0] != both[1]:
@@ -328,13 +335,6 @@ def _check_before_start(
             "--save_only_model with --load_best_model_at_end: Trainer refuses both together under "
             "DeepSpeed; remove one."
         )
-    if addax.method in BASELINES and values.get("resume_from_checkpoint") not in (None, False):
-        problems.append(
-            f"--method {addax.method} cannot resume: its checkpoints hold the weights without the "
-            "optimizer's state; remove --resume_from_checkpoint."
-        )
-    if addax.method in BASELINES and values.get("fp16"):
-        problems.append(f"--method {addax.method} trains in bf16 or fp32; remove --fp16.")
     problems += _model_problems(values) + _data_problems(values)
     raise_problems("These arguments cannot be used:", problems)
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))

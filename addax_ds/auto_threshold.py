@@ -19,10 +19,9 @@ from addax_ds.data.encoding import Example
 from addax_ds.errors import UserError
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.report import GB, RESERVE
-from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.threshold import batch, largest_threshold
-from addax_ds.planner.zero3 import Zero3Settings
-from addax_ds.settings import AddaxSettings, dtype_name
+from addax_ds.run_memory import run_inputs
+from addax_ds.settings import AddaxSettings
 from addax_ds.sharding.base import ShardingName
 
 FLAG = "--length_threshold auto"
@@ -89,48 +88,17 @@ def plan_threshold(
     plan = None
     with all_ranks_or_none():
         if args.process_index == 0:
-            inputs = _inputs(config, attention, sharding, examples, args, settings)
+            # Rows of either stream may be the longest ones, which L_T decides.
+            both = examples, examples
+            try:
+                inputs = run_inputs(config, attention, sharding, both, args, settings)
+            except UserError as error:
+                raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
             search = _Search(inputs, examples, args, budget, fixed)
             plan = search.run(None if stated is None else budget)
     found = everywhere(plan)[0]
     assert found is not None
     return found
-
-
-def _inputs(
-    config: PreTrainedConfig,
-    attention: str | None,
-    sharding: ShardingName,
-    examples: Sequence[Example],
-    args: TrainingArguments,
-    settings: AddaxSettings,
-) -> Inputs:
-    try:
-        shape = shape_of(config, config.name_or_path or "the model", dtype_name(args))
-    except Exception as error:  # a model may come with code that runs nowhere else
-        raise UserError(
-            f"{FLAG}: the planner cannot build this model without its weights "
-            f"({type(error).__name__}: {error}): give a number of tokens"
-        ) from error
-    targets = max(example.target_count for example in examples)
-    longest = max(example.length for example in examples)
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    zero3 = Zero3Settings()
-    if deepspeed is not None:
-        zero3 = Zero3Settings.from_json(deepspeed.config["zero_optimization"], shape.hidden)
-    return Inputs(
-        shape=shape,
-        method="addax",
-        sharding=sharding,
-        ranks=args.world_size,
-        zeroth_order=batch(settings.per_device_zo_batch_size, longest, targets),
-        first_order=batch(args.per_device_train_batch_size, longest, targets),
-        checkpointing=bool(args.activation_checkpointing),
-        attention=attention,
-        zero3=zero3,
-        accumulation=settings.gradient_accumulation_steps,
-        cuda=args.device.type == "cuda",
-    )
 
 
 class _Search:

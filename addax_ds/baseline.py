@@ -6,8 +6,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from addax_ds.errors import UserError
+from addax_ds.data.partition import BASELINES
 from addax_ds.report import NonFiniteSteps
+from addax_ds.settings import check_can_resume
 from addax_ds.step_trainer import StepTrainer
 
 
@@ -19,6 +20,8 @@ class BaselineTrainer(StepTrainer):
     Checkpoints hold the weights alone, so a run cannot go on from one. Nothing keeps a loss that is
     NaN or infinite from the weights, but after `MAX_NON_FINITE_STEPS` of them training ends.
     """
+
+    methods = BASELINES
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,10 +57,7 @@ class BaselineTrainer(StepTrainer):
             UserError: for ``resume_from_checkpoint``.
         """
         if resume_from_checkpoint:
-            raise UserError(
-                f"--method {self.settings.method} cannot resume: its checkpoints hold the weights "
-                "without the optimizer's state"
-            )
+            check_can_resume(self.settings.method)
         return super().train(None, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

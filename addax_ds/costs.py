@@ -39,6 +39,10 @@ class CostMeter:
         self._device = device
         self._began = (0.0, 0.0)
 
+    def reset(self) -> None:
+        """A training begins that does not go on from a checkpoint."""
+        self.costs = Costs()
+
     def start(self) -> None:
         """A step begins."""
         self._began = self._now()

@@ -52,6 +52,7 @@ from addax_ds.errors import UserError
 from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
 from addax_ds.run import Run, data_digest
+from addax_ds.run_memory import describe, run_inputs
 from addax_ds.settings import AddaxSettings, weights_dtype
 from addax_ds.sharding.base import ShardingName
 from addax_ds.step_trainer import StepTrainer, plan_steps
@@ -108,7 +109,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
-    _announce(trainer, source.label, data, run)
+    _announce(trainer, source, sharding, data, run)
     if data.train:
         trainer.add_callback(_Duration(trainer.costs))
         if data.test is not None and data.test_before:
@@ -220,10 +221,15 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _announce(trainer: StepTrainer, model: str, data: Data, run: Run) -> None:
+def _announce(
+    trainer: StepTrainer, source: ModelSource, sharding: ShardingName, data: Data, run: Run
+) -> None:
+    """Say on rank 0 what will be trained, on what, how, and what memory it takes."""
     args = trainer.args
+    if args.process_index != 0:
+        return
     parameters, examples = get_model_param_count(trainer.model), len(data.train)
-    logger.info("Model: %s, %s, %d parameters", model, run.dtype, parameters)
+    logger.info("Model: %s, %s, %d parameters", source.label, run.dtype, parameters)
     logger.info("Data:  %s, %d training examples", data.description, examples)
     if trainer.partition is not None:
         logger.info("%s", trainer.partition.describe([example.length for example in data.train]))
@@ -237,7 +243,22 @@ def _announce(trainer: StepTrainer, model: str, data: Data, run: Run) -> None:
             run.first_order_batch,
             run.ranks,
         )
+        logger.info("Memory: %s", _planned_memory(trainer, source, sharding, data))
     logger.info("Output: %s", _folder(args).resolve())
+
+
+def _planned_memory(
+    trainer: StepTrainer, source: ModelSource, sharding: ShardingName, data: Data
+) -> str:
+    assert trainer.partition is not None
+    indices = trainer.partition.zeroth_order, trainer.partition.first_order
+    zeroth, first = ([data.train[i] for i in stream] for stream in indices)
+    args, settings, kernel = trainer.args, trainer.settings, source.attn_implementation
+    try:
+        inputs = run_inputs(source.config, kernel, sharding, (zeroth, first), args, settings)
+        return describe(inputs)
+    except UserError as error:
+        return f"not planned, {error}"
 
 
 def _folder(args: TrainingArguments) -> Path:

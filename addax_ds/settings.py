@@ -4,12 +4,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
-from addax_ds.data.partition import BASELINES, Method
+from addax_ds.data.partition import BASELINES, METHODS, Method
 from addax_ds.ds_config import OPTIMIZER_DEFAULTS, optimizer_problems, pick
 from addax_ds.errors import UserError
 from addax_ds.rules import raise_problems
@@ -17,7 +17,6 @@ from addax_ds.update import Rounding
 
 logger = logging.getLogger(__name__)
 
-METHODS: tuple[Method, ...] = get_args(Method)
 
 # Methods at one end of alpha; those without a zeroth-order part are at 0.
 _FIXED_ALPHA: dict[Method, float] = {"mezo": 1.0, "ip-sgd": 0.0, **dict.fromkeys(BASELINES, 0.0)}
@@ -159,11 +158,22 @@ def resolve(
     return settings
 
 
+def check_can_resume(method: Method) -> None:
+    """Raise `UserError` for a method whose checkpoints hold the weights alone."""
+    if method in BASELINES:
+        raise UserError(
+            f"--method {method} cannot resume, its checkpoints hold the weights without the "
+            "optimizer's state: remove --resume_from_checkpoint."
+        )
+
+
 def settle_arguments(
     args: AddaxArguments, training: Any, json_params: Mapping[str, Any], where: str
 ) -> AddaxSettings:
     """`resolve` without its warnings, on anything that has the training arguments it reads."""
     _check_addax_arguments(args)
+    if args.method in BASELINES and training.fp16:
+        raise UserError(f"--method {args.method} trains in bf16 or fp32: remove --fp16.")
     _check_step(training)
     raise_problems(f"{where}:", list(optimizer_problems(json_params, "optimizer.params.")))
     fixed_alpha = _FIXED_ALPHA.get(args.method)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from addax_ds.configure import configure
 from addax_ds.costs import CostMeter
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.encoding import Example
-from addax_ds.data.partition import Partition, partition
+from addax_ds.data.partition import BASELINES, IN_PLACE, Method, Partition, partition
 from addax_ds.errors import UserError
 from addax_ds.evaluation import EvaluationCollator, ScoredSet
 from addax_ds.likelihood import scores_of_logits, target_scores, target_tensors, targets_of
@@ -69,6 +69,9 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
         UserError: for arguments that do not fit together, before anything is trained.
     """
 
+    methods: ClassVar[tuple[Method, ...]] = ()
+    """What ``--method`` may be."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -79,6 +82,12 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
+        if addax.method not in self.methods:
+            raise UserError(
+                f"{type(self).__name__} trains by {', '.join(self.methods)}, not by --method "
+                f"{addax.method}: AddaxTrainer is for {', '.join(IN_PLACE)}, "
+                f"BaselineTrainer for {' and '.join(BASELINES)}"
+            )
         self.settings = addax if isinstance(addax, AddaxSettings) else configure(args, addax)
         # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
         args = copy.copy(args)
@@ -130,7 +139,7 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader with one item a step: this rank's part of both batches."""
         if self._steps is None:
-            raise UserError("AddaxTrainer: training needs a train_dataset")
+            raise UserError(f"{type(self).__name__}: training needs a train_dataset")
         args = self.args
         return train_dataloader(
             self._steps,
@@ -188,6 +197,10 @@ class _Meter(TrainerCallback):
 
     def __init__(self, trainer: StepTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._trainer.costs.reset()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.costs.start()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.agreement import everywhere
 from addax_ds.auto_threshold import AutoThreshold
-from addax_ds.data.partition import partition
+from addax_ds.data.partition import IN_PLACE, partition
 from addax_ds.desync import DesyncCheck
 from addax_ds.errors import UserError
 from addax_ds.optimizer import Addax
@@ -45,6 +45,8 @@ class AddaxTrainer(StepTrainer):
             that does not go on from a checkpoint rehearses it, and lowers it if it does not fit.
         **kwargs: see `StepTrainer`.
     """
+
+    methods = IN_PLACE
 
     def __init__(
         self, model: nn.Module, *args: Any, planned: AutoThreshold | None = None, **kwargs: Any

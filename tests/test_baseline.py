@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from addax_ds.arguments import parse_arguments
+from addax_ds.baseline import BaselineTrainer
 from addax_ds.errors import UserError
-from addax_ds.settings import AddaxSettings
+from addax_ds.settings import AddaxArguments, AddaxSettings, resolve
 from addax_ds.step_trainer import plan_steps
+from addax_ds.trainer import AddaxTrainer
 from tests.ranks import run_ranks
 from tests.tiny import write_model
 from tests.trainer_reference import global_loss, linear_schedule
@@ -109,3 +111,20 @@ def test_the_best_checkpoint_is_loaded(runs):
 def test_flags_without_effect(flags, message):
     with pytest.raises(UserError, match=message):
         parse_arguments(["--method", "adamw", *flags])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "method", "other"),
+    [(AddaxTrainer, "adamw", "BaselineTrainer"), (BaselineTrainer, "ip-sgd", "AddaxTrainer")],
+)
+def test_a_method_of_the_other_trainer_is_refused(trainer, method, other, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match=rf"not by --method {method}: .*{other}"):
+        trainer(nn.Linear(1, 1), args, AddaxArguments(method=method))
+
+
+def test_fp16_is_refused_without_the_launcher_too(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    args.fp16 = True
+    with pytest.raises(UserError, match="bf16 or fp32"):
+        resolve(AddaxArguments(method="sgd"), args, {})

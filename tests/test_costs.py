@@ -54,6 +54,8 @@ def test_only_what_lies_between_start_and_stop_counts(monkeypatch):
     report = meter.report()
     assert report["train_tokens"] == 56
     assert report["train_seconds"] == 8.5
+    meter.reset()
+    assert meter.costs == Costs()
 
 
 def test_the_peak_of_memory_on_a_cpu():

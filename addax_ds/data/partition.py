@@ -20,6 +20,10 @@ ZEROTH_ORDER: tuple[Method, ...] = ("addax", "addax-wa", "mezo")
 BASELINES: tuple[Method, ...] = ("sgd", "adamw")
 """Methods that are not Addax at some alpha: torch's optimizers in DeepSpeed's ZeRO-3."""
 
+METHODS: tuple[Method, ...] = get_args(Method)
+IN_PLACE = tuple(method for method in METHODS if method not in BASELINES)
+"""Methods that are Addax at some alpha, whose model state is the weights."""
+
 
 @dataclass(frozen=True, eq=False)
 class Partition:

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from addax_ds.data.partition import ZEROTH_ORDER, Method
+from addax_ds.data.partition import METHODS, ZEROTH_ORDER, Method
 from addax_ds.ds_config import check_ds_config, load_ds_config
 from addax_ds.errors import UserError
-from addax_ds.planner.memory import METHODS, Inputs
+from addax_ds.planner.memory import Inputs
 from addax_ds.planner.report import GB, GRAIN, RESERVE, Request, as_json, as_table, make_plan
 from addax_ds.planner.shapes import DTYPES, OPT_FAMILY, ModelShape, find_shape
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes

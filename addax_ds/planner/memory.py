@@ -8,7 +8,6 @@ allocator holds without use.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
 
 from addax_ds.data.partition import BASELINES, Method
 from addax_ds.planner.replay import Engine, Ledger, replay
@@ -17,8 +16,6 @@ from addax_ds.planner.trace import Batch, Trace, trace
 from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
 from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
 from addax_ds.sharding.base import ShardingName
-
-METHODS: tuple[Method, ...] = get_args(Method)
 
 _FP32 = 4
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from addax_ds.circumstances import distinct
+from addax_ds.data.partition import METHODS
 from addax_ds.ds_config import check_ds_config, load_ds_config
 from addax_ds.errors import UserError
 from addax_ds.rules import raise_problems
@@ -16,7 +17,6 @@ from addax_ds.scaling import figures, results
 from addax_ds.scaling.point import SMALL_SHAPES, Point, sweep
 from addax_ds.scaling.projection import LABEL, Network
 from addax_ds.scaling.runner import Hosts, Job, run
-from addax_ds.settings import METHODS
 
 logger = logging.getLogger(__name__)
 
