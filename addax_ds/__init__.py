@@ -10,8 +10,8 @@ from addax_ds.errors import UserError
 from addax_ds.noise import gaussian, parameter_id
 from addax_ds.optimizer import Addax
 from addax_ds.report import NonFiniteError
-from addax_ds.sharding import zero3 as _zero3
 from addax_ds.sharding.attach import attach
+from addax_ds.sharding.zero3_engine import register as _register
 from addax_ds.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ __all__ = [
     "save_weights",
 ]
 
-_zero3.register(Addax)
+_register(Addax)
 
 
 def __getattr__(name: str) -> Any:
