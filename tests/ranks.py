@@ -1,14 +1,21 @@
 """Runs a worker module on several ranks of this machine, with a time limit."""
 
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GRACE_SECONDS = 10.0
+# Imports are most of what a small case takes: ranks are forked from a process that has them. Their
+# hashes of strings are therefore alike, as those of ranks from a launcher are not (test_launch).
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["addax_ds.finetune", "peft", "torch.testing"]
+)
 
 
 def free_port() -> int:
@@ -45,23 +52,30 @@ def run_module(
     """
     logs = [folder / f"rank{rank}-of-{world_size}.log" for rank in range(world_size)]
     environment = rank_environment(world_size, accelerator)
-    processes = []
+    # What a device needs may not be set up in a process that forks.
+    context = multiprocessing.get_context("forkserver" if accelerator == "cpu" else "spawn")
+    processes: list[BaseProcess] = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, "-m", module, *arguments]
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-        )
+        of_rank = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(context.Process(target=_run, args=(module, arguments, of_rank, log)))
+        processes[-1].start()
     _wait(processes, timeout)
     output = [log.read_text() for log in logs]
-    codes = [process.returncode for process in processes]
+    codes = [process.exitcode for process in processes]
     assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(output)
     return output[0]
+
+
+def _run(module: str, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
+    """Be ``python -m <module> <arguments>``."""
+    with log.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def rank_environment(world_size: int, accelerator: str = "cpu") -> dict[str, str]:
@@ -78,18 +92,17 @@ def rank_environment(world_size: int, accelerator: str = "cpu") -> dict[str, str
     }
 
 
-def _wait(processes: list[subprocess.Popen], timeout: float) -> None:
+def _wait(processes: list[BaseProcess], timeout: float) -> None:
     """Wait for all; once one has failed, or the time is up, end the rest."""
     deadline = time.monotonic() + timeout
     try:
-        while any(process.poll() is None for process in processes):
+        while any(process.exitcode is None for process in processes):
             if time.monotonic() > deadline:
                 break
-            if any(process.returncode for process in processes):
+            if any(process.exitcode for process in processes):
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             time.sleep(0.05)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
+            process.join()
