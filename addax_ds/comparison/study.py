@@ -118,7 +118,7 @@ class Trial:
 
 # The most plausible first: an unfinished comparison has that of each method.
 _SGD_RATES = (1e-3, 5e-4, 2e-3)
-_MEZO_RATES = (3e-6, 1e-5, 1e-6)
+_MEZO_RATES = (1e-5, 3e-6, 3e-5)
 _ADAMW_RATES = (2e-5, 5e-5, 1e-5)
 
 
