@@ -149,6 +149,11 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
             persistent_workers=args.dataloader_persistent_workers,
         )
 
+    def tokens(self, step: int) -> int:
+        """Return the number of tokens in a step's global batches, padding left out."""
+        assert self._steps is not None
+        return self._steps.tokens(step)
+
     @property
     def stopped(self) -> bool:
         """Whether ``train`` has ended early because it was asked to."""
@@ -173,13 +178,13 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
             return []
 
         def noted(number: int, batch: dict[str, Tensor]) -> Tensor:
-            loss = self._loss(model, batch, inputs[f"{stream}_targets"])
+            loss = self.micro_batch_loss(model, batch, inputs[f"{stream}_targets"])
             self._losses.append((stream, number, loss.detach()))
             return loss
 
         return [partial(noted, number, batch) for number, batch in enumerate(inputs[stream])]
 
-    def _loss(self, model: nn.Module, batch: dict[str, Tensor], targets: int) -> Tensor:
+    def micro_batch_loss(self, model: nn.Module, batch: dict[str, Tensor], targets: int) -> Tensor:
         """Return a loss whose mean over ranks and micro-batches is that over all target tokens.
 
         In fp64. The sum is divided by the global number of targets, and multiplied by the number of
@@ -206,9 +211,7 @@ class _Meter(TrainerCallback):
         self._trainer.costs.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        assert trainer._steps is not None
-        trainer.costs.stop(trainer._steps.tokens(state.global_step - 1))
+        self._trainer.costs.stop(self._trainer.tokens(state.global_step - 1))
 
 
 def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:

@@ -113,7 +113,9 @@ class AddaxTrainer(StepTrainer):
             (streams.first_order, self.args.per_device_train_batch_size),
         )
         zeroth, first = (
-            partial(self._loss, model, longest_batch(examples, *batch, self._pad_token_id), 1)
+            partial(
+                self.micro_batch_loss, model, longest_batch(examples, *batch, self._pad_token_id), 1
+            )
             for batch in batches
         )
         model.train()

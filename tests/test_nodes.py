@@ -179,8 +179,8 @@ SBATCH = ROOT / "launch" / "slurm.sbatch"
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$SLURM_STUB_LOG"; fi',
     "srun": """
-        [ "$1" = --kill-on-bad-exit=1 ] || exit 9
-        shift
+        [ "$1 $2" = "--kill-on-bad-exit=1 --cpu-bind=none" ] || exit 9
+        shift 2
         SLURM_NODEID=0 "$@" & first=$!
         SLURM_NODEID=1 "$@" & second=$!
         echo $first $second > "$SLURM_STUB_PIDS"
@@ -244,3 +244,45 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on(folder, job, tmp_pa
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == reached + 1
     verify(output / "model")
+
+
+SAVES = 'mkdir -p "$OUTPUT_DIR/checkpoint-7"'
+FINISHES = 'sleep 0.1; rm -rf "$OUTPUT_DIR/model"; mkdir -p "$OUTPUT_DIR/model"'
+"""What ranks leave behind. The model comes noticeably later, as times of files have a grain."""
+
+
+@pytest.mark.parametrize(
+    ("there", "at_sigterm", "again"),
+    [
+        ([], f"{SAVES}; exit 1", True),
+        (["checkpoint-3"], f"{SAVES}; exit 1", True),
+        (["checkpoint-3", "model"], f"{SAVES}; exit 1", True),  # of an earlier, shorter run
+        (["checkpoint-3"], f"{SAVES}; {FINISHES}; exit 1", False),
+        (["checkpoint-7"], f"{FINISHES}; exit 0", False),
+        (["checkpoint-3", "model"], f"{FINISHES}; exit 1", False),
+        (["checkpoint-3"], "exit 1", False),
+        ([], 'mkdir -p "$OUTPUT_DIR/.unfinished/checkpoint-7"; exit 137', False),
+    ],
+    ids=[
+        *("stopped", "stopped again", "stopped beside a model", "finished after a last checkpoint"),
+        *("finished", "finished beside a model", "failed", "killed while saving"),
+    ],
+)
+def test_a_slurm_job_is_queued_again_only_if_it_was_stopped(
+    job, tmp_path, there, at_sigterm, again
+):
+    output, log = Path(job["OUTPUT_DIR"]), tmp_path / "log"
+    for name in there:
+        (output / name).mkdir(parents=True)
+    step = f"""#!/bin/bash
+        trap '{at_sigterm}' TERM
+        echo $$ > "$SLURM_STUB_PIDS.new"; mv "$SLURM_STUB_PIDS.new" "$SLURM_STUB_PIDS"
+        while true; do sleep 0.05; done
+        """
+    (tmp_path / "slurm" / "srun").write_text(step)
+    started = start(["bash", str(SBATCH)], free_port(), job)
+    wait_for(Path(job["SLURM_STUB_PIDS"]), [started])
+    started.process.send_signal(signal.SIGUSR1)
+    outcome = finish(started)
+    assert outcome.status == int(at_sigterm.split()[-1]), outcome.output
+    assert ("requeue" in log.read_text()) == again

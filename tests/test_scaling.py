@@ -1,22 +1,17 @@
-"""The scaling study without processes: timers, rings, projections, records and the runner."""
+"""The arithmetic of the scaling study: timers, rings, projections and records."""
 
 import csv
-import itertools
 import json
 import random
-import sys
-import time
 
-import psutil
 import pytest
 
-from addax_ds.errors import UserError
-from addax_ds.scaling import results, runner
+from addax_ds.scaling import results
 from addax_ds.scaling.phases import PHASES, PhaseTimer
-from addax_ds.scaling.point import Point, sweep
+from addax_ds.scaling.point import Point
 from addax_ds.scaling.projection import LABEL, Network, Work, communication_seconds, project
-from addax_ds.scaling.runner import Hosts, Job
 from addax_ds.scaling.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Collectives
+from tests.scaling_records import outcome
 
 # ---- phases --------------------------------------------------------------------------------------
 
@@ -167,24 +162,6 @@ def test_one_rank_is_the_measured_step_and_sends_nothing():
 # ---- records -------------------------------------------------------------------------------------
 
 
-def outcome(seconds: list[float], ranks: int, scale: float = 1.0) -> dict:
-    phases = dict(zip(PHASES, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0), strict=True))
-    phases = {name: value * scale for name, value in phases.items()}
-    gathers = [{"kind": ALL_GATHER, "ranks": ranks, "calls": 3, "payload": 600, "sent": 300.0}]
-    return {
-        "parameters": 10,
-        "device": "cpu",
-        "tokens": 100 * ranks,
-        "seconds": seconds,
-        "phase_seconds": phases,
-        "watched_seconds": sum(phases.values()),
-        "collectives": gathers if ranks > 1 else [],
-        "peak_memory_bytes": [7, 9],
-        "memory_before_model_bytes": [5, 4],
-        "load_average": {"before": [1.0, 0, 0], "after": [2.0, 0, 0]},
-    }
-
-
 def point(ranks: int) -> Point:
     return Point("tiny", "addax", ranks, 32)
 
@@ -234,114 +211,3 @@ def test_a_row_holds_medians_over_rounds():
 
 def test_nothing_is_projected_without_communication():
     assert results.bases([results.Measured(point(1), [outcome([1.0], 1)], [])]) == []
-
-
-# ---- points --------------------------------------------------------------------------------------
-
-
-def test_a_sweep_is_all_combinations_with_names_of_their_own():
-    points = sweep(["tiny", "facebook/opt-125m"], ["addax", "adamw"], [1, 2], [16, 32])
-    expected = itertools.product(
-        ["tiny", "facebook/opt-125m"], ["addax", "adamw"], [1, 2], [16, 32]
-    )
-    assert {(p.model, p.method, p.ranks, p.length) for p in points} == set(expected)
-    assert len({p.name for p in points}) == len(points) == 16
-    assert all("/" not in p.name for p in points)
-
-
-def test_built_in_shapes_have_no_dropout():
-    for model in ("tiny", "opt-125m", "facebook/opt-66b"):
-        assert Point(model, "addax", 1, 32).config().dropout == 0.0
-
-
-@pytest.mark.parametrize(
-    ("model", "method", "length", "sharding", "words"),
-    [
-        ("tiny", "addax", 67, "zero3", "takes 8 to 66"),
-        ("tiny", "addax", 7, "zero3", "takes 8 to 66"),
-        ("tiny", "adamw", 32, "fsdp2", "--sharding zero3 alone"),
-        ("nowhere", "addax", 32, "zero3", "no such folder"),
-    ],
-)
-def test_points_that_cannot_run(model, method, length, sharding, words):
-    with pytest.raises(UserError, match=words):
-        sweep([model], [method], [1], [length], sharding=sharding)
-
-
-# ---- runner --------------------------------------------------------------------------------------
-
-PROGRAM = """
-import json, subprocess, sys, time
-from pathlib import Path
-folder = Path(sys.argv[1])
-job = json.loads((folder / "point.json").read_text())
-with Path(job["log"]).open("a") as log:
-    log.write(folder.name + "\\n")
-if job["how"] == "hangs":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    (Path(job["log"]).parent / "child").write_text(str(child.pid))
-    time.sleep(600)
-if job["how"] == "fails":
-    sys.exit("no luck")
-(folder / "measured.json").write_text(json.dumps({"value": job["value"]}))
-"""
-
-
-@pytest.fixture
-def jobs(tmp_path, monkeypatch):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    monkeypatch.setattr(
-        runner, "_command", lambda job, hosts: [sys.executable, str(program), str(job.folder)]
-    )
-    log = tmp_path / "log"
-
-    def make(**how: str) -> list[Job]:
-        return [
-            Job("none", 1, tmp_path / name, {"how": kind, "log": str(log), "value": 1})
-            for name, kind in how.items()
-        ]
-
-    make.log = lambda: log.read_text().split()
-    return make
-
-
-def test_what_was_measured_is_not_run_again(jobs):
-    failed = runner.run(jobs(a="works", b="fails", c="works"), Hosts(), 60)
-    assert [job.folder.name for job in failed] == ["b"]
-    assert jobs.log() == ["a", "b", "c"]
-    assert [job.outcome["value"] for job in jobs(a="works", c="works")] == [1, 1]
-    assert jobs(b="fails")[0].failure["reason"] == "exit status 1"
-    assert runner.run(jobs(a="works", b="works", c="works"), Hosts(), 60) == []
-    assert jobs.log() == ["a", "b", "c", "b"]
-    assert jobs(b="works")[0].failure is None
-
-
-def test_a_job_that_takes_too_long_is_ended_with_its_children(jobs, tmp_path):
-    began = time.monotonic()
-    failed = runner.run(jobs(slow="hangs", a="works"), Hosts(), 6.0)
-    assert [job.folder.name for job in failed] == ["slow"]
-    assert failed[0].failure["reason"] == "took more than 6 s"
-    assert jobs.log() == ["slow", "a"]
-    child = int((tmp_path / "child").read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
-    assert time.monotonic() - began < 300  # the child sleeps for 600 s
-
-
-def test_a_folder_with_other_settings_is_refused_before_anything_runs(jobs):
-    runner.run(jobs(a="works"), Hosts(), 60)
-    changed = jobs(b="works", a="works")
-    changed[1].content["value"] = 2
-    with pytest.raises(UserError, match="value 1 there, 2 here"):
-        runner.run(changed, Hosts(), 60)
-    assert jobs.log() == ["a"]
-
-
-def test_ranks_over_a_hostfile(tmp_path):
-    hosts = Hosts(tmp_path / "hosts", ranks_per_node=8)
-    assert hosts.launcher_flags(16)[2:] == ["--num_nodes", "2", "--num_gpus", "8"]
-    assert hosts.launcher_flags(4)[2:] == ["--num_nodes", "1", "--num_gpus", "4"]
-    assert hosts.launcher_flags(12)[2:] == ["--num_nodes", "2", "--num_gpus", "6"]
-    with pytest.raises(UserError, match="2 nodes with different numbers"):
-        hosts.launcher_flags(13)
-    assert Hosts().launcher_flags(2) == ["--num_gpus", "2"]

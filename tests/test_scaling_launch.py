@@ -79,15 +79,8 @@ def test_other_settings_need_another_folder(folder):
     assert "Traceback" not in outcome.output
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--steps", "0"), "--steps 0: it must be above 0."),
-        (("--sharding", "fsdp2", "--deepspeed", "x.json"), "--deepspeed has no effect"),
-    ],
-)
-def test_mistakes_are_sentences(tmp_path, flags, words):
-    outcome = study(tmp_path, *flags)
+def test_a_mistake_is_a_sentence(tmp_path):
+    outcome = study(tmp_path, "--steps", "0")
     assert outcome.status == 1
-    assert words in outcome.output
+    assert "--steps 0: it must be above 0." in outcome.output
     assert "Traceback" not in outcome.output

@@ -2,14 +2,16 @@
 
 import argparse
 import logging
+import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from addax_ds.circumstances import distinct
-from addax_ds.data.partition import METHODS
+from addax_ds.command_line import Parser
+from addax_ds.data.partition import IN_PLACE, METHODS, ZEROTH_ORDER
 from addax_ds.ds_config import check_ds_config, load_ds_config
 from addax_ds.errors import UserError
 from addax_ds.rules import raise_problems
@@ -22,16 +24,18 @@ logger = logging.getLogger(__name__)
 
 _GB = 1e9
 _PLACES = ("folder", "output", "hostfile")
+_DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+_DEFAULTS = {"per_device_train_batch_size": 4, "per_device_zo_batch_size": 4, "ranks_per_node": 8}
+"""Of the arguments that may not be given where they have no effect."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing of the study, and write tables and figures of what there is."""
-    arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the launch in progress
     try:
-        failed = study(arguments)
+        failed = study(_parser().parse_args(argv))
     except UserError as error:
         sys.exit(f"scaling: {error}")
     if failed:
@@ -47,11 +51,13 @@ def study(arguments: argparse.Namespace) -> list[Job]:
     Raises:
         UserError: for arguments that cannot be used, before anything is started.
     """
-    _check(arguments)
+    _fill_in(arguments)
+    hosts = Hosts(arguments.hostfile, arguments.ranks_per_node)
+    ds_config = _ds_config(arguments)
     points = sweep(
         arguments.models,
         arguments.methods,
-        sorted(set(arguments.ranks)),
+        sorted(arguments.ranks),
         arguments.lengths,
         sharding=arguments.sharding,
         zo_rows=arguments.per_device_zo_batch_size,
@@ -59,31 +65,60 @@ def study(arguments: argparse.Namespace) -> list[Job]:
         target_tokens=arguments.target_tokens,
         activation_checkpointing=arguments.activation_checkpointing,
     )
-    links = {number: _link(number, arguments) for number in arguments.ranks if number > 1}
+    links = {n: _link(n, hosts, arguments.folder) for n in arguments.ranks if n > 1}
     rounds = [
-        [_job(point, number, arguments) for point in points] for number in range(arguments.rounds)
+        [_job(point, number, hosts, ds_config, arguments) for point in points]
+        for number in range(arguments.rounds)
     ]
     # In the opposite order in every other round: a busy spell of the machine meets all methods.
     turns = [jobs[::-1] if number % 2 else jobs for number, jobs in enumerate(rounds)]
+    jobs = [*links.values(), *(job for turn in turns for job in turn)]
     failed: list[Job] = []
-    if not arguments.report_only:
-        jobs = [*links.values(), *(job for turn in turns for job in turn)]
-        hosts = Hosts(arguments.hostfile, arguments.ranks_per_node)
+    if arguments.report_only:
+        for job in jobs:
+            job.check()
+    else:
         failed = run(jobs, hosts, arguments.time_limit)
     _write(points, rounds, links, arguments)
     return failed
 
 
-def _job(point: Point, number: int, arguments: argparse.Namespace) -> Job:
-    content = {"point": point.as_json(), "steps": arguments.steps, "deepspeed": arguments.deepspeed}
+def _job(
+    point: Point,
+    number: int,
+    hosts: Hosts,
+    ds_config: dict[str, Any] | None,
+    arguments: argparse.Namespace,
+) -> Job:
+    content = {
+        "point": point.as_json(),
+        "steps": arguments.steps,
+        "deepspeed": ds_config,
+        "hosts": hosts.placement(point.ranks),
+    }
     folder = arguments.folder / "points" / point.name / f"round-{number}"
     return Job("addax_ds.scaling.measure", point.ranks, folder, content)
 
 
-def _link(ranks: int, arguments: argparse.Namespace) -> Job:
-    return Job(
-        "addax_ds.scaling.link", ranks, arguments.folder / "links" / f"x{ranks}", {"ranks": ranks}
-    )
+def _link(ranks: int, hosts: Hosts, folder: Path) -> Job:
+    content = {"ranks": ranks, "hosts": hosts.placement(ranks)}
+    return Job("addax_ds.scaling.link", ranks, folder / "links" / f"x{ranks}", content)
+
+
+def _ds_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Return DeepSpeed's JSON, by which points are told apart; None for another back end.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
+    if arguments.sharding != "zero3":
+        return None
+    config, where = load_ds_config(arguments.deepspeed or _DS_CONFIG)
+    check_ds_config(config, where)
+    if not arguments.deepspeed:
+        # Else a small model would stay gathered from forward to backward; a large one does not.
+        config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    return config
 
 
 def _write(
@@ -126,7 +161,7 @@ def _write(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure steps over ranks, model sizes, lengths and methods; interrupted, go "
         "on where it stopped.",
         allow_abbrev=False,
@@ -139,22 +174,27 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(SMALL_SHAPES)}, facebook/opt-125m and its like, folders or config.json "
         "files; weights are random",
     )
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to compare")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        help="what to compare (default: all that run under --sharding)",
+    )
     add("--ranks", nargs="+", type=int, default=[1, 2], help="processes, one a GPU")
     add("--lengths", nargs="+", type=int, default=[256], help="tokens of a sequence")
     add("--sharding", choices=("zero3", "fsdp2"), default="zero3", help="back end")
     add(
         "--deepspeed", help="JSON (default: ds_configs/zero3.json with stage3_max_reuse_distance 0)"
     )
-    add("--per_device_train_batch_size", type=int, default=4, help="first-order rows of a rank")
-    add("--per_device_zo_batch_size", type=int, default=4, help="zeroth-order rows of a rank")
+    add("--per_device_train_batch_size", type=int, help="first-order rows of a rank (default: 4)")
+    add("--per_device_zo_batch_size", type=int, help="zeroth-order rows of a rank (default: 4)")
     add("--target_tokens", type=int, default=1, help="predicted tokens of a sequence")
     add("--activation_checkpointing", action="store_true", help="recompute blocks in backward")
     add("--steps", type=int, default=5, help="timed, and as many watched, after 3 of warm-up")
     add("--rounds", type=int, default=1, help="launches of each point, in turns")
     add("--time_limit", type=float, default=900.0, help="seconds of a launch")
     add("--hostfile", type=Path, help="DeepSpeed's; --folder has to be shared by the hosts")
-    add("--ranks_per_node", type=int, default=8, help="of each host of --hostfile")
+    add("--ranks_per_node", type=int, help="of each host of --hostfile (default: 8)")
     add("--folder", type=Path, default=Path("scaling"), help="keeps the launches")
     add("--output", type=Path, help="for tables and figures (default: --folder)")
     add("--report_only", action="store_true", help="write them without measuring")
@@ -166,17 +206,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    problems = []
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """Check the arguments, and give those that are missing their values.
+
+    Raises:
+        UserError: lists all that cannot be used.
+    """
+    if arguments.methods is None:
+        arguments.methods = list(METHODS if arguments.sharding == "zero3" else IN_PLACE)
+    problems = [*_wrong_numbers(arguments), *_without_effect(arguments)]
+    raise_problems("These arguments cannot be used:", problems)
+    for name, value in _DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+
+
+def _wrong_numbers(arguments: argparse.Namespace) -> Iterator[str]:
     for name, value in vars(arguments).items():
         for number in value if isinstance(value, list) else [value]:
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if is_number and number <= 0 and name != "latency_us":
-                problems.append(f"--{name} {number}: it must be above 0.")
-    if arguments.latency_us < 0:
-        problems.append(f"--latency_us {arguments.latency_us}: it must be at least 0.")
-    if arguments.deepspeed and arguments.sharding != "zero3":
-        problems.append(f"--deepspeed has no effect with --sharding {arguments.sharding}.")
-    raise_problems("These arguments cannot be used:", problems)
-    if arguments.deepspeed:
-        check_ds_config(*load_ds_config(arguments.deepspeed))
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if not math.isfinite(number):
+                yield f"--{name} {number}: it must be finite."
+            elif number < 0 and name == "latency_us":
+                yield f"--{name} {number}: it must be at least 0."
+            elif number <= 0 and name != "latency_us":
+                yield f"--{name} {number}: it must be above 0."
+
+
+def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
+    methods = f"with --methods {' '.join(arguments.methods)}"
+    reasons = {
+        "deepspeed": (arguments.sharding != "zero3", f"with --sharding {arguments.sharding}"),
+        "ranks_per_node": (arguments.hostfile is None, "without --hostfile"),
+        "per_device_zo_batch_size": (set(ZEROTH_ORDER).isdisjoint(arguments.methods), methods),
+        "per_device_train_batch_size": (set(arguments.methods) == {"mezo"}, methods),
+    }
+    for name, (holds, reason) in reasons.items():
+        if holds and getattr(arguments, name) is not None:
+            yield f"--{name} has no effect {reason}; remove it."

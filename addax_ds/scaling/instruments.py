@@ -57,7 +57,7 @@ def instrumented(trainer: StepTrainer, timer: PhaseTimer, traffic: Traffic) -> I
     timed = [
         (running_step, "perturb", phases.PERTURB),
         (running_step, "apply_update", phases.UPDATE),
-        (trainer, "_loss", phases.FORWARD),
+        (trainer, "micro_batch_loss", phases.FORWARD),
         (trainer.accelerator, "backward", phases.BACKWARD),
         (optimizer, "step", phases.UPDATE),
         (Work, "wait", phases.WAIT),

@@ -31,7 +31,6 @@ from addax_ds.circumstances import circumstances
 from addax_ds.costs import peak_memory
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.data.partition import BASELINES, ZEROTH_ORDER
-from addax_ds.ds_config import load_ds_config
 from addax_ds.scaling.instruments import instrumented
 from addax_ds.scaling.model import random_model
 from addax_ds.scaling.phases import PhaseTimer
@@ -46,7 +45,6 @@ WARM_UP_STEPS = 3
 """DeepSpeed follows its recorded order of modules from the third step on."""
 
 MEASURED = "measured.json"
-DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
 _SMALL_LEARNING_RATE = 1e-6  # at 0 the kernels would leave work out
 
 
@@ -109,13 +107,15 @@ class Watch(TrainerCallback):
             torch.accelerator.synchronize()
 
 
-def measure(point: Point, steps: int, ds_config: str | None, folder: Path) -> dict[str, Any]:
+def measure(
+    point: Point, steps: int, ds_config: dict[str, Any] | None, folder: Path
+) -> dict[str, Any]:
     """Train on the point and return what it took, the same on every rank.
 
     Args:
         point: what to measure.
         steps: so many steps are timed, and as many watched.
-        ds_config: DeepSpeed JSON; None for `DS_CONFIG`.
+        ds_config: what DeepSpeed's JSON holds; None for another back end.
         folder: for what Trainer wants to write.
     """
     args = _arguments(point, WARM_UP_STEPS + 2 * steps, ds_config, folder)
@@ -130,11 +130,10 @@ def measure(point: Point, steps: int, ds_config: str | None, folder: Path) -> di
     watch = Watch(trainer, steps)
     trainer.add_callback(watch)
     trainer.train()
-    assert trainer._steps is not None
     found = {
         "parameters": parameters,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu",
-        "tokens": trainer._steps.tokens(0),
+        "tokens": trainer.tokens(0),
         **summarise(everywhere(watch.steps)),
         "peak_memory_bytes": everywhere(peak_memory(args.device)),
         "memory_before_model_bytes": everywhere(before),
@@ -167,7 +166,7 @@ def summarise(by_rank: list[Steps]) -> dict[str, Any]:
 
 
 def _arguments(
-    point: Point, max_steps: int, ds_config: str | None, folder: Path
+    point: Point, max_steps: int, ds_config: dict[str, Any] | None, folder: Path
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -179,20 +178,12 @@ def _arguments(
         bf16=True,
         activation_checkpointing=point.activation_checkpointing,
         use_cpu=not torch.accelerator.is_available(),
-        deepspeed=_deepspeed(ds_config) if point.sharding == "zero3" else None,
+        deepspeed=ds_config,
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
     )
-
-
-def _deepspeed(path: str | None) -> dict[str, Any]:
-    config, _ = load_ds_config(path or str(DS_CONFIG))
-    if path is None:
-        # Else a small model would stay gathered from forward to backward; a large one does not.
-        config["zero_optimization"]["stage3_max_reuse_distance"] = 0
-    return config
 
 
 def _addax_arguments(point: Point) -> AddaxArguments:
@@ -232,7 +223,9 @@ def main() -> None:
     # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed()
-    found = measure(Point(**job["point"]), job["steps"], job["deepspeed"], folder)
+    point = Point(**job["point"])
+    assert dist.get_world_size() == point.ranks
+    found = measure(point, job["steps"], job["deepspeed"], folder)
     if dist.get_rank() == 0:
         (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
     leave_together()

@@ -1,7 +1,9 @@
 """One point of the study: a model, a method, a length and a number of ranks."""
 
+import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,12 +11,16 @@ from typing import Any
 
 from transformers import AutoConfig, OPTConfig, PreTrainedConfig
 
-from addax_ds.data.partition import BASELINES, Method
+from addax_ds.data.partition import BASELINES, IN_PLACE, ZEROTH_ORDER, Method
 from addax_ds.errors import UserError
 from addax_ds.planner.shapes import OPT_FAMILY, find_shape
+from addax_ds.rules import did_you_mean
 
 SHORTENING = 4
 """So many times shorter than a zeroth-order sequence of addax is one of its first-order ones."""
+
+_CONFIG_NAME = "config.json"
+_DIGITS = 8
 
 
 def _opt(hidden: int, layers: int, **more: Any) -> dict[str, Any]:
@@ -35,6 +41,8 @@ SMALL_SHAPES: dict[str, dict[str, Any]] = {
 }
 """Arguments of `OPTConfig` below the published sizes. All but "tiny" keep OPT's vocabulary of
 50272 and its 2048 positions."""
+
+_BUILT_IN = {**SMALL_SHAPES, **OPT_FAMILY}
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,17 @@ class Point:
     @property
     def workload(self) -> str:
         """Names what points over different numbers of ranks have in common."""
-        model = Path(self.model).resolve().name if Path(self.model).exists() else self.model
-        model = model.removesuffix(".json").replace("/", "-")
-        return f"{model}-{self.method}-{self.length}"
+        return f"{self._label}-{self.method}-{self.length}"
+
+    @property
+    def _label(self) -> str:
+        """Names the model; one in a file also by its content, as many have the same file name."""
+        path = Path(self.model)
+        if not path.exists():
+            return self.model.replace("/", "-")
+        file = Path(os.path.abspath(path / _CONFIG_NAME if path.is_dir() else path))
+        name = file.parent.name if file.name == _CONFIG_NAME else file.stem
+        return f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGITS]}"
 
     @property
     def name(self) -> str:
@@ -91,10 +107,18 @@ class Point:
         Raises:
             UserError: if there is no such model.
         """
-        built_in = {**SMALL_SHAPES, **OPT_FAMILY}.get(self.model.removeprefix("facebook/"))
-        if built_in is not None and not Path(self.model).exists():
-            return OPTConfig(**built_in, dropout=0.0)
-        return AutoConfig.for_model(**json.loads(find_shape(self.model).config))
+        if Path(self.model).exists():
+            try:
+                return AutoConfig.for_model(**json.loads(find_shape(self.model).config))
+            except UserError as error:  # which names the planner's flag
+                raise UserError(str(error).replace("--model ", "--models ", 1)) from error
+        known = self.model.removeprefix("facebook/")
+        if known not in _BUILT_IN:
+            raise UserError(
+                f"--models {self.model}: there is no such folder or config.json, and it is none of "
+                f"{', '.join(_BUILT_IN)}.{did_you_mean(known, _BUILT_IN)}"
+            )
+        return OPTConfig(**_BUILT_IN[known], dropout=0.0)
 
     def check(self) -> None:
         """Check what would fail only after processes have been started.
@@ -112,12 +136,18 @@ class Point:
             )
         if self.sharding != "zero3" and self.method in BASELINES:
             raise UserError(
-                f"--methods {self.method}: DeepSpeed's optimizers run under --sharding zero3 alone"
+                f"--methods {self.method}: DeepSpeed's optimizers run under --sharding zero3 "
+                f"alone; under {self.sharding} there are {', '.join(IN_PLACE)}"
             )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields, as `Point` takes them."""
-        return asdict(self)
+        """Return the fields that have an effect, as `Point` takes them."""
+        fields = asdict(self)
+        if self.method not in ZEROTH_ORDER:
+            del fields["zo_rows"]
+        if self.method == "mezo":
+            del fields["fo_rows"]
+        return fields
 
 
 def sweep(
@@ -130,13 +160,21 @@ def sweep(
     """Return all combinations, checked, in an order in which methods take turns.
 
     Raises:
-        UserError: see `Point.check`.
+        UserError: see `Point.check`; also for two points of one name, which would share a folder.
     """
     grid = itertools.product(models, ranks, lengths, methods)
     points = [
         Point(model=model, method=method, ranks=number, length=length, **common)
         for model, number, length, method in grid
     ]
+    named: dict[str, Point] = {}
     for point in points:
         point.check()
+        other = named.setdefault(point.name, point)
+        if other is not point:
+            models = " ".join(dict.fromkeys((other.model, point.model)))
+            raise UserError(
+                f"{point.name} would be measured twice, for --models {models}: give each model, "
+                "method, number of ranks and length once"
+            )
     return points

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspeed.launcher.runner import fetch_hostfile
+
 from addax_ds.errors import UserError
 from addax_ds.processes import end, free_port, read_json, script, search_path, write_json
 from addax_ds.scaling.measure import MEASURED
@@ -40,22 +42,57 @@ class Hosts:
     hostfile: Path | None = None
     ranks_per_node: int = 8
 
-    def launcher_flags(self, ranks: int) -> list[str]:
-        """Return the flags of ``deepspeed`` for a number of ranks.
+    def placement(self, ranks: int) -> dict[str, int]:
+        """Return how many of so many ranks each host has; nothing for this machine.
 
         Raises:
-            UserError: if they do not fill nodes.
+            UserError: for a hostfile that cannot be read or has too few hosts, or if the ranks do
+                not fill nodes.
         """
         if self.hostfile is None:
-            return ["--num_gpus", str(ranks)]
+            return {}
+        names = _names(self.hostfile)
         nodes = -(-ranks // self.ranks_per_node)
         if ranks % nodes:
             raise UserError(
                 f"--ranks {ranks}: on nodes of {self.ranks_per_node} ranks (--ranks_per_node) that "
                 f"is {nodes} nodes with different numbers of ranks"
             )
+        if nodes > len(names):
+            raise UserError(
+                f"--ranks {ranks}: on nodes of {self.ranks_per_node} ranks (--ranks_per_node) that "
+                f"is {nodes} nodes, and {self.hostfile} names {len(names)}"
+            )
+        return dict.fromkeys(names[:nodes], ranks // nodes)
+
+    def launcher_flags(self, ranks: int) -> list[str]:
+        """Return the flags of ``deepspeed`` for a number of ranks.
+
+        Raises:
+            UserError: see `placement`.
+        """
+        placement = self.placement(ranks)
+        if not placement:
+            return ["--num_gpus", str(ranks)]
+        nodes = len(placement)
         flags = ["--hostfile", str(self.hostfile), "--num_nodes", str(nodes)]
-        return [*flags, "--num_gpus", str(ranks // nodes)]
+        # Without --force_multi a single host would be this machine, whatever its name is.
+        return [*flags, "--num_gpus", str(ranks // nodes), "--force_multi"]
+
+
+def _names(hostfile: Path) -> list[str]:
+    """Return the hosts of a hostfile, as DeepSpeed reads it.
+
+    Raises:
+        UserError: if it cannot be read. DeepSpeed would take this machine instead of a file that is
+            not there.
+    """
+    if not hostfile.is_file():
+        raise UserError(f"--hostfile {hostfile}: there is no such file")
+    try:
+        return list(fetch_hostfile(str(hostfile)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--hostfile {hostfile}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -90,18 +127,26 @@ class Job:
         Raises:
             UserError: if it is another one.
         """
-        before = read_json(self.folder / _JOB)
-        if self.outcome is not None and before != self.content:
-            assert before is not None
-            changed = [
-                f"{name} {before.get(name)} there, {value} here"
-                for name, value in self.content.items()
-                if before.get(name) != value
-            ]
+        if self.outcome is None:
+            return
+        changed = _differences(read_json(self.folder / _JOB) or {}, self.content)
+        if changed:
             raise UserError(
                 f"{self.folder} holds a measurement with other settings ({'; '.join(changed)}): "
                 "give another --folder, or remove that one"
             )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:
+    """Return what differs between two contents of ``point.json``, by dotted name."""
+    found = []
+    for name in dict.fromkeys((*before, *now)):
+        there, here = before.get(name), now.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            found += _differences(there, here, f"{within}{name}.")
+        elif there != here:
+            found.append(f"{within}{name} {there} there, {here} here")
+    return found
 
 
 def run(jobs: Sequence[Job], hosts: Hosts, time_limit: float) -> list[Job]:

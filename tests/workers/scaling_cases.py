@@ -58,7 +58,9 @@ def run(method: Any, sharding: str, folder: Path) -> dict[str, Any]:
     CountedTimer.counters = ()
     model = str(folder / "model" / "config.json")
     point = Point(model, method, dist.get_world_size(), LENGTH, sharding, **ROWS)
-    ds_config = str(folder / "ds_config.json") if sharding == "zero3" else None
+    ds_config = None
+    if sharding == "zero3":
+        ds_config = json.loads((folder / "ds_config.json").read_text())
     found = measure.measure(point, STEPS, ds_config, folder)
     return {**found, "dispatched": [counter.calls for counter in CountedTimer.counters]}
 
