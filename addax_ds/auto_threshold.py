@@ -7,25 +7,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.agreement import all_ranks_or_none, everywhere
 from addax_ds.checkpoint import nodes
 from addax_ds.data.encoding import Example
 from addax_ds.errors import UserError
-from addax_ds.planner.memory import Inputs, step_memory
-from addax_ds.planner.report import GB, RESERVE
+from addax_ds.planner.memory import Inputs, Memory, step_memory
+from addax_ds.planner.report import GB
 from addax_ds.planner.threshold import batch, largest_threshold
-from addax_ds.run_memory import run_inputs
+from addax_ds.run_memory import free_memory, run_inputs
 from addax_ds.settings import AddaxSettings
 from addax_ds.sharding.base import ShardingName
 
 FLAG = "--length_threshold auto"
-_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,15 @@ def plan_threshold(
         UserError: on all ranks, if no step fits, no L_T leaves each stream a batch, memory cannot
             be detected, or the planner cannot follow the model.
     """
-    with all_ranks_or_none():
-        stated = settings.device_memory
-        free = _free_memory(args) if stated is None else int(stated * GB)
+    stated = settings.device_memory
     node = next(node for node in nodes(args) if args.process_index in node)
-    shared = stated is None and args.device.type != "cuda"
-    budget = min(everywhere(free // len(node) if shared else free))
+    with all_ranks_or_none():
+        limit = None if stated is None else int(stated * GB)
+        try:
+            device, host = free_memory(args.device, len(node), limit)
+        except UserError as error:
+            raise UserError(f"{FLAG}: {error}: give --device_memory") from error
+    budget, host = min(everywhere(device)), min(everywhere(host))
     plan = None
     with all_ranks_or_none():
         if args.process_index == 0:
@@ -94,8 +93,8 @@ def plan_threshold(
                 inputs = run_inputs(config, attention, sharding, both, args, settings)
             except UserError as error:
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
-            search = _Search(inputs, examples, args, budget, fixed)
-            plan = search.run(None if stated is None else budget)
+            search = _Search(inputs, examples, args, (budget, host), fixed)
+            plan = search.run(limit)
     found = everywhere(plan)[0]
     assert found is not None
     return found
@@ -109,7 +108,7 @@ class _Search:
         inputs: Inputs,
         examples: Sequence[Example],
         args: TrainingArguments,
-        budget: int,
+        free: tuple[int, int],
         fixed: int | None,
     ) -> None:
         assert inputs.zeroth_order is not None
@@ -117,7 +116,7 @@ class _Search:
         shares = args.world_size * inputs.accumulation
         self._k0, self._k1 = inputs.zeroth_order.rows * shares, inputs.first_order.rows * shares
         self._inputs = inputs
-        self._budget = budget
+        self._free, self._free_host = free
         self._fixed = fixed
         self._targets = inputs.zeroth_order.targets
         every = sorted(example.length for example in examples)
@@ -144,8 +143,9 @@ class _Search:
         common = math.gcd(*rows)
         for parts in (divisor for divisor in range(1, common + 1) if common % divisor == 0):
             needed = self._memory(shortest, parts)
-            if needed.total <= self._budget:
-                length, reason = self._largest(parts)
+            budget = self._budget(needed)
+            if needed.total <= budget:
+                length, reason = self._largest(parts, budget)
                 total = self._memory(length, parts).total
                 return AutoThreshold(length, tuple(self._lengths), parts, total, limit, reason)
         flags = "--per_device_train_batch_size", "--per_device_zo_batch_size"
@@ -155,27 +155,43 @@ class _Search:
         if left > 1:
             advice = f"Fewer rows need a greatest common divisor of {' and '.join(flags)} above 1"
         raise UserError(
-            f"{FLAG}: a step does not fit into the {gigabytes(self._budget)} of a rank. Its "
+            f"{FLAG}: a step does not fit into the {gigabytes(budget)} of a rank. Its "
             f"{needed.stage} pass over {left} row(s) of up to {length} tokens needs "
-            f"{gigabytes(needed.total)}, so {gigabytes(needed.total - self._budget)} are missing. "
+            f"{gigabytes(needed.total)}, so {gigabytes(needed.total - budget)} are missing. "
             f"{advice}; launch/plan.py says what fits where"
         )
 
-    def _largest(self, parts: int) -> tuple[int, str]:
+    def _budget(self, needed: Memory) -> int:
+        """Return the bytes that tensors on the device may take.
+
+        Raises:
+            UserError: offloaded shards do not fit into host memory.
+        """
+        if not self._inputs.cuda:  # there shards that are offloaded lie beside the others
+            return max(self._free - needed.host, 0)
+        if needed.host > self._free_host:
+            raise UserError(
+                f"{FLAG}: the offloaded weights take {gigabytes(needed.host)} of host memory a "
+                f"rank, and {gigabytes(self._free_host)} are free: use more nodes, or "
+                '"pin_memory": false, without which torch rounds each weight up to a power of two'
+            )
+        return self._free
+
+    def _largest(self, parts: int, budget: int) -> tuple[int, str]:
         """Return L_T and why it is not larger."""
         if self._fixed is not None:
             return self._fixed, "the checkpoint was written with it"
         lengths = [*self._lengths, self._longest]
-        found = largest_threshold(self._divided(parts), lengths, self._budget, self._targets)
+        found = largest_threshold(self._divided(parts), lengths, budget, self._targets)
         assert found is not None  # the shortest one fits
-        place = self._lengths.index(found.length) + 1
+        place = self._lengths.index(found) + 1
         if place == len(self._lengths):
-            return found.length, f"a larger one leaves fewer than K0 = {self._k0} longer sequences"
+            return found, f"a larger one leaves fewer than K0 = {self._k0} longer sequences"
         larger = self._lengths[place]
         total = self._memory(larger, parts).total
-        return found.length, f"{larger} would need {gigabytes(total)}"
+        return found, f"{larger} would need {gigabytes(total)}"
 
-    def _memory(self, length: int, parts: int) -> Any:
+    def _memory(self, length: int, parts: int) -> Memory:
         divided = self._divided(parts)
         assert divided.first_order is not None
         first = batch(divided.first_order.rows, length, self._targets)
@@ -214,17 +230,3 @@ def dividing_lengths(lengths: Sequence[int], k0: int, k1: int) -> list[int]:
             if k1 <= count <= last and length < lengths[count]
         }
     )
-
-
-def _free_memory(args: TrainingArguments) -> int:
-    """Return the bytes that this rank's device has, or on a CPU all ranks of the machine share."""
-    if args.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(args.device)
-        return free - RESERVE
-    try:
-        entries = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        return int(entries["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{FLAG}: how much memory is free cannot be read from {_MEMINFO}: give --device_memory"
-        ) from error

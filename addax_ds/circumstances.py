@@ -24,15 +24,20 @@ def circumstances() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": {
-            "addax_ds": addax_ds.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "commit": commit.stdout.strip() or None,
         "uncommitted_changes": bool(changes.stdout.strip()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of what it computes with."""
+    return {
+        "addax_ds": addax_ds.__version__,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
     }
 
 

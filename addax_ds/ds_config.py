@@ -188,6 +188,19 @@ def ds_config(
     return config
 
 
+def automatic_sizes(hidden: int) -> dict[str, int]:
+    """Return what Trainer makes of "auto" in a ``zero_optimization`` block, in elements.
+
+    Args:
+        hidden: hidden size of the model (`HfTrainerDeepSpeedConfig.trainer_config_finalize`).
+    """
+    return {
+        "reduce_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+
+
 def pick(json_value: Any, given: Any, default: Any, names: tuple[str, str], where: str) -> Any:
     """Settle one value that may stand both in the JSON and in an argument.
 
@@ -243,16 +256,12 @@ def _fill_sizes(
     if config.get("fp16", {}).get("enabled") == AUTO:
         config["fp16"]["enabled"] = False
     zero = config["zero_optimization"]
-    for name, factor, power in (
-        ("reduce_bucket_size", 1.0, 2),
-        ("stage3_prefetch_bucket_size", 0.9, 2),
-        ("stage3_param_persistence_threshold", 10.0, 1),
-    ):
+    for name, size in automatic_sizes(hidden_size or 0).items():
         if zero.get(name) == AUTO:
             if hidden_size is None:
                 del zero[name]
             else:
-                zero[name] = int(factor * hidden_size**power)
+                zero[name] = size
 
 
 def _fill_schedule(config: dict[str, Any], lr: Any) -> None:

@@ -55,6 +55,7 @@ def find_threshold(
             one has not, so that the step cannot be given up together.
     """
     length = plan.length
+    logger.info("Rehearsing the longest batches with L_T = %d", length)
     with aside(WAIT_SECONDS, usual_wait) as agree:
         while True:
             end = _End.of(partial(rehearse, length), plan.limit, device)
@@ -77,7 +78,7 @@ def find_threshold(
                     f"L_T = {length}, below which there are too few sequences. Use fewer rows and "
                     "more --gradient_accumulation_steps, --gradient_checkpointing, or more ranks"
                 )
-            logger.info("L_T = %d does not fit (%s): lowered to %d", length, short, lower[-1])
+            logger.info("L_T = %d does not fit (%s): rehearsing %d", length, short, lower[-1])
             length = lower[-1]
     _report(plan, length, max(end.peak for end in ends))
     return length

@@ -1,19 +1,27 @@
 """What the planner has to know of a run, and what it says of it."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.data.encoding import Example
 from addax_ds.errors import UserError
 from addax_ds.planner.memory import Inputs, step_memory
-from addax_ds.planner.report import GB
+from addax_ds.planner.report import GB, RESERVE
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.threshold import batch
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.settings import AddaxSettings, dtype_name
 from addax_ds.sharding.base import ShardingName
+
+HOST_RESERVE = 2 * GB
+"""Of a rank's memory on a CPU, for what is not a tensor of the step: at most 1.6 GB in the table of
+docs/planner.md, the libraries left out, which are loaded by then."""
+_MEMINFO = Path("/proc/meminfo")
 
 
 def run_inputs(
@@ -74,8 +82,8 @@ def _longest(rows: int, examples: Sequence[Example]) -> Batch | None:
     return batch(rows, longest, max(example.target_count for example in examples))
 
 
-def describe(inputs: Inputs) -> str:
-    """Say how much memory a rank needs for a step, and for what.
+def describe(inputs: Inputs, device: torch.device) -> str:
+    """Say how much memory this rank needs for a step, for what, and how much it has.
 
     Raises:
         UserError: the planner cannot follow the model.
@@ -87,4 +95,36 @@ def describe(inputs: Inputs) -> str:
         f"{memory.total / GB:.2f} GB of tensors on a rank when they are most, in the "
         f"{memory.stage} part of a step ({named})"
     )
-    return f"{text}, and {memory.host / GB:.2f} GB of host memory" if memory.host else text
+    if memory.host:
+        text += f", and {memory.host / GB:.2f} GB of host memory"
+    try:
+        free, _ = free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    except UserError:
+        return text
+    needed = memory.total if inputs.cuda else memory.total + memory.host
+    return f"{text}; {'only ' * (needed > free)}{free / GB:.2f} GB are free for them"
+
+
+def free_memory(device: torch.device, ranks: int, stated: int | None = None) -> tuple[int, int]:
+    """Return the bytes that this rank has for tensors on its device, and on its host beside it.
+
+    Args:
+        device: of this rank.
+        ranks: that share the machine.
+        stated: bytes for tensors on the device, None if they are to be found out.
+
+    Raises:
+        UserError: it cannot be found out.
+    """
+    if device.type == "cuda":
+        return stated or torch.cuda.mem_get_info(device)[0] - RESERVE, _available() // ranks
+    return stated or max(_available() // ranks - HOST_RESERVE, 0), 0
+
+
+def _available() -> int:
+    """Return the bytes of host memory that the ranks of the machine may take together."""
+    try:
+        entries = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"how much memory is free cannot be read from {_MEMINFO}") from error

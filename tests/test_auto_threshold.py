@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from addax_ds import UserError, auto_threshold, finetune, rehearsal
+from addax_ds import UserError, finetune, rehearsal, run_memory
 from addax_ds.auto_threshold import AutoThreshold, dividing_lengths, plan_threshold
 from addax_ds.data.batches import StepSchedule
 from addax_ds.data.encoding import NO_LOSS, Example
@@ -122,13 +122,52 @@ def test_a_checkpoint_says_the_length():
 
 def test_memory_is_detected(monkeypatch, tmp_path):
     meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(auto_threshold, "_MEMINFO", meminfo)
-    meminfo.write_text(f"MemFree: 1 kB\nMemAvailable:  {-(-needed(17) // 1024)} kB\n")
+    monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
+    available = needed(17) + 2_000_000_000  # of which so much is for what is not a tensor
+    meminfo.write_text(f"MemFree: 1 kB\nMemAvailable:  {-(-available // 1024)} kB\n")
     plan = planned(None)
     assert (plan.length, plan.limit) == (17, None)
     meminfo.write_text("MemFree: 1 kB\n")
     with pytest.raises(UserError, match=r"cannot be read from .*meminfo: give --device_memory"):
         planned(None)
+
+
+OFFLOAD = {
+    "offload_param": {"device": "cpu", "pin_memory": False},
+    "reduce_bucket_size": 1000,
+    "stage3_prefetch_bucket_size": 1000,
+    "stage3_param_persistence_threshold": 0,
+}
+
+
+def planned_with_offload(device: str, device_memory: float) -> AutoThreshold:
+    args = training_args(
+        device=torch.device(device),
+        hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": OFFLOAD}),
+    )
+    settings = AddaxSettings(
+        "addax", 0.001, 0.001, "auto", "stochastic", 0, K0, device_memory=device_memory
+    )
+    return plan_threshold(tiny_model("opt").config, None, "zero3", DATA, args, settings)
+
+
+def test_on_a_cpu_offloaded_shards_are_in_the_memory_that_is_divided():
+    free = planned_with_offload("cpu", 1.0)
+    weights = 4 * sum(p.numel() for p in tiny_model("opt").parameters())
+    least = (free.predicted + weights) / 1e9
+    assert planned_with_offload("cpu", least + weights / 1e9).length == free.length
+    assert planned_with_offload("cpu", least * (1 - 1e-9)).length < free.length
+
+
+def test_beside_a_gpu_offloaded_shards_have_to_fit_into_host_memory(monkeypatch, tmp_path):
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
+    weights = 4 * sum(p.numel() for p in tiny_model("opt").parameters())
+    meminfo.write_text(f"MemAvailable: {2 * weights // 1024} kB\n")
+    assert planned_with_offload("cuda", 1.0).length == planned_with_offload("cpu", 1.0).length
+    meminfo.write_text(f"MemAvailable: {weights // 1024} kB\n")
+    with pytest.raises(UserError, match=r"offloaded weights take .* of host memory a rank, and"):
+        planned_with_offload("cuda", 1.0)
 
 
 def test_too_little_memory_says_how_much_is_missing():

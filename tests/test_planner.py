@@ -17,7 +17,7 @@ from addax_ds.planner.memory import Inputs, standing_bytes, step_memory
 from addax_ds.planner.report import gpus_needed
 from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape, shape_of
 from addax_ds.planner.tape import Tape
-from addax_ds.planner.threshold import largest_batch, largest_threshold
+from addax_ds.planner.threshold import largest_threshold
 from addax_ds.planner.trace import Batch, Trace, trace
 from addax_ds.planner.zero3 import Zero3Settings
 from benchmarks.live import peak
@@ -76,12 +76,28 @@ def test_a_folder_and_a_file_are_read(tmp_path):
     assert from_folder.vocabulary == 501
 
 
-@pytest.mark.parametrize("content", ["{", '{"model_type": "vit"}', '{"a": 1}', "[]"])
-def test_a_file_that_describes_no_model_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config\.json cannot be read as JSON"),
+        ("[]", "must hold a JSON object, not list"),
+        ('{"a": 1}', "has no model_type"),
+        ('{"model_type": "optt"}', "knows no model_type 'optt'. Did you mean 'opt'"),
+        ('{"model_type": "t5"}', "not a configuration .* AutoModelForCausalLM$"),
+        ('{"model_type": "opt", "vocab_size": 1}', "not a configuration .* Padding_idx must be"),
+        ('{"model_type": "opt", "quantization_config": {"bits": 4}}', "quantised weights"),
+    ],
+)
+def test_a_file_that_describes_no_model_is_refused(tmp_path, content, message):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="not a configuration"):
+    with pytest.raises(UserError, match=message):
         find_shape(str(path))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the folder has no config\.json$"):
+        find_shape(str(tmp_path))
 
 
 def test_an_unknown_name_is_not_looked_up(monkeypatch):
@@ -103,6 +119,28 @@ def test_a_running_zero3_training_does_not_disturb_the_planner(small):
     finally:
         F.linear = linear
         del live
+
+
+def test_a_moved_private_name_is_not_the_models_fault(small, tmp_path, monkeypatch):
+    OPTConfig(**SMALL).save_pretrained(tmp_path)
+    attention = F.scaled_dot_product_attention
+    with monkeypatch.context() as patch:
+        patch.delattr("transformers.masking_utils.fast_all")
+        with pytest.raises(AttributeError, match="fast_all"):
+            trace.__wrapped__(small, Batch(2, 64, 8), backward=False)
+    assert F.scaled_dot_product_attention is attention
+    monkeypatch.delattr("transformers.modeling_utils.is_deepspeed_zero3_enabled")
+    with pytest.raises(AttributeError, match="is_deepspeed_zero3_enabled"):
+        find_shape(str(tmp_path))
+
+
+def test_an_assertion_that_fails_is_not_the_models_fault(small, monkeypatch):
+    def fail(*_) -> None:
+        raise AssertionError("an invariant")
+
+    monkeypatch.setattr("addax_ds.planner.trace._loss", fail)
+    with pytest.raises(AssertionError, match="an invariant"):
+        trace.__wrapped__(small, Batch(2, 64, 8), backward=False)
 
 
 # ---- what a pass keeps ---------------------------------------------------------------------------
@@ -268,15 +306,8 @@ def test_the_threshold_is_the_largest_that_fits(small):
     for budget in (total(100), total(140) - 1, total(140), 10**12):
         found = largest_threshold(inputs, lengths, budget)
         expected = max(length for length in lengths[:-1] if total(length) <= budget)
-        assert found is not None
-        assert found.length == expected
-        assert found.first_order == sum(length <= expected for length in lengths)
-        assert found.zeroth_order + found.first_order == len(lengths)
-        assert found.total == total(expected)
+        assert found == expected
     assert largest_threshold(inputs, lengths, total(20) - 1) is None
-    whole = largest_threshold(inputs, lengths, 10**12, leave_longer=False)
-    assert whole is not None
-    assert whole.length == 260
 
 
 def test_no_threshold_helps_if_the_zeroth_order_pass_does_not_fit(small):
@@ -284,14 +315,6 @@ def test_no_threshold_helps_if_the_zeroth_order_pass_does_not_fit(small):
     budget = step_memory(replace(inputs, zeroth_order=Batch(64, 512, 511), first_order=None)).total
     assert largest_threshold(inputs, [16, 512], budget - 1) is None
     assert largest_threshold(inputs, [16, 512], budget) is not None
-
-
-def test_the_batch_is_the_largest_that_fits(small):
-    inputs = inputs_of(small, zeroth_order=None)
-    budget = step_memory(replace(inputs, first_order=Batch(5, 128, 127))).total
-    assert largest_batch(inputs, 128, budget, limit=64) == 5
-    assert largest_batch(inputs, 128, budget, limit=3) == 3
-    assert largest_batch(inputs, 128, 1000, limit=3) == 0
 
 
 # ---- GPUs needed ---------------------------------------------------------------------------------
@@ -305,3 +328,23 @@ def test_one_gpu_is_enough_though_two_need_more(small):
     assert gpus_needed(inputs, totals[8]) == 8
     assert gpus_needed(inputs, totals[64] - 10**5) is None
     assert gpus_needed(replace(inputs, sharding="none"), 1000) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "gpus_per_node", "needed"),
+    [
+        (1.1, 2, 1),
+        (0.7, 2, 3),
+        (0.55, 2, 4),
+        (0.55, 1, 2),
+        (0.3, 1, 4),
+        (0.3, 8, 32),
+        (0.0, 8, None),
+    ],
+)
+def test_gpus_of_a_node_share_its_host(small, share, gpus_per_node, needed):
+    """Of three GPUs in nodes of two, one node has two thirds of the weights."""
+    offload = replace(SETTINGS, offload=True)
+    inputs = inputs_of(small, method="ip-sgd", zeroth_order=None, zero3=offload)
+    host = int(share * 2 * small.parameters)
+    assert gpus_needed(inputs, 10**12, host, gpus_per_node) == needed

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from addax_ds import UserError
+from addax_ds import UserError, run_memory
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
@@ -53,15 +53,25 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
     )
 
 
-def test_the_peak_is_told_with_its_parts():
+def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, vocab_size=50000).config
     settings = AddaxSettings("ip-sgd", 0.0, 1e-3, None, "stochastic", 0, 0)
     inputs = run_inputs(config, None, "none", ([], DATA), ARGS, settings)
     memory = step_memory(inputs)
-    said = describe(inputs)
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    # Two ranks share it, and each keeps 2 GB for what is not a tensor.
+    meminfo.write_text(f"MemAvailable: {2 * (2_000_000_000 + memory.total) // 1024 + 2} kB\n")
+    said = describe(inputs, torch.device("cpu"))
     assert said.startswith(f"{memory.total / 1e9:.2f} GB of tensors on a rank when they are most")
     assert f"weights {memory.categories['weights'] / 1e9:.2f}" in said
     assert "host" not in said
+    assert said.endswith(f"; {memory.total / 1e9:.2f} GB are free for them")
+    meminfo.write_text("MemAvailable: 4000000 kB\n")
+    assert describe(inputs, torch.device("cpu")).endswith("; only 0.05 GB are free for them")
+    meminfo.write_text("")
+    assert describe(inputs, torch.device("cpu")).endswith(")")
 
 
 def test_a_model_that_cannot_be_planned():

@@ -79,7 +79,7 @@ def step_memory(inputs: Inputs) -> Memory:
     if inputs.method in BASELINES:
         stages.append(("update", _update(inputs, standing)))
     stage, ledger = max(stages, key=lambda entry: entry[1].peak_total)
-    return Memory(ledger.peak, ledger.peak_total, _host_bytes(inputs), stage)
+    return Memory(ledger.peak, ledger.peak_total, host_bytes(inputs), stage)
 
 
 def standing_bytes(inputs: Inputs) -> dict[str, int]:
@@ -186,8 +186,8 @@ def _sub_groups(inputs: Inputs) -> list[int]:
     return groups
 
 
-def _host_bytes(inputs: Inputs) -> int:
-    """Host memory of a rank whose shards are offloaded: the shards, sums and the largest copies.
+def host_bytes(inputs: Inputs) -> int:
+    """Return the host memory of a rank with offloaded shards: these, sums and the largest copies.
 
     A shard is perturbed where it lives (`addax_ds.update.perturb`), a prefetch bucket at a time.
     torch rounds every pinned tensor up to a power of two (``CachingHostAllocator.h``); sums over

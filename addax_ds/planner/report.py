@@ -1,14 +1,16 @@
 """What the planner says: a plan for each method, as a table and as JSON."""
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from addax_ds.circumstances import versions
 from addax_ds.data.partition import BASELINES, ZEROTH_ORDER, Method
-from addax_ds.planner.memory import Inputs, Memory, step_memory
+from addax_ds.planner.memory import Inputs, Memory, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.threshold import batch, largest_threshold
+from addax_ds.sharding.base import ShardingName
 
 MOST_GPUS = 1024
 GRAIN = 16
@@ -17,7 +19,10 @@ GB = 10**9
 RESERVE = 4 * GB
 """Of a GPU's memory, for what is not a tensor: CUDA context, NCCL, fragmentation; an assumption."""
 
+MB = 10**6
+
 _TITLES = ("method", *CATEGORIES, "total", "fits", "GPUs needed", "with checkpointing", "host")
+_OF_ZERO3 = "an optimizer of DeepSpeed's, which runs with --sharding zero3 alone"
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Request:
 
     Attributes:
         inputs: the model and where it runs; method and batches are put in for each method.
+        methods: to plan, each once; those in `left_out` are not.
         zo_rows: rows of a zeroth-order batch on each rank.
         train_rows: rows of a first-order batch on each rank.
         length: tokens of the longest sequence.
@@ -33,10 +39,12 @@ class Request:
         targets: predicted positions of a sequence at most; None for all.
         gpu_memory: bytes of a GPU.
         reserve: bytes of it that are not for tensors.
+        host_memory: bytes of a node's host memory for offloaded shards; None: not compared.
         gpus_per_node: ranks that share a host.
     """
 
     inputs: Inputs
+    methods: tuple[Method, ...]
     zo_rows: int
     train_rows: int
     length: int
@@ -44,12 +52,19 @@ class Request:
     targets: int | None
     gpu_memory: int
     reserve: int
+    host_memory: int | None
     gpus_per_node: int
 
     @property
     def budget(self) -> int:
         """Bytes for tensors."""
         return self.gpu_memory - self.reserve
+
+    @property
+    def left_out(self) -> dict[Method, str]:
+        """The methods that do not run on the back end, and why."""
+        sharding = self.inputs.sharding
+        return {method: _OF_ZERO3 for method in self.methods if not runs(method, sharding)}
 
 
 @dataclass(frozen=True)
@@ -60,77 +75,117 @@ class Plan:
         method: its name.
         first_order_length: tokens of the longest first-order sequence; None without such ones.
         memory: of a step with the batches that were asked for.
-        with_checkpointing: total bytes if blocks are recomputed in backward.
-        fits: whether it fits into a GPU.
-        gpus_needed: the fewest on which it would, with as many rows on each; None if more than
-            `MOST_GPUS` are not enough.
+        checkpointed: the same if blocks are recomputed in backward.
         host_per_node: bytes of host memory of a node, where weights are offloaded.
+        fits: whether it fits into a GPU and, where that was stated, into host memory.
+        gpus_needed: the fewest on which it would, with as many rows on each; None if `MOST_GPUS`
+            are not enough.
+        needed_for: `first_order_length` on as many. It is the same but for addax without a given
+            L_T: they are the fewest on which any fits, and this is the largest one there.
     """
 
     method: Method
     first_order_length: int | None
     memory: Memory
-    with_checkpointing: int
+    checkpointed: Memory
+    host_per_node: int
     fits: bool
     gpus_needed: int | None
-    host_per_node: int
+    needed_for: int | None
 
 
-def make_plan(request: Request, method: Method) -> Plan | None:
-    """Plan one method; None if it does not run on the back end."""
-    if method in BASELINES and request.inputs.sharding != "zero3":
-        return None
-    length = first_order_length(request, method)
+def runs(method: Method, sharding: ShardingName) -> bool:
+    """Whether a method runs on a back end."""
+    return sharding == "zero3" or method not in BASELINES
+
+
+def make_plans(request: Request) -> list[Plan]:
+    """Plan every method that runs on the back end."""
+    return [_plan(request, method) for method in request.methods if method not in request.left_out]
+
+
+def _plan(request: Request, method: Method) -> Plan:
+    looked_up = method == "addax" and request.length_threshold is None
+    length: int | None = request.length
+    if method == "mezo":
+        length = None
+    elif looked_up:
+        length = _largest_threshold(request, request.inputs.ranks) or GRAIN
+    elif method == "addax":
+        length = request.length_threshold
+    inputs = _with_batches(request, method, length)
+    memory = step_memory(inputs)
+    host_per_node = memory.host * request.gpus_per_node
+    in_host = request.host_memory is None or host_per_node <= request.host_memory
+    needed = gpus_needed(
+        _with_batches(request, method, GRAIN) if looked_up else inputs,
+        request.budget,
+        request.host_memory,
+        request.gpus_per_node,
+    )
+    return Plan(
+        method,
+        length,
+        memory,
+        step_memory(replace(inputs, checkpointing=True)),
+        host_per_node,
+        memory.total <= request.budget and in_host,
+        needed,
+        _largest_threshold(request, needed) if looked_up and needed else length,
+    )
+
+
+def _with_batches(request: Request, method: Method, length: int | None) -> Inputs:
+    """Return what a method's step depends on, with first-order sequences of ``length``."""
     zeroth, first = None, None
     if method in ZEROTH_ORDER:
         zeroth = batch(request.zo_rows, request.length, request.targets)
     if length is not None:
         first = batch(request.train_rows, length, request.targets)
-    inputs = replace(request.inputs, method=method, zeroth_order=zeroth, first_order=first)
-    memory = step_memory(inputs)
-    return Plan(
-        method,
-        length,
-        memory,
-        step_memory(replace(inputs, checkpointing=True)).total,
-        memory.total <= request.budget,
-        gpus_needed(inputs, request.budget),
-        memory.host * request.gpus_per_node,
-    )
+    return replace(request.inputs, method=method, zeroth_order=zeroth, first_order=first)
 
 
-def first_order_length(request: Request, method: Method) -> int | None:
-    """Return the longest first-order sequence: L_T for addax, for others the longest there is."""
-    if method == "mezo":
-        return None
-    if method != "addax":
-        return request.length
-    if request.length_threshold is not None:
-        return request.length_threshold
-    probe = batch(request.train_rows, request.length, request.targets)
-    inputs = replace(request.inputs, method=method, zeroth_order=None, first_order=probe)
+def _largest_threshold(request: Request, ranks: int) -> int | None:
+    """Return the largest L_T with which addax's first-order pass fits on so many ranks."""
+    probe = replace(_with_batches(request, "addax", GRAIN), zeroth_order=None, ranks=ranks)
     lengths = [*range(GRAIN, request.length, GRAIN), request.length]
-    found = largest_threshold(inputs, lengths, request.budget, request.targets)
-    return lengths[0] if found is None else found.length
+    return largest_threshold(probe, lengths, request.budget, request.targets)
 
 
-def gpus_needed(inputs: Inputs, budget: int) -> int | None:
+def gpus_needed(
+    inputs: Inputs, budget: int, host_memory: int | None = None, gpus_per_node: int = 1
+) -> int | None:
     """Return the fewest GPUs, up to 8 or in steps of 8, on which a step fits.
 
     One alone gathers nothing and reduces nothing, and may need less than two do; from two on memory
-    falls with their number, but for padding.
+    falls with their number, but for padding. Host memory may rise: pinned shards are rounded up.
+
+    Args:
+        inputs: the run; its number of ranks is not read.
+        budget: bytes that a rank has for tensors.
+        host_memory: bytes of a node's host memory; None if there is enough.
+        gpus_per_node: ranks that share it.
     """
 
-    def fits(ranks: int) -> bool:
+    def in_gpu(ranks: int) -> bool:
         return step_memory(replace(inputs, ranks=ranks)).total <= budget
 
-    if fits(1):
+    def in_host(ranks: int) -> bool:
+        own = host_bytes(replace(inputs, ranks=ranks))
+        return host_memory is None or own * min(ranks, gpus_per_node) <= host_memory
+
+    if in_gpu(1) and in_host(1):
         return 1
     if inputs.sharding == "none":
         return None
     counts = [*range(2, 8), *range(8, MOST_GPUS + 1, 8)]
-    place = bisect.bisect_left(counts, True, key=fits)
-    return counts[place] if place < len(counts) else None
+    # From below by doubling: of a tiny model on very many GPUs most is padding.
+    ends = [min(2**k, len(counts)) for k in range(len(counts).bit_length() + 1)]
+    end = next((end for end in ends if in_gpu(counts[end - 1])), None)
+    if end is None:
+        return None
+    place = bisect.bisect_left(counts, True, lo=end // 2, hi=end, key=in_gpu)
+    return next((ranks for ranks in counts[place:] if in_host(ranks) and in_gpu(ranks)), None)
 
 
 def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
@@ -142,8 +197,11 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
         "dtype": shape.dtype,
         "sharding": inputs.sharding,
         "gpus": inputs.ranks,
+        "nodes": inputs.ranks // request.gpus_per_node,
+        "gpus_per_node": request.gpus_per_node,
         "gpu_memory": request.gpu_memory,
         "reserve": request.reserve,
+        "host_memory": request.host_memory,
         "per_device_zo_batch_size": request.zo_rows,
         "per_device_train_batch_size": request.train_rows,
         "gradient_accumulation_steps": inputs.accumulation,
@@ -163,84 +221,121 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
                 "peak_in": plan.memory.stage,
                 "fits": plan.fits,
                 "gpus_needed": plan.gpus_needed,
-                "total_with_checkpointing": plan.with_checkpointing,
+                "gpus_needed_for_first_order_length": plan.needed_for,
+                "bytes_with_checkpointing": dict(plan.checkpointed.categories),
+                "total_with_checkpointing": plan.checkpointed.total,
                 "host_per_node": plan.host_per_node,
             }
             for plan in plans
         ],
+        "not_planned": request.left_out,
+        "versions": versions(),
     }
 
 
 def embedding_gradient(request: Request) -> int:
-    """Bytes of the whole gradient of the output projection, which is the largest there is."""
+    """Bytes of the whole gradient of the output projection, which no bucket divides."""
     shape = request.inputs.shape
     return shape.numels[shape.head] * shape.itemsize
 
 
 def as_table(request: Request, plans: list[Plan]) -> str:
-    """Return the plans as lines of text, in GB (1e9 bytes) a GPU."""
+    """Return the plans as lines of text: bytes a GPU, in GB (1e9) or, where they are few, MB."""
     shape, inputs = request.inputs.shape, request.inputs
-    rows = [_TITLES, *(_cells(plan) for plan in plans)]
-    # A column that is empty for all says nothing.
-    empty = {"0.00", "-"}
-    kept = [i for i, _ in enumerate(_TITLES) if {row[i] for row in rows[1:]} - empty]
+    most = max(max(plan.memory.total, plan.host_per_node) for plan in plans)
+    unit = "GB" if most >= GB else "MB"
+    rows = [_TITLES, *(_cells(plan, unit) for plan in plans)]
+    # A category that is empty for all says nothing.
+    optional = {*CATEGORIES, "host"}
+    kept = [
+        place
+        for place, title in enumerate(_TITLES)
+        if title not in optional or {row[place] for row in rows[1:]} - {"0.00"}
+    ]
     widths = {i: max(len(row[i]) for row in rows) for i in kept}
     lines = ["  ".join(row[i].rjust(widths[i]) for i in kept) for row in rows]
+    scale, size = ("billion", 1e9) if shape.parameters >= 1e9 else ("million", 1e6)
     heads = [
-        f"{shape.name}: {shape.parameters / GB:.3g} billion parameters, {shape.dtype}, "
+        f"{shape.name}: {shape.parameters / size:.3g} {scale} parameters, {shape.dtype}, "
         f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
         f"{request.reserve / GB:g} GB of it kept free",
-        f"zeroth-order {request.zo_rows} x {request.length} tokens, first-order "
-        f"{request.train_rows} x {request.length}" + _threshold(request, plans),
+        ", ".join(_batches(request, plans)),
     ]
-    return "\n".join([*heads, "", *lines, "", *_notes(request, plans)])
+    return "\n".join([*heads, "", *lines, "", *_notes(request, plans, unit)])
 
 
-def _threshold(request: Request, plans: list[Plan]) -> str:
-    """Say what L_T is, and that it was found if it was not given."""
+def _batches(request: Request, plans: list[Plan]) -> Iterator[str]:
+    """Say of which batches the plans are."""
+    rows, methods = request.train_rows, {plan.method for plan in plans}
+    if not methods.isdisjoint(ZEROTH_ORDER):
+        yield f"zeroth-order {request.zo_rows} x {request.length} tokens"
+    if methods - {"addax", "mezo"}:
+        yield f"first-order {rows} x {request.length} tokens"
     for plan in plans:
         if plan.method == "addax":
-            found = ", the largest that fits" if request.length_threshold is None else ""
-            found = found if plan.fits else ""
-            return f", for addax {request.train_rows} x {plan.first_order_length} (L_T{found})"
-    return ""
+            note = "L_T"
+            if request.length_threshold is None:
+                note += ", the largest that fits" if plan.fits else "; a step does not fit"
+            yield f"first-order of addax {rows} x {plan.first_order_length} tokens ({note})"
 
 
-def _cells(plan: Plan) -> tuple[str, ...]:
-    sizes: Mapping[str, int] = plan.memory.categories
+def _cells(plan: Plan, unit: str) -> tuple[str, ...]:
+    sizes = plan.memory.categories
     return (
         plan.method,
-        *(f"{sizes[category] / GB:.2f}" for category in CATEGORIES),
-        f"{plan.memory.total / GB:.2f}",
+        *(_in(sizes[category], unit) for category in CATEGORIES),
+        _in(plan.memory.total, unit),
         "yes" if plan.fits else "no",
         str(plan.gpus_needed or f"> {MOST_GPUS}"),
-        f"{plan.with_checkpointing / GB:.2f}",
-        f"{plan.host_per_node / GB:.1f}" if plan.host_per_node else "-",
+        _in(plan.checkpointed.total, unit),
+        _in(plan.host_per_node, unit),
     )
 
 
-def _notes(request: Request, plans: list[Plan]) -> list[str]:
-    gradient = embedding_gradient(request) / GB
-    notes = [
-        "GB (1e9 bytes) of live tensors on a GPU at the moment of a step when they are most.",
-    ]
+def _in(size: int, unit: str) -> str:
+    return f"{size / (GB if unit == 'GB' else MB):.2f}"
+
+
+def _notes(request: Request, plans: list[Plan], unit: str) -> Iterator[str]:
+    tensors = f"{unit} ({'1e9' if unit == 'GB' else '1e6'} bytes) of live tensors"
+    yield f"{tensors} on a GPU at the moment of a step when they are most."
+    for plan in plans:
+        if plan.needed_for != plan.first_order_length:
+            yield (
+                f"GPUs needed by {plan.method}: the fewest on which any L_T fits; the largest that "
+                f"fits on {plan.gpus_needed} is {plan.needed_for} tokens."
+            )
     if any(plan.first_order_length is not None for plan in plans):
-        tied = request.inputs.shape.tied
-        notes.append(
-            f"The whole gradient of the {'tied ' * tied}embedding has {gradient:.2f} GB"
-            + (
-                "; at the end of backward there are three for a moment: of the output, of the "
-                "input, and their sum."
-                if tied
-                else "."
-            )
-        )
+        yield from _of_gradients(request, unit)
     if request.inputs.sharding == "zero3" and request.inputs.zero3.offload:
-        note = f"host: GB of host memory of a node with {request.gpus_per_node} GPU(s)."
-        if request.inputs.zero3.pin_memory:
-            note += (
-                " torch rounds pinned tensors up to a power of two; with "
-                'offload_param {"pin_memory": false} it is less, and transfers are slower.'
-            )
-        notes.append(note)
-    return notes
+        yield from _of_host(request, unit)
+    for method, why in request.left_out.items():
+        yield f"Not planned: {method}, {why}."
+
+
+def _of_gradients(request: Request, unit: str) -> Iterator[str]:
+    shape, own = request.inputs.shape, embedding_gradient(request)
+    size = f"{_in(own, unit)} {unit}"
+    if shape.tied:
+        yield (
+            f"The whole gradient of the tied embedding has {size}; at the end of backward there "
+            "are three for a moment: of the output, of the input, and their sum."
+        )
+    else:
+        yield f"The whole gradient of the output projection has {size}."
+    largest = max(shape.numels) * shape.itemsize
+    if largest > own:
+        yield f"The largest whole gradient of a parameter has {_in(largest, unit)} {unit}."
+
+
+def _of_host(request: Request, unit: str) -> Iterator[str]:
+    note = f"host: {unit} of host memory of a node with {request.gpus_per_node} GPU(s)"
+    if request.host_memory is None:
+        yield f"{note}; give --host_memory to compare it."
+    else:
+        yield f"{note}, which has {request.host_memory / GB:g} GB."
+    if request.inputs.zero3.pin_memory:
+        yield (
+            "torch rounds pinned tensors up to a power of two; with offload_param "
+            '{"pin_memory": false} the host needs less, and transfers are slower.'
+        )

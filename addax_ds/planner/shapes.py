@@ -9,14 +9,18 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     OPTConfig,
@@ -25,7 +29,8 @@ from transformers import (
 )
 
 from addax_ds.errors import UserError
-from addax_ds.rules import did_you_mean
+from addax_ds.files import read_regular
+from addax_ds.rules import did_you_mean, shown
 from addax_ds.sharding.base import blocks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -106,7 +111,8 @@ class ModelShape:
 
     def build(self, attention: str | None = None) -> nn.Module:
         """Return the model on the meta device."""
-        return _build(json.loads(self.config), self.dtype, attention)
+        with _not_partitioned():
+            return _build(json.loads(self.config), self.dtype, attention)
 
 
 def find_shape(model: str, dtype: str = "bf16") -> ModelShape:
@@ -132,18 +138,19 @@ def find_shape(model: str, dtype: str = "bf16") -> ModelShape:
         return shape_of(OPTConfig(**OPT_FAMILY[known]), model, dtype)
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text())
-        for kernel in ("attn_implementation", "_attn_implementation"):
-            content.pop(kernel, None)  # it may be code from the hub, which is not asked
-        return shape_of(AutoConfig.for_model(**content), model, dtype)
-    except UserError:
-        raise
-    except Exception as error:  # a configuration may hold anything
-        raise UserError(
-            f"--model {model}: {path} is not a configuration that Transformers can build a causal "
-            f"language model from: {type(error).__name__}: {error}"
-        ) from error
+    content = _read(path)
+    for kernel in ("attn_implementation", "_attn_implementation"):
+        content.pop(kernel, None)  # it may be code from the hub, which is not asked
+    with _not_partitioned():
+        try:
+            return _shape(AutoConfig.for_model(**content), model, dtype)
+        except UserError:
+            raise
+        except Exception as error:  # it may hold anything; of some of it torch asserts more
+            raise UserError(
+                f"--model {model}: {path} is not a configuration that Transformers can build a "
+                f"causal language model from: {reason(error)}"
+            ) from error
 
 
 def shape_of(config: PreTrainedConfig, name: str, dtype: str = "bf16") -> ModelShape:
@@ -152,6 +159,48 @@ def shape_of(config: PreTrainedConfig, name: str, dtype: str = "bf16") -> ModelS
     Raises:
         UserError: if it has no blocks, or its output projection is no parameter of its own.
     """
+    with _not_partitioned():
+        return _shape(config, name, dtype)
+
+
+def reason(error: Exception) -> str:
+    """Return what an error of a library says, as the end of a sentence: some list all they know."""
+    return shown(f"{type(error).__name__}: {error}".partition("\n")[0], 300).rstrip(".: ")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read the configuration of a model that can be planned.
+
+    Raises:
+        UserError: if it cannot be read, or is not one.
+    """
+    try:
+        content = json.loads(read_regular(path, "utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--model {path.parent}: the folder has no config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--model {path} cannot be read as JSON: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--model {path} must hold a JSON object, not {type(content).__name__}")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(
+            f"--model {path} has no model_type, by which Transformers knows what to build"
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"--model {path}: Transformers {transformers.__version__} knows no model_type "
+            f"{shown(model_type)!r}.{did_you_mean(model_type, CONFIG_MAPPING)}"
+        )
+    if content.get("quantization_config") is not None:
+        raise UserError(
+            f"--model {path} has a quantization_config: training of quantised weights is not "
+            "planned. Remove it to plan with weights of --dtype"
+        )
+    return content
+
+
+def _shape(config: PreTrainedConfig, name: str, dtype: str) -> ModelShape:
     text = json.dumps({**config.to_dict(), "model_type": config.model_type}, sort_keys=True)
     model: Any = _build(json.loads(text), dtype, None)
     parameters = {parameter: index for index, parameter in enumerate(model.parameters())}
@@ -183,10 +232,15 @@ def shape_of(config: PreTrainedConfig, name: str, dtype: str = "bf16") -> ModelS
     )
 
 
+@contextmanager
+def _not_partitioned() -> Iterator[None]:
+    """Build models whole, where a training under ZeRO-3 would have them partitioned."""
+    with mock.patch.object(modeling_utils, "is_deepspeed_zero3_enabled", return_value=False):
+        yield
+
+
 def _build(config: dict[str, Any], dtype: str, attention: str | None) -> nn.Module:
-    # A training under ZeRO-3 would have every model partitioned that Transformers makes.
-    whole = mock.patch.object(modeling_utils, "is_deepspeed_zero3_enabled", return_value=False)
-    with torch.device("meta"), whole:
+    with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**config),
             dtype=DTYPES[dtype],

@@ -16,7 +16,7 @@ ATen's Dropout.cpp). The loss is that of `addax_ds.likelihood`.
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -30,7 +30,7 @@ from transformers import masking_utils
 
 from addax_ds.errors import UserError
 from addax_ds.likelihood import takes_positions
-from addax_ds.planner.shapes import ModelShape
+from addax_ds.planner.shapes import ModelShape, reason
 from addax_ds.planner.tape import Event, Tape
 
 
@@ -102,19 +102,20 @@ def trace(
         UserError: if the model does not run without the values of its tensors, or not with this
             attention or checkpointing.
     """
-    try:
-        return _run(shape, batch, backward, checkpointing, attention, cuda, zero3_linear)
-    except UserError:
-        raise
-    except Exception as error:  # a model's code may ask for anything
-        model_type = json.loads(shape.config)["model_type"]
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".: ")
-        raise UserError(
-            f"{shape.name}: the planner cannot run a model of type {model_type} without its "
-            f"weights, with {batch.rows} row(s) of {batch.length} tokens, attention "
-            f"{attention or 'of its own choice'}{', checkpointing' * checkpointing}: {reason}. "
-            "Find by a trial run what fits"
-        ) from error
+    # Outside of what is caught below: a private name that has moved is not the model's fault.
+    with _stand_ins(batch, attention, cuda, zero3_linear):
+        try:
+            return _run(shape, batch, backward, checkpointing, attention)
+        except (AssertionError, UserError):
+            raise
+        except Exception as error:  # a model's code may ask for anything
+            model_type = json.loads(shape.config)["model_type"]
+            raise UserError(
+                f"{shape.name}: the planner cannot run a model of type {model_type} without its "
+                f"weights, with {batch.rows} row(s) of {batch.length} tokens, attention "
+                f"{attention or 'of its own choice'}{', checkpointing' * checkpointing}: "
+                f"{reason(error)}. Find by a trial run what fits"
+            ) from error
 
 
 def _run(
@@ -123,8 +124,6 @@ def _run(
     backward: bool,
     checkpointing: bool,
     attention: str | None,
-    cuda: bool,
-    zero3_linear: bool,
 ) -> Trace:
     model: Any = shape.build("sdpa" if _fused(attention) else attention)
     model.config.use_cache = False  # as Trainer sets it
@@ -137,8 +136,7 @@ def _run(
         tape.ignore(tensor)
     parameters = _note_gradients(model, tape)
     _note_modules(model, tape)
-    stand_ins = _stand_ins(batch, attention, cuda, zero3_linear)
-    with stand_ins, tape, torch.set_grad_enabled(backward):
+    with tape, torch.set_grad_enabled(backward):
         loss = _loss(model, inputs, batch)
         if backward:
             loss.backward()
@@ -318,10 +316,7 @@ def _stand_ins(
         patches.append(skip)
     if cuda:
         patches.append(mock.patch.object(F, "dropout", _fused_dropout))
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         yield
-    finally:
-        for patch in reversed(patches):
-            patch.stop()

@@ -13,22 +13,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from addax_ds.ds_config import automatic_sizes
 from addax_ds.planner.replay import Engine, Ledger
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Trace
-
-
-def automatic_sizes(hidden: int) -> dict[str, int]:
-    """Return what Trainer makes of "auto" in a ``zero_optimization`` block, in elements.
-
-    Args:
-        hidden: hidden size of the model (`HfTrainerDeepSpeedConfig.trainer_config_finalize`).
-    """
-    return {
-        "reduce_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": 10 * hidden,
-    }
 
 
 @dataclass(frozen=True)
