@@ -7,8 +7,8 @@ the dev rows, and on the test rows once at the end (of the demo and of files bef
 without training rows, the model as it is on the test rows.
 
 It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
-``test_results.json``, ``predictions_test.jsonl``, ``train_results.json``, ``trainer_state.json``,
-``training.png``, and what ``--save_strategy`` and ``--report_to`` ask for.
+``train_results.json``, ``dev_results.json``, ``test_results.json``, ``predictions_test.jsonl``,
+``trainer_state.json``, ``training.png``, and what ``--save_strategy`` and ``--report_to`` ask for.
 
 Raises:
     UserError: for every mistake in arguments, configuration or data, before the model is loaded
@@ -30,10 +30,9 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import get_model_param_count
 
 import addax_ds
-from addax_ds import plotting, resume
+from addax_ds import resume
 from addax_ds.agreement import (
     all_ranks_or_none,
     check_same_everywhere,
@@ -45,17 +44,16 @@ from addax_ds.arguments import ModelArguments, parse_arguments
 from addax_ds.auto_threshold import AutoThreshold, plan_threshold
 from addax_ds.baseline import BaselineTrainer
 from addax_ds.configure import configure, divide_batches
-from addax_ds.costs import CostMeter
 from addax_ds.data.partition import BASELINES
 from addax_ds.data_source import Data, load_data
 from addax_ds.errors import UserError
 from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
 from addax_ds.run import Run, data_digest
-from addax_ds.run_memory import describe, run_inputs
 from addax_ds.settings import AddaxSettings, weights_dtype
 from addax_ds.sharding.base import ShardingName
 from addax_ds.step_trainer import StepTrainer, plan_steps
+from addax_ds.summary import Duration, announce, report
 from addax_ds.termination import ignore_sigterm, on_sigterm
 from addax_ds.trainer import AddaxTrainer
 
@@ -63,7 +61,6 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 _OF_ONE_RANK = ("local_rank", "output_dir")
-_STEPS_TO_TIME = 3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,15 +88,17 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         data = load_data(data_args, tokenizer, source)
-    planned = None
+    planned, plan = None, None
     if data.train and settings.length_threshold == "auto":
         planned, settings = _plan_threshold(source, sharding, data, args, settings, resumed, run)
     with all_ranks_or_none():
         if data.train:  # the trainer does these, too, but with the model loaded
-            streams, _ = plan_steps(data.train, settings, args)
+            plan = plan_steps(data.train, settings, args)
             if resumed is not None:
-                resume.check(resumed, run.with_data(data_digest(data.train), streams.threshold))
+                resume.check(resumed, run.with_data(data_digest(data.train), plan[0].threshold))
     check_same_everywhere(dict(_identity(args, model_args, addax_args, data=data)))
+    if args.process_index == 0:
+        announce(source, data, plan, args, settings, run)
     baseline = settings.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
         _load_model(source, args, sharding),
@@ -109,30 +108,39 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
-    _announce(trainer, source, sharding, data, run)
-    if data.train:
-        trainer.add_callback(_Duration(trainer.costs))
-        if data.test is not None and data.test_before:
-            trainer.add_callback(_TestBeforeTraining(trainer, data.test))
-        if isinstance(trainer, AddaxTrainer):
-            on_sigterm(trainer.request_stop)
-        result = trainer.train(resume_from_checkpoint=resumed)
-        if trainer.stopped:
-            logger.info(
-                "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
-                "--resume_from_checkpoint True",
-                trainer.state.global_step,
-                _folder(args),
-            )
-            return {}
-        trainer.save_complete_model(_folder(args) / "model")
-        trainer.save_metrics("train", {**result.metrics, **_costs(trainer)})
+    if data.train and not _train(trainer, data, resumed):
+        return {}
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
         trainer.save_metrics("test", {**_before(trainer), **metrics})
         _save_predictions(trainer, data.test)
     trainer.save_state()
-    return _report(trainer, f"{source.label}\n{data.description}", data.metric)
+    return report(trainer, f"{source.label}\n{data.description}", data.metric)
+
+
+def _train(trainer: StepTrainer, data: Data, resumed: str | None) -> bool:
+    """Train and save the model and what it took; return whether training came to its end."""
+    trainer.add_callback(Duration(trainer.costs))
+    if data.test is not None and data.test_before:
+        trainer.add_callback(_TestBeforeTraining(trainer, data.test))
+    if isinstance(trainer, AddaxTrainer):
+        on_sigterm(trainer.request_stop)
+    result = trainer.train(resume_from_checkpoint=resumed)
+    folder = _folder(trainer.args)
+    if trainer.stopped:
+        logger.info(
+            "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
+            "--resume_from_checkpoint True",
+            trainer.state.global_step,
+            folder,
+        )
+        return False
+    trainer.save_complete_model(folder / "model")
+    trainer.save_metrics("train", {**result.metrics, **_costs(trainer)})
+    dev = _on_dev(trainer)
+    if dev:
+        trainer.save_metrics("dev", dev)
+    return True
 
 
 # ---- run ---------------------------------------------------------------------------------------
@@ -221,46 +229,6 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _announce(
-    trainer: StepTrainer, source: ModelSource, sharding: ShardingName, data: Data, run: Run
-) -> None:
-    """Say on rank 0 what will be trained, on what, how, and what memory it takes."""
-    args = trainer.args
-    if args.process_index != 0:
-        return
-    parameters, examples = get_model_param_count(trainer.model), len(data.train)
-    logger.info("Model: %s, %s, %d parameters", source.label, run.dtype, parameters)
-    logger.info("Data:  %s, %d training examples", data.description, examples)
-    if trainer.partition is not None:
-        logger.info("%s", trainer.partition.describe([example.length for example in data.train]))
-        logger.info(
-            "Method: %s, alpha %g, zo_eps %g, learning rate %g, K0 %d, K1 %d, ranks %d",
-            run.method,
-            run.alpha,
-            run.zo_eps,
-            args.learning_rate,
-            run.zeroth_order_batch,
-            run.first_order_batch,
-            run.ranks,
-        )
-        logger.info("Memory: %s", _planned_memory(trainer, source, sharding, data))
-    logger.info("Output: %s", _folder(args).resolve())
-
-
-def _planned_memory(
-    trainer: StepTrainer, source: ModelSource, sharding: ShardingName, data: Data
-) -> str:
-    assert trainer.partition is not None
-    indices = trainer.partition.zeroth_order, trainer.partition.first_order
-    zeroth, first = ([data.train[i] for i in stream] for stream in indices)
-    args, settings, kernel = trainer.args, trainer.settings, source.attn_implementation
-    try:
-        inputs = run_inputs(source.config, kernel, sharding, (zeroth, first), args, settings)
-        return describe(inputs)
-    except UserError as error:
-        return f"not planned, {error}"
-
-
 def _folder(args: TrainingArguments) -> Path:
     assert args.output_dir is not None
     return Path(args.output_dir)
@@ -273,29 +241,6 @@ def _costs(trainer: StepTrainer) -> dict[str, float]:
     return {**costs, "peak_memory_bytes": peak, "train_steps": trainer.state.global_step}
 
 
-class _Duration(TrainerCallback):
-    """Says after a few steps how long the rest will take."""
-
-    def __init__(self, costs: CostMeter) -> None:
-        self._costs = costs
-        self._first: tuple[int, float] | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = state.global_step, self._costs.costs.train_seconds
-        if self._first is None:  # this step was the one that warms up
-            self._first = now
-        elif now[0] == self._first[0] + _STEPS_TO_TIME:
-            seconds = (now[1] - self._first[1]) / _STEPS_TO_TIME
-            left = state.max_steps - now[0]
-            logger.info(
-                "A step takes %.2f s: %.0f min for the %d that are left, evaluations and "
-                "checkpoints not counted",
-                seconds,
-                seconds * left / 60,
-                left,
-            )
-
-
 class _TestBeforeTraining(TrainerCallback):
     """Evaluates the untrained model on the test set, once the engine exists."""
 
@@ -306,6 +251,17 @@ class _TestBeforeTraining(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self._trainer.evaluate(self._test, metric_key_prefix="test_before")
+
+
+def _on_dev(trainer: StepTrainer) -> dict[str, float]:
+    """Find the dev metrics of the weights that are saved: the best ones, or those of the end."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    found: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry and entry["step"] == (best or entry["step"]):
+            found = {f"dev_{k.removeprefix('eval_')}": v for k, v in entry.items() if "eval_" in k}
+            found["dev_step"] = entry["step"]
+    return found
 
 
 def _before(trainer: StepTrainer) -> dict[str, float]:
@@ -329,31 +285,3 @@ def _save_predictions(trainer: StepTrainer, test: ScoredSet) -> None:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = _folder(trainer.args) / "predictions_test.jsonl"
         path.write_text("".join(lines), encoding="utf-8")
-
-
-def _report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
-    """Draw the curves, and say how it went and where everything is."""
-    folder = _folder(trainer.args)
-    if not trainer.is_world_process_zero():
-        return {}
-    results: dict[str, float] = json.loads((folder / "all_results.json").read_text())
-    for name in ("accuracy", "exact_match", "f1", "loss"):
-        if f"test_{name}" in results:
-            before, after = results.get(f"test_{name}_before"), results[f"test_{name}"]
-            change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
-            logger.info("Test %s: %s", name, change)
-    if "train_runtime" in results:
-        plotting.training_curves(trainer.state.log_history, folder / "training.png", title, metric)
-        logger.info(
-            "Trained %d steps on %d tokens in %.0f s, %.0f s with evaluations and checkpoints; "
-            "the most memory of a rank: %.2f GB\nModel:   %s\nCurves:  %s",
-            results["train_steps"],
-            results["train_tokens"],
-            results["train_seconds"],
-            results["train_runtime"],
-            results["peak_memory_bytes"] / 1e9,
-            (folder / "model").resolve(),
-            (folder / "training.png").resolve(),
-        )
-    logger.info("Results: %s", (folder / "all_results.json").resolve())
-    return results

@@ -22,6 +22,7 @@ from addax_ds.optimizer import Addax, unwrap
 from addax_ds.run import Progress, Run, data_digest
 from addax_ds.settings import AddaxSettings
 from addax_ds.sharding.attach import back_end_of
+from addax_ds.sharding.base import ShardingName
 
 
 class SavingTrainer(Trainer):
@@ -205,7 +206,9 @@ class SavingTrainer(Trainer):
     def _run(self) -> Run:
         """What checkpoints note, and have to agree with."""
         assert self.model is not None
-        sharding = "zero3" if self.is_deepspeed_enabled else back_end_of(self.model).name
+        sharding: ShardingName = "zero3"
+        if not self.is_deepspeed_enabled:
+            sharding = back_end_of(self.model).name
         run = Run.of(self.args, self.settings, sharding)
         if self.partition is None:
             return run

@@ -254,7 +254,8 @@ def test_a_run_says_what_it_did(runs):
     output, folder = runs["outcomes"][0].output, runs["whole"]
     assert output.count("D0 (zeroth-order, longer than L_T = 12): 7 sequences, the longest of") == 1
     assert output.count("D1 (first-order, at most 12): 9 sequences, the longest of 12 tokens") == 1
-    assert len(re.findall(r"^Memory: \d+\.\d\d GB of tensors on a rank", output, re.M)) == 1
+    assert len(re.findall(r"^Memory: \d+ parameters, \d+\.\d\d GB of tensors", output, re.M)) == 1
+    assert output.count("ranks 2, steps 6\n") == 1
     for name in ("model", "all_results.json", "training.png"):
         assert str(folder / name) in output
 

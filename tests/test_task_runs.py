@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from addax_ds import UserError, finetune
 from addax_ds.arguments import DataArguments
@@ -117,6 +118,38 @@ def test_long_prompts_lose_their_beginning_never_bos_nor_the_answer(bos):
         load("record", bos, num_train=8, num_dev=4, max_length=20)
 
 
+def opt_tokenizer() -> PreTrainedTokenizerFast:
+    """As OPT's: byte-level BPE with </s>, token 2, in front of a text and as its end."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    bpe = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("h", "e")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 2)])
+    special = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+@pytest.mark.parametrize("name", ["boolq", "squad"])
+def test_long_prompts_keep_the_bos_that_opt_has(name):
+    values = {"num_train": 8, "num_dev": 4, "max_length": 100}
+    args = DataArguments(task=name, task_data=str(FIXTURES / name), **values)
+    tokenizer = opt_tokenizer()
+    data = load_data(args, tokenizer, model_with(512))
+    rows = find_task(name, str(FIXTURES / name)).rows(Sizes(8, 4, 1000))
+    examples, texts = list(data.train), [row.prompt + row.answer for row in rows.train]
+    if isinstance(data.test, GenerationSet):
+        examples += [question.prompt for question in data.test.questions]
+        texts += [row.prompt for row in rows.test]
+    cut = 0
+    for example, text in zip(examples, texts, strict=True):
+        kept = tokenizer.decode(example.input_ids[1:])
+        assert example.input_ids[0] == 2
+        assert 2 not in example.input_ids[1:]
+        assert text.endswith(kept)
+        cut += kept != text
+    assert cut > 0
+
+
 def test_answers_that_are_written_have_room():
     """Of 2048 positions, or what the model has, 50 are the answer's; as MeZO cuts both."""
     data = load("squad", num_train=8, num_dev=4, max_length=150)
@@ -125,6 +158,15 @@ def test_answers_that_are_written_have_room():
     assert max(example.length for example in data.train) == 100
     with pytest.raises(UserError, match="writes answers of 50 tokens, for which 51 positions"):
         load("squad", num_train=8, num_dev=4, max_length=51)
+
+
+@pytest.mark.parametrize("name", ["squad", "boolq"])
+def test_a_longest_sequence_beyond_the_model_is_refused_by_the_users_number(name):
+    """Less the answer's 50 tokens it would pass, and the model fail at its first evaluation."""
+    values = {"num_train": 8, "num_dev": 4, "max_length": 250}
+    args = DataArguments(task=name, task_data=str(FIXTURES / name), **values)
+    with pytest.raises(UserError, match="--max_length 250 is more than the model's 200 positions"):
+        load_data(args, byte_tokenizer(bos=True), model_with(200))
 
 
 @pytest.mark.parametrize(("positions", "limit"), [(4096, 2048), (None, 2048), (512, 512)])
@@ -162,6 +204,9 @@ def test_a_run_chooses_by_dev_and_reads_test_once(model, tmp_path):
     assert all(torch.equal(parameter, kept[name]) for name, parameter in chosen.items())
     assert best.name != "checkpoint-6"
     assert not all(torch.equal(parameter, last[name]) for name, parameter in chosen.items())
+
+    of_dev = read(output / "dev_results.json")
+    assert (of_dev["dev_accuracy"], of_dev["dev_step"]) == (max(dev), 1 + dev.index(max(dev)))
 
     assert len(log_of(output, "test_accuracy")) == 1
     assert log_of(output, "test_before_accuracy") == []

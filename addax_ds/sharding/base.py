@@ -80,7 +80,7 @@ class Sharding(ABC):
         awaiting_backward: whether a forward with autograd ran since the last step.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[ShardingName]
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
