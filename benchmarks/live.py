@@ -4,6 +4,11 @@ The peak is the largest sum of bytes of live tensors at any moment of the step, 
 included; the categories are those of that moment. Memory that is not a tensor's (libraries, what
 kernels and gloo allocate for themselves, the allocator's unused blocks) is in the resident set
 size alone.
+
+Offloaded shards are in the same memory as all else on a CPU. What a GPU's rank would have in host
+memory (the shards, perturbed copies of them, sums over micro-batches) is counted as "host" and
+apart, with a peak of its own, and `DeepSpeed`'s copies from there to the device, which on a CPU are
+the same tensor, are made.
 """
 
 import contextlib
@@ -25,8 +30,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from addax_ds import Addax, attach, running_step
 from addax_ds.data.encoding import NO_LOSS
 from addax_ds.data.partition import ZEROTH_ORDER
+from addax_ds.gradients import GradientSums
 from addax_ds.likelihood import positions_of, target_scores, targets_of
-from addax_ds.planner.shapes import OPT_FAMILY
+from addax_ds.planner.shapes import DTYPES, OPT_FAMILY
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import category_of
 from addax_ds.sharding.fsdp2 import shard_model
@@ -72,11 +78,11 @@ def closure(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
 
 
 def random_model(case: dict[str, Any]) -> Any:
-    """Build the model with random bf16 weights; under ZeRO-3 each is partitioned as it is made."""
+    """Build the model with random weights; under ZeRO-3 each is partitioned as it is made."""
     torch.manual_seed(0)
     config = OPTConfig(**MODELS[case["model"]])
     model: Any = AutoModelForCausalLM.from_config(
-        config, dtype=torch.bfloat16, attn_implementation=case["attention"]
+        config, dtype=DTYPES[case["dtype"]], attn_implementation=case["attention"]
     )
     model.config.use_cache = False
     if case["checkpointing"]:
@@ -88,7 +94,7 @@ def zero3_step(case: dict[str, Any]) -> tuple[Any, Callable[[], None], Any]:
     """Return the model, what runs a step, and the optimizer of ZeRO-3."""
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": case["dtype"] == "bf16"},
         "optimizer": OPTIMIZERS[case["method"]],
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
@@ -101,11 +107,7 @@ def zero3_step(case: dict[str, Any]) -> tuple[Any, Callable[[], None], Any]:
     zeroth, first = _closures(engine, case)
 
     def step() -> None:
-        if case["method"] in ALPHAS:
-            loss = optimizer.measure(zeroth, first)
-        else:
-            assert first is not None
-            loss = first()
+        loss = optimizer.measure(zeroth, first) if case["method"] in ALPHAS else first[0]()
         if loss is not None:
             engine.backward(loss)
         engine.step()
@@ -131,21 +133,25 @@ def torch_step(case: dict[str, Any]) -> tuple[Any, Callable[[], None], Any]:
     return model, step, optimizer
 
 
-def _closures(model: Any, case: dict[str, Any]) -> tuple[Any, Any]:
+def _closures(model: Any, case: dict[str, Any]) -> tuple[list[Callable], list[Callable]]:
+    """Return one for each micro-batch of both parts of a step; none for a part it has not."""
     method = case["method"]
-    zeroth = None if method not in ZEROTH_ORDER else closure(model, batch_of(*case["zeroth"]))
-    first = None if method == "mezo" else closure(model, batch_of(*case["first"]))
-    return zeroth, first
+
+    def micro_batches(stream: str, has_it: bool) -> list[Callable]:
+        count = case["accumulation"] if has_it else 0
+        return [closure(model, batch_of(*case[stream])) for _ in range(count)]
+
+    return micro_batches("zeroth", method in ZEROTH_ORDER), micro_batches("first", method != "mezo")
 
 
 # ---- what is alive -------------------------------------------------------------------------------
 
 
-def standing(tape: Tape, model: Any, optimizer: Any) -> None:
-    """Note all tensors that are alive between steps."""
+def standing(tape: Tape, model: Any, optimizer: Any, home: str) -> None:
+    """Note all tensors that are alive between steps; shards are of the category ``home``."""
     for parameter in model.parameters():
         stored = getattr(parameter, "ds_tensor", parameter)
-        tape.note(stored, "weights")
+        tape.note(stored, home)
         if hasattr(parameter, "ds_tensor") and parameter.numel():
             tape.note(parameter.data, "gathered")  # DeepSpeed's own optimizer keeps small ones
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
@@ -162,19 +168,24 @@ def standing(tape: Tape, model: Any, optimizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def watched(tape: Tape) -> Iterator[None]:
+def watched(tape: Tape, offloaded: bool) -> Iterator[None]:
     """Tag what the back ends allocate."""
     tagged = [
         (PartitionedParameterCoordinator, "fetch_sub_module", "gathered"),
         (Zero3Sharding, "_gather_persistent", "gathered"),
+        (GradientSums, "add", "host" if offloaded else "gradients"),
         (DeepSpeedZeroOptimizer_Stage3, f"{_STAGE3}__reduce_and_partition_ipg_grads", "buckets"),
         (Stage3, "step", "optimizer"),
-        (running_step, "perturb", "gathered"),
+        (running_step, "perturb", "host" if offloaded else "gathered"),
         (DeepSpeedZeroOptimizer_Stage3, "step", "optimizer"),
         (_fsdp_param_group.FSDPParamGroup, "unshard", "gathered"),
         (_fsdp_param_group.FSDPParamGroup, "wait_for_unshard", "gathered"),
     ]
     with contextlib.ExitStack() as stack:
+        if offloaded:
+            for owner, name, _ in tagged[:2]:
+                wrapped = _copying_from_host(tape, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, wrapped))
         for owner, name, tag in tagged:
             wrapped = _tagged(tape, tag, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, wrapped))
@@ -213,6 +224,25 @@ def _tagged(tape: Tape, tag: str, function: Callable) -> Callable:
     return wrapper
 
 
+def _copying_from_host(tape: Tape, gather: Callable) -> Callable:
+    """Make a gather copy what is in host memory to its device, though that is no other place."""
+    move = Tensor.to
+
+    def copied(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        moved = move(tensor, *args, **kwargs)
+        is_same = moved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        number = tape.note(tensor) if tape.enabled and is_same else None
+        in_host_memory = number is not None and tape.categories[number] == "host"
+        return moved.clone() if in_host_memory else moved
+
+    @functools.wraps(gather)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(Tensor, "to", copied):
+            return gather(*args, **kwargs)
+
+    return wrapper
+
+
 def _resize(tape: Tape, resize: Callable, tensor: Tensor) -> None:
     resize(tensor)
     if tape.enabled:
@@ -228,24 +258,30 @@ def _relabel(tape: Tape, gradients: list[Any]) -> None:
 
 
 def peak(tape: Tape) -> dict[str, int]:
-    """Return the largest sum of live bytes, and the bytes of each category at that moment."""
+    """Return the largest sum of live bytes, and the bytes of each category at that moment.
+
+    "host" is not in the sum, and is the largest sum of its own.
+    """
     sizes: dict[int, int] = {}
     now: dict[str, int] = dict.fromkeys(sorted(set(tape.categories)), 0)
     best: dict[str, int] = {"total": 0}
-    total = 0
+    total = host = 0
     for kind, number, *rest in tape.events:
         size = rest[0] if kind == "alloc" else -sizes.pop(number, 0)
         if kind == "alloc":
             sizes[number] = size
-        total += size
         now[tape.categories[number]] += size
+        if tape.categories[number] == "host":
+            host = max(host, now["host"])
+            continue
+        total += size
         if total > best["total"]:
             best = {"total": total, **now}
-    return best
+    return {**best, "host": host}
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
-    """Run a case on this rank, and return its peak in bytes, resident set size included."""
+    """Run a case on this rank, and return its peaks in bytes, resident set size included."""
     vocabulary = {"vocabulary": 0}
 
     def label(tensor: Tensor, tag: str | None) -> str:
@@ -257,13 +293,14 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     before = [tensor for tensor in all_live_tensors() if tensor.device.type == "cpu"]
     for tensor in before:
         tape.ignore(tensor)
-    with watched(tape):
+    offloaded = bool(case["zero_optimization"].get("offload_param"))
+    with watched(tape, offloaded):
         make = zero3_step if case["sharding"] == "zero3" else torch_step
         model, step, optimizer = make(case)
         vocabulary["vocabulary"] = MODELS[case["model"]].get("vocab_size", 50272)
         for _ in range(WARM_UP_STEPS):
             step()
-        standing(tape, model, optimizer)
+        standing(tape, model, optimizer, "host" if offloaded else "weights")
         tape.enabled = True
         with tape:
             step()

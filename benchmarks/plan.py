@@ -4,7 +4,7 @@
 
 Starts itself on one or two ranks for every case (ZeRO-3 by the ``deepspeed`` launcher, FSDP2 by
 ``torchrun``), trains random weights for three steps and records the last one (`benchmarks.live`).
-Writes plan.json and prints a table.
+Writes plan.json, each result with the circumstances in which it was measured, and prints a table.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
-from addax_ds.processes import free_port, script
+from addax_ds.processes import free_port, script, write_json
 from benchmarks.common import circumstances, one_thread_each
 from benchmarks.live import MODELS, measure
 
@@ -40,7 +40,7 @@ from benchmarks.live import MODELS, measure
 def planned(case: dict[str, Any], ranks: int) -> Memory:
     """Return what the planner says of a case on this CPU."""
     method = case["method"]
-    shape = shape_of(OPTConfig(**MODELS[case["model"]]), case["model"])
+    shape = shape_of(OPTConfig(**MODELS[case["model"]]), case["model"], case["dtype"])
     return step_memory(
         Inputs(
             shape,
@@ -52,6 +52,7 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
             case["checkpointing"],
             case["attention"],
             Zero3Settings.from_json(case["zero_optimization"], shape.hidden),
+            case["accumulation"],
             cuda=False,
         )
     )
@@ -60,8 +61,15 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
 def completed(case: dict[str, Any]) -> dict[str, Any]:
     """Fill in what a case does not say; bucket sizes are those that Trainer puts for "auto"."""
     automatic = automatic_sizes(MODELS[case["model"]]["hidden_size"])
-    usual = {"attention": None, "checkpointing": False, "zeroth": (1, 128, 127)}
-    return {**usual, "first": (1, 64, 63), "zero_optimization": automatic, **case}
+    usual = {"attention": None, "checkpointing": False, "accumulation": 1, "dtype": "bf16"}
+    batches = {"zeroth": (1, 128, 127), "first": (1, 64, 63)}
+    return {**usual, **batches, "zero_optimization": automatic, **case}
+
+
+def offloaded(model: str) -> dict[str, Any]:
+    """Return a ``zero_optimization`` block as Trainer makes it of ds_configs/zero3_offload.json."""
+    home = {"device": "cpu", "pin_memory": True}
+    return {**automatic_sizes(MODELS[model]["hidden_size"]), "offload_param": home}
 
 
 def compare(measured: dict[str, int], plan: Memory) -> dict[str, Any]:
@@ -71,10 +79,11 @@ def compare(measured: dict[str, int], plan: Memory) -> dict[str, Any]:
     """
     said = {category: size for category, size in plan.categories.items() if size}
     said["gathered"] = said.pop("persistent", 0) + said.get("gathered", 0)
-    names = sorted((measured.keys() | said.keys()) - {"total", "resident"})
+    names = sorted((measured.keys() | said.keys()) - {"total", "host", "resident"})
     return {
         "stage": plan.stage,
         "total": {"measured": measured["total"], "planned": plan.total},
+        "host": {"measured": measured["host"], "planned": plan.host},
         "resident": measured["resident"],
         "categories": {
             name: {"measured": measured.get(name, 0), "planned": said.get(name, 0)}
@@ -112,6 +121,12 @@ CASES = [
     _case("opt-125m", "zero3", "ip-sgd", 2, first=(2, 512, 64), attention="eager"),
     _case("opt-125m", "zero3", "addax", 2, **_LONG, zero_optimization={}),
     *(_case("opt-125m", "fsdp2", method, 2, **_LONG) for method in ("addax", "mezo")),
+    _case("opt-125m", "zero3", "addax", 2, **_LONG, zero_optimization=offloaded("opt-125m")),
+    *(
+        _case("opt-125m", sharding, "addax", 2, **_LONG, **more)
+        for sharding in ("zero3", "fsdp2")
+        for more in ({"accumulation": 2}, {"dtype": "fp32"})
+    ),
     *(_case("opt-350m", "zero3", "addax", ranks, **_LONG) for ranks in (1, 2)),
     _case("opt-350m", "zero3", "adamw", 2, **_LONG),
     _case("opt-350m", "fsdp2", "addax", 2, **_LONG),
@@ -136,19 +151,30 @@ def launch(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def row(result: dict[str, Any]) -> str:
-    """Return a line of the table: total, its error, the category that is furthest off, RSS."""
+    """Return a line of the table.
+
+    Total, its error, the category that is furthest off, host memory where it is another, RSS.
+    """
     case, total = result["case"], result["total"]
-    flags = [n for n, v in (("checkpointing", case["checkpointing"]), (case["attention"], 1)) if v]
-    flags += ["default buckets"] if not case["zero_optimization"] else []
+    flags = {
+        "checkpointing": case["checkpointing"],
+        str(case["attention"]): case["attention"],
+        "default buckets": not case["zero_optimization"],
+        "offload": case["zero_optimization"].get("offload_param"),
+        f"{case['accumulation']} micro-batches": case["accumulation"] > 1,
+        case["dtype"]: case["dtype"] != "bf16",
+    }
+    host = result["host"]
     name, off = worst(result)
     cells = (
         case["model"],
         f"{case['sharding']} x {case['ranks']}",
-        " ".join([case["method"], *(flag for flag in flags if flag)]),
+        " ".join([case["method"], *(flag for flag, holds in flags.items() if holds)]),
         f"{total['measured'] / 1e9:.3f}",
         f"{total['planned'] / 1e9:.3f}",
         f"{100 * (total['planned'] / total['measured'] - 1):+.1f} %",
         f"{name} {100 * off:+.1f} %",
+        f"{host['measured'] / 1e9:.3f}, {host['planned'] / 1e9:.3f}" if any(host.values()) else "",
         f"{result['resident'] / 1e9:.2f}",
     )
     return f"| {' | '.join(cells)} |"
@@ -168,8 +194,9 @@ def worst(result: dict[str, Any]) -> tuple[str, float]:
 
 
 HEADER = (
-    "| model | back end x ranks | method | measured GB | planned GB | off | worst category | RSS |",
-    "|---|---|---|---|---|---|---|---|",
+    "| model | back end x ranks | method | measured GB | planned GB | off | worst category "
+    "| host GB, measured and planned | RSS GB |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -194,14 +221,23 @@ def main() -> None:
     path = arguments.output / "plan.json"
     chosen = arguments.only.split(",") if arguments.only else sorted({c["model"] for c in CASES})
     kept = json.loads(path.read_text())["results"] if path.exists() else []
-    results = [result for result in kept if result["case"]["model"] not in chosen]
+    results = {_key(result["case"]): result for result in kept}
     for case in CASES:
         if case["model"] in chosen:
-            results.append(launch(case))
-            print(row(results[-1]), flush=True)
-            report = {"circumstances": circumstances(), "results": results}
-            path.write_text(json.dumps(report, indent=1) + "\n")
-    print("\n".join([*HEADER, *map(row, results)]))
+            found = {**launch(case), "circumstances": circumstances()}
+            results[_key(case)] = found
+            print(row(found), flush=True)
+            write_json(path, {"results": _in_order(results)})
+    print("\n".join([*HEADER, *map(row, _in_order(results))]))
+
+
+def _key(case: dict[str, Any]) -> str:
+    return json.dumps(completed(case), sort_keys=True)
+
+
+def _in_order(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what there is of the table's cases; others are no longer measured."""
+    return [results[key] for key in map(_key, CASES) if key in results]
 
 
 if __name__ == "__main__":

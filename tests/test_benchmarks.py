@@ -1,13 +1,17 @@
-"""The step benchmark runs, and its contenders do what they stand for; no time is asserted."""
+"""Benchmarks run, and what they compare does what it stands for; no time is asserted."""
 
 import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from benchmarks import largest
+from benchmarks import largest, loading
 from benchmarks.contenders import USUAL
 from tests.ranks import run_module
 
@@ -130,3 +134,38 @@ def test_ranks_that_hold_too_much_are_killed():
     process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
     assert largest._watch(process, 200e6) > 200e6
     assert process.returncode == -signal.SIGKILL
+
+
+# ---- loading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("way", "form"), [("addax_ds", "safetensors"), ("transformers", "bin")])
+def test_the_model_that_was_written_is_loaded_and_saved(way, form, tmp_path):
+    source, result, size = tmp_path / "model", tmp_path / "result.json", "8MB"
+    assert loading.write_model("opt-11m", form, source, size)["files"] > 1
+    words = ["--way", way, "--source", str(source), "--max_file_size", size]
+    run_module("benchmarks.loading", RANKS, tmp_path, *words, "--output", str(result))
+
+    written = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
+    del written["lm_head.weight"]  # the embedding
+    files = (tmp_path / "saved").glob("*.safetensors")
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert written.keys() == saved.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in written.items())
+    share = sum(tensor.nbytes for tensor in written.values()) / RANKS
+    found = json.loads(result.read_text())
+    assert found["way"] == way
+    assert len(found["by_rank"]) == RANKS
+    for rank in found["by_rank"]:
+        assert rank["share"] == pytest.approx(share, rel=1e-3)
+        assert rank["loading"]["anonymous"] >= share
+        assert rank["saving"]["anonymous"] > 0
+
+
+def test_the_peak_is_what_was_held_in_between():
+    with loading.Growth() as growth:
+        held = torch.ones(2**26, dtype=torch.uint8)
+        time.sleep(0.3)
+        del held
+    for kind in ("anonymous", "resident"):
+        assert 2**26 <= growth.peak[kind] < 1.25 * 2**26

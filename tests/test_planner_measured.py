@@ -1,4 +1,4 @@
-"""What the planner says against live tensors of real steps on two ranks, by category."""
+"""What the planner says against live tensors of real steps, by category."""
 
 import json
 
@@ -8,21 +8,32 @@ from benchmarks.plan import worst
 from tests.ranks import run_ranks
 from tests.workers.planner_cases import CASES
 
-RANKS = 2
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("planner")
-    run_ranks("planner_cases", RANKS, folder)
-    return json.loads((folder / "plan.json").read_text())
+    found = []
+    for ranks in CASES:
+        run_ranks("planner_cases", ranks, folder)
+        found += json.loads((folder / f"plan-{ranks}.json").read_text())
+    return found
 
 
-def test_totals_are_within_ten_percent(results):
-    assert len(results) == len(CASES)
+@pytest.mark.parametrize("place", ["total", "host"])
+def test_totals_are_within_ten_percent(results, place):
+    assert len(results) == sum(map(len, CASES.values()))
     for result in results:
-        total = result["total"]
-        assert total["planned"] == pytest.approx(total["measured"], rel=0.1), result["case"]
+        size = result[place]
+        assert size["planned"] == pytest.approx(size["measured"], rel=0.1), result["case"]
+
+
+def test_shards_lie_in_host_memory_if_they_are_offloaded(results):
+    """Where they are, "weights" would be zero on both sides, and "host" elsewhere."""
+    for result in results:
+        offloaded = "offload_param" in result["case"]["zero_optimization"]
+        assert (result["host"]["measured"] > 0) == offloaded
+        assert ("weights" in result["categories"]) != offloaded
+    assert any(result["host"]["measured"] for result in results)
 
 
 def test_categories_are_within_fifteen_percent(results):

@@ -73,7 +73,9 @@ def step_memory(inputs: Inputs) -> Memory:
     standing = standing_bytes(inputs)
     stages = []
     if inputs.zeroth_order is not None:
-        stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, standing)))
+        # Sums over micro-batches begin with the first backward, when these passes are over.
+        before = {name: size for name, size in standing.items() if name != "gradients"}
+        stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, before)))
     if inputs.first_order is not None:
         stages.append(("first-order", _pass(inputs, inputs.first_order, standing)))
     if inputs.method in BASELINES:
@@ -187,7 +189,9 @@ def _sub_groups(inputs: Inputs) -> list[int]:
 
 
 def host_bytes(inputs: Inputs) -> int:
-    """Return the host memory of a rank with offloaded shards: these, sums and the largest copies.
+    """Return the host memory of a rank with offloaded shards: these, and sums or largest copies.
+
+    Perturbed copies are gone when the first backward begins to sum.
 
     A shard is perturbed where it lives (`addax_ds.update.perturb`), a prefetch bucket at a time.
     torch rounds every pinned tensor up to a power of two (``CachingHostAllocator.h``); sums over
@@ -202,4 +206,4 @@ def host_bytes(inputs: Inputs) -> int:
     group = max(max(shape.numels), inputs.zero3.stage3_prefetch_bucket_size)
     copies = 0 if inputs.zeroth_order is None else math.ceil(group / ranks)
     sums = _partitioned(shape, ranks) * _sum_bytes(inputs)
-    return sum(shards) + sums + copies * shape.itemsize
+    return sum(shards) + max(sums, copies * shape.itemsize)

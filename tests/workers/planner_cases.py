@@ -1,5 +1,7 @@
 """Measures real steps of small shapes on the ranks of this process group, beside their plans.
 
+Writes plan-RANKS.json.
+
 python -m tests.workers.planner_cases <folder>
 """
 
@@ -11,13 +13,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from benchmarks.plan import examine
+from benchmarks.plan import examine, offloaded
 from tests.workers.teardown import shut_down
 
 LAYERS = {"model": "tiny", "zeroth": (8, 60, 59), "first": (8, 60, 20)}
 VOCABULARY = {"model": "opt-11m", "zeroth": (2, 64, 63), "first": (2, 32, 8)}
-CASES = [
-    *({**LAYERS, "sharding": "zero3", "method": m} for m in ("addax", "adamw")),
+ON_ONE_RANK = [{**LAYERS, "sharding": "zero3", "method": "addax"}]
+ON_TWO_RANKS = [
+    *({**LAYERS, "sharding": "zero3", "method": m} for m in ("addax", "sgd", "adamw")),
     *(
         {**LAYERS, "sharding": "zero3", "method": "ip-sgd", **more}
         for more in (
@@ -30,12 +33,27 @@ CASES = [
     *({**VOCABULARY, "sharding": "fsdp2", "method": m} for m in ("mezo", "ip-sgd")),
     {**LAYERS, "sharding": "fsdp2", "method": "addax"},
     {**LAYERS, "sharding": "fsdp2", "method": "ip-sgd", "checkpointing": True},
+    *({**LAYERS, "sharding": s, "method": "addax", "dtype": "fp32"} for s in ("zero3", "fsdp2")),
+    *(
+        {**VOCABULARY, "sharding": s, "method": "addax", "accumulation": 2}
+        for s in ("zero3", "fsdp2")
+    ),
+    {**LAYERS, "sharding": "fsdp2", "method": "ip-sgd", "accumulation": 2},
+    {
+        **VOCABULARY,
+        "sharding": "zero3",
+        "method": "addax",
+        "zero_optimization": offloaded("opt-11m"),
+        "accumulation": 2,
+    },
 ]
+CASES = {1: ON_ONE_RANK, 2: ON_TWO_RANKS}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    results = examine(CASES)
+    ranks = dist.get_world_size()
+    results = examine(CASES[ranks])
     if dist.get_rank() == 0:
-        Path(sys.argv[1], "plan.json").write_text(json.dumps(results))
+        Path(sys.argv[1], f"plan-{ranks}.json").write_text(json.dumps(results))
     shut_down()
