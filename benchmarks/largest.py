@@ -48,6 +48,8 @@ ROWS, LONG, SHORT = 1, 128, 64
 METHODS = tuple(OPTIMIZERS)
 _POLL_S = 0.25
 _LIMIT_S = 3600.0  # of one attempt
+# glibc keeps freed blocks of up to 32 MB, several GB of shards and copies, if it is not told.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 
 # ---- one rank ------------------------------------------------------------------------------------
 
@@ -125,7 +127,11 @@ def attempt(name: str, method: str, memory: float) -> dict[str, Any]:
         print(f"{name} {method}: {shlex.join(words)}", flush=True)
         with log.open("wb") as output:
             process = subprocess.Popen(
-                words, env=one_thread_each(), stdout=output, stderr=output, start_new_session=True
+                words,
+                env={**one_thread_each(), **_MALLOC},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         peak = _watch(process, memory)
         found = json.loads(result.read_text()) if result.exists() else {}
