@@ -72,12 +72,19 @@ def step_memory(inputs: Inputs) -> Memory:
     """Return what one rank needs for a step after the second one."""
     standing = standing_bytes(inputs)
     stages = []
+    # Sums over micro-batches begin with the first backward, when zeroth-order passes are over.
+    without_sums = {name: size for name, size in standing.items() if name != "gradients"}
     if inputs.zeroth_order is not None:
-        # Sums over micro-batches begin with the first backward, when these passes are over.
-        before = {name: size for name, size in standing.items() if name != "gradients"}
-        stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, before)))
+        stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, without_sums)))
     if inputs.first_order is not None:
-        stages.append(("first-order", _pass(inputs, inputs.first_order, standing)))
+        sums = _sums(inputs) if "gradients" in standing else {}
+        passes = [(without_sums, sums), (standing, {p: -size for p, size in sums.items()})]
+        if not sums:
+            passes = passes[:1]
+        elif inputs.accumulation > 2:
+            passes.append((standing, {}))
+        for held, changes in passes:
+            stages.append(("first-order", _pass(inputs, inputs.first_order, held, changes)))
     if inputs.method in BASELINES:
         stages.append(("update", _update(inputs, standing)))
     stage, ledger = max(stages, key=lambda entry: entry[1].peak_total)
@@ -133,8 +140,27 @@ def _partitioned(shape: ModelShape, ranks: int) -> int:
     return sum(math.ceil(numel / ranks) for numel in shape.numels)
 
 
-def _pass(inputs: Inputs, batch: Batch, standing: Mapping[str, int]) -> Ledger:
-    """Replay one pass; a zeroth-order one is perturbed."""
+def _sums(inputs: Inputs) -> dict[int, int]:
+    """Return the bytes of the sum over micro-batches of each parameter."""
+    shape, ranks = inputs.shape, inputs.ranks
+    if inputs.sharding == "none":
+        elements = list(shape.numels)
+    elif inputs.sharding == "fsdp2":
+        elements = [
+            fsdp2_shard(shape, ranks, (p,)) // shape.itemsize for p in range(len(shape.sizes))
+        ]
+    else:
+        elements = [math.ceil(numel / ranks) for numel in shape.numels]
+    return {parameter: _sum_bytes(inputs) * count for parameter, count in enumerate(elements)}
+
+
+def _pass(
+    inputs: Inputs,
+    batch: Batch,
+    standing: Mapping[str, int],
+    sums: Mapping[int, int] | None = None,
+) -> Ledger:
+    """Replay one pass; a zeroth-order one is perturbed. For ``sums`` see `Engine`."""
     backward = batch is inputs.first_order
     events = trace(
         inputs.shape,
@@ -146,7 +172,9 @@ def _pass(inputs: Inputs, batch: Batch, standing: Mapping[str, int]) -> Ledger:
         zero3_linear=inputs.sharding == "zero3" and inputs.zero3.memory_efficient_linear,
     )
     ledger = Ledger(standing)
-    replay(events, _engine(inputs, ledger, events, perturbed=not backward))
+    engine = _engine(inputs, ledger, events, perturbed=not backward)
+    engine.sums = sums or {}
+    replay(events, engine)
     return ledger
 
 

@@ -5,7 +5,7 @@ The tape (`addax_ds.planner.trace`) says what the model allocates and when it ne
 the sum was largest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from addax_ds.planner.trace import Trace
 
@@ -64,10 +64,15 @@ class Engine:
 
     Args:
         ledger: the account.
+
+    Attributes:
+        sums: bytes by parameter that are added to the ledger once its gradient is reduced: of a sum
+            over micro-batches that begins with it, or negative ones of a sum that is applied.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.sums: Mapping[int, int] = {}
 
     def begin(self) -> None:
         """The pass starts."""
@@ -80,7 +85,13 @@ class Engine:
 
     def gradient(self, parameter: int, size: int) -> None:
         """Take a whole gradient, which is in the ledger; the engine frees it."""
+        self.reduced([parameter])
         self.ledger.add("gradients", -size)
+
+    def reduced(self, parameters: Iterable[int]) -> None:
+        """Gradients are reduced, and handed to the optimizer."""
+        for parameter in parameters:
+            self.ledger.add("gradients", self.sums.get(parameter, 0))
 
     def end(self) -> None:
         """The pass is over; all that it made is freed."""

@@ -141,6 +141,7 @@ class Fsdp2Pass(Engine):
         self._gradients[group] = 0
         result = self._shards[group] + (self._reduced if self._gloo else 0)
         self.ledger.add("buckets", result)
+        self.reduced(self._groups[group])
         self.ledger.add("buckets", -result)
 
 

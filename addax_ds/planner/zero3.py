@@ -279,6 +279,7 @@ class Zero3Pass(Engine):
         buffer = padded * self._shape.itemsize * ((not in_place) + self._gloo)
         self._add("buckets", buffer)
         self._add("gradients", -sum(size for _, size in self._bucket))
+        self.reduced(p for p, _ in self._bucket)
         self._add("buckets", -buffer)
         self._bucket.clear()
         self._bucket_elements = 0
