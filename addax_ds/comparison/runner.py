@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _ROOT = Path(__file__).parents[2]
 _POLL_S = 1.0
 _GRACE_S = 60.0
-TIMED_ROUNDS = 3
+TIMED_ROUNDS = 2
 TIMED_STEPS = 6
 
 
