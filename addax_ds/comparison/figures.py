@@ -36,6 +36,8 @@ def draw_curves(curves: list[Curve], path: Path, title: str) -> None:
         minutes, accuracy = zip(*curve.points, strict=True)
         axes.plot(minutes, accuracy, "o-", color=colour, label=curve.method, markersize=4)
     axes.set_xscale("log")
+    for of_ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        of_ticks("{x:g}")  # minutes, not powers of ten
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
