@@ -17,6 +17,8 @@ from addax_ds.update import Rounding
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Types of weights, by their names."""
 
 # Methods at one end of alpha; those without a zeroth-order part are at 0.
 _FIXED_ALPHA: dict[Method, float] = {"mezo": 1.0, "ip-sgd": 0.0, **dict.fromkeys(BASELINES, 0.0)}
@@ -111,9 +113,7 @@ class AddaxSettings:
 
 def weights_dtype(args: Any) -> torch.dtype:
     """Return the type that ``--bf16`` or ``--fp16`` asks for; there is no other copy of weights."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else torch.float32
+    return DTYPES[dtype_name(args)]
 
 
 def dtype_name(args: Any) -> str:

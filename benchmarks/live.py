@@ -32,9 +32,10 @@ from addax_ds.data.encoding import NO_LOSS
 from addax_ds.data.partition import ZEROTH_ORDER
 from addax_ds.gradients import GradientSums
 from addax_ds.likelihood import positions_of, target_scores, targets_of
-from addax_ds.planner.shapes import DTYPES, OPT_FAMILY
+from addax_ds.planner.shapes import OPT_FAMILY
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import category_of
+from addax_ds.settings import DTYPES
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.sharding.zero3 import Stage3, Zero3Sharding
 from benchmarks.common import SHAPES, all_live_tensors

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.cases import CASES, batches, float64_outcome
+from tests.ranks import free_port
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +40,19 @@ def program_alone(monkeypatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     yield
     logger.handlers, logger.propagate, logger.level = settings
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a launcher sets for the only rank; the process group is torn down afterwards."""
+    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": free_port()}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

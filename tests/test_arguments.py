@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DummyOptim
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainingArguments
@@ -35,22 +32,6 @@ ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a launcher sets for the only rank; the process group is torn down afterwards."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def training_args(tmp_path: Path, **kwargs: Any) -> TrainingArguments:

@@ -4,13 +4,9 @@ import argparse
 import json
 import re
 import shlex
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 
 from addax_ds.arguments import parse_arguments
 from addax_ds.planner import cli
@@ -29,21 +25,10 @@ TRAININGS = [block[0] for block in BLOCKS if block[0][0] == "deepspeed"]
 PLANS = [block[-1] for block in BLOCKS]
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a launcher sets for the only rank; the process group is torn down afterwards."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where the document's commands are called."""
     monkeypatch.chdir(ROOT)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def planned(command: list[str]) -> argparse.Namespace:
@@ -65,10 +50,7 @@ def test_the_document_has_the_commands_that_it_announces() -> None:
 
 
 @pytest.mark.parametrize("command", PLANS, ids=" ".join)
-def test_the_planner_takes_its_commands(
-    command: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_planner_takes_its_commands(command: list[str]) -> None:
     arguments = planned(command)
     assert arguments.model.removeprefix("facebook/") in OPT_FAMILY
 

@@ -202,7 +202,7 @@ def study(tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr(cli, "run", measure)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "on_sigterm", lambda _: None)
 
     def run(*flags: str) -> list[dict[str, str]]:
         """Return the rows of its table."""

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from addax_ds.comparison.report import write_report
 from addax_ds.comparison.runner import Comparison, run
 from addax_ds.comparison.study import STUDIES
 from addax_ds.errors import UserError
+from addax_ds.termination import on_sigterm
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.report:
             write_report(comparison, args.report)
             return
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the jobs in progress
+        on_sigterm(lambda: sys.exit(1))  # which ends the jobs in progress
         # Two at once would clear each other's folders.
         args.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(args.folder / ".lock", timeout=0):

@@ -14,9 +14,10 @@ from addax_ds.ds_values import AUTO
 from addax_ds.errors import UserError
 from addax_ds.planner.memory import Inputs
 from addax_ds.planner.report import GB, GRAIN, RESERVE, Request, as_json, as_table, make_plans, runs
-from addax_ds.planner.shapes import DTYPES, OPT_FAMILY, ModelShape, find_shape
+from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.rules import raise_problems
+from addax_ds.settings import DTYPES
 
 _LEAST = {
     "gpus": 1,

@@ -8,6 +8,7 @@ allocator holds without use.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from addax_ds.data.partition import BASELINES, Method
 from addax_ds.planner.replay import Engine, Ledger, replay
@@ -78,10 +79,10 @@ def step_memory(inputs: Inputs) -> Memory:
         stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, without_sums)))
     if inputs.first_order is not None:
         sums = _sums(inputs) if "gradients" in standing else {}
-        passes = [(without_sums, sums), (standing, {p: -size for p, size in sums.items()})]
-        if not sums:
-            passes = passes[:1]
-        elif inputs.accumulation > 2:
+        passes = [(without_sums, sums)]
+        if sums:
+            passes.append((standing, {p: -size for p, size in sums.items()}))
+        if sums and inputs.accumulation > 2:
             passes.append((standing, {}))
         for held, changes in passes:
             stages.append(("first-order", _pass(inputs, inputs.first_order, held, changes)))
@@ -104,22 +105,15 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
     - fp32 sums of the gradient shards if there are several micro-batches
       (`addax_ds.gradients.GradientSums`); with offload they lie in host memory, as the shards do.
     """
-    shape, ranks = inputs.shape, inputs.ranks
-    if inputs.sharding == "none":
-        shard = shape.parameters * shape.itemsize
-    elif inputs.sharding == "fsdp2":
-        shard = fsdp2_shard(shape, ranks)
-    else:
-        shard = _partitioned(shape, ranks) * shape.itemsize
-    elements = shard // shape.itemsize
-    standing = {"weights": 0 if _is_offloaded(inputs) else shard}
+    shape, elements = inputs.shape, sum(_shards(inputs))
+    standing = {"weights": 0 if _is_offloaded(inputs) else elements * shape.itemsize}
     if inputs.sharding == "zero3" and inputs.zero3.contiguous_gradients:
         standing["buckets"] = inputs.zero3.reduce_bucket_size * shape.itemsize
     if inputs.method in BASELINES:
         master_and_moments = _FP32 * (3 if inputs.method == "adamw" else 1)
         standing["optimizer"] = elements * (master_and_moments + shape.itemsize)
         standing["persistent"] = shape.itemsize * sum(
-            shape.numels[p] for p in inputs.zero3.persistent(shape) if ranks > 1
+            shape.numels[p] for p in inputs.zero3.persistent(shape) if inputs.ranks > 1
         )
     elif _sum_bytes(inputs) and not _is_offloaded(inputs):
         standing["gradients"] = elements * _sum_bytes(inputs)
@@ -136,29 +130,28 @@ def _sum_bytes(inputs: Inputs) -> int:
     return _FP32 if is_summed and inputs.method not in BASELINES else 0
 
 
-def _partitioned(shape: ModelShape, ranks: int) -> int:
-    return sum(math.ceil(numel / ranks) for numel in shape.numels)
+def _shards(inputs: Inputs) -> list[int]:
+    """Return the elements of each parameter that a rank holds, padding included."""
+    shape, ranks = inputs.shape, inputs.ranks
+    if inputs.sharding == "none":
+        return list(shape.numels)
+    if inputs.sharding == "fsdp2":
+        parameters = range(len(shape.sizes))
+        return [fsdp2_shard(shape, ranks, (p,)) // shape.itemsize for p in parameters]
+    return [math.ceil(numel / ranks) for numel in shape.numels]
 
 
 def _sums(inputs: Inputs) -> dict[int, int]:
     """Return the bytes of the sum over micro-batches of each parameter."""
-    shape, ranks = inputs.shape, inputs.ranks
-    if inputs.sharding == "none":
-        elements = list(shape.numels)
-    elif inputs.sharding == "fsdp2":
-        elements = [
-            fsdp2_shard(shape, ranks, (p,)) // shape.itemsize for p in range(len(shape.sizes))
-        ]
-    else:
-        elements = [math.ceil(numel / ranks) for numel in shape.numels]
-    return {parameter: _sum_bytes(inputs) * count for parameter, count in enumerate(elements)}
+    sum_bytes = _sum_bytes(inputs)
+    return {parameter: sum_bytes * count for parameter, count in enumerate(_shards(inputs))}
 
 
 def _pass(
     inputs: Inputs,
     batch: Batch,
     standing: Mapping[str, int],
-    sums: Mapping[int, int] | None = None,
+    sums: Mapping[int, int] = MappingProxyType({}),
 ) -> Ledger:
     """Replay one pass; a zeroth-order one is perturbed. For ``sums`` see `Engine`."""
     backward = batch is inputs.first_order
@@ -173,7 +166,7 @@ def _pass(
     )
     ledger = Ledger(standing)
     engine = _engine(inputs, ledger, events, perturbed=not backward)
-    engine.sums = sums or {}
+    engine.sums = sums
     replay(events, engine)
     return ledger
 
@@ -209,10 +202,10 @@ def _update(inputs: Inputs, standing: Mapping[str, int]) -> Ledger:
 def _sub_groups(inputs: Inputs) -> list[int]:
     """Elements of the parts in which the update goes (``_create_fp16_sub_groups``)."""
     groups = [0]
-    for numel in inputs.shape.numels:
+    for elements in _shards(inputs):
         if groups[-1] >= inputs.zero3.sub_group_size:
             groups.append(0)
-        groups[-1] += math.ceil(numel / inputs.ranks)
+        groups[-1] += elements
     return groups
 
 
@@ -228,10 +221,11 @@ def host_bytes(inputs: Inputs) -> int:
     if not _is_offloaded(inputs):
         return 0
     shape, ranks = inputs.shape, inputs.ranks
-    shards = [math.ceil(numel / ranks) * shape.itemsize for numel in shape.numels]
+    elements = _shards(inputs)
+    shards = [count * shape.itemsize for count in elements]
     if inputs.zero3.pin_memory and inputs.cuda:
         shards = [1 << (size - 1).bit_length() for size in shards]
     group = max(max(shape.numels), inputs.zero3.stage3_prefetch_bucket_size)
     copies = 0 if inputs.zeroth_order is None else math.ceil(group / ranks)
-    sums = _partitioned(shape, ranks) * _sum_bytes(inputs)
+    sums = sum(elements) * _sum_bytes(inputs)
     return sum(shards) + max(sums, copies * shape.itemsize)

@@ -31,12 +31,12 @@ from transformers import (
 from addax_ds.errors import UserError
 from addax_ds.files import read_regular
 from addax_ds.rules import did_you_mean, shown
+from addax_ds.settings import DTYPES
 from addax_ds.sharding.base import blocks
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-
-def _opt(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+def opt_shape(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    """Return arguments of `OPTConfig`; ``more`` overrides them."""
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -48,14 +48,14 @@ def _opt(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
 
 
 OPT_FAMILY: dict[str, dict[str, Any]] = {
-    "opt-125m": _opt(768, 12, 12),
-    "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
-    "opt-1.3b": _opt(2048, 24, 32),
-    "opt-2.7b": _opt(2560, 32, 32),
-    "opt-6.7b": _opt(4096, 32, 32),
-    "opt-13b": _opt(5120, 40, 40),
-    "opt-30b": _opt(7168, 48, 56),
-    "opt-66b": _opt(9216, 64, 72),
+    "opt-125m": opt_shape(768, 12, 12),
+    "opt-350m": opt_shape(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": opt_shape(2048, 24, 32),
+    "opt-2.7b": opt_shape(2560, 32, 32),
+    "opt-6.7b": opt_shape(4096, 32, 32),
+    "opt-13b": opt_shape(5120, 40, 40),
+    "opt-30b": opt_shape(7168, 48, 56),
+    "opt-66b": opt_shape(9216, 64, 72),
 }
 """Arguments of `OPTConfig` in which the models differ from its defaults: vocabulary 50272, 2048
 positions, dropout 0.1 after attention and feed-forward, none on attention weights, tied

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import math
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,15 +13,16 @@ from addax_ds.command_line import Parser
 from addax_ds.data.partition import IN_PLACE, METHODS, ZEROTH_ORDER
 from addax_ds.ds_config import check_ds_config, load_ds_config
 from addax_ds.errors import UserError
+from addax_ds.planner.report import GB
 from addax_ds.rules import raise_problems
 from addax_ds.scaling import figures, results
 from addax_ds.scaling.point import SMALL_SHAPES, Point, sweep
 from addax_ds.scaling.projection import LABEL, Network
 from addax_ds.scaling.runner import Hosts, Job, run
+from addax_ds.termination import on_sigterm
 
 logger = logging.getLogger(__name__)
 
-_GB = 1e9
 _PLACES = ("folder", "output", "hostfile")
 _DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
 _DEFAULTS = {"per_device_train_batch_size": 4, "per_device_zo_batch_size": 4, "ranks_per_node": 8}
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing of the study, and write tables and figures of what there is."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the launch in progress
+    on_sigterm(lambda: sys.exit(1))  # which ends the launch in progress
     try:
         failed = study(_parser().parse_args(argv))
     except UserError as error:
@@ -137,8 +137,8 @@ def _write(
     ]
     network = Network(
         arguments.gpus_per_node,
-        arguments.intra_node_gbs * _GB,
-        arguments.inter_node_gbs * _GB,
+        arguments.intra_node_gbs * GB,
+        arguments.inter_node_gbs * GB,
         arguments.latency_us * 1e-6,
     )
     tried = [m for m in measured if m.outcomes or m.failures]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, OPTConfig, PreTrainedConfig
 
 from addax_ds.data.partition import BASELINES, IN_PLACE, ZEROTH_ORDER, Method
 from addax_ds.errors import UserError
-from addax_ds.planner.shapes import OPT_FAMILY, find_shape
+from addax_ds.planner.shapes import OPT_FAMILY, find_shape, opt_shape
 from addax_ds.rules import did_you_mean
 
 SHORTENING = 4
@@ -23,21 +23,10 @@ _CONFIG_NAME = "config.json"
 _DIGITS = 8
 
 
-def _opt(hidden: int, layers: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "ffn_dim": 4 * hidden,
-        "num_attention_heads": hidden // 64,
-        "word_embed_proj_dim": hidden,
-        **more,
-    }
-
-
 SMALL_SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": _opt(128, 3, ffn_dim=256, vocab_size=1003, max_position_embeddings=66),
-    "opt-11m": _opt(192, 2),
-    "opt-34m": _opt(384, 8),
+    "tiny": opt_shape(128, 3, 2, ffn_dim=256, vocab_size=1003, max_position_embeddings=66),
+    "opt-11m": opt_shape(192, 2, 3),
+    "opt-34m": opt_shape(384, 8, 6),
 }
 """Arguments of `OPTConfig` below the published sizes. All but "tiny" keep OPT's vocabulary of
 50272 and its 2048 positions."""
