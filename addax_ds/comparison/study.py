@@ -137,11 +137,15 @@ def _with_more(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
     return (*contenders, wa, replace(ip_sgd, method="adamw", learning_rates=_ADAMW_RATES))
 
 
+# With twenty times Addax's steps, as in the papers, and the rate that did best in 160.
+_LONG_MEZO = Contender("mezo", _MEZO_RATES[-1:], 800, 5, zeroth_order=8)
+
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         Study("multiemo", "MULTIEMO", 256, _with_more(_contenders(40, 2, 160)), (0, 1, 2)),
         Study("sst2", "SST2", 256, _contenders(100, 4, 400), (0,)),
         Study("boolq", "BOOLQ", 256, _contenders(40, 2, 160), (0,)),
+        Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,)),
     )
 }
