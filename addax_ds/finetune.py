@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
@@ -46,6 +45,7 @@ from addax_ds.baseline import BaselineTrainer
 from addax_ds.configure import configure, divide_batches
 from addax_ds.data.partition import BASELINES
 from addax_ds.data_source import Data, load_data
+from addax_ds.deepspeed_start import init_deepspeed
 from addax_ds.errors import UserError
 from addax_ds.evaluation import ScoredSet
 from addax_ds.model_source import ModelSource
@@ -148,20 +148,20 @@ def _train(trainer: StepTrainer, data: Data, resumed: str | None) -> bool:
 
 def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     """Set threads and logging; rank 0 alone speaks, except for warnings."""
-    if args.device.type == "cpu":
-        torch.set_num_threads(model_args.cpu_threads)
-    if args.deepspeed:
-        # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
-        # for the number of ranks.
-        deepspeed.init_distributed()
-    limit_waiting(args.ddp_timeout)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("addax_ds")
     package.handlers = [handler]
     package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    if args.device.type == "cpu":
+        torch.set_num_threads(model_args.cpu_threads)
+    if args.deepspeed:
+        # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
+        # for the number of ranks.
+        init_deepspeed()
+    limit_waiting(args.ddp_timeout)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:

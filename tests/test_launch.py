@@ -1,6 +1,7 @@
 """The command line: what it refuses, how ranks end, and one real run with everything in it."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -399,6 +400,21 @@ def test_ranks_with_other_data_do_not_start(model, tmp_path):
     assert len(said) == 2, outcome.output  # both ranks say it, and nothing else differs
     assert all(first != second for first, second in said)
     assert outcome.output.count("\n- ") == 2
+    assert outcome.left_behind == 0
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_lock_of_a_killed_compilation_is_no_hang(model, tmp_path, monkeypatch):
+    """DeepSpeed compiles before the model is loaded; the lock is where torch looks for it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    outcome = launch(TRAIN, *full_run(model, tmp_path, tmp_path / "output"))
+    assert outcome.status not in (0, None), outcome.output
+    assert outcome.output.count(f"addax_ds: error: {lock} says that another process") == 2
+    assert "Traceback" not in outcome.output
     assert outcome.left_behind == 0
     assert not (tmp_path / "output").exists()
 

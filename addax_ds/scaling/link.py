@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from addax_ds.agreement import everywhere, leave_together
 from addax_ds.circumstances import circumstances
+from addax_ds.deepspeed_start import init_deepspeed
 from addax_ds.scaling.measure import MEASURED
 from addax_ds.scaling.traffic import ring_bytes
 
@@ -60,7 +60,7 @@ def main() -> None:
     """Measure the links of a launch."""
     folder = Path(sys.argv[1])
     os.environ.pop("LOCAL_SIZE", None)  # see `addax_ds.scaling.measure`
-    deepspeed.init_distributed()
+    init_deepspeed()
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))

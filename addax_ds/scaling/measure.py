@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from addax_ds.circumstances import circumstances
 from addax_ds.costs import peak_memory
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.data.partition import BASELINES, ZEROTH_ORDER
+from addax_ds.deepspeed_start import init_deepspeed
 from addax_ds.scaling.instruments import instrumented
 from addax_ds.scaling.model import random_model
 from addax_ds.scaling.phases import PhaseTimer
@@ -222,7 +222,7 @@ def main() -> None:
     os.environ.pop("LOCAL_SIZE", None)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.init_distributed()
+    init_deepspeed()
     point = Point(**job["point"])
     assert dist.get_world_size() == point.ranks
     found = measure(point, job["steps"], job["deepspeed"], folder)
