@@ -45,7 +45,9 @@ def announce(
     """
     logger.info("Model: %s, %s", source.label, run.dtype)
     logger.info("Data:  %s, %d training examples", data.description, len(data.train))
-    if plan is not None:
+    if plan is None:
+        logger.info("Method: none; nothing is trained, and arguments of training have no effect")
+    else:
         streams, schedule = plan
         logger.info("%s", streams.describe([example.length for example in data.train]))
         logger.info("Method: %s", _method(args, run, schedule))

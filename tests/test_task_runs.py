@@ -248,6 +248,7 @@ def test_without_training_rows_the_model_is_tested_as_it_is(task, model, tmp_pat
     finetune.main(flags(model, output, task, num_train=0))
     said = capsys.readouterr().err
     assert "0 training examples" in said
+    assert "nothing is trained, and arguments of training have no effect" in said
     assert "4 test rows, not 1000: 4 rows in the validation split" in said
     assert {path.name for path in output.iterdir()} == {
         *("all_results.json", "test_results.json", "predictions_test.jsonl", "trainer_state.json")
