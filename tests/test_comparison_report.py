@@ -9,7 +9,7 @@ import pytest
 from addax_ds.comparison.outcome import Outcome, seconds_a_step
 from addax_ds.comparison.report import write_report
 from addax_ds.comparison.runner import Comparison
-from addax_ds.comparison.study import Trial
+from addax_ds.comparison.study import Study, Trial
 from addax_ds.errors import UserError
 from tests.test_comparison import (
     ADDAX,
@@ -140,6 +140,29 @@ def test_figures(compared):
     report(compared)
     for figure in ("tiny-time.png", "tiny-memory.png"):
         assert (compared.folder / "report" / figure).stat().st_size > 1000
+
+
+def test_a_study_beside_another_is_drawn_in_its_figures(compared, monkeypatch):
+    drawn = {}
+    for draw in ("draw_curves", "draw_costs"):
+        monkeypatch.setattr(
+            f"addax_ds.comparison.report.{draw}",
+            lambda curves, path, title: drawn.update({path.name: (title, curves)}),
+        )
+    long = replace(MEZO, learning_rates=(1e-6,), steps=16)
+    beside = Study("tiny-long", "SST2", 64, (long,), (0,), beside="tiny")
+    compared.studies.append(beside)
+    trial = Trial(beside, long, 1e-6, 0)
+    finish(compared.training(trial), log=[evaluated(0.9, 16)], results=COSTS)
+    for job in compared.timings():
+        finish(job, log=[{"loss": 1.0, "train_seconds": 2.0 * step} for step in range(6)])
+    report(compared)
+    assert drawn.keys() == {"tiny-time.png", "tiny-memory.png"}
+    title, curves = drawn["tiny-time.png"]
+    assert title == "tiny"
+    assert [curve.label for curve in curves] == [
+        *("addax, 4 steps", "mezo, 8 steps", "mezo, 16 steps")
+    ]
 
 
 def test_a_training_whose_losses_are_nan_has_diverged(compared):

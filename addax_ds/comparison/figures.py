@@ -1,7 +1,9 @@
 """Figures of a comparison: accuracy against time and against memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,24 +19,30 @@ class Curve:
 
     Attributes:
         method: its name.
+        steps: of its trainings.
         points: minutes of training and accuracy on dev, means over seeds.
         tests: accuracy on the test rows, one a seed.
         peak_memory: in bytes.
     """
 
     method: Method
+    steps: int
     points: list[tuple[float, float]]
     tests: list[float]
     peak_memory: float
+
+    @property
+    def label(self) -> str:
+        """What the legend calls it."""
+        return f"{self.method}, {self.steps} steps"
 
 
 def draw_curves(curves: list[Curve], path: Path, title: str) -> None:
     """Draw accuracy on dev against minutes of training."""
     figure, axes = _figure(title, "training, minutes", "accuracy on dev")
-    for curve in curves:
-        colour = METHOD_COLOURS[curve.method]
+    for curve, style in _styled(curves):
         minutes, accuracy = zip(*curve.points, strict=True)
-        axes.plot(minutes, accuracy, "o-", color=colour, label=curve.method, markersize=4)
+        axes.plot(minutes, accuracy, "o-", markersize=4, **style)
     axes.set_xscale("log")
     for of_ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         of_ticks("{x:g}")  # minutes, not powers of ten
@@ -46,11 +54,23 @@ def draw_costs(curves: list[Curve], path: Path, title: str) -> None:
     """Draw accuracy on the test rows, each seed a point, against peak memory."""
     memory_label = "peak memory, GB (on a CPU the resident set of the process)"
     figure, axes = _figure(title, memory_label, "accuracy on the test rows")
-    for curve in curves:
+    for curve, style in _styled(curves):
         memory = [curve.peak_memory / 1e9] * len(curve.tests)
-        axes.plot(memory, curve.tests, "o", color=METHOD_COLOURS[curve.method], label=curve.method)
+        axes.plot(memory, curve.tests, "o", **style)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _styled(curves: list[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
+    """Yield the curves with their colours; the second of a method has hollow points."""
+    methods: set[Method] = set()
+    for curve in curves:
+        colour = METHOD_COLOURS[curve.method]
+        style = {"color": colour, "label": curve.label}
+        if curve.method in methods:
+            style |= {"markerfacecolor": "white", "markeredgecolor": colour}
+        methods.add(curve.method)
+        yield curve, style
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:

@@ -32,18 +32,20 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"studies": {}}
     pages = []
+    drawn: dict[str, list[Curve]] = {}
     for study in comparison.studies:
         result = gather(comparison, study)
         if not any(entry.trainings for entry in result.entries):
             continue
         content["studies"][study.name] = _as_json(result)
         pages.append("\n".join(page(result)))
-        curves = list(_curves(result.entries))
-        if curves:
-            draw_curves(curves, folder / f"{study.name}-time.png", study.name)
-            draw_costs(curves, folder / f"{study.name}-memory.png", study.name)
+        drawn.setdefault(study.beside or study.name, []).extend(_curves(result.entries))
     if not pages:
         raise UserError(f"{comparison.folder}: no training of these studies is over")
+    for name, curves in drawn.items():
+        if curves:
+            draw_curves(curves, folder / f"{name}-time.png", name)
+            draw_costs(curves, folder / f"{name}-memory.png", name)
     # NaN is no JSON: a number that may be NaN has to be left out before this.
     written = json.dumps(content, indent=1, allow_nan=False)
     (folder / "comparison.json").write_text(written + "\n")
@@ -57,6 +59,7 @@ def _curves(entries: list[Entry]) -> Iterator[Curve]:
             points = [(step * minutes, accuracy) for step, accuracy, _ in entry.curve()]
             yield Curve(
                 entry.contender.method,
+                entry.contender.steps,
                 points,
                 list(entry.test_accuracies.values()),
                 entry.peak_memory or 0.0,

@@ -48,6 +48,7 @@ class Study:
         max_length: longest sequence in tokens; longer prompts lose their beginning.
         contenders: the methods.
         seeds: of z and of the order of the data; learning rates are chosen with the first.
+        beside: study in whose figures this one is drawn; by default it has its own.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Study:
     max_length: int
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
+    beside: str | None = None
 
     @property
     def grid(self) -> list["Trial"]:
@@ -146,6 +148,6 @@ STUDIES: dict[str, Study] = {
         Study("multiemo", "MULTIEMO", 256, _with_more(_contenders(40, 2, 160)), (0, 1, 2)),
         Study("sst2", "SST2", 256, _contenders(100, 4, 400), (0,)),
         Study("boolq", "BOOLQ", 256, _contenders(40, 2, 160), (0,)),
-        Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,)),
+        Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,), beside="multiemo"),
     )
 }
