@@ -147,7 +147,7 @@ def test_a_study_beside_another_is_drawn_in_its_figures(compared, monkeypatch):
     for draw in ("draw_curves", "draw_costs"):
         monkeypatch.setattr(
             f"addax_ds.comparison.report.{draw}",
-            lambda curves, path, title: drawn.update({path.name: (title, curves)}),
+            lambda curves, path, title, *_: drawn.update({path.name: (title, curves)}),
         )
     long = replace(MEZO, learning_rates=(1e-6,), steps=16)
     beside = Study("tiny-long", "SST2", 64, (long,), (0,), beside="tiny")

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from addax_ds.data.partition import Method
 from addax_ds.plotting import METHOD_COLOURS, plain_axes
 
+_LEAST_SPAN = 0.1
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -43,6 +45,7 @@ def draw_curves(curves: list[Curve], path: Path, title: str) -> None:
     for curve, style in _styled(curves):
         minutes, accuracy = zip(*curve.points, strict=True)
         axes.plot(minutes, accuracy, "o-", markersize=4, **style)
+    _widen(axes)
     axes.set_xscale("log")
     for of_ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         of_ticks("{x:g}")  # minutes, not powers of ten
@@ -50,15 +53,34 @@ def draw_curves(curves: list[Curve], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_costs(curves: list[Curve], path: Path, title: str) -> None:
-    """Draw accuracy on the test rows, each seed a point, against peak memory."""
+def draw_costs(
+    curves: list[Curve], path: Path, title: str, most_frequent: float | None = None
+) -> None:
+    """Draw accuracy on the test rows, each seed a point, against peak memory.
+
+    Args:
+        curves: the methods.
+        path: of the PNG file.
+        title: stands above it.
+        most_frequent: accuracy of the most frequent answer, which becomes a line, if it is known.
+    """
     memory_label = "peak memory, GB (on a CPU the resident set of the process)"
     figure, axes = _figure(title, memory_label, "accuracy on the test rows")
     for curve, style in _styled(curves):
         memory = [curve.peak_memory / 1e9] * len(curve.tests)
         axes.plot(memory, curve.tests, "o", **style)
+    if most_frequent is not None:
+        axes.axhline(most_frequent, color="grey", linestyle="--", label="most frequent answer")
+    _widen(axes)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _widen(axes: Axes) -> None:
+    """Make the accuracies shown span enough for a small difference to look small."""
+    low, high = axes.get_ylim()
+    missing = max(0.0, _LEAST_SPAN - (high - low))
+    axes.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def _styled(curves: list[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:

@@ -33,19 +33,22 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     content: dict[str, Any] = {"studies": {}}
     pages = []
     drawn: dict[str, list[Curve]] = {}
+    most_frequent: dict[str, float | None] = {}
     for study in comparison.studies:
         result = gather(comparison, study)
         if not any(entry.trainings for entry in result.entries):
             continue
         content["studies"][study.name] = _as_json(result)
         pages.append("\n".join(page(result)))
-        drawn.setdefault(study.beside or study.name, []).extend(_curves(result.entries))
+        figure = study.beside or study.name
+        drawn.setdefault(figure, []).extend(_curves(result.entries))
+        most_frequent.setdefault(figure, result.most_frequent)
     if not pages:
         raise UserError(f"{comparison.folder}: no training of these studies is over")
     for name, curves in drawn.items():
         if curves:
             draw_curves(curves, folder / f"{name}-time.png", name)
-            draw_costs(curves, folder / f"{name}-memory.png", name)
+            draw_costs(curves, folder / f"{name}-memory.png", name, most_frequent[name])
     # NaN is no JSON: a number that may be NaN has to be left out before this.
     written = json.dumps(content, indent=1, allow_nan=False)
     (folder / "comparison.json").write_text(written + "\n")
