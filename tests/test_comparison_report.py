@@ -147,7 +147,7 @@ def test_a_study_beside_another_is_drawn_in_its_figures(compared, monkeypatch):
     for draw in ("draw_curves", "draw_costs"):
         monkeypatch.setattr(
             f"addax_ds.comparison.report.{draw}",
-            lambda curves, path, title, *_: drawn.update({path.name: (title, curves)}),
+            lambda curves, path, *more: drawn.update({path.name: (curves, *more)}),
         )
     long = replace(MEZO, learning_rates=(1e-6,), steps=16)
     beside = Study("tiny-long", "SST2", 64, (long,), (0,), beside="tiny")
@@ -158,8 +158,8 @@ def test_a_study_beside_another_is_drawn_in_its_figures(compared, monkeypatch):
         finish(job, log=[{"loss": 1.0, "train_seconds": 2.0 * step} for step in range(6)])
     report(compared)
     assert drawn.keys() == {"tiny-time.png", "tiny-memory.png"}
-    title, curves = drawn["tiny-time.png"]
-    assert title == "tiny"
+    curves, *more = drawn["tiny-memory.png"]
+    assert more == ["tiny", 0.6]  # the title, and the share of the most frequent answer
     assert [curve.label for curve in curves] == [
         *("addax, 4 steps", "mezo, 8 steps", "mezo, 16 steps")
     ]
