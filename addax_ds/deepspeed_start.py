@@ -25,7 +25,8 @@ def init_deepspeed() -> None:
     another process stands: in silence and for ever, if that process was killed as it compiled.
 
     Raises:
-        UserError: such a lock is left, and no process of this machine has held it for two minutes.
+        UserError: a lock is more than two minutes old, and no process that can be seen from here
+            has it open.
     """
     if get_accelerator().device_name() == "cpu":
         folder = cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)
@@ -37,11 +38,12 @@ def wait_for_compilation(lock: Path) -> None:
     """Wait until nothing compiles the extension that a lock is for; see `init_deepspeed`."""
     began, said = time.monotonic(), False
     while (age := _age(lock)) is not None:
-        if age > _COMPILES_S and not _is_open(lock):
+        if age > _COMPILES_S and _is_abandoned(lock):
             raise UserError(
-                f"{lock} says that another process compiles DeepSpeed's CPU collectives, and none "
-                f"on this machine has for {_COMPILES_S:.0f} s: it was killed. Delete the file, "
-                "unless another machine that shares the folder compiles just now"
+                f"{lock} says that another process compiles DeepSpeed's CPU collectives, but it is "
+                f"{age:.0f} s old and no process here has it open: the one that wrote it was "
+                "killed. Delete the file, unless another machine, user or container that shares "
+                "the folder compiles just now"
             )
         if not said and time.monotonic() - began > _SAID_AFTER_S:
             logger.info("Waiting for another process to compile DeepSpeed's collectives: %s", lock)
@@ -55,6 +57,14 @@ def _age(lock: Path) -> float | None:
         return time.time() - lock.stat().st_mtime
     except FileNotFoundError:
         return None
+
+
+def _is_abandoned(lock: Path) -> bool:
+    """Say twice whether nobody has a lock open: torch closes the file, then removes it."""
+    if _is_open(lock):
+        return False
+    time.sleep(_POLL_S)
+    return lock.exists() and not _is_open(lock)
 
 
 def _is_open(path: Path) -> bool:

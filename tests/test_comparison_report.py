@@ -5,7 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
+from addax_ds.comparison.figures import Curve, draw_costs, draw_curves
 from addax_ds.comparison.outcome import Outcome, seconds_a_step
 from addax_ds.comparison.report import write_report
 from addax_ds.comparison.runner import Comparison
@@ -24,7 +26,7 @@ from tests.test_comparison import (
 
 
 def test_seconds_a_step():
-    logs = [[10.0, 12.0, 14.0], [30.0, 34.0, 38.0]]
+    logs = [[5.0, 10.0, 12.0, 14.0], [9.0, 30.0, 34.0, 38.0]]  # after two that warm up
     outcomes = [
         Outcome(**outcome_of(0, [{"loss": 1.0, "train_seconds": s} for s in log])) for log in logs
     ]
@@ -78,9 +80,9 @@ def test_tables(compared):
     tables, _ = report(compared)
     assert "| most frequent answer |  | 0 | 0.600 |" in tables
     assert "| as it is |  | 0 | 0.500 |" in tables
-    row = "| addax | 0.002, at the edge of the grid | 4 | 0.805 (0.800 to 0.810) | 2 | 1.00 | 0.1 |"
+    row = "| addax | 0.002, at the edge of the grid | 4 | 0.805 (0.800 to 0.810) | 2 | 1.0 | 0.1 |"
     assert f"{row} 2.50 |" in tables
-    assert "| mezo | 1e-06 | 8 | 0.815 (0.810 to 0.820) | 2 | 2.00 | 0.3 | 2.50 |" in tables
+    assert "| mezo | 1e-06 | 8 | 0.815 (0.810 to 0.820) | 2 | 2.0 | 0.3 | 2.50 |" in tables
     assert "| addax | 0.001: 0.700, 0.002: 0.800 |" in tables
     # After 4 steps of Addax mezo has had the time for 2, and was first evaluated after 4.
     assert "| addax | 0.700 | 0.700 | 0.800 | 0.800 |" in tables
@@ -131,6 +133,7 @@ def test_comparison_json(compared):
     assert trained == [(1e-3, 0), (2e-3, 0), (2e-3, 1)]
     for one in addax["trainings"]:
         assert {name: one[name] for name in COSTS} == COSTS
+        assert [point["step"] for point in one["dev_curve"]] == [2, 4]
         assert one["command"].startswith("deepspeed --num_gpus 1 launch/train.py --bf16=True ")
         assert f" --learning_rate={one['learning_rate']:g} " in one["command"]
         assert str(compared.folder) not in one["command"]
@@ -151,7 +154,7 @@ def test_a_study_beside_another_is_drawn_in_its_figures(compared, monkeypatch):
         )
     long = replace(MEZO, learning_rates=(1e-6,), steps=16)
     beside = Study("tiny-long", "SST2", 64, (long,), (0,), beside="tiny")
-    compared.studies.append(beside)
+    compared.studies.insert(0, beside)  # which must not make it the first in the figures
     trial = Trial(beside, long, 1e-6, 0)
     finish(compared.training(trial), log=[evaluated(0.9, 16)], results=COSTS)
     for job in compared.timings():
@@ -180,3 +183,36 @@ def test_a_training_whose_losses_are_nan_has_diverged(compared):
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no training"):
         write_report(comparison(tmp_path), tmp_path / "report")
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """What would have been saved."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    return saved
+
+
+def test_a_small_difference_looks_small(figures, tmp_path):
+    curve = Curve("addax", 4, [(1.0, 0.62), (2.0, 0.621)], [0.62, 0.621], 1e9)
+    draw_curves([curve], tmp_path / "time.png", "tiny")
+    draw_costs([curve], tmp_path / "memory.png", "tiny")
+    for figure in figures:
+        low, high = figure.axes[0].get_ylim()
+        assert high - low == pytest.approx(0.1)
+        assert low < 0.62 < 0.621 < high
+
+
+def test_two_curves_of_a_method_are_told_apart(figures, tmp_path):
+    short, long = (Curve("mezo", steps, [(1.0, 0.6)], [0.6], 1e9) for steps in (4, 8))
+    draw_costs([short, long], tmp_path / "memory.png", "tiny", most_frequent=0.5)
+    first, second, line = figures[0].axes[0].lines
+    assert first.get_color() == second.get_color() == first.get_markerfacecolor()
+    assert second.get_markerfacecolor() == "white"
+    assert list(line.get_ydata()) == [0.5, 0.5]
+
+
+def test_without_its_neighbour_a_study_has_figures_of_its_own(compared):
+    compared.studies[:] = [replace(STUDY, beside="other")]
+    report(compared)
+    assert (compared.folder / "report" / "tiny-time.png").is_file()

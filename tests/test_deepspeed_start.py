@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from addax_ds import UserError
+from addax_ds import UserError, deepspeed_start
 from addax_ds.deepspeed_start import wait_for_compilation
 
 
@@ -62,3 +62,14 @@ def test_a_killed_one_is_an_error(lock):
     with pytest.raises(UserError, match=f"^{lock} says .* was killed. Delete the file"):
         wait_for_compilation(lock)
     assert lock.exists()
+
+
+def test_one_that_ends_as_it_is_looked_at_is_no_error(lock, monkeypatch):
+    make_old(lock)
+
+    def ends(path: Path) -> bool:
+        path.unlink()
+        return False
+
+    monkeypatch.setattr(deepspeed_start, "_is_open", ends)
+    wait_for_compilation(lock)

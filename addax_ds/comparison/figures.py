@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from addax_ds.data.partition import Method
 from addax_ds.plotting import METHOD_COLOURS, plain_axes
 
-_LEAST_SPAN = 0.1
+_LEAST_ACCURACY_SPAN = 0.1
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def draw_costs(
 def _widen(axes: Axes) -> None:
     """Make the accuracies shown span enough for a small difference to look small."""
     low, high = axes.get_ylim()
-    missing = max(0.0, _LEAST_SPAN - (high - low))
+    missing = max(0.0, _LEAST_ACCURACY_SPAN - (high - low))
     axes.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def _styled(curves: list[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
-    """Yield the curves with their colours; the second of a method has hollow points."""
+    """Yield the curves with their colours; a method's later ones have hollow points."""
     methods: set[Method] = set()
     for curve in curves:
         colour = METHOD_COLOURS[curve.method]

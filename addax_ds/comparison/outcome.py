@@ -8,6 +8,7 @@ from typing import Any
 from addax_ds.processes import read_json, write_json
 
 OUTCOME = "outcome.json"
+WARM_UP_STEPS = 2  # the first backward passes take longer
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Outcome:
 
 
 def seconds_a_step(outcomes: list[Outcome]) -> float | None:
-    """Return the mean over timed trainings, each without its first step, which warms up.
+    """Return the mean over timed trainings, each without its `WARM_UP_STEPS`.
 
     None if there are none; those that diverged are left out.
     """
@@ -66,5 +67,6 @@ def seconds_a_step(outcomes: list[Outcome]) -> float | None:
         for outcome in outcomes
         if outcome.exit_code == 0
     ]
-    steps = [(time[-1] - time[0]) / (len(time) - 1) for time in times]
+    warm = [time[WARM_UP_STEPS - 1 :] for time in times]
+    steps = [(time[-1] - time[0]) / (len(time) - 1) for time in warm]
     return sum(steps) / len(steps) if steps else None

@@ -34,13 +34,15 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     pages = []
     drawn: dict[str, list[Curve]] = {}
     most_frequent: dict[str, float | None] = {}
-    for study in comparison.studies:
+    names = {study.name for study in comparison.studies}
+    # Those with figures of their own come first in them.
+    for study in sorted(comparison.studies, key=lambda study: study.beside is not None):
         result = gather(comparison, study)
         if not any(entry.trainings for entry in result.entries):
             continue
         content["studies"][study.name] = _as_json(result)
         pages.append("\n".join(page(result)))
-        figure = study.beside or study.name
+        figure = study.beside if study.beside in names else study.name
         drawn.setdefault(figure, []).extend(_curves(result.entries))
         most_frequent.setdefault(figure, result.most_frequent)
     if not pages:
@@ -112,6 +114,10 @@ def _training(trial: Trial, outcome: Outcome) -> dict[str, Any]:
         "diverged": outcome.dev_score is None,
         "command": _command(trial, outcome),
         **costs,
+        "dev_curve": [
+            {"step": e["step"], "accuracy": e["eval_accuracy"], "loss": e["eval_loss"]}
+            for e in outcome.evaluations
+        ],
     }
 
 

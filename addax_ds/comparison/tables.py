@@ -42,7 +42,7 @@ def _results(result: StudyResult) -> Iterator[str]:
             str(steps),
             _spread(list(entry.test_accuracies.values())),
             str(len(entry.tests)),
-            f"{seconds:.2f}" if seconds else "",
+            f"{seconds:.1f}" if seconds else "",
             f"{steps * seconds / 60:.1f}" if seconds else "",
             f"{peak / 1e9:.2f}" if peak else "",
         )
