@@ -183,6 +183,7 @@ def test_a_training_whose_losses_are_nan_has_diverged(compared):
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no training"):
         write_report(comparison(tmp_path), tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     Raises:
         UserError: nothing has.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"studies": {}}
     pages = []
     drawn: dict[str, list[Curve]] = {}
@@ -47,6 +46,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         most_frequent.setdefault(figure, result.most_frequent)
     if not pages:
         raise UserError(f"{comparison.folder}: no training of these studies is over")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, curves in drawn.items():
         if curves:
             draw_curves(curves, folder / f"{name}-time.png", name)
