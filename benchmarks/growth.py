@@ -129,6 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be 2 or more")
+    arguments.output.mkdir(parents=True, exist_ok=True)
 
     sizes = [measure(shape, SIZES_RANKS, arguments.rounds, arguments.port) for shape in SIZES]
     same = sizes[SIZES.index(RANKS_SHAPE)]  # also one of the runs over ranks
@@ -138,7 +139,6 @@ def main() -> None:
         else measure(RANKS_SHAPE, number, arguments.rounds, arguments.port)
         for number in RANKS
     ]
-    arguments.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"sizes": sizes, "ranks": ranks}, indent=2)
     (arguments.output / "growth.json").write_text(text + "\n")
     draw(sizes, ranks, arguments.output / "growth.png")

@@ -225,6 +225,7 @@ def main() -> None:
             arguments.output.write_text(json.dumps(result))
         leave_together()
         return
+    arguments.output.mkdir(parents=True, exist_ok=True)
     results = []
     print("| method | model | trains | planned GB | peak GB | seconds of the steps |")
     print("|---|---|---|---|---|---|", flush=True)

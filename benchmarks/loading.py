@@ -232,6 +232,7 @@ def main() -> None:
             arguments.output.write_text(json.dumps(found))
         leave_together()
         return
+    arguments.output.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model"

@@ -129,6 +129,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for one JSON file a rank")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     arguments = parser.parse_args()
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     results = {}

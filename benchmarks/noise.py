@@ -165,6 +165,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="must include 1")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.rounds < 2 or 1 not in arguments.threads:
         parser.error("--rounds must be 2 or more, and --threads must include 1")
 

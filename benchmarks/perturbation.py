@@ -227,6 +227,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of z and of the batches")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.probes < 8:
         parser.error("--probes must be 8 or more")
 

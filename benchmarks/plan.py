@@ -218,6 +218,7 @@ def main() -> None:
             arguments.output.write_text(json.dumps(results))
         leave_together()
         return
+    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "plan.json"
     chosen = arguments.only.split(",") if arguments.only else sorted({c["model"] for c in CASES})
     kept = json.loads(path.read_text())["results"] if path.exists() else []

@@ -324,6 +324,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be 2 or more")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
 
     _start()
     load_before = os.getloadavg()

@@ -92,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     tokens = lengths()
     longest = int(tokens.max())
     results = []
