@@ -82,9 +82,8 @@ class Entry:
         """Return steps, and mean accuracy and loss on dev over the seeds that got there."""
         found: dict[int, list[tuple[float, float]]] = {}
         for outcome in self.final.values():
-            for line in outcome.evaluations:
-                pair = line["eval_accuracy"], line["eval_loss"]
-                found.setdefault(line["step"], []).append(pair)
+            for step, accuracy, loss in outcome.dev_curve:
+                found.setdefault(step, []).append((accuracy, loss))
         curve = []
         for step, pairs in sorted(found.items()):
             accuracies, losses = zip(*pairs, strict=True)

@@ -44,16 +44,20 @@ class Outcome:
         write_json(folder / OUTCOME, asdict(self))
 
     @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """What the log has of dev, without what was evaluated after the weights were lost."""
-        return [e for e in self.log if "eval_accuracy" in e and math.isfinite(e["eval_loss"])]
+    def dev_curve(self) -> list[tuple[int, float, float]]:
+        """Steps, accuracy and loss on dev, without what was evaluated after weights were lost."""
+        return [
+            (e["step"], e["eval_accuracy"], e["eval_loss"])
+            for e in self.log
+            if "eval_accuracy" in e and math.isfinite(e["eval_loss"])
+        ]
 
     @property
     def dev_score(self) -> tuple[float, float] | None:
         """Best accuracy on dev, then minus the loss there; None if the training diverged."""
         if self.exit_code != 0:
             return None
-        pairs = ((entry["eval_accuracy"], -entry["eval_loss"]) for entry in self.evaluations)
+        pairs = ((accuracy, -loss) for _, accuracy, loss in self.dev_curve)
         return max(pairs, default=None)
 
 

@@ -31,8 +31,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     """
     content: dict[str, Any] = {"studies": {}}
     pages = []
-    drawn: dict[str, list[Curve]] = {}
-    most_frequent: dict[str, float | None] = {}
+    drawn: dict[str, list[StudyResult]] = {}
     names = {study.name for study in comparison.studies}
     # Those with figures of their own come first in them.
     for study in sorted(comparison.studies, key=lambda study: study.beside is not None):
@@ -42,15 +41,15 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         content["studies"][study.name] = _as_json(result)
         pages.append("\n".join(page(result)))
         figure = study.beside if study.beside in names else study.name
-        drawn.setdefault(figure, []).extend(_curves(result.entries))
-        most_frequent.setdefault(figure, result.most_frequent)
+        drawn.setdefault(figure, []).append(result)
     if not pages:
         raise UserError(f"{comparison.folder}: no training of these studies is over")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, curves in drawn.items():
+    for name, results in drawn.items():
+        curves = [curve for result in results for curve in _curves(result.entries)]
         if curves:
             draw_curves(curves, folder / f"{name}-time.png", name)
-            draw_costs(curves, folder / f"{name}-memory.png", name, most_frequent[name])
+            draw_costs(curves, folder / f"{name}-memory.png", name, results[0].most_frequent)
     # NaN is no JSON: a number that may be NaN has to be left out before this.
     written = json.dumps(content, indent=1, allow_nan=False)
     (folder / "comparison.json").write_text(written + "\n")
@@ -92,10 +91,7 @@ def _entry_as_json(entry: Entry) -> dict[str, Any]:
         "test_accuracy_by_seed": entry.test_accuracies,
         "seconds_a_step": entry.step_seconds,
         "peak_memory_bytes": entry.peak_memory,
-        "dev_curve": [
-            {"step": step, "accuracy": accuracy, "loss": loss}
-            for step, accuracy, loss in entry.curve()
-        ],
+        "dev_curve": _points(entry.curve()),
         "trainings": [_training(trial, outcome) for trial, outcome in entry.trainings.items()],
         "circumstances": {
             "trainings": distinct(o.circumstances for o in entry.trainings.values()),
@@ -114,11 +110,12 @@ def _training(trial: Trial, outcome: Outcome) -> dict[str, Any]:
         "diverged": outcome.dev_score is None,
         "command": _command(trial, outcome),
         **costs,
-        "dev_curve": [
-            {"step": e["step"], "accuracy": e["eval_accuracy"], "loss": e["eval_loss"]}
-            for e in outcome.evaluations
-        ],
+        "dev_curve": _points(outcome.dev_curve),
     }
+
+
+def _points(curve: list[tuple[int, float, float]]) -> list[dict[str, float]]:
+    return [{"step": step, "accuracy": accuracy, "loss": loss} for step, accuracy, loss in curve]
 
 
 def _command(trial: Trial, outcome: Outcome) -> str:
