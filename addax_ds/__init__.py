@@ -5,17 +5,17 @@ Importing this package registers the optimizer type ``"Addax"`` with DeepSpeed.
 
 from typing import TYPE_CHECKING, Any
 
-from addax_ds.ds_config import ds_config
-from addax_ds.errors import UserError
-from addax_ds.noise import gaussian, parameter_id
-from addax_ds.optimizer import Addax
-from addax_ds.report import NonFiniteError
-from addax_ds.sharding.attach import attach
-from addax_ds.sharding.zero3_engine import register as _register
-from addax_ds.weights import load_weights, save_weights
+from addax_ds.checkpoint.weights import load_weights, save_weights
+from addax_ds.config.deepspeed import ds_config
+from addax_ds.integrations.deepspeed_engine import register as _register
+from addax_ds.kernels.noise import gaussian, parameter_id
+from addax_ds.optim.addax import Addax
+from addax_ds.optim.attach import attach
+from addax_ds.optim.report import NonFiniteError
+from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from addax_ds.trainer import AddaxTrainer
+    from addax_ds.training.trainer import AddaxTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,7 +37,7 @@ _register(Addax)
 def __getattr__(name: str) -> Any:
     # transformers' Trainer takes seconds to import; users of the optimizer alone do without it.
     if name == "AddaxTrainer":
-        from addax_ds.trainer import AddaxTrainer
+        from addax_ds.training.trainer import AddaxTrainer
 
         return AddaxTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from addax_ds.circumstances import circumstances as circumstances
 from addax_ds.planner.shapes import OPT_FAMILY
-from addax_ds.processes import search_path
-from addax_ds.scaling.point import SMALL_SHAPES
+from studies.jobs import search_path
+from studies.provenance import circumstances as circumstances
+from studies.scaling.point import SMALL_SHAPES
 
 SHAPES: dict[str, dict[str, Any]] = {
     **SMALL_SHAPES,

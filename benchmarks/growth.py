@@ -22,9 +22,9 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run as a script
 
-from addax_ds.plotting import plain_axes
-from addax_ds.processes import script
+from addax_ds.cli.plotting import plain_axes
 from benchmarks.common import one_thread_each
+from studies.jobs import script
 
 STEP = Path(__file__).with_name("step.py")
 SIZES = ["opt-11m", "opt-34m", "opt-125m", "opt-350m"]
@@ -32,7 +32,7 @@ SIZES_RANKS = 2
 RANKS = [1, 2, 4]
 RANKS_SHAPE = "opt-34m"
 LABELS = {"addax": "Addax", "parts": "the sum of its parts"}
-COLORS = {"addax": "#D55E00", "parts": "#0072B2"}  # as in `addax_ds.plotting`
+COLORS = {"addax": "#D55E00", "parts": "#0072B2"}  # as in `addax_ds.cli.plotting`
 
 
 def measure(shape: str, ranks: int, rounds: int, port: int) -> dict[str, Any]:

@@ -31,16 +31,16 @@ from transformers.integrations import HfDeepSpeedConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-from addax_ds.agreement import leave_together
-from addax_ds.data.partition import ZEROTH_ORDER
+from addax_ds.distributed.collectives import leave_together
+from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import OPT_FAMILY, shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
-from addax_ds.processes import script
-from addax_ds.scaling.model import random_model
 from benchmarks.common import circumstances, one_thread_each
 from benchmarks.live import ALPHAS, OPTIMIZERS, batch_of, closure
+from studies.jobs import script
+from studies.scaling.model import random_model
 
 RANKS = 2
 STEPS = 2

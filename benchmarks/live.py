@@ -27,17 +27,18 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from transformers import AutoModelForCausalLM, OPTConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from addax_ds import Addax, attach, running_step
+from addax_ds import Addax, attach
 from addax_ds.data.encoding import NO_LOSS
-from addax_ds.data.partition import ZEROTH_ORDER
-from addax_ds.gradients import GradientSums
-from addax_ds.likelihood import positions_of, target_scores, targets_of
+from addax_ds.evaluation.likelihood import positions_of, target_scores, targets_of
+from addax_ds.optim import step
+from addax_ds.optim.gradients import GradientSums
+from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.planner.shapes import OPT_FAMILY
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import category_of
-from addax_ds.settings import DTYPES
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.sharding.zero3 import Stage3, Zero3Sharding
+from addax_ds.utils.dtypes import DTYPES
 from benchmarks.common import SHAPES, all_live_tensors
 
 MODELS = {**SHAPES, **OPT_FAMILY}
@@ -177,7 +178,7 @@ def watched(tape: Tape, offloaded: bool) -> Iterator[None]:
         (GradientSums, "add", "host" if offloaded else "gradients"),
         (DeepSpeedZeroOptimizer_Stage3, f"{_STAGE3}__reduce_and_partition_ipg_grads", "buckets"),
         (Stage3, "step", "optimizer"),
-        (running_step, "perturb", "host" if offloaded else "gathered"),
+        (step, "perturb", "host" if offloaded else "gathered"),
         (DeepSpeedZeroOptimizer_Stage3, "step", "optimizer"),
         (_fsdp_param_group.FSDPParamGroup, "unshard", "gathered"),
         (_fsdp_param_group.FSDPParamGroup, "wait_for_unshard", "gathered"),

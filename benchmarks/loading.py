@@ -34,13 +34,13 @@ from transformers.integrations import HfDeepSpeedConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-from addax_ds.agreement import everywhere, leave_together
-from addax_ds.arguments import ModelArguments
-from addax_ds.model_source import ModelSource
-from addax_ds.processes import free_port, script
-from addax_ds.weights import full_shapes, local_slices, save_weights
+from addax_ds.checkpoint.weights import full_shapes, local_slices, save_weights
+from addax_ds.config.arguments import ModelArguments
+from addax_ds.distributed.collectives import everywhere, leave_together
+from addax_ds.models.source import ModelSource
 from benchmarks.common import circumstances, one_thread_each
 from benchmarks.live import MODELS
+from studies.jobs import free_port, script
 
 RANKS = 2
 FORMATS = {

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 import addax_ds  # noqa: F401  (registers the optimizer)
-from addax_ds.agreement import leave_together
+from addax_ds.distributed.collectives import leave_together
 from benchmarks.common import (
     all_live_tensors,
     circumstances,

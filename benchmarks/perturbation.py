@@ -38,13 +38,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import addax_ds
-from addax_ds import demo, kernels
+from addax_ds import kernels
 from addax_ds.data.batches import StepBatches, StepSchedule
 from addax_ds.data.encoding import encode
 from addax_ds.data.partition import partition
 from addax_ds.data.records import prompt_completion
-from addax_ds.evaluation import token_scores
+from addax_ds.evaluation.scored_set import token_scores
 from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.models import demo
 from addax_ds.tasks import TASKS
 from benchmarks.common import circumstances
 
@@ -108,7 +109,7 @@ class Experiment:
             sign: {n: p.data.view(-1) for n, p in perturbed.named_parameters()}
             for sign, perturbed in self.copies.items()
         }
-        # As in `addax_ds.optimizer`: what has one dimension is a bias or a norm gain.
+        # As in `addax_ds.optim.addax`: what has one dimension is a bias or a norm gain.
         self.gains = {n for n, p in model.named_parameters() if p.dim() == 1}
 
     def constants(self) -> tuple[NDArray, NDArray]:

@@ -24,15 +24,15 @@ from transformers import OPTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-from addax_ds.agreement import leave_together
-from addax_ds.data.partition import ZEROTH_ORDER
+from addax_ds.distributed.collectives import leave_together
+from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
-from addax_ds.processes import free_port, script, write_json
 from benchmarks.common import circumstances, one_thread_each
 from benchmarks.live import MODELS, measure
+from studies.jobs import free_port, script, write_json
 
 # ---- beside the planner --------------------------------------------------------------------------
 

@@ -37,8 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-from addax_ds.agreement import leave_together
-from addax_ds.processes import free_port
+from addax_ds.distributed.collectives import leave_together
 from benchmarks.common import (
     SHAPES,
     CollectiveCounter,
@@ -48,6 +47,7 @@ from benchmarks.common import (
     parameter_count,
 )
 from benchmarks.contenders import CONTENDERS, USUAL, Contender, zero_configuration
+from studies.jobs import free_port
 
 LENGTHS = {"tiny": (32, 16)}
 USUAL_LENGTHS = (256, 64)  # of the zeroth-order (long) and the first-order (short) batch

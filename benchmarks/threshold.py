@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from addax_ds.comparison.tasks import MULTIEMO
-from addax_ds.demo import model_folder
+from addax_ds.models.demo import model_folder
 from benchmarks.common import circumstances
 from benchmarks.plan import completed, launch
+from studies.comparison.tasks import MULTIEMO
 
 QUANTILES = (0.25, 0.5, 0.75, 1.0)
 MODEL, RANKS, ROWS = "opt-125m", 2, 4

@@ -5,7 +5,7 @@
 reads no weights and asks no hub; ``--help`` lists the arguments.
 """
 
-from addax_ds.planner.cli import main
+from addax_ds.cli.plan import main
 
 if __name__ == "__main__":
     main()

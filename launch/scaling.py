@@ -5,7 +5,12 @@
 ``--help`` lists the arguments.
 """
 
-from addax_ds.scaling.cli import main
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # studies belong to a checkout, not the package
+
+from studies.scaling.cli import main
 
 if __name__ == "__main__":
     main()

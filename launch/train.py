@@ -5,7 +5,7 @@
 runs the embedded demo; ``--help`` lists the arguments.
 """
 
-from addax_ds.finetune import main
+from addax_ds.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from addax_ds.errors import UserError
+from addax_ds.utils.errors import UserError
 
 _LONG = os.environ.get("ADDAX_FUZZ_EXAMPLES")
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from addax_ds.data.encoding import NO_LOSS, Example
-from addax_ds.errors import UserError
-from addax_ds.termination import ignore_sigterm
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.signals import ignore_sigterm
 
 STREAMS = ("zeroth_order", "first_order")
 _ZEROTH_ORDER, _FIRST_ORDER = 0, 1  # streams, as counted into the permutations' key

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from addax_ds.data.records import Record
-from addax_ds.errors import UserError
+from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

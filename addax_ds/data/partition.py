@@ -5,24 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from addax_ds.errors import UserError
-
-Method = Literal["addax", "addax-wa", "mezo", "ip-sgd", "sgd", "adamw"]
-
-ZEROTH_ORDER: tuple[Method, ...] = ("addax", "addax-wa", "mezo")
-"""Methods with a zeroth-order part."""
-
-BASELINES: tuple[Method, ...] = ("sgd", "adamw")
-"""Methods that are not Addax at some alpha: torch's optimizers in DeepSpeed's ZeRO-3."""
-
-METHODS: tuple[Method, ...] = get_args(Method)
-IN_PLACE = tuple(method for method in METHODS if method not in BASELINES)
-"""Methods that are Addax at some alpha, whose model state is the weights."""
+from addax_ds.optim.methods import BASELINES, METHODS, Method
+from addax_ds.utils.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +65,8 @@ def partition(
             raise UserError("--method addax needs --length_threshold: a number of tokens or median")
         if threshold == "auto":
             raise UserError(
-                "--length_threshold auto is found by addax_ds.auto_threshold, as launch/train.py "
-                "does: give AddaxTrainer its result as planned and in the settings"
+                "--length_threshold auto is found by plan_threshold, as launch/train.py does: give "
+                " AddaxTrainer its result as planned and in the settings"
             )
         if threshold == "median":
             threshold = statistics.median_low(lengths)
@@ -91,7 +80,7 @@ def partition(
         return Partition(whole, none, None)
     if method in ("ip-sgd", *BASELINES):
         return Partition(none, whole, None)
-    raise UserError(f"--method {method} is unknown; choose from {', '.join(get_args(Method))}")
+    raise UserError(f"--method {method} is unknown; choose from {', '.join(METHODS)}")
 
 
 def _by_length(lengths: Sequence[int], threshold: int) -> Partition:

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from addax_ds.errors import UserError
-from addax_ds.rules import did_you_mean, shown
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import did_you_mean, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

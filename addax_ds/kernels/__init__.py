@@ -16,9 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from addax_ds.errors import UserError
 from addax_ds.kernels import reference
 from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from addax_ds.cache import cache_folder
 from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.utils.files import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The kernels in plain torch: the definition that every other implementation equals bit by bit.
 
 One 32-bit word makes two normals by Box-Muller: the cosine half for an even row, the sine half for
-an odd one (`addax_ds.noise` has the mapping). The transform uses only fp32 multiply, add and
+an odd one (`noise` has the mapping). The transform uses only fp32 multiply, add and
 correctly rounded square root, in a fixed order and without fused multiply-add, hence it is
 bit-identical on every device that rounds as IEEE 754 asks.
 

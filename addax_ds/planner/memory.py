@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from addax_ds.data.partition import BASELINES, Method
+from addax_ds.optim.methods import BASELINES, Method
 from addax_ds.planner.replay import Engine, Ledger, replay
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Batch, Trace, trace
 from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
 from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
-from addax_ds.sharding.base import ShardingName
+from addax_ds.sharding.registry import ShardingName
 
 _FP32 = 4
 
@@ -103,7 +103,7 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
       type, and for AdamW two fp32 moments: with the 16-bit weights 16 bytes a parameter over the
       ranks (``_create_fp32_partitions``, ``grad_partitions_flat_buffer``).
     - fp32 sums of the gradient shards if there are several micro-batches
-      (`addax_ds.gradients.GradientSums`); with offload they lie in host memory, as the shards do.
+      (`GradientSums`); with offload they lie in host memory, as the shards do.
     """
     shape, elements = inputs.shape, sum(_shards(inputs))
     standing = {"weights": 0 if _is_offloaded(inputs) else elements * shape.itemsize}
@@ -214,7 +214,7 @@ def host_bytes(inputs: Inputs) -> int:
 
     Perturbed copies are gone when the first backward begins to sum.
 
-    A shard is perturbed where it lives (`addax_ds.update.perturb`), a prefetch bucket at a time.
+    A shard is perturbed where it lives (`perturb`), a prefetch bucket at a time.
     torch rounds every pinned tensor up to a power of two (``CachingHostAllocator.h``); sums over
     micro-batches are not pinned.
     """

@@ -5,20 +5,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from addax_ds.circumstances import versions
-from addax_ds.data.partition import BASELINES, ZEROTH_ORDER, Method
+from addax_ds.optim.methods import BASELINES, ZEROTH_ORDER, Method
 from addax_ds.planner.memory import Inputs, Memory, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.threshold import batch, largest_threshold
-from addax_ds.sharding.base import ShardingName
+from addax_ds.planner.units import GB, GRAIN
+from addax_ds.sharding.registry import ShardingName
+from addax_ds.utils.versions import versions
 
 MOST_GPUS = 1024
-GRAIN = 16
-"""Tokens; L_T is planned in multiples of it."""
-GB = 10**9
-RESERVE = 4 * GB
-"""Of a GPU's memory, for what is not a tensor: CUDA context, NCCL, fragmentation; an assumption."""
-
 MB = 10**6
 
 _TITLES = ("method", *CATEGORIES, "total", "fits", "GPUs needed", "with checkpointing", "host")

@@ -28,11 +28,11 @@ from transformers import (
     modeling_utils,
 )
 
-from addax_ds.errors import UserError
-from addax_ds.files import read_regular
-from addax_ds.rules import did_you_mean, shown
-from addax_ds.settings import DTYPES
 from addax_ds.sharding.base import blocks
+from addax_ds.utils.dtypes import DTYPES
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.files import read_regular
+from addax_ds.utils.messages import did_you_mean, shown
 
 
 def opt_shape(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ keeps query, key, value, result and one fp32 number a query and head (Dao et al.
 "FlashAttention", section 3.1), and no score matrix, unless keys have fewer heads and are broadcast
 over the queries', which no fused kernel does. Dropout keeps a mask of one byte an
 element on a GPU and of the activation's own type on a CPU (``native_dropout``; ``_dropout_impl`` in
-ATen's Dropout.cpp). The loss is that of `addax_ds.likelihood`.
+ATen's Dropout.cpp). The loss is that of `addax_ds.evaluation.likelihood`.
 """
 
 import functools
@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
-from addax_ds.errors import UserError
-from addax_ds.likelihood import takes_positions
+from addax_ds.evaluation.likelihood import takes_positions
 from addax_ds.planner.shapes import ModelShape, reason
 from addax_ds.planner.tape import Event, Tape
+from addax_ds.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def _loss(model: Any, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
-    """Return the loss as `addax_ds.likelihood.target_scores` computes it; it keeps the same."""
+    """Return the loss as `target_scores` computes it; it keeps the same."""
 
     def indices(number: int) -> Tensor:
         return torch.zeros(number, dtype=torch.long, device="meta")

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from addax_ds.ds_config import automatic_sizes
+from addax_ds.config.deepspeed import automatic_sizes
 from addax_ds.planner.replay import Engine, Ledger
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Trace
@@ -55,7 +55,7 @@ class Zero3Settings:
         """Read a ``zero_optimization`` block; "auto" becomes what Trainer makes of it.
 
         Args:
-            zero: the block, checked by `addax_ds.ds_config.check_ds_config`.
+            zero: the block, checked by `addax_ds.config.deepspeed.check_ds_config`.
             hidden: hidden size of the model.
         """
         automatic = automatic_sizes(hidden)

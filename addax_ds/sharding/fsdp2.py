@@ -21,7 +21,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from addax_ds.errors import UserError
 from addax_ds.sharding.base import (
     OnGradient,
     ParameterInfo,
@@ -31,6 +30,7 @@ from addax_ds.sharding.base import (
     blocks,
     padded,
 )
+from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

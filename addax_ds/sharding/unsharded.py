@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from addax_ds.errors import UserError
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, blocks
+from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from addax_ds.errors import UserError
 from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, padded
+from addax_ds.utils.errors import UserError
 
 Closure = Callable[[], Tensor]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from addax_ds.errors import UserError
 from addax_ds.tasks.sampling import Drawn, Sizes, SourceRow, draw
 from addax_ds.tasks.sources import Local, Source
+from addax_ds.utils.errors import UserError
 
 Columns = Mapping[str, Any]
 

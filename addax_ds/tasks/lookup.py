@@ -3,10 +3,10 @@
 import runpy
 from pathlib import Path
 
-from addax_ds.errors import UserError
-from addax_ds.rules import did_you_mean
 from addax_ds.tasks.base import Task
 from addax_ds.tasks.table import TASKS
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import did_you_mean
 
 
 def find_task(name: str, data: str | None = None) -> Task:

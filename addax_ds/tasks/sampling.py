@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from addax_ds.errors import UserError
+from addax_ds.utils.errors import UserError
 
 
 @dataclass(frozen=True)

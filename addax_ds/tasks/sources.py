@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from addax_ds.data.records import json_rows
-from addax_ds.errors import UserError
 from addax_ds.tasks.sampling import SourceRow
+from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

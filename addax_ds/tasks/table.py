@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 from addax_ds.tasks.base import ChoiceTask, Columns, GenerationTask, Task
+from addax_ds.tasks.metrics import drop_scores, squad_scores
 from addax_ds.tasks.sampling import Sizes
-from addax_ds.tasks.scoring import drop_scores, squad_scores
 from addax_ds.tasks.sources import Hub, InstalledFolder
 
 _super_glue = partial(

@@ -18,13 +18,14 @@ from deepspeed import comm
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from addax_ds import UserError, rehearsal
-from addax_ds.arguments import AddaxArguments
-from addax_ds.auto_threshold import AutoThreshold
-from addax_ds.optimizer import Addax
+from addax_ds import UserError
+from addax_ds.config.arguments import AddaxArguments
+from addax_ds.optim.addax import Addax
 from addax_ds.sharding.base import blocks
 from addax_ds.sharding.fsdp2 import shard_model
-from addax_ds.trainer import AddaxTrainer
+from addax_ds.training import rehearsal
+from addax_ds.training.length_threshold import AutoThreshold
+from addax_ds.training.trainer import AddaxTrainer
 from tests.tiny import examples, repeatable, rows, tiny_tokenizer
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import GLOBAL_BATCH, Case, arguments, gathered

@@ -12,8 +12,8 @@ import torch
 from deepspeed import comm
 from transformers import AutoModelForCausalLM
 
-from addax_ds.baseline import BaselineTrainer
-from addax_ds.settings import AddaxArguments
+from addax_ds.config.settings import AddaxArguments
+from addax_ds.training.baseline import BaselineTrainer
 from tests.tiny import choice_set, repeatable, tiny_tokenizer
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import Case, arguments, gathered

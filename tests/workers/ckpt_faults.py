@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
-from addax_ds import UserError, checkpoint, weights
-from addax_ds.agreement import everywhere
-from addax_ds.durable import DamagedError, appearing, verify
+from addax_ds import UserError
+from addax_ds.checkpoint import checkpoint, weights
+from addax_ds.checkpoint.atomic import DamagedError, appearing, verify
+from addax_ds.distributed.collectives import everywhere
 from tests.faults.disk import disk_is_full, fault
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import CASES, arguments, make_trainer, write_models

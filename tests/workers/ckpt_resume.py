@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from addax_ds import UserError, resume
-from tests.test_checkpoint import RUN
+from addax_ds import UserError
+from addax_ds.checkpoint import resume
+from tests.checkpoint.test_checkpoint import RUN
 from tests.workers.teardown import shut_down
 
 

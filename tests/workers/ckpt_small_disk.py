@@ -4,7 +4,7 @@ import os
 import resource
 import sys
 
-from addax_ds.finetune import main
+from addax_ds.cli.train import main
 
 LONGEST_FILE = 50_000
 """Bytes: enough for logs and all of a checkpoint but its weights."""

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from addax_ds import UserError
-from addax_ds.desync import DesyncCheck
-from addax_ds.optimizer import unwrap
+from addax_ds.optim.addax import unwrap
+from addax_ds.training.desync import DesyncCheck
 from tests.cases import Case, batches
 from tests.layouts import LAYOUTS, Run
 from tests.workers.attached_cases import train_step

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from addax_ds import weights
-from addax_ds.arguments import ModelArguments
-from addax_ds.model_source import ModelSource
+from addax_ds.checkpoint import weights
+from addax_ds.config.arguments import ModelArguments
+from addax_ds.models.source import ModelSource
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import warnings, with_adapters
 

@@ -12,7 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from addax_ds import UserError, weight_files
+from addax_ds import UserError
+from addax_ds.checkpoint import weight_files
 from tests.workers.loading_cases import RUN_ON, load
 from tests.workers.teardown import shut_down
 

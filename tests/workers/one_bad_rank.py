@@ -3,7 +3,7 @@
 import os
 import sys
 
-from addax_ds.finetune import main
+from addax_ds.cli.train import main
 
 if __name__ == "__main__":
     *flags, own = sys.argv[1:]

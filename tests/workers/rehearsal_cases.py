@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from addax_ds.optimizer import unwrap
+from addax_ds.optim.addax import unwrap
 from tests.cases import Case, mean_loss
 from tests.layouts import LAYOUTS, Layout, Run
 from tests.models import token_batches

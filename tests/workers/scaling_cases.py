@@ -15,11 +15,11 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch.distributed import ProcessGroup, Work
 
-from addax_ds import running_step
-from addax_ds.scaling import measure
-from addax_ds.scaling.phases import PhaseTimer
-from addax_ds.scaling.point import Point
+from addax_ds.optim import step
 from benchmarks.common import CollectiveCounter
+from studies.scaling import measure
+from studies.scaling.phases import PhaseTimer
+from studies.scaling.point import Point
 from tests.workers.teardown import shut_down
 
 STEPS = 2
@@ -70,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     measure.PhaseTimer = CountedTimer
-    before = {owner: dict(vars(owner)) for owner in (ProcessGroup, Work, running_step)}
+    before = {owner: dict(vars(owner)) for owner in (ProcessGroup, Work, step)}
     found = {f"{method} {sharding}": run(method, sharding, folder) for method, sharding in CASES}
     found["left in place"] = [
         name

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from addax_ds.optimizer import unwrap
+from addax_ds.optim.addax import unwrap
 from tests.cases import Case, mean_loss
 from tests.layouts import LAYOUTS, Layout, Run
 from tests.models import token_batches

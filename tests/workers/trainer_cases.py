@@ -22,12 +22,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from addax_ds import UserError
-from addax_ds.arguments import AddaxArguments
+from addax_ds.config.arguments import AddaxArguments
 from addax_ds.data.encoding import Example
-from addax_ds.evaluation import EvaluationSet
-from addax_ds.settings import weights_dtype
+from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.sharding.fsdp2 import shard_model
-from addax_ds.trainer import AddaxTrainer
+from addax_ds.training.trainer import AddaxTrainer
+from addax_ds.utils.dtypes import weights_dtype
 from tests.tiny import (
     MARKER,
     choice_set,

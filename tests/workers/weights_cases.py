@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from addax_ds.optimizer import unwrap
-from addax_ds.weights import WeightFiles, local_slices, save_weights
+from addax_ds.checkpoint.weights import WeightFiles, local_slices, save_weights
+from addax_ds.optim.addax import unwrap
 from tests.layouts import LAYOUTS
 from tests.models import tiny_opt
 from tests.reference import Hyperparameters

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from addax_ds import UserError, weights
+from addax_ds import UserError
+from addax_ds.checkpoint import weights
 from tests.models import tiny_opt
 from tests.workers.teardown import shut_down
 

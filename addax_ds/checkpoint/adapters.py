@@ -1,0 +1,78 @@
+"""Weights of PEFT adapters, whatever back end holds them; the frozen base is not saved."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers.utils import is_peft_available
+
+from addax_ds.checkpoint.atomic import writing
+from addax_ds.checkpoint.weight_files import WeightFiles
+from addax_ds.checkpoint.weights import full_shapes, gather_weights, local_slices
+from addax_ds.distributed.collectives import all_ranks_or_none
+from addax_ds.utils.errors import UserError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model was made by ``peft.get_peft_model``."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def save_adapters(model: Any, folder: Path, keep: bool) -> None:
+    """Write a folder for ``PeftModel.from_pretrained``; every rank has to call it.
+
+    Args:
+        model: a `peft.PeftModel` on any back end.
+        folder: where to.
+        keep: whether this rank writes.
+    """
+    # PEFT may ask the hub what to save, so one rank asks for all.
+    wanted = [sorted({n for adapter in model.peft_config for n in _saved_names(model, adapter)})]
+    if dist.is_initialized():
+        dist.broadcast_object_list(wanted)
+    tensors = gather_weights(model, wanted[0], keep)
+    with all_ranks_or_none(), writing(folder):
+        if keep:
+            model.save_pretrained(folder, state_dict=tensors)
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Fill this rank's shards of the adapters from a folder that `save_adapters` wrote.
+
+    Raises:
+        UserError: see `addax_ds.checkpoint.weight_files.WeightFiles`.
+    """
+    for adapter in model.peft_config:
+        files = WeightFiles(folder if adapter == "default" else folder / adapter, ADAPTER_FILE)
+        saved = _saved_names(model, adapter)
+        slices = [
+            replace(wanted, names=(saved[wanted.names[0]],))
+            for wanted in local_slices(model)
+            if wanted.names[0] in saved
+        ]
+        files.fill(slices)
+
+
+def _saved_names(model: Any, adapter: str) -> dict[str, str]:
+    """Return the names of what PEFT saves for an adapter: in the model, and in the file.
+
+    Raises:
+        UserError: for adapters that are computed anew to be saved.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = full_shapes(model)
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    chosen = get_peft_model_state_dict(model, state_dict=dict(tensors), adapter_name=adapter)
+    if any(id(tensor) not in names for tensor in chosen.values()):
+        kind = model.peft_config[adapter].peft_type
+        raise UserError(f"the adapter {adapter!r} is of type {kind}, which cannot be saved here")
+    return {names[id(tensor)]: saved for saved, tensor in chosen.items()}

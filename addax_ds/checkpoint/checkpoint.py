@@ -1,0 +1,303 @@
+"""Checkpoints: a folder for ``from_pretrained``, and beside it a few numbers of the run.
+
+The weights are safetensors files (`weights`), those of an adapter likewise. What the optimizer has
+is in ``addax_state.json``; the schedule is in ``scheduler.pt``, and the rest is Trainer's own.
+Nothing depends on the number of ranks or on the back end, except the states of the random
+generators, one file a rank, which dropout draws from. The folder appears when it is complete, with
+a checksum for each file (`atomic`); `resume` says which one to go on from.
+"""
+
+import io
+import json
+import logging
+import pickle
+import re
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from addax_ds.checkpoint import atomic, weights
+from addax_ds.checkpoint.adapters import has_adapters, load_adapters, save_adapters
+from addax_ds.checkpoint.identity import Progress, Run, changes, check_same_run
+from addax_ds.checkpoint.weight_files import WeightFiles
+from addax_ds.distributed.collectives import all_ranks_or_none
+from addax_ds.distributed.nodes import nodes
+from addax_ds.optim.addax import Addax
+from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "addax_state.json"
+
+
+# ---- the folder --------------------------------------------------------------------------------
+
+
+def appearing(folder: Path, args: TrainingArguments) -> AbstractContextManager[Path]:
+    """Give where to write what is to be ``folder``, which appears when all of it is on the disk.
+
+    Every rank has to call and enter; see `atomic.appearing`. Several nodes need a file system that
+    they share, or ``save_on_each_node`` if each has its own. On disks of their own
+    without that flag the first node alone has the folder, and it has to be copied to the others
+    before a run can go on from it.
+
+    Raises:
+        UserError: on all ranks, if one of them cannot write.
+    """
+    return atomic.appearing(folder, _writers(args))
+
+
+def steps(output_dir: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, the newest first."""
+    found = (
+        re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir()
+    )
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def path_of(output_dir: Path, step: int) -> Path:
+    """Return where Trainer keeps the checkpoint of a step."""
+    return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def rotate(output_dir: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond ``save_total_limit``; one rank calls it.
+
+    Those of later steps count as the oldest: the run went on from before them.
+
+    Args:
+        output_dir: where they are.
+        step: of the checkpoint that was just written, which stays.
+        limit: how many to keep; all if it is None or 0.
+        best: path of the best one, which stays.
+    """
+    if not limit or limit < 0:
+        return
+    by_age = sorted(steps(output_dir), key=lambda other: (other <= step, other))
+    kept = {path_of(output_dir, step), Path(best) if best else None} - {None}
+    removable = [p for s in by_age if (p := path_of(output_dir, s)) not in kept]
+    for path in removable[: max(0, len(by_age) - max(limit, len(kept)))]:
+        with atomic.writing(path):
+            atomic.discard(path)
+
+
+def _writers(args: TrainingArguments) -> list[int]:
+    """Ranks that share a file system with this rank, or with rank 0 if nodes do not all save."""
+    own = args.process_index if args.save_on_each_node else 0
+    return next(node for node in nodes(args) if own in node)
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    args: TrainingArguments,
+    tokenizer: Any = None,
+) -> None:
+    """Write a folder that ``from_pretrained`` loads; every rank has to call it.
+
+    Args:
+        model: on any back end; of one with adapters these alone are written.
+        folder: where to.
+        args: say which ranks write.
+        tokenizer: or None; saved with the model.
+    """
+    with all_ranks_or_none(), atomic.writing(folder):
+        if args.should_save:
+            _start_folder(model, folder, args, tokenizer)
+    if has_adapters(model):
+        save_adapters(model, folder, args.should_save)
+    else:
+        shown = args.process_index == 0 and not args.disable_tqdm
+        weights.save_weights(model, folder, _writers(args), progress=shown)
+
+
+def load_weights(model: nn.Module, folder: Path, progress: bool = False) -> None:
+    """Fill this rank's shards from a folder that `save_model` wrote; every rank has to call it.
+
+    What is gathered is then from before; whoever gathers has to free it.
+
+    Raises:
+        UserError: on all ranks, if one cannot; see `WeightFiles`. Also if one
+            of folder and model has adapters of PEFT and the other has not.
+    """
+    adapters = has_adapters(model)
+    with all_ranks_or_none():
+        _check_same_kind(folder, adapters)
+        if adapters:
+            load_adapters(model, folder)
+        else:
+            WeightFiles(folder).fill(weights.local_slices(model), progress)
+
+
+def _check_same_kind(folder: Path, adapters: bool) -> None:
+    saved_adapters = (folder / "adapter_config.json").is_file()
+    if saved_adapters != adapters:
+        saved, trained = ("adapters of PEFT", "the whole model")[:: 1 if saved_adapters else -1]
+        raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
+
+
+def _start_folder(model: nn.Module, folder: Path, args: TrainingArguments, tokenizer: Any) -> None:
+    """Write all but the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        _save_config(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _save(args, folder / TRAINING_ARGS_NAME)
+
+
+def _save(content: Any, path: Path) -> None:
+    """Save by way of memory: torch itself does not say why a file cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _save_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write what ``save_pretrained`` writes beside the weights."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+# ---- state -------------------------------------------------------------------------------------
+
+
+def save_state(
+    folder: Path, optimizer: Addax, scheduler: Any, run: Run, progress: Progress
+) -> None:
+    """Write what is needed beside the weights to go on; one rank calls it."""
+    state = optimizer.state_dict()
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
+    content = {
+        "optimizer": {**state, "param_groups": groups},
+        "run": asdict(run),
+        "progress": asdict(progress),
+    }
+    with atomic.writing(folder):
+        (folder / STATE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _save(scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+
+def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> Progress:
+    """Let optimizer and schedule go on from where `save_state` was called.
+
+    The learning rate and the weight decay are those of this run: another learning rate scales what
+    is left of the schedule.
+
+    Returns:
+        What was saved with them.
+
+    Raises:
+        UserError: if this run cannot go on from there.
+    """
+    written = check(folder, run)
+    content = _read_state(folder)
+    state = content["optimizer"]
+    saved, own = state["param_groups"], optimizer.state_dict()["param_groups"]
+    if len(own) != len(saved):
+        raise UserError(
+            f"{folder}: written with {len(saved)} parameter groups, and this run has {len(own)}"
+        )
+    groups = [_continued(*pair) for pair in zip(saved, own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    _load_schedule(folder / SCHEDULER_NAME, scheduler, [group["lr"] for group in groups])
+    _announce(written, run)
+    return Progress(**content["progress"])
+
+
+def check(folder: Path, run: Run) -> Run:
+    """Check that a run can go on from a folder, before anything slow happens.
+
+    Returns:
+        The run that wrote the folder.
+
+    Raises:
+        UserError: says why it cannot.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise UserError(f"{folder}: there is no checkpoint in this folder")
+    if not (folder / STATE_NAME).is_file():
+        raise UserError(
+            f"{folder}: there is no {STATE_NAME}, without which the step and the learning rate are "
+            "not known: written with --save_only_model, or by another trainer. To start anew from "
+            f"its weights: --model_name_or_path {folder}"
+        )
+    written = Run(**_read_state(folder)["run"])
+    try:
+        check_same_run(written, run)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    return written
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / STATE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        Run(**content["run"])
+        Progress(**content["progress"])
+        content["optimizer"]["param_groups"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: this is not the state of an Addax run: {error!r}") from error
+    return content
+
+
+def _continued(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a parameter group where it was, with the hyperparameters that this run gives it."""
+    group = {**saved, "params": own["params"], "weight_decay": own["weight_decay"]}
+    before, now = saved.get("initial_lr"), own.get("initial_lr")
+    if before and now is not None and before != now:
+        logger.warning("The learning rate was %g and is %g from here on.", before, now)
+        group |= {"lr": saved["lr"] * (now / before), "initial_lr": now}
+    return group
+
+
+def _load_schedule(path: Path, scheduler: Any, lrs: list[float]) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: the file is damaged or cannot be read: {error}") from error
+    own = scheduler.state_dict()
+    if not isinstance(state, dict) or state.keys() != own.keys():
+        raise UserError(
+            f"{path}: this is the state of another kind of schedule: resume with the "
+            "--lr_scheduler_type, or the scheduler in the DeepSpeed JSON, that it was written with"
+        )
+    of_this_run = {"base_lrs": own.get("base_lrs"), "_last_lr": lrs}
+    scheduler.load_state_dict(state | {k: v for k, v in of_this_run.items() if k in own})
+
+
+def _announce(written: Run, run: Run) -> None:
+    """Say what differs from the run that wrote a checkpoint."""
+    for change in changes(written, run):
+        logger.warning("Resuming: %s.", change)
+    if (written.sharding, written.ranks) != (run.sharding, run.ranks):
+        logger.info(
+            "Resuming on %d rank(s), sharding %s, what %d rank(s), sharding %s, have saved: "
+            "weights, step, schedule and order of the data go on as they would have there. "
+            "Dropout, if the model has any, draws other masks.",
+            run.ranks,
+            run.sharding,
+            written.ranks,
+            written.sharding,
+        )

@@ -1,0 +1,189 @@
+"""What makes a run that goes on from a checkpoint the run that wrote it.
+
+z, the order of the data, and the type of the weights have to be the same: with others the history
+of the run would be that of no run at all, and nothing would show it. What a user may want to change
+on the way, such as alpha, is said and used. The learning rate and its schedule, the number of
+steps, logging, evaluation and saving are free.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import TrainingArguments
+
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.data.encoding import Example
+from addax_ds.utils.dtypes import dtype_name
+from addax_ds.utils.errors import UserError
+
+# What must not change, and how to give it.
+_FIXED = {
+    "method": "--method",
+    "seed": "--seed",
+    "data_seed": "--data_seed",
+    "drop_last": "--dataloader_drop_last",
+}
+_BATCHES = {
+    "zeroth_order_batch": "--per_device_zo_batch_size",
+    "first_order_batch": "--per_device_train_batch_size",
+}
+# What may change, but changes the run.
+_FREE = {
+    "alpha": "--alpha",
+    "zo_eps": "--zo_eps",
+    "weight_decay": "--weight_decay",
+    "max_grad_norm": "--max_grad_norm",
+    "rounding": "--rounding",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint notes of the run that wrote it.
+
+    Attributes:
+        sharding: back end.
+        ranks: number of ranks; with another one or on another back end a run goes on all the same.
+        dtype: of the weights, "bf16", "fp16" or "fp32".
+        method: one of `Method`.
+        seed: of z and of stochastic rounding.
+        data_seed: of the order of the data.
+        drop_last: whether an epoch ends before a batch that it cannot fill.
+        zeroth_order_batch: global size of the zeroth-order batch, 0 if there is none.
+        first_order_batch: global size of the first-order batch, 0 if there is none.
+        alpha: weight of the zeroth-order gradient.
+        zo_eps: perturbation scale.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: what the first-order gradient is clipped to, 0 if it is not.
+        rounding: of updates; None for fp32 weights.
+        length_threshold: L_T in tokens; None if the data is not divided by length.
+        data: digest of the training data in its order; None if it has not been read yet.
+    """
+
+    sharding: str
+    ranks: int
+    dtype: str
+    method: str
+    seed: int
+    data_seed: int
+    drop_last: bool
+    zeroth_order_batch: int
+    first_order_batch: int
+    alpha: float
+    zo_eps: float
+    weight_decay: float
+    max_grad_norm: float
+    rounding: str | None
+    length_threshold: int | None = None
+    data: str | None = None
+
+    @classmethod
+    def of(cls, args: TrainingArguments, settings: AddaxSettings, sharding: str) -> "Run":
+        """Describe the run that has these arguments; `with_data` adds what it trains on."""
+        in_global_batch = args.world_size * settings.gradient_accumulation_steps
+        first_order = 0 if settings.method == "mezo" else args.per_device_train_batch_size
+        dtype = dtype_name(args)
+        return cls(
+            sharding=sharding,
+            ranks=args.world_size,
+            dtype=dtype,
+            method=settings.method,
+            seed=settings.seed,
+            data_seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            zeroth_order_batch=settings.per_device_zo_batch_size * in_global_batch,
+            first_order_batch=first_order * in_global_batch,
+            alpha=settings.alpha,
+            zo_eps=settings.zo_eps,
+            weight_decay=args.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            rounding=None if dtype == "fp32" else settings.rounding,
+        )
+
+    def with_data(self, digest: str, length_threshold: int | None) -> "Run":
+        """Add the `data_digest` of the training data and the L_T that divides it."""
+        return replace(self, data=digest, length_threshold=length_threshold)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is with what it logs.
+
+    Attributes:
+        loss_sum: of the steps since Trainer last logged a loss, which is a mean over steps.
+        last_logged_step: when that was.
+        costs: of all steps (`Costs`), as a mapping.
+    """
+
+    loss_sum: float
+    last_logged_step: int
+    costs: dict[str, Any] = field(default_factory=dict)
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """Return 16 hex digits for tokens and labels of the examples, and for their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.length.to_bytes(8, "little"))
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_run(written: Run, now: Run) -> None:
+    """Check that ``now`` is the run ``written``, as far as its data is known.
+
+    Raises:
+        UserError: names what differs, both values, and what to resume with.
+    """
+    problem = next(_differences(written, now), None)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def changes(written: Run, now: Run) -> Iterator[str]:
+    """Yield what a user may change and has changed, in words."""
+    for name, flag in _FREE.items():
+        before, value = getattr(written, name), getattr(now, name)
+        if before != value:
+            yield f"{flag} was {before} and is {value} from here on"
+
+
+def _differences(written: Run, now: Run) -> Iterator[str]:
+    if written.dtype != now.dtype:
+        how = "without --bf16 and --fp16" if written.dtype == "fp32" else f"with --{written.dtype}"
+        yield (
+            f"its weights are {written.dtype}, and this run's are {now.dtype}: resume {how}, "
+            "or start anew from these weights with --model_name_or_path"
+        )
+    for name, flag in _FIXED.items():
+        before, value = getattr(written, name), getattr(now, name)
+        if before != value:
+            yield (
+                f"the {name.replace('_', ' ')} was {before}, and is {value} in this run, which "
+                f"would be another one from here on: resume with {flag} {before}"
+            )
+    for name, flag in _BATCHES.items():
+        before, value = getattr(written, name), getattr(now, name)
+        if before != value:
+            yield (
+                f"the {name.replace('_', ' ')} was {before} over all ranks, and is {value} in this "
+                f"run, which would see other data: resume with {flag} and "
+                f"--gradient_accumulation_steps so that it is {before} over {now.ranks} rank(s)"
+            )
+    if now.data is None:
+        return
+    if written.data != now.data:
+        yield (
+            f"the training data had the digest {written.data}, and has {now.data} in this run: "
+            "resume with the --train_file, tokenizer, --max_length and --append_eos that it was "
+            "written with"
+        )
+    if written.length_threshold != now.length_threshold:
+        yield (
+            f"L_T was {written.length_threshold} tokens, and is {now.length_threshold} in this "
+            "run, which would divide the data otherwise: resume with --length_threshold "
+            f"{written.length_threshold}"
+        )

@@ -1,0 +1,236 @@
+"""A model's weights and the files of them, the same whatever back end holds them.
+
+Files are those of Hugging Face: ``model.safetensors``, or several with an index, with the entries
+of the model's state dict, bit for bit. A rank reads the rows that its shards need and writes whole
+files, so neither the number of ranks nor the back end can be told from a folder.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from addax_ds.checkpoint.atomic import writing
+from addax_ds.checkpoint.weight_files import MODEL_FILE, WeightFiles, WeightSlice, bytes_bar
+from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.sharding.base import Sharding, canonical_name
+from addax_ds.sharding.registry import back_end_of
+from addax_ds.utils.errors import UserError
+
+MAX_FILE_SIZE = "5GB"
+CHUNK_BYTES = 2**24
+"""Most of a weight that travels at once when files are written."""
+
+_NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def load_weights(sharding: Sharding, folder: str | os.PathLike, progress: bool = False) -> None:
+    """Fill this rank's shards from a folder with safetensors files; every rank has to call it.
+
+    Args:
+        sharding: the back end, `Addax.sharding`.
+        folder: as `save_weights` or ``save_pretrained`` writes it.
+        progress: whether to show a bar if it takes long.
+
+    Raises:
+        UserError: on all ranks, if one cannot; see `WeightFiles`.
+    """
+    with all_ranks_or_none():
+        WeightFiles(Path(folder)).fill(local_slices(sharding.model), progress)
+    sharding.finish_step()  # what is gathered is from before
+
+
+def local_slices(model: nn.Module) -> Iterator[WeightSlice]:
+    """Yield this rank's part of every entry of the state dict, tied ones once.
+
+    Files may call a weight by any of the names that it is tied under, and may have the prefix of
+    the base model where the model has none, or the other way round.
+    """
+    back_end = back_end_of(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for tensor, names in _entries(model).items():
+        accepted = [n for name in names for n in (name, name.removeprefix(prefix), prefix + name)]
+        start, data = back_end.local_slice(tensor)
+        yield WeightSlice(tuple(accepted), back_end.full_shape(tensor), start, data)
+
+
+def full_shapes(model: nn.Module) -> dict[str, Tensor]:
+    """Return the unsharded state dict, tied entries once, as tensors on the meta device."""
+    back_end = back_end_of(model)
+    return {
+        names[0]: torch.empty(back_end.full_shape(tensor), dtype=tensor.dtype, device="meta")
+        for tensor, names in _entries(model).items()
+    }
+
+
+def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Return parameters and persistent buffers with the names that they have."""
+    entries: dict[Tensor, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            entries.setdefault(tensor, []).append(canonical_name(name))
+    return entries
+
+
+def save_weights(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    writers: Sequence[int] | None = None,
+    max_file_size: str = MAX_FILE_SIZE,
+    progress: bool = False,
+) -> None:
+    """Write the weights as files for ``from_pretrained``; every rank has to call it.
+
+    A rank holds its shards, `CHUNK_BYTES` of what travels, and, if it writes, one file. Files of an
+    earlier save that are not overwritten are removed.
+
+    Args:
+        model: on any back end.
+        folder: is made if it does not exist.
+        writers: the ranks that write to this rank's file system (default: all), each its files.
+        max_file_size: such as "5GB"; a larger weight is a file of its own.
+        progress: whether to show a bar if it takes long.
+    """
+    folder = Path(folder)
+    rank, world_size = _rank_and_world_size()
+    writers = range(world_size) if writers is None else writers
+    plan = split_torch_state_dict_into_shards(full_shapes(model), max_shard_size=max_file_size)
+    with all_ranks_or_none(), writing(folder):
+        if rank in writers:
+            folder.mkdir(parents=True, exist_ok=True)
+        if rank == writers[0]:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
+    whole = _WholeWeights(model)
+    files = list(plan.filename_to_tensors)
+    with bytes_bar("Writing weights", plan.metadata["total_size"], progress) as bar:
+        for first in range(0, len(files), len(writers)):
+            # A round in which each writer gets its file, and then all write at once.
+            turns = dict(zip(files[first:], writers, strict=False))
+            kept = {
+                file: whole.gather(plan.filename_to_tensors[file], rank == writer, bar.update)
+                for file, writer in turns.items()
+            }
+            with all_ranks_or_none():
+                for file, writer in turns.items():
+                    if rank == writer:  # taken out, or the next round would come on top
+                        _write(kept.pop(file), folder / file)
+
+
+def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[str, Tensor]:
+    """Gather weights one after the other; every rank has to call it.
+
+    Args:
+        model: on any back end.
+        names: keys of `full_shapes`, in the same order on all ranks.
+        keep: whether this rank gets them.
+
+    Returns:
+        Copies on the CPU; nothing on ranks that do not keep them.
+    """
+    return _WholeWeights(model).gather(names, keep)
+
+
+class _WholeWeights:
+    """The weights of a model, put together from the parts that the ranks hold.
+
+    Nothing is gathered by the back end, which would make every rank hold the whole of a weight, and
+    gloo twice more. Parts travel in chunks instead, and are put together where they are kept.
+
+    Args:
+        model: on any back end; every rank has to make this, and to call it, at the same time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._rank, world_size = _rank_and_world_size()
+        self._parts = {part.names[0]: part for part in local_slices(model)}
+        ends = {n: (p.start, p.start + p.data.numel()) for n, p in self._parts.items()}
+        self._ends_by_rank = everywhere(ends)
+        if world_size > 1:
+            self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=_traffic_device())
+
+    def gather(
+        self, names: Iterable[str], keep: bool, advance: Callable[[int], Any] = lambda _: None
+    ) -> dict[str, Tensor]:
+        """See `gather_weights`; ``advance`` is told the bytes of each weight."""
+        kept: dict[str, Tensor] = {}
+        for name in names:
+            part = self._parts[name]
+            if keep:
+                kept[name] = torch.empty(part.shape, dtype=part.data.dtype)
+            self._collect(name, kept[name].view(-1) if keep else None)
+            advance(part.shape.numel() * part.data.element_size())
+        return kept
+
+    def _collect(self, name: str, whole: Tensor | None) -> None:
+        """Fill the flat ``whole``; None on a rank that takes part for others."""
+        part = self._parts[name]
+        own, size = part.data.reshape(-1), part.data.element_size()
+        pieces = list(self._pieces(name, CHUNK_BYTES // size))
+        if whole is not None and not pieces:
+            whole.copy_(own)
+        for start, end, sender in pieces:
+            sent = self._chunk[: (end - start) * size]
+            if sender == self._rank:
+                sent.view(own.dtype).copy_(own[start - part.start : end - part.start])
+            dist.broadcast(sent, sender)
+            if whole is not None:
+                whole[start:end].copy_(sent.view(own.dtype))
+
+    def _pieces(self, name: str, limit: int) -> Iterator[tuple[int, int, int]]:
+        """Yield what has to travel of a weight: first element, the one after the last, and whose.
+
+        Nothing, if every rank has it all. Of replicas, one sends.
+        """
+        held = [ends[name] for ends in self._ends_by_rank]
+        at = 0
+        while len(set(held)) > 1 and at < self._parts[name].shape.numel():
+            sender = max(
+                (rank for rank, (start, _) in enumerate(held) if start <= at),
+                key=lambda rank: held[rank][1],
+            )
+            end = min(held[sender][1], at + limit)
+            assert end > at, f"no rank holds element {at} of {name}"
+            yield at, end, sender
+            at = end
+
+
+def _traffic_device() -> torch.device:
+    """Where a tensor has to lie to be sent; shards may be offloaded from there."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or dist.get_backend() in ("gloo", "ccl", "mpi"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        with writing(path):
+            save_file(tensors, path, metadata={"format": "pt"})
+    except UserError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -> None:
+    """Remove what an earlier save left and this one does not overwrite; write the index."""
+    for path in folder.iterdir():
+        if path.name not in files and (path.name == MODEL_FILE or _NUMBERED.fullmatch(path.name)):
+            path.unlink()
+    index_path = folder / f"{MODEL_FILE}.index.json"
+    if index is None:
+        index_path.unlink(missing_ok=True)
+    else:
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

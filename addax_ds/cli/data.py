@@ -1,0 +1,166 @@
+"""Where the data come from: a task, or JSON Lines files; and their way to tokens."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from addax_ds.config.arguments import DEMO_TASK, DataArguments
+from addax_ds.data.encoding import Example, encode, encode_prompts
+from addax_ds.data.records import Record, prompt_completion, read_jsonl
+from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
+from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
+from addax_ds.models.source import ModelSource
+from addax_ds.tasks import GenerationTask, Task, find_task
+from addax_ds.tasks.base import Row
+from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TASK_LENGTH = 2048
+"""Longest sequence of a task in tokens, as in the experiments on MeZO and Addax."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains, chooses and tests on.
+
+    Attributes:
+        description: what the data are, for reports.
+        train: encoded sequences; empty if the model is only to be tested.
+        validation: for evaluation during training, if any.
+        test: for the end, if any.
+        metric: what a figure of the course of training shows beside the loss.
+        test_before: whether the test set is also read before training.
+    """
+
+    description: str
+    train: list[Example]
+    validation: ScoredSet | None
+    test: ScoredSet | None
+    metric: str = "accuracy"
+    test_before: bool = True
+
+
+def load_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: ModelSource) -> Data:
+    """Read and encode what the arguments name.
+
+    Args:
+        args: the arguments.
+        tokenizer: of the model.
+        model: says what positions and token ids there are.
+
+    Raises:
+        UserError: the data cannot be read, or a row cannot be used.
+    """
+    if args.train_file is None:
+        return _load_task(args, tokenizer, model)
+
+    def read(path: str) -> list[Example]:
+        records = read_jsonl(path, tokenizer, append_eos=args.append_eos)
+        return encode(
+            records,
+            tokenizer,
+            max_length=args.max_length,
+            model_positions=model.positions,
+            vocabulary_size=model.vocabulary_size,
+        )
+
+    train = read(args.train_file)
+    test_file = None if args.skip_test else args.test_file
+    validation, test = (
+        None if path is None else EvaluationSet(read(path))
+        for path in (args.validation_file, test_file)
+    )
+    return Data(args.train_file, train, validation, test)
+
+
+def _load_task(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: ModelSource) -> Data:
+    task = find_task(args.task or DEMO_TASK, args.task_data)
+    asked = {"train": args.num_train, "dev": args.num_dev, "test": args.num_test}
+    sizes = replace(task.sizes, **{name: n for name, n in asked.items() if n is not None})
+    rows = task.rows(sizes, args.task_seed)
+    for note in rows.notes:
+        logger.info("%s: %s", task.title, note)
+    encoder = _Encoder(task, tokenizer, args.max_length, model)
+    return Data(
+        rows.description,
+        encoder.examples(rows.train),
+        encoder.scored(rows.dev) if rows.dev else None,
+        encoder.scored(rows.test) if rows.test and not args.skip_test else None,
+        task.metric,
+        test_before=args.task is None,
+    )
+
+
+class _Encoder:
+    """Encodes a task's rows, all with the same longest sequence."""
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        model: ModelSource,
+    ) -> None:
+        self._task = task
+        self._tokenizer = tokenizer
+        self._model = model
+        # Of no rows: checks the user's own number, before room for an answer is taken from it.
+        encode((), tokenizer, max_length=max_length, model_positions=model.positions)
+        self._longest = max_length or min(TASK_LENGTH, model.positions or TASK_LENGTH)
+        if isinstance(task, GenerationTask):
+            # Room for the answer, in training sequences too, as MeZO has it.
+            self._longest -= task.max_new_tokens
+            if self._longest < 2:
+                raise UserError(
+                    f"task {task.name} writes answers of {task.max_new_tokens} tokens, for which "
+                    f"{self._longest + task.max_new_tokens} positions leave no room; raise "
+                    "--max_length or take a model with more"
+                )
+
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Return prompts with the answer that is learnt."""
+        return self._encode(rows, [row.answer for row in rows])
+
+    def scored(self, rows: Sequence[Any]) -> ScoredSet:
+        """Return what a model is scored on."""
+        if isinstance(self._task, GenerationTask):
+            return self._questions(self._task, rows)
+        choices: list[Choice] = []
+        first = 0
+        for row in rows:
+            size = len(row.candidates)
+            choices.append(Choice(first, size, row.label, row.also_right, row.candidates))
+            first += size
+        pairs = [(row, candidate) for row in rows for candidate in row.candidates]
+        return EvaluationSet(self._encode(*zip(*pairs, strict=True)), choices)
+
+    def _questions(self, task: GenerationTask, rows: Sequence[Any]) -> GenerationSet:
+        decoder = Decoder(self._tokenizer, task.max_new_tokens)
+        prompts = encode_prompts(
+            [Record(row.prompt, (), row.origin, append_eos=False) for row in rows],
+            self._tokenizer,
+            max_length=self._longest,
+            vocabulary_size=self._model.vocabulary_size,
+        )
+        questions = [
+            Question(prompt, example, row.answers)
+            for prompt, example, row in zip(prompts, self.examples(rows), rows, strict=True)
+        ]
+        return GenerationSet(questions, decoder, task.score)
+
+    def _encode(self, rows: Sequence[Row], answers: Sequence[str]) -> list[Example]:
+        records = [
+            prompt_completion(row.prompt, answer, row.origin, append_eos=False)
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        return encode(
+            records,
+            self._tokenizer,
+            max_length=self._longest,
+            model_positions=self._model.positions,
+            vocabulary_size=self._model.vocabulary_size,
+        )

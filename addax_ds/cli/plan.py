@@ -1,0 +1,259 @@
+"""The command line of ``launch/plan.py``."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
+from addax_ds.config.deepspeed_values import AUTO
+from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
+from addax_ds.planner.memory import Inputs
+from addax_ds.planner.report import Request, as_json, as_table, make_plans, runs
+from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
+from addax_ds.planner.units import GB, GRAIN, RESERVE
+from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.utils.command_line import Parser
+from addax_ds.utils.dtypes import DTYPES
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import raise_problems
+
+_LEAST = {
+    "gpus": 1,
+    "nodes": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_zo_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "length": 2,
+    "length_threshold": 2,
+    "target_tokens": 1,
+}
+"""The least values of counts; a sequence has a token and one to predict."""
+_FIRST_ORDER = set(METHODS) - {"mezo"}
+_ONLY_FOR: dict[str, set[Method]] = {
+    "length_threshold": {"addax"},
+    "per_device_zo_batch_size": set(ZEROTH_ORDER),
+    # DeepSpeed's optimizers have room for sums in any case.
+    "gradient_accumulation_steps": _FIRST_ORDER - set(BASELINES),
+    "activation_checkpointing": _FIRST_ORDER,
+}
+"""Methods outside of which a flag has no effect on memory."""
+
+_DEFAULT_LENGTH = 2048
+_DEFAULT_ROWS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plan, and write the result to standard output: a mistake is a sentence and exit status 1."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        sys.stdout.write(plan(argv) + "\n")
+    except UserError as error:
+        sys.stderr.write(f"addax_ds: error: {error}\n")
+        sys.exit(1)
+
+
+def plan(argv: Sequence[str] | None = None) -> str:
+    """Return what the command prints.
+
+    Raises:
+        UserError: an argument, a model or a DeepSpeed JSON that cannot be planned with.
+    """
+    arguments = _parser().parse_args(argv)
+    request = request_of(arguments)
+    plans = make_plans(request)
+    if arguments.json:
+        return json.dumps(as_json(request, plans), indent=2)
+    return as_table(request, plans)
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """Check the arguments and make of them what the planner asks for.
+
+    Raises:
+        UserError: see `plan`.
+    """
+    _check(arguments)
+    shape = find_shape(arguments.model, arguments.dtype)
+    length = arguments.length or min(shape.positions or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
+    _check_length(arguments, shape, length)
+    zero3 = _zero3(arguments, shape)
+    train_rows = arguments.per_device_train_batch_size or _DEFAULT_ROWS
+    inputs = Inputs(
+        shape=shape,
+        method="addax",
+        sharding=arguments.sharding,
+        ranks=arguments.gpus * arguments.nodes,
+        zeroth_order=None,
+        first_order=None,
+        checkpointing=arguments.activation_checkpointing,
+        attention=arguments.attn_implementation,
+        zero3=zero3,
+        accumulation=arguments.gradient_accumulation_steps or 1,
+    )
+    host_memory = arguments.host_memory
+    return Request(
+        inputs=inputs,
+        methods=tuple(dict.fromkeys(arguments.methods)),
+        zo_rows=arguments.per_device_zo_batch_size or train_rows,
+        train_rows=train_rows,
+        length=length,
+        length_threshold=arguments.length_threshold,
+        targets=arguments.target_tokens,
+        gpu_memory=int(arguments.gpu_memory * GB),
+        reserve=int(arguments.reserve * GB),
+        host_memory=None if host_memory is None else int(host_memory * GB),
+        gpus_per_node=arguments.gpus,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Say what fine-tuning a model needs in GPU memory, without its weights.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help=f"facebook/ and one of {', '.join(OPT_FAMILY)}; or a folder, or a config.json",
+    )
+    add("--gpus", type=int, default=8, help="GPUs of a node")
+    add("--nodes", type=int, default=1, help="nodes")
+    add("--gpu_memory", type=float, default=80.0, help="of a GPU, in GB (1e9 bytes)")
+    add(
+        "--reserve",
+        type=float,
+        default=RESERVE / GB,
+        help="GB of a GPU that tensors do not get: CUDA context, NCCL, fragmentation",
+    )
+    add("--host_memory", type=float, help="of a node, in GB (default: not compared)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to plan")
+    add(
+        "--per_device_train_batch_size",
+        type=int,
+        help=f"rows of a first-order batch (default: {_DEFAULT_ROWS})",
+    )
+    add(
+        "--per_device_zo_batch_size",
+        type=int,
+        help="rows of a zeroth-order batch (default: as many)",
+    )
+    add("--gradient_accumulation_steps", type=int, help="micro-batches of a step (default: 1)")
+    add("--length", type=int, help="tokens of the longest sequence (default: 2048 at most)")
+    add(
+        "--length_threshold",
+        type=int,
+        help="L_T, the longest first-order sequence of addax (default: the longest that fits)",
+    )
+    add("--target_tokens", type=int, help="predicted tokens of a sequence (default: all)")
+    add("--deepspeed", help="DeepSpeed JSON (default: bucket sizes of ds_configs/zero3.json)")
+    add("--sharding", choices=("zero3", "fsdp2", "none"), default="zero3", help="back end")
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="type of the weights")
+    add(
+        "--attn_implementation",
+        choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
+        help="attention kernel (default: the model's own choice)",
+    )
+    add(
+        "--activation_checkpointing",
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute blocks in backward",
+    )
+    add("--json", action="store_true", help="write JSON, in bytes, instead of a table")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    problems = [*_out_of_range(arguments), *_without_effect(arguments)]
+    kernel, dtype = arguments.attn_implementation, arguments.dtype
+    if dtype == "fp32" and (kernel or "").startswith("flash"):
+        problems.append(f"--attn_implementation {kernel} has kernels for bf16 and fp16, not fp32.")
+    raise_problems("These arguments cannot be planned with:", problems)
+
+
+def _out_of_range(arguments: argparse.Namespace) -> Iterator[str]:
+    for name, least in _LEAST.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            yield f"--{name} {value}: it must be at least {least}."
+    for name in ("gpu_memory", "host_memory"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < GB:  # nor is it infinite or NaN
+            yield f"--{name} {value:g}: it must be a number of GB above 0 and below 1e9."
+            return
+    if not 0 <= arguments.reserve < arguments.gpu_memory:
+        yield (
+            f"--reserve {arguments.reserve:g} of --gpu_memory {arguments.gpu_memory:g}: it must be "
+            "at least 0 and leave something."
+        )
+
+
+def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
+    given, sharding = dict.fromkeys(arguments.methods), arguments.sharding
+    methods = [method for method in given if runs(method, sharding)]
+    named = " ".join(methods)
+    if not methods:
+        yield f"--methods {' '.join(given)} run with --sharding zero3 alone, and it is {sharding}."
+        return
+    if arguments.deepspeed and sharding != "zero3":
+        yield f"--deepspeed has no effect with --sharding {sharding}."
+    for name, effective in _ONLY_FOR.items():
+        if getattr(arguments, name) not in (None, False) and effective.isdisjoint(methods):
+            yield f"--{name} has no effect with --methods {named}; remove it."
+    both = arguments.per_device_train_batch_size, arguments.per_device_zo_batch_size
+    if methods == ["mezo"] and None not in both:
+        yield (
+            "--per_device_train_batch_size has no effect with --methods mezo beside "
+            "--per_device_zo_batch_size; remove it."
+        )
+
+
+def _check_length(arguments: argparse.Namespace, shape: ModelShape, length: int) -> None:
+    if length < 2 or length > (shape.positions or length):
+        raise UserError(f"--length {length}: {shape.name} takes 2 to {shape.positions} tokens")
+    if "addax" not in arguments.methods:
+        return
+    threshold = arguments.length_threshold
+    if threshold is None and length <= GRAIN:
+        raise UserError(
+            f"--length {length}: L_T is looked for in multiples of {GRAIN} tokens, and none leaves "
+            "a longer sequence that would be zeroth-order: give a --length_threshold below "
+            "--length, or --methods without addax"
+        )
+    if threshold is not None and threshold >= length:
+        raise UserError(
+            f"--length_threshold {threshold} is not below --length {length}: no sequence would be "
+            "zeroth-order"
+        )
+
+
+def _zero3(arguments: argparse.Namespace, shape: ModelShape) -> Zero3Settings:
+    if arguments.deepspeed:
+        config, where = load_ds_config(arguments.deepspeed)
+        check_ds_config(config, where)
+        _check_dtype(config, where, arguments.dtype)
+        settings = Zero3Settings.from_json(config["zero_optimization"], shape.hidden)
+    else:
+        settings = Zero3Settings.from_json(automatic_sizes(shape.hidden), shape.hidden)
+    if arguments.host_memory is not None and not settings.offload:
+        raise UserError(
+            "--host_memory has no effect without --deepspeed and a JSON whose offload_param has "
+            "the shards in host memory, as ds_configs/zero3_offload.json; remove it."
+        )
+    return settings
+
+
+def _check_dtype(config: Mapping[str, Any], where: str, dtype: str) -> None:
+    """Raise `UserError` where `configure` would refuse a training with these weights."""
+    for name in ("bf16", "fp16"):
+        block = config.get(name, {})
+        if block.get("enabled", False) not in (AUTO, dtype == name):
+            found = json.dumps(block["enabled"]) if "enabled" in block else "not at all"
+            raise UserError(
+                f"--dtype is {dtype}, but {where} has {name}.enabled {found}: write "
+                f'"{name}": {{"enabled": "auto"}} there, or give another --dtype'
+            )

@@ -1,0 +1,154 @@
+"""What rank 0 says of a run: before it, after its first steps, and at its end."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from addax_ds.checkpoint.identity import Run
+from addax_ds.cli import plotting
+from addax_ds.cli.data import Data
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.data.batches import StepSchedule
+from addax_ds.data.partition import Partition
+from addax_ds.models.source import ModelSource
+from addax_ds.optim.methods import ZEROTH_ORDER
+from addax_ds.training.base import StepTrainer
+from addax_ds.training.costs import CostMeter
+from addax_ds.training.memory import describe, run_inputs
+from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_STEPS_TO_TIME = 3
+
+
+def announce(
+    source: ModelSource,
+    data: Data,
+    plan: tuple[Partition, StepSchedule] | None,
+    args: TrainingArguments,
+    settings: AddaxSettings,
+    run: Run,
+) -> None:
+    """Say what will be trained, on what, how, and what memory it takes; the model is not loaded.
+
+    Args:
+        source: of the model.
+        data: all of it.
+        plan: what `addax_ds.training.base.plan_steps` returned; None without training rows.
+        args: as `addax_ds.config.configure.configure` has left them.
+        settings: what it returned.
+        run: the same for all ranks together.
+    """
+    logger.info("Model: %s, %s", source.label, run.dtype)
+    logger.info("Data:  %s, %d training examples", data.description, len(data.train))
+    if plan is None:
+        logger.info("Method: none; nothing is trained, and arguments of training have no effect")
+    else:
+        streams, schedule = plan
+        logger.info("%s", streams.describe([example.length for example in data.train]))
+        logger.info("Method: %s", _method(args, run, schedule))
+        logger.info("Memory: %s", _memory(source, data, streams, args, settings, run))
+    logger.info("Output: %s", _folder(args).resolve())
+
+
+def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
+    parts = [run.method]
+    if run.method in ZEROTH_ORDER:
+        parts += [f"alpha {run.alpha:g}", f"zo_eps {run.zo_eps:g}"]
+    parts.append(f"learning rate {args.learning_rate:g}")
+    batches = (("K0", run.zeroth_order_batch), ("K1", run.first_order_batch))
+    parts += [f"{name} {size}" for name, size in batches if size]
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
+    return ", ".join([*parts, f"ranks {run.ranks}", f"steps {steps}"])
+
+
+def _memory(
+    source: ModelSource,
+    data: Data,
+    streams: Partition,
+    args: TrainingArguments,
+    settings: AddaxSettings,
+    run: Run,
+) -> str:
+    examples = (
+        [data.train[index] for index in streams.zeroth_order],
+        [data.train[index] for index in streams.first_order],
+    )
+    kernel = source.attn_implementation
+    try:
+        inputs = run_inputs(source.config, kernel, run.sharding, examples, args, settings)
+        return f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
+    except UserError as error:
+        return f"not planned, {error}"
+
+
+class Duration(TrainerCallback):
+    """Says after a few steps how long the rest will take."""
+
+    def __init__(self, costs: CostMeter) -> None:
+        self._costs = costs
+        self._first: tuple[int, float] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        now = state.global_step, self._costs.costs.train_seconds
+        if self._first is None:  # this step was the one that warms up
+            self._first = now
+        elif now[0] == self._first[0] + _STEPS_TO_TIME:
+            seconds = (now[1] - self._first[1]) / _STEPS_TO_TIME
+            left = state.max_steps - now[0]
+            logger.info(
+                "A step takes %.2f s: %.0f min for the %d that are left, evaluations and "
+                "checkpoints not counted",
+                seconds,
+                seconds * left / 60,
+                left,
+            )
+
+
+def report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
+    """Draw the curves, and say how it went and where everything is.
+
+    Args:
+        trainer: has trained, or evaluated alone.
+        title: of the curves.
+        metric: what the data is judged by.
+
+    Returns:
+        On rank 0 what ``all_results.json`` holds.
+    """
+    folder = _folder(trainer.args)
+    if not trainer.is_world_process_zero():
+        return {}
+    results: dict[str, float] = json.loads((folder / "all_results.json").read_text())
+    for name in ("accuracy", "exact_match", "f1", "loss"):
+        if f"test_{name}" in results:
+            before, after = results.get(f"test_{name}_before"), results[f"test_{name}"]
+            change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
+            logger.info("Test %s: %s", name, change)
+    if "train_runtime" in results:
+        plotting.training_curves(trainer.state.log_history, folder / "training.png", title, metric)
+        logger.info(
+            "Trained %d steps on %d tokens in %.0f s, %.0f s with evaluations and checkpoints; "
+            "the most memory of a rank: %.2f GB\nModel:   %s\nCurves:  %s",
+            results["train_steps"],
+            results["train_tokens"],
+            results["train_seconds"],
+            results["train_runtime"],
+            results["peak_memory_bytes"] / 1e9,
+            (folder / "model").resolve(),
+            (folder / "training.png").resolve(),
+        )
+    logger.info("Results: %s", (folder / "all_results.json").resolve())
+    return results
+
+
+def _folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir)

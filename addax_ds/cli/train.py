@@ -1,0 +1,288 @@
+"""The recipe behind ``launch/train.py``: arguments, data, model, train, evaluate, save.
+
+Features: the tasks of the papers, tasks and JSONL data of one's own; any causal language model of
+Transformers; DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each rank;
+bf16, fp16 or fp32 weights; resuming, also on another number of ranks; evaluation during training on
+the dev rows, and on the test rows once at the end (of the demo and of files before training, too);
+without training rows, the model as it is on the test rows.
+
+It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
+``train_results.json``, ``dev_results.json``, ``test_results.json``, ``predictions_test.jsonl``,
+``trainer_state.json``, ``training.png``, and what ``--save_strategy`` and ``--report_to`` ask for.
+
+Raises:
+    UserError: for every mistake in arguments, configuration or data, before the model is loaded
+        wherever it can be known by then.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+import addax_ds
+from addax_ds.checkpoint import resume
+from addax_ds.checkpoint.identity import Run, data_digest
+from addax_ds.cli.data import Data, load_data
+from addax_ds.cli.summary import Duration, announce, report
+from addax_ds.config.arguments import ModelArguments, parse_arguments
+from addax_ds.config.configure import configure, divide_batches
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.distributed.collectives import (
+    all_ranks_or_none,
+    check_same_everywhere,
+    everywhere,
+    leave_together,
+    limit_waiting,
+)
+from addax_ds.distributed.startup import init_deepspeed
+from addax_ds.evaluation.scored_set import ScoredSet
+from addax_ds.models.source import ModelSource
+from addax_ds.optim.methods import BASELINES
+from addax_ds.sharding.registry import ShardingName
+from addax_ds.training.base import StepTrainer, plan_steps
+from addax_ds.training.baseline import BaselineTrainer
+from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
+from addax_ds.training.trainer import AddaxTrainer
+from addax_ds.utils.dtypes import weights_dtype
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.signals import ignore_sigterm, on_sigterm
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parents[1]
+_OF_ONE_RANK = ("local_rank", "output_dir")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `finetune` as a program: a user's mistake is a sentence and exit status 1."""
+    try:
+        finetune(argv)
+    except UserError as error:
+        # Every rank says it: the mistake may be on one machine only.
+        print(f"\naddax_ds: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    leave_together()
+    ignore_sigterm()  # a launcher may send it again
+
+
+def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds."""
+    model_args, data_args, addax_args, args = parse_arguments(argv)
+    _set_up(args, model_args)
+    with all_ranks_or_none():
+        settings = configure(args, addax_args)
+        sharding = model_args.sharding or ("zero3" if args.deepspeed else "none")
+    run = Run.of(args, settings, sharding)
+    resumed = resume.find(args.resume_from_checkpoint, args, run)
+    with all_ranks_or_none():
+        source = ModelSource.find(model_args)
+        tokenizer = source.load_tokenizer()
+        data = load_data(data_args, tokenizer, source)
+    planned, plan = None, None
+    if data.train and settings.length_threshold == "auto":
+        planned, settings = _plan_threshold(source, sharding, data, args, settings, resumed, run)
+    with all_ranks_or_none():
+        if data.train:  # the trainer does these, too, but with the model loaded
+            plan = plan_steps(data.train, settings, args)
+            if resumed is not None:
+                resume.check(resumed, run.with_data(data_digest(data.train), plan[0].threshold))
+    check_same_everywhere(dict(_identity(args, model_args, addax_args, data=data)))
+    if args.process_index == 0:
+        announce(source, data, plan, args, settings, run)
+    baseline = settings.method in BASELINES
+    trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
+        _load_model(source, args, sharding),
+        args,
+        settings,
+        train_dataset=data.train or None,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+    )
+    if data.train and not _train(trainer, data, resumed):
+        return {}
+    if data.test is not None:
+        metrics = trainer.evaluate(data.test, metric_key_prefix="test")
+        trainer.save_metrics("test", {**_before(trainer), **metrics})
+        _save_predictions(trainer, data.test)
+    trainer.save_state()
+    return report(trainer, f"{source.label}\n{data.description}", data.metric)
+
+
+def _train(trainer: StepTrainer, data: Data, resumed: str | None) -> bool:
+    """Train and save the model and what it took; return whether training came to its end."""
+    trainer.add_callback(Duration(trainer.costs))
+    if data.test is not None and data.test_before:
+        trainer.add_callback(_TestBeforeTraining(trainer, data.test))
+    if isinstance(trainer, AddaxTrainer):
+        on_sigterm(trainer.request_stop)
+    result = trainer.train(resume_from_checkpoint=resumed)
+    folder = _folder(trainer.args)
+    if trainer.stopped:
+        logger.info(
+            "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
+            "--resume_from_checkpoint True",
+            trainer.state.global_step,
+            folder,
+        )
+        return False
+    trainer.save_complete_model(folder / "model")
+    trainer.save_metrics("train", {**result.metrics, **_costs(trainer)})
+    dev = _on_dev(trainer)
+    if dev:
+        trainer.save_metrics("dev", dev)
+    return True
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+
+def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
+    """Set threads and logging; rank 0 alone speaks, except for warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("addax_ds")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    if args.device.type == "cpu":
+        torch.set_num_threads(model_args.cpu_threads)
+    if args.deepspeed:
+        # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
+        # for the number of ranks.
+        init_deepspeed()
+    limit_waiting(args.ddp_timeout)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
+    shown = not args.disable_tqdm and args.process_index == 0
+    return source.load(weights_dtype(args), sharding, args.device, progress=shown)
+
+
+def _plan_threshold(
+    source: ModelSource,
+    sharding: ShardingName,
+    data: Data,
+    args: TrainingArguments,
+    settings: AddaxSettings,
+    resumed: str | None,
+    run: Run,
+) -> tuple[AutoThreshold, AddaxSettings]:
+    """Plan ``--length_threshold auto``; every rank has to call it.
+
+    Returns:
+        The plan, and the settings with its L_T and its micro-batches.
+    """
+    fixed = None
+    if resumed is not None:
+        with all_ranks_or_none():
+            fixed = resume.check(resumed, run).length_threshold
+    kernel = source.attn_implementation
+    plan = plan_threshold(source.config, kernel, sharding, data.train, args, settings, fixed)
+    settings = replace(settings, length_threshold=plan.length)
+    if plan.parts > 1:
+        settings = divide_batches(args, settings, plan.parts)
+        logger.info(
+            "More rows would not fit: a step has %d micro-batches, of %d rows first-order and %d "
+            "zeroth-order. K0 and K1 are as they were.",
+            settings.gradient_accumulation_steps,
+            args.per_device_train_batch_size,
+            settings.per_device_zo_batch_size,
+        )
+    return plan, settings
+
+
+def _identity(args: TrainingArguments, *more: Any, data: Data) -> Iterator[tuple[str, str]]:
+    """Yield what has to be the same on all ranks, by names for a message."""
+    yield "version of addax_ds", addax_ds.__version__
+    code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
+    yield "code of addax_ds", _digest(path.read_bytes() for path in code)
+    yield "version of torch", torch.__version__
+    for settings in (args.to_dict(), *map(vars, more)):
+        for name, value in settings.items():
+            if name not in _OF_ONE_RANK:
+                yield f"--{name}", str(value)
+    deepspeed_config = getattr(args, "hf_deepspeed_config", None)
+    if deepspeed_config is not None:
+        for key, value in deepspeed_config.config.items():
+            yield f"{key} in the DeepSpeed config", str(value)
+    yield "training data", data_digest(data.train)
+    for name, dataset in (("validation data", data.validation), ("test data", data.test)):
+        if dataset is not None:
+            yield name, data_digest(dataset.examples)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir)
+
+
+def _costs(trainer: StepTrainer) -> dict[str, float]:
+    """Return what the training has cost; memory is that of the rank that held most."""
+    costs = trainer.costs.report()
+    peak = max(everywhere(costs["peak_memory_bytes"]))
+    return {**costs, "peak_memory_bytes": peak, "train_steps": trainer.state.global_step}
+
+
+class _TestBeforeTraining(TrainerCallback):
+    """Evaluates the untrained model on the test set, once the engine exists."""
+
+    def __init__(self, trainer: StepTrainer, test: ScoredSet) -> None:
+        self._trainer = trainer
+        self._test = test
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._trainer.evaluate(self._test, metric_key_prefix="test_before")
+
+
+def _on_dev(trainer: StepTrainer) -> dict[str, float]:
+    """Find the dev metrics of the weights that are saved: the best ones, or those of the end."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    found: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry and entry["step"] == (best or entry["step"]):
+            found = {f"dev_{k.removeprefix('eval_')}": v for k, v in entry.items() if "eval_" in k}
+            found["dev_step"] = entry["step"]
+    return found
+
+
+def _before(trainer: StepTrainer) -> dict[str, float]:
+    """Find the test metrics from before training in the log, which a resumed run has too."""
+    for entry in trainer.state.log_history:
+        found = {
+            f"test_{name}_before": entry[f"test_before_{name}"]
+            for name in ("accuracy", "loss")
+            if f"test_before_{name}" in entry
+        }
+        if found:
+            return found
+    return {}
+
+
+def _save_predictions(trainer: StepTrainer, test: ScoredSet) -> None:
+    """Write what the model answered to each test row, if they have answers to choose or write."""
+    assert trainer.scores is not None
+    rows = list(test.predictions(trainer.scores))
+    if rows and trainer.is_world_process_zero():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = _folder(trainer.args) / "predictions_test.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Arguments, the DeepSpeed JSON, and what is refused."""

@@ -1,0 +1,437 @@
+"""The command line of `launch/train.py`: typed arguments, their defaults and their checks.
+
+`parse_arguments` refuses what can be refused before anything slow happens: before a process group
+exists and before a model is loaded.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast, get_type_hints
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from addax_ds.config.deepspeed import check_ds_config, load_ds_config, pick
+from addax_ds.config.settings import (
+    AddaxArguments,
+    AddaxSettings,
+    check_can_resume,
+    resolve,
+    settle_arguments,
+)
+from addax_ds.config.training_arguments import DEFAULTS, check_values
+from addax_ds.config.values import read_argument_file, type_problems, value_problems
+from addax_ds.distributed.startup import starting_together
+from addax_ds.sharding.registry import ShardingName
+from addax_ds.tasks import TASKS, find_task
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import did_you_mean, raise_problems
+
+__all__ = [
+    "DEMO_PRESET",
+    "GENERAL_DEFAULTS",
+    "AddaxArguments",
+    "AddaxSettings",
+    "DataArguments",
+    "ModelArguments",
+    "parse_arguments",
+    "resolve",
+]
+
+# Where Transformers' own defaults would be refused or would not run.
+GENERAL_DEFAULTS: dict[str, Any] = {
+    "output_dir": "output",
+    "max_grad_norm": 0.0,
+    "use_cpu": not torch.accelerator.is_available(),
+}
+
+# What is trained on without --task and --train_file.
+DEMO_TASK = "sst2-demo"
+
+# K0 = K1 of the demo, over all ranks.
+DEMO_GLOBAL_BATCH_SIZE = 8
+
+# What the command without --model_name_or_path and --train_file runs; any flag overrides it. The
+# batch sizes per device follow from DEMO_GLOBAL_BATCH_SIZE, alpha and zo_eps are the defaults.
+DEMO_PRESET: dict[str, Any] = {
+    "max_steps": 50,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "linear",
+    "bf16": True,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 25,
+    "per_device_eval_batch_size": 32,
+    "save_strategy": "no",
+    "seed": 0,
+}
+
+# Any of these says that a launcher has started this process.
+_LAUNCHER_VARIABLES = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+_WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+# Arguments that only a task heeds.
+_OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed")
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub name of a causal language model (default: the demo's)."},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model on the hub."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the checkpoint."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel: eager, sdpa, flash_attention_2, ..."}
+    )
+    sharding: ShardingName | None = field(
+        default=None,
+        metadata={
+            "help": "Where the weights live: zero3 (needs, and is the default with, --deepspeed), "
+            "fsdp2, or none: whole on each rank (default without --deepspeed)."
+        },
+    )
+    cpu_threads: int = field(
+        default=1,
+        metadata={
+            "help": "Threads of one rank on a CPU. Ranks that contend for cores are many times "
+            "slower: ranks times threads should not exceed the cores."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which records are trained on, and how they are encoded."""
+
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"One of {', '.join(TASKS)}, or file.py:NAME for one of your own "
+            "(docs/tasks.md). Without it and --train_file: sst2-demo."
+        },
+    )
+    task_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that save_to_disk wrote, folder with train.jsonl and validation.jsonl, "
+            "or JSONL file, instead of the task's own source."
+        },
+    )
+    num_train: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training rows of the task (default: its own number, mostly 1000). 0: "
+            "no training, the model as it is on the test rows."
+        },
+    )
+    num_dev: int | None = field(
+        default=None,
+        metadata={"help": "Dev rows of the task, out of its train split (default: mostly 500)."},
+    )
+    num_test: int | None = field(
+        default=None,
+        metadata={"help": "Test rows of the task (default: mostly 1000)."},
+    )
+    task_seed: int = field(
+        default=0, metadata={"help": "Seed by which the rows of the task are drawn."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL with prompt and completion, messages, or text, instead of a task."
+        },
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same, for --eval_strategy. Needs --train_file."}
+    )
+    test_file: str | None = field(
+        default=None,
+        metadata={"help": "The same, evaluated before and after training. Needs --train_file."},
+    )
+    skip_test: bool = field(
+        default=False, metadata={"help": "Leave the test set unread, as for choosing settings."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sequence in tokens (default: the model's limit, for a task 2048 at "
+            "most); longer ones lose tokens on the left, or for files are refused without it."
+        },
+    )
+    append_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "End every completion of a file with the end-of-sequence token; answers of "
+            "tasks never are."
+        },
+    )
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]:
+    """Parse a command line, an argument file, or an argument file with overriding flags.
+
+    One `.yaml`, `.yml` or `.json` file may stand among the flags; its keys are the names of the
+    flags, and flags win over it. With neither a model nor a training file the demo runs, with
+    `DEMO_PRESET` below what the user gives. With only one of the two the other is the demo's, and
+    the preset is not used: it was tuned for that model on that data.
+
+    Args:
+        argv: the arguments (default: `sys.argv[1:]`).
+
+    Raises:
+        UserError: any argument, file or DeepSpeed JSON that can be refused at this point, and
+            whatever `TrainingArguments` itself rejects.
+    """
+    types: Any = (ModelArguments, DataArguments, AddaxArguments, TrainingArguments)
+    parser = _Parser(
+        types,
+        allow_abbrev=False,
+        description="Fine-tune a causal language model with Addax.",
+    )
+    parser.set_defaults(**GENERAL_DEFAULTS)
+    # TrainingArguments makes the process group, where a rank would wait for one with a mistake.
+    with starting_together():
+        values = _values(parser, list(sys.argv[1:] if argv is None else argv))
+    try:
+        parsed = parser.parse_dict(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"TrainingArguments: {error}") from error
+    return cast("tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]", parsed)
+
+
+def _values(parser: "_Parser", argv: list[str]) -> dict[str, Any]:
+    """Settle what is known before the process group: flags, argument file, JSON and defaults."""
+    given = parser.given(argv)
+    is_demo = not {"model_name_or_path", "train_file", "task"} & given.keys()
+    values = {**GENERAL_DEFAULTS, **(_demo_preset(given) if is_demo else {}), **given}
+    params: Mapping[str, Any] = {}
+    where = "the DeepSpeed config"
+    if values.get("deepspeed"):
+        config, where = load_ds_config(values["deepspeed"])
+        check_ds_config(config, where)
+        params = config.get("optimizer", {}).get("params", {})
+        values |= _from_json(config, params, given, where)
+    _check_before_start(values, given, params, where)
+    if values.get("train_file") is None:
+        task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
+        if values.get("load_best_model_at_end"):
+            values.setdefault("metric_for_best_model", task.metric)
+    return values
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` that tells what was given from what was not, and raises `UserError`."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+    def given(self, argv: list[str]) -> dict[str, Any]:
+        """Return only what `argv`, and the argument file that it may name, says."""
+        known, files = self._parse(argv)
+        if not files:
+            return known
+        if len(files) > 1 or Path(files[0]).suffix not in (".yaml", ".yml", ".json"):
+            raise UserError(f"Not a flag, nor one .yaml or .json argument file: {' '.join(files)}.")
+        return {**self._read(Path(files[0])), **known}
+
+    def _parse(self, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """Parse flags; return what was given and the words that are not flags."""
+        missing = object()
+        names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+        # argparse leaves alone what the namespace already holds.
+        start = argparse.Namespace(**dict.fromkeys(names, missing))
+        namespace, rest = self.parse_known_args(argv, namespace=start)
+        for word in rest:
+            if word.startswith("--"):
+                name = word[2:].partition("=")[0].replace("-", "_")
+                raise UserError(f"Unknown flag --{name}.{did_you_mean(name, names)} See --help.")
+        return {k: v for k, v in vars(namespace).items() if v is not missing}, rest
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Read an argument file; scalars go through the types of the flags (YAML's 1e-3 too)."""
+        content = read_argument_file(path)
+        names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+        unknown = [
+            f"{key}: no such argument.{did_you_mean(str(key), names)}"
+            for key in content
+            if key not in names
+        ]
+        raise_problems(f"{path}:", unknown)
+        types = {k: v for t in self.dataclass_types for k, v in get_type_hints(t).items()}
+        raise_problems(f"{path}:", list(type_problems(content, types)))
+        compound = {k: v for k, v in content.items() if isinstance(v, list | dict)}
+        scalars = {k: v for k, v in content.items() if v is not None and k not in compound}
+        parsed, _ = self._parse([f"--{name}={value}" for name, value in scalars.items()])
+        return {**parsed, **compound}
+
+
+def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the demo's defaults, with the global batch divided over the ranks."""
+    ranks = _ranks()
+    if "per_device_train_batch_size" in given:
+        return dict(DEMO_PRESET)
+    if DEMO_GLOBAL_BATCH_SIZE % ranks:
+        raise UserError(
+            f"The demo's batch of {DEMO_GLOBAL_BATCH_SIZE} does not divide over {ranks} ranks: "
+            f"start 1, 2, 4 or 8 ranks (--num_gpus), or give --per_device_train_batch_size."
+        )
+    return {**DEMO_PRESET, "per_device_train_batch_size": DEMO_GLOBAL_BATCH_SIZE // ranks}
+
+
+def _from_json(
+    config: Mapping[str, Any], params: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return the training arguments that stand in the JSON alone, which wins over a default."""
+    found = {}
+    for name, block, key in (
+        ("learning_rate", params, "lr"),
+        ("weight_decay", params, "weight_decay"),
+        ("seed", params, "seed"),
+        ("gradient_accumulation_steps", config, "gradient_accumulation_steps"),
+        ("max_grad_norm", config, "gradient_clipping"),
+    ):
+        path = key if block is config else f"optimizer.params.{key}"
+        value = pick(block.get(key), given.get(name), None, (f"--{name}", path), where)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _check_before_start(
+    values: Mapping[str, Any], given: Mapping[str, Any], params: Mapping[str, Any], where: str
+) -> None:
+    """Raise `UserError` for what can be known before a process group and a model exist."""
+    raise_problems("These arguments cannot be used:", list(value_problems(values)))
+    check_values({name: values[name] for name in DEFAULTS if name in values})
+    names = {f.name for f in fields(AddaxArguments)}
+    addax = AddaxArguments(**{name: value for name, value in values.items() if name in names})
+    settle_arguments(addax, SimpleNamespace(**{**DEFAULTS, **values}), params, where)
+    if values.get("resume_from_checkpoint") not in (None, False):
+        check_can_resume(addax.method)
+    both = [given.get(f"per_device_{kind}_batch_size") for kind in ("train", "zo")]
+    problems = []
+    if addax.method == "mezo" and None not in both and both[0] != both[1]:
+        problems.append(
+            "--per_device_train_batch_size has no effect with --method mezo beside "
+            "--per_device_zo_batch_size; remove it."
+        )
+    if all(values.get(n) for n in ("deepspeed", "save_only_model", "load_best_model_at_end")):
+        problems.append(
+            "--save_only_model with --load_best_model_at_end: Trainer refuses both together under "
+            "DeepSpeed; remove one."
+        )
+    problems += _model_problems(values) + _data_problems(values)
+    raise_problems("These arguments cannot be used:", problems)
+    _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
+
+
+def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
+    """Raise `UserError` if the back end does not fit the launcher or --deepspeed."""
+    launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
+    if deepspeed and sharding not in (None, "zero3"):
+        raise UserError(
+            f"--sharding {sharding} contradicts --deepspeed, which is --sharding zero3: remove one."
+        )
+    if sharding == "zero3" and not deepspeed:
+        raise UserError("--sharding zero3 needs --deepspeed ds_configs/zero3.json.")
+    if deepspeed and not launched:
+        raise UserError(
+            "--deepspeed needs a launcher, which tells each process its rank: start with "
+            "`deepspeed launch/train.py --deepspeed ...` (or torchrun)."
+        )
+    if sharding == "fsdp2" and not launched:
+        raise UserError(
+            "--sharding fsdp2 needs a launcher, which tells each process its rank: start with "
+            "`torchrun --nproc_per_node N launch/train.py --sharding fsdp2 ...`."
+        )
+    for variable, flag in (
+        ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
+        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed ds_configs/zero3.json"),
+    ):
+        if os.environ.get(variable, "false").lower() in ("1", "true") and not deepspeed:
+            raise UserError(
+                f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
+                "shard the model in its own way: use launch/accelerate.yaml, which starts ranks "
+                f"and nothing else, with {flag}."
+            )
+
+
+def _model_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if values.get("model_name_or_path") is None:
+        problems += [
+            f"--{name} has no effect without --model_name_or_path."
+            for name in ("model_revision", "trust_remote_code")
+            if values.get(name)
+        ]
+    if values.get("cpu_threads", 1) < 1:
+        problems.append("--cpu_threads must be at least 1.")
+    return problems
+
+
+def _data_problems(values: Mapping[str, Any]) -> list[str]:
+    files = {name: values.get(name) for name in ("train_file", "validation_file", "test_file")}
+    problems = [
+        f"--{name} {path}: there is no such file."
+        for name, path in files.items()
+        if path is not None and not os.path.isfile(path)
+    ]
+    if files["train_file"] is None:
+        problems += [
+            f"--{name} needs --train_file: a task has its own dev and test rows."
+            for name in ("validation_file", "test_file")
+            if files[name] is not None
+        ]
+        problems += _task_problems(values)
+    elif files["validation_file"] is None and values.get("eval_strategy", "no") != "no":
+        problems.append("--eval_strategy needs --validation_file.")
+    if values.get("max_length") is not None and values["max_length"] < 2:
+        problems.append("--max_length must be at least 2 tokens.")
+    if files["train_file"] is not None:
+        problems += [
+            f"--{name} has no effect with --train_file; remove one of them."
+            for name in _OF_TASKS
+            if values.get(name) is not None
+        ]
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if values.get(name, 1) < 1:
+            problems.append(f"--{name} must be at least 1.")
+    return problems
+
+
+def _task_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"--{name} needs --task."
+        for name in _OF_TASKS
+        if values.get("task") is None and values.get(name) is not None
+    ]
+    problems += [
+        f"--{name} {values[name]}: it must not be below 0."
+        for name in ("num_train", "num_dev", "num_test", "task_seed")
+        if (values.get(name) or 0) < 0
+    ]
+    for name in ("num_train", "num_dev"):
+        if values.get(name) == 0 and values.get("eval_strategy", "no") != "no":
+            problems.append(f"--eval_strategy needs dev rows, and there are none with --{name} 0.")
+    if values.get("num_train") == 0 and (values.get("skip_test") or values.get("num_test") == 0):
+        problems.append("--num_train 0 leaves only the test rows, and they are not to be read.")
+    return problems
+
+
+def _ranks() -> int:
+    return int(next((os.environ[name] for name in _WORLD_SIZE_VARIABLES if name in os.environ), 1))

@@ -1,0 +1,1 @@
+"""Collectives, nodes and the start of the ranks."""

@@ -1,0 +1,131 @@
+"""What ranks have to agree on before any of them goes on."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from addax_ds.utils.errors import UserError
+
+
+@contextmanager
+def all_ranks_or_none() -> Iterator[None]:
+    """Let no rank go on, into a collective that waits for all, when another one could not.
+
+    The body must not run collectives that a rank with an error would leave out.
+
+    Raises:
+        UserError: on the ranks that could; the others raise what they met.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    raise_any(problem, everywhere(f"{problem}" if problem else None))
+
+
+def raise_any(problem: Exception | None, by_rank: list[str | None]) -> None:
+    """Raise this rank's own problem, or say that others have one."""
+    if problem is not None:
+        raise problem
+    errors = [error for error in by_rank if error is not None]
+    if errors:
+        raise UserError(f"stopped, as {len(errors)} other rank(s) had an error: {errors[0]}")
+
+
+def check_same_everywhere(values: Mapping[str, str]) -> None:
+    """Check that all ranks run the same thing.
+
+    Args:
+        values: what is compared, by a name that a message can use.
+
+    Raises:
+        UserError: on all ranks, naming what differs, with its values by rank.
+    """
+    by_rank = everywhere(dict(values))
+    differing = [name for name in values if len({entry.get(name) for entry in by_rank}) > 1]
+    if differing:
+        lines = [
+            f"{name}: "
+            + ", ".join(f"rank {i}: {entry.get(name)}" for i, entry in enumerate(by_rank))
+            for name in differing
+        ]
+        raise UserError(
+            "the ranks do not run the same training, so they are not started. What differs:\n- "
+            + "\n- ".join(lines)
+        )
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let a collective fail when another rank has not joined it within this time.
+
+    For every group that exists. Transformers gives its timeout to none on a CPU, and DeepSpeed's
+    groups have torch's defaults everywhere: 10 minutes for NCCL, 30 for gloo.
+    """
+    if dist.is_initialized():
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def aside(wait: float, usually: float) -> Iterator[Callable[[Any], list[Any]]]:
+    """Let ranks agree also where one of them has left a collective of the others.
+
+    Every rank has to enter.
+
+    Args:
+        wait: seconds after which a collective of the body fails that another rank has not joined.
+        usually: the same for afterwards.
+
+    Yields:
+        `everywhere` over a group of its own, on which nothing else waits.
+    """
+    if not dist.is_initialized():
+        yield everywhere
+        return
+    group = dist.new_group(backend="gloo")
+    limit_waiting(wait)
+    # Others come here only after they have waited for this rank elsewhere.
+    distributed_c10d._set_pg_timeout(timedelta(seconds=2 * wait + usually), group)
+    try:
+        yield partial(everywhere, group=group)
+    finally:
+        dist.destroy_process_group(group)
+        limit_waiting(usually)
+
+
+def collectives_begun() -> list[int]:
+    """Return how many collectives this rank has begun, by group in the order of their making."""
+    if not dist.is_initialized():
+        return []
+    groups: Any = distributed_c10d._world.pg_map
+    return [group._get_sequence_number_for_group() for group in groups]
+
+
+T = TypeVar("T")
+
+
+def everywhere(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the value of each rank, on all ranks; it has to be picklable and small."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def leave_together() -> None:
+    """End the process group; without this order ranks that end at different times abort at times.
+
+    Every rank has to call it.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,157 @@
+"""Starts the ranks: they agree before there is a process group, then set DeepSpeed up."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import psutil
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
+
+from addax_ds.distributed.collectives import raise_any
+from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_START_SECONDS = 600.0
+_FAREWELL_SECONDS = 60.0
+
+# Kept, as rank 0 serves it: the process group's own store shares the server while this one lives.
+_start_store: dist.TCPStore | None = None
+_COMPILES_S = 120.0
+_SAID_AFTER_S = 5.0
+_POLL_S = 0.2
+
+
+@contextmanager
+def starting_together() -> Iterator[None]:
+    """Do what `all_ranks_or_none` does, before there is a process group.
+
+    A launcher that loses a rank ends those of its own node. On other nodes they would wait where
+    the process group is made, for 10 minutes or more, and then fail without the reason. Does
+    nothing where no launcher says who the ranks are.
+
+    Raises:
+        UserError: on the ranks that could go on; the others raise what they met. Also if a rank
+            has not arrived after 10 minutes.
+    """
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    try:
+        words = _first_words(f"{problem}" if problem else "")
+    except dist.DistError as error:
+        raise problem or UserError(
+            f"not all ranks have started within {_START_SECONDS:.0f} s, so none does: another node "
+            f"has ended, or cannot reach {os.environ['MASTER_ADDR']}, port "
+            f"{os.environ['MASTER_PORT']}; its own output says more ({error})"
+        ) from error
+    raise_any(problem, [word or None for word in words])
+
+
+def _first_words(word: str) -> list[str]:
+    """Return the word of each rank, by way of the store that the process group will use."""
+    global _start_store
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if dist.is_initialized() or any(name not in os.environ for name in names):
+        return [word]
+    rank, ranks = int(os.environ["RANK"]), range(int(os.environ["WORLD_SIZE"]))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun serves the store itself.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=_FAREWELL_SECONDS if word else _START_SECONDS)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        _start_store = dist.TCPStore(
+            address,
+            port,
+            is_master=serves,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        if not serves:
+            raise
+        raise UserError(
+            f"port {port}, at which the ranks are to meet, cannot be opened here; if another "
+            f"training uses it, give the launcher another --master_port ({error})"
+        ) from error
+    store = dist.PrefixStore(f"addax_ds/{attempt}", _start_store)
+    store.set(f"said/{rank}", word)
+    words = [store.get(f"said/{other}").decode() for other in ranks]
+    store.set(f"heard/{rank}", "")
+    if any(words) and serves:
+        # The words are gone with their server.
+        with suppress(dist.DistError):
+            heard = [f"heard/{other}" for other in ranks]
+            store.wait(heard, timedelta(seconds=_FAREWELL_SECONDS))
+    return words
+
+
+def init_deepspeed() -> None:
+    """Call ``deepspeed.init_distributed``.
+
+    On CPUs it compiles an extension, once for a machine, and first waits as long as the lock of
+    another process stands: in silence and for ever, if that process was killed as it compiled.
+
+    Raises:
+        UserError: a lock is more than two minutes old, and no process that can be seen from here
+            has it open.
+    """
+    if get_accelerator().device_name() == "cpu":
+        folder = cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)
+        wait_for_compilation(Path(folder).resolve() / "lock")
+    deepspeed.init_distributed()
+
+
+def wait_for_compilation(lock: Path) -> None:
+    """Wait until nothing compiles the extension that a lock is for; see `init_deepspeed`."""
+    began, said = time.monotonic(), False
+    while (age := _age(lock)) is not None:
+        if age > _COMPILES_S and _is_abandoned(lock):
+            raise UserError(
+                f"{lock} says that another process compiles DeepSpeed's CPU collectives, but it is "
+                f"{age:.0f} s old and no process here has it open: the one that wrote it was "
+                "killed. Delete the file, unless another machine, user or container that shares "
+                "the folder compiles just now"
+            )
+        if not said and time.monotonic() - began > _SAID_AFTER_S:
+            logger.info("Waiting for another process to compile DeepSpeed's collectives: %s", lock)
+            said = True
+        time.sleep(_POLL_S)
+
+
+def _age(lock: Path) -> float | None:
+    """Return the seconds since a lock was taken, or None if there is none."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_abandoned(lock: Path) -> bool:
+    """Say twice whether nobody has a lock open: torch closes the file, then removes it."""
+    if _is_open(lock):
+        return False
+    time.sleep(_POLL_S)
+    return lock.exists() and not _is_open(lock)
+
+
+def _is_open(path: Path) -> bool:
+    """Say whether a process of this machine, of those that we may look into, has a file open."""
+    for process in psutil.process_iter():
+        try:
+            if any(Path(file.path) == path for file in process.open_files()):
+                return True
+        except psutil.Error:
+            continue
+    return False

@@ -1,0 +1,1 @@
+"""Scoring of data sets: likelihoods and written answers."""

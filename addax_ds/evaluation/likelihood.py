@@ -1,0 +1,110 @@
+"""Log-likelihood of target tokens, from logits at the positions that have one and no others.
+
+A classification prompt of 2,048 tokens has one target. Logits of all its positions would take
+206 MB a row with OPT's vocabulary in bf16, and their gradient as much again.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from addax_ds.data.encoding import NO_LOSS
+from addax_ds.utils.errors import UserError
+
+
+def targets_of(labels: Tensor) -> Tensor:
+    """Return the token after each position, or `NO_LOSS`, from labels that are not shifted.
+
+    Args:
+        labels: int64 ``(sequences, length)``.
+
+    Returns:
+        int64 ``(sequences, length)``; nothing comes after the last position.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
+
+
+def positions_of(targets: Tensor) -> Tensor:
+    """Return the positions at which any sequence has a target, or the first if none has.
+
+    On a GPU this waits for the device; batches are better asked before they go there.
+
+    Args:
+        targets: int64 ``(sequences, length)``, see `targets_of`.
+
+    Returns:
+        int64, ascending.
+    """
+    found = (targets != NO_LOSS).any(dim=0).nonzero()[:, 0]
+    return found if len(found) else torch.zeros(1, dtype=torch.int64, device=targets.device)
+
+
+def target_tensors(labels: Tensor) -> dict[str, Tensor]:
+    """Return ``targets`` and their ``positions``, which `target_scores` takes, from labels."""
+    targets = targets_of(labels)
+    return {"targets": targets, "positions": positions_of(targets)}
+
+
+def target_scores(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    targets: Tensor,
+    positions: Tensor,
+    row: Tensor | None = None,
+) -> Tensor:
+    """Run a model and return each sequence's log-likelihood of its targets, and their number.
+
+    The softmax is taken in fp32, the sum in fp64.
+
+    Args:
+        model: a causal language model, in the wrappers of DeepSpeed and PEFT or without. One that
+            does not take ``logits_to_keep`` computes the logits of all positions
+            (`takes_positions`).
+        inputs: ``input_ids`` and ``attention_mask``, int64 ``(rows, length)``; the rest is ignored.
+        targets: int64 ``(sequences, length)``, see `targets_of`; the model's input may end where no
+            sequence has a target any more.
+        positions: of the targets, `positions_of`.
+        row: int64 ``(sequences,)``, the row of each sequence; None if there is one for each.
+
+    Returns:
+        fp64 ``(sequences, 2)``.
+    """
+    arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if takes_positions(model):
+        logits = model(**arguments, logits_to_keep=positions).logits
+    else:
+        logits = model(**arguments).logits[:, positions]
+    return scores_of_logits(logits, targets[:, positions], row)
+
+
+def scores_of_logits(logits: Tensor, targets: Tensor, row: Tensor | None = None) -> Tensor:
+    """Return what `target_scores` does, from ``(rows, length, vocabulary)`` logits of any type."""
+    mask = targets != NO_LOSS
+    sequence, position = mask.nonzero(as_tuple=True)
+    chosen = logits[sequence if row is None else row[sequence], position].float()
+    losses = F.cross_entropy(chosen, targets[mask], reduction="none")
+    sums = torch.zeros(len(targets), dtype=torch.float64, device=logits.device)
+    sums.index_add_(0, sequence, -losses.double())
+    return torch.stack((sums, mask.sum(dim=1).double()), dim=1)
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether a model, in whatever wrappers, can be asked for the logits of some positions.
+
+    Raises:
+        UserError: if adapters put virtual tokens in front of the prompt, which moves all positions.
+    """
+    inner = getattr(model, "module", model)
+    if hasattr(inner, "get_base_model"):
+        config = inner.active_peft_config
+        if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+            raise UserError(
+                f"adapters of type {config.peft_type} put tokens in front of the prompt, which is "
+                "not supported: use LoRA, or prefix tuning"
+            )
+        inner = inner.get_base_model()
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,0 +1,323 @@
+"""Where the model comes from, and how it is loaded onto each back end."""
+
+import contextlib
+import logging
+import os
+import pickle
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import CONFIG_NAME
+
+from addax_ds.checkpoint.weight_files import (
+    MODEL_FILE,
+    UNSAFE_PICKLE,
+    OtherForm,
+    WeightFiles,
+    read_index,
+)
+from addax_ds.checkpoint.weights import local_slices
+from addax_ds.config.arguments import ModelArguments
+from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.models import demo
+from addax_ds.models.empty import empty_model, lay_out
+from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import shown
+
+logger = logging.getLogger(__name__)
+
+# What Transformers reads a model from, in this order. Either may be several files with an index.
+_MODEL_FILES = (MODEL_FILE, "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder or hub name, known to have a configuration.
+
+    Attributes:
+        path: folder or hub name.
+        label: what a report calls it.
+        config: its configuration.
+        options: of every ``from_pretrained``: revision and whether remote code may run.
+        attn_implementation: attention kernel, None for the model's own choice.
+    """
+
+    path: str
+    label: str
+    config: PreTrainedConfig
+    options: dict[str, Any]
+    attn_implementation: str | None
+
+    @classmethod
+    def find(cls, model_args: ModelArguments) -> "ModelSource":
+        """Find the model that the arguments name, or the demo's.
+
+        Raises:
+            UserError: if there is none, or its folder leads out of the folder, to code or to an
+                adapter.
+        """
+        path, label = model_args.model_name_or_path, model_args.model_name_or_path
+        if path is None:
+            path, label = str(demo.model_folder()), demo.MODEL_LABEL
+        options = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": model_args.trust_remote_code,
+        }
+        where = f"--model_name_or_path {path}"
+        found = os.path.exists(path)
+        with _refused(where if found else f"{where}: there is no such folder, nor a hub's model"):
+            config = AutoConfig.from_pretrained(path, **options)
+            if not model_args.trust_remote_code:
+                _check_kernel(config)
+            _check_folder(Path(path))
+        return cls(path, label or path, config, options, model_args.attn_implementation)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of tokens that the model has embeddings for, if its configuration says it."""
+        return getattr(self.config.get_text_config(), "vocab_size", None)
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence that the model takes, if it has a limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            UserError: if there is none.
+        """
+        with _refused(f"no tokenizer in {self.path}"):
+            return AutoTokenizer.from_pretrained(self.path, **self.options)
+
+    def load(
+        self,
+        dtype: torch.dtype,
+        sharding: str = "none",
+        device: torch.device | str = "cpu",
+        *,
+        progress: bool = False,
+    ) -> nn.Module:
+        """Load the model; every rank has to call it.
+
+        A rank reads its shards from the files, and holds one whole weight besides, if these hold
+        the model's weights one by one: safetensors files, or else ``.bin`` files (unpickled with
+        ``weights_only=True``; the larger OPT models come in no other form). Others are loaded by
+        Transformers, which needs memory for the whole model, with a warning if it is to be sharded:
+        ``.bin`` files of torch before 1.6, experts that are fused, weights that are quantised.
+
+        Args:
+            dtype: of the weights.
+            sharding: what `Sharding.name` calls the back end; "zero3" takes the DeepSpeed
+                configuration of the live `TrainingArguments`.
+            device: where the weights go; under ZeRO-3 that configuration says it.
+            progress: whether to show a bar if it takes long.
+
+        Raises:
+            UserError: on all ranks, if one cannot load it, or some of its weights are in no file.
+        """
+        where = f"cannot load the model from {self.path}"
+        other_form: str | None = None
+        with all_ranks_or_none(), _refused(where):
+            model = self._empty(dtype)
+            try:
+                files = self._weight_files(model, dtype)
+                files.check(local_slices(model))
+                files.check_ties(local_slices(model))
+            except OtherForm as error:
+                other_form = str(error)
+        other_form = next(filter(None, everywhere(other_form)), None)
+        if other_form is not None:
+            return self._load_whole(dtype, sharding, other_form)
+        lay_out(model, sharding, torch.device(device))
+        with all_ranks_or_none(), _refused(where):
+            files.fill(local_slices(model), progress)
+        return model
+
+    def _load_whole(self, dtype: torch.dtype, sharding: str, why: str) -> nn.Module:
+        """Let Transformers load the model; under ZeRO-3 it partitions it on the way.
+
+        Raises:
+            UserError: see `load`. Under ZeRO-3, which loads with collectives, a rank that alone
+                cannot go on leaves the others to ``--ddp_timeout``.
+        """
+        if sharding != "none":
+            logger.warning(
+                "Loading takes memory for the whole model on %s, because its weights cannot be "
+                "read one by one from the files of %s: %s. From safetensors files they can, as "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) writes them for "
+                "most models",
+                "rank 0" if sharding == "zero3" else "every rank",
+                self.path,
+                why,
+            )
+        together = contextlib.nullcontext if sharding == "zero3" else all_ranks_or_none
+        with together(), _refused(f"cannot load the model from {self.path}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                weights_only=True,
+                output_loading_info=True,
+                **self.options,
+            )
+            model, report = loaded
+            if missing := sorted(report["missing_keys"]):
+                raise UserError(
+                    f"its files lack {len(missing)} weights that config.json asks for, such as "
+                    f"{missing[0]}; training would start from random ones"
+                )
+        if sharding == "fsdp2":
+            shard_model(model)
+        return model
+
+    def _empty(self, dtype: torch.dtype) -> Any:
+        """Build the model with its parameters on the meta device and its buffers as they are."""
+        model = empty_model(
+            self.config,
+            dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.options["trust_remote_code"],
+        )
+        if model.can_generate():
+            model.generation_config = self._generation_config()
+        return model.eval()
+
+    def _generation_config(self) -> GenerationConfig:
+        """Read it from its own file, or where that is missing from config.json."""
+        revision = self.options["revision"]
+        try:
+            return GenerationConfig.from_pretrained(self.path, revision=revision)
+        except OSError:
+            return GenerationConfig.from_pretrained(
+                self.path, CONFIG_NAME, revision=revision, _from_model_config=True
+            )
+
+    def _weight_files(self, model: Any, dtype: torch.dtype) -> WeightFiles:
+        """Find the files of the weights; on the hub, download them.
+
+        Raises:
+            OtherForm: if they do not hold the model's weights as they are.
+            UserError: if one is damaged.
+        """
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise OtherForm("they are quantised")
+        if model._get_dtype_plan(dtype):
+            raise OtherForm("Transformers keeps some of them in fp32")
+        folder = Path(self.path)
+        if not folder.is_dir():
+            folder = self._download()
+        files = WeightFiles(folder, _model_file(_files_in(folder)))
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        for name in sorted(files.names):
+            renamed, converted = rename_source_key(name, renamings, converters)
+            if converted is not None:
+                raise OtherForm(f"Transformers converts {name}")
+            files.rename(name, renamed)
+        return files
+
+    def _download(self) -> Path:
+        """Download the files of the weights from the hub, if they are not in its cache.
+
+        Raises:
+            OtherForm: if the hub has none of their kinds.
+        """
+        revision = self.options["revision"]
+        try:
+            names = list_repo_files(self.path, revision=revision)
+        except Exception:  # offline, or the hub is down: what was downloaded before may do
+            cached = try_to_load_from_cache(self.path, CONFIG_NAME, revision=revision)
+            if isinstance(cached, str):
+                folder = Path(cached).parent
+                with contextlib.suppress(OtherForm):
+                    _model_file(_files_in(folder))
+                    return folder
+            raise
+        chosen = _model_file(names)
+        if chosen in names:
+            return self._fetch([chosen])
+        index = f"{chosen}.index.json"
+        parts = {path.name for path in read_index(self._fetch([index]) / index).values()}
+        return self._fetch([index, *sorted(parts)])
+
+    def _fetch(self, names: list[str]) -> Path:
+        revision = self.options["revision"]
+        return Path(snapshot_download(self.path, revision=revision, allow_patterns=names))
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
+def _model_file(names: Collection[str]) -> str:
+    """Return the first of `_MODEL_FILES` that is among ``names``, as it is or by its index.
+
+    Raises:
+        OtherForm: if none is.
+    """
+    for name in _MODEL_FILES:
+        if name in names or f"{name}.index.json" in names:
+            return name
+    raise OtherForm(f"there is neither {' nor '.join(_MODEL_FILES)}, nor an index of either")
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Make a sentence of what Transformers raises: from files that hold anything, anything.
+
+    Raises:
+        UserError: for every other exception.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:  # whose message recommends weights_only=False
+        raise UserError(f"{what}: a .bin file {UNSAFE_PICKLE}") from error
+    except (UserError, OSError, ValueError) as error:
+        said = str(error).replace("`trust_remote_code=True`", "--trust_remote_code")
+        raise UserError(f"{what}: {said}") from error
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _check_kernel(config: PreTrainedConfig) -> None:
+    """Raise `UserError` if the configuration asks for code that Transformers would fetch."""
+    kernel = str(getattr(config, "_attn_implementation", None))
+    if "/" in kernel:
+        raise UserError(
+            f"config.json asks for the attention kernel {shown(kernel)}, which is code from the "
+            "hub: take the entry out, or give --trust_remote_code"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise `UserError` if a model's folder sends Transformers to other places for weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            "the folder holds an adapter, not a model alone; merge the two first (merge_and_unload "
+            "of PEFT), or take adapter_config.json out"
+        )
+    for name in _MODEL_FILES:
+        if (folder / name).is_file():
+            break
+        if (folder / f"{name}.index.json").is_file():
+            WeightFiles(folder, name)  # refuses files that are not of this folder
+            break

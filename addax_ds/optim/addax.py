@@ -1,0 +1,442 @@
+"""Addax as a `torch.optim.Optimizer`.
+
+Li, Zhang, Zhong, Deng, Razaviyayn, Mirrokni: "Addax: Utilizing Zeroth-Order Gradients to Improve
+Memory Efficiency and Performance of SGD for Fine-Tuning Language Models", ICLR 2025
+(arXiv 2410.06441), Algorithm 1.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from addax_ds.optim.gradients import KeptWeights
+from addax_ds.optim.loss_scale import UNSCALED, LossScale
+from addax_ds.optim.report import NonFiniteSteps, StepReport
+from addax_ds.optim.step import Closure, RunningStep
+from addax_ds.optim.update import ROUNDINGS, Rounding, Step
+from addax_ds.sharding.base import Shard, Sharding
+from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_BF16_ZO_EPS = 5e-4
+"""Below it bf16 weights cannot follow the perturbation: at 1e-4 the correlation of g0 with
+<z, grad L> on SmolLM2-135M was -0.12, at 1e-3 it was 0.97."""
+
+
+class Addax(torch.optim.Optimizer):
+    r"""In-place fine-tuning with a mixture of zeroth- and first-order gradients.
+
+    .. math::
+
+        z &\sim \mathcal N(0, I) \\
+        g^0 &= \frac{L(\theta + \epsilon z; B^0) - L(\theta - \epsilon z; B^0)}{2 \epsilon} \\
+        g^1 &= \nabla L(\theta; B^1) \\
+        \theta &\leftarrow \theta (1 - \eta \lambda)
+                 - \eta \left( \alpha g^0 z + (1 - \alpha) g^1 \right)
+
+    ==================  =====================  ================================================
+    symbol              argument               meaning
+    ==================  =====================  ================================================
+    :math:`\eta`        ``lr``                 learning rate
+    :math:`\alpha`      ``alpha``              weight of the zeroth-order part; 1 is MeZO, 0 is
+                                               in-place SGD (IP-SGD)
+    :math:`\epsilon`    ``zo_eps``             perturbation scale
+    :math:`\lambda`     ``weight_decay``       decoupled; parameters with one dimension (biases,
+                                               norm gains) are exempt
+    :math:`z`           ``seed``               `addax_ds.gaussian` of (seed, step, parameter)
+    ==================  =====================  ================================================
+
+    For bf16 weights the update credits, in place of z, what the passes saw of it after rounding
+    (`addax_ds.optim.update`).
+
+    One step is ``zeroth_order(closure)``, then ``loss.backward()``, which updates each parameter as
+    soon as its gradient exists, then ``step()``, which updates what got no gradient. The weights
+    are all the state there is.
+
+    ``measure(zeroth_order, first_order)`` is the first two thirds of a step with everything that
+    this class knows to do: it averages both losses with one all-reduce, keeps a first-order loss
+    that is NaN or infinite from ``backward()``, accumulates gradients, scales the loss of fp16
+    weights and clips. ``zeroth_order`` leaves the first-order loss to the caller.
+
+    No update that is NaN or infinite reaches a weight: an element whose new value would not be
+    finite keeps its old one, and all ranks learn of it at the end of the step (``report.partial``).
+
+    Attributes:
+        index: number of the next step.
+        track_norm: whether steps measure the norm of the first-order gradient, which costs one more
+            read of it.
+        zeroth_order_loss: mean over ranks of the two losses that `measure` computed last.
+        first_order_loss: mean over ranks of the first-order loss that `measure` computed last.
+        loss_scale: factor of the first-order loss in this step; constant 1 but for fp16 weights.
+        stop_requested: set it, on any rank, and `report` says so on all ranks after the same step.
+        report: what the last step did.
+
+    Args:
+        params: parameters or parameter groups, as for any optimizer; a group may have its own
+            ``lr`` and ``weight_decay``.
+        lr: learning rate, >= 0.
+        alpha: weight of the zeroth-order part, in [0, 1].
+        zo_eps: perturbation scale, > 0. It is not called ``eps`` because Trainer compares that name
+            with Adam's.
+        weight_decay: decoupled weight decay, >= 0.
+        seed: 64-bit seed of z and of stochastic rounding.
+        rounding: ``"stochastic"`` or ``"nearest"``; concerns updates of bf16 and fp16 weights.
+        max_grad_norm: the first-order gradient g1 is scaled down to this 2-norm over all
+            parameters; 0 never does. With one micro-batch the norm is found by a backward of its
+            own, so a step runs its first-order forward and backward twice; with several, the step
+            is applied from their sum.
+        loss_scale: for fp16 weights (default: `LossScale`'s own, which adjusts itself).
+
+    Raises:
+        UserError: for a value outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        alpha: float = 1e-3,
+        zo_eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        rounding: Rounding = "stochastic",
+        max_grad_norm: float = 0.0,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+        _check("zo_eps", zo_eps, zo_eps > 0, "> 0")
+        _check("seed", seed, 0 <= seed < 1 << 64, "in [0, 2**64)")
+        _check("rounding", rounding, rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
+        _check("max_grad_norm", max_grad_norm, 0 <= max_grad_norm < math.inf, ">= 0")
+        self._sharding: Sharding | None = None
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.alpha = alpha
+        self.zo_eps = zo_eps
+        self.seed = seed
+        self.rounding: Rounding = rounding
+        self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale or UNSCALED
+        self.index = 0
+        self.track_norm = False
+        self.stop_requested = False
+        self.report: StepReport | None = None
+        self.zeroth_order_loss: float | None = None
+        self.first_order_loss: float | None = None
+        self._running: RunningStep | None = None
+        self._non_finite = NonFiniteSteps()
+        self._kept: KeptWeights | None = None
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def zeroth_order(self, closure: Closure) -> float:
+        """Measure g0 with two forward passes; the update itself follows during backward and step.
+
+        For training loops that compute the first-order loss themselves; see `measure` for the
+        passes, the errors and a step that is also safe from a first-order loss that is NaN.
+
+        Returns:
+            g0, the same number on every rank; 0 if alpha is 0 (the closure is then not called) or
+            if a loss was NaN or infinite (the step then has no zeroth-order part).
+        """
+        self.measure(closure, None)
+        return self._running.g0 if self._running else 0.0
+
+    def measure(
+        self,
+        zeroth_order: Closure | Sequence[Closure] | None,
+        first_order: Closure | Sequence[Closure] | None,
+    ) -> Tensor | None:
+        """Run the forward passes of a step and average their losses with one all-reduce.
+
+        The zeroth-order passes run in eval mode (as in MeZO), so that both see the same
+        randomness, and without autograd. The stored weights are bit-identical before and after,
+        also if a closure raises.
+
+        Several closures are micro-batches of one step. Zeroth-order ones cost passes alone. Of
+        first-order ones all but the last are run backward here, and their gradients are summed in
+        fp32, 4 bytes for each element of this rank's shards.
+
+        Args:
+            zeroth_order: each returns this rank's loss of a zeroth-order micro-batch; not called if
+                alpha is 0.
+            first_order: each returns this rank's loss of a first-order micro-batch; not called if
+                alpha is 1, and None if the caller computes that loss. To clip a single micro-batch
+                its closure is called twice, with the same state of torch's random generators.
+
+        Losses are scalars of fp32 or wider. They are averaged over ranks and micro-batches, so each
+        should be a mean over as many examples as every other, or be scaled accordingly
+        (`AddaxTrainer` scales by the global number of target tokens).
+
+        Returns:
+            What to call ``backward()`` on: the first-order loss of this rank's last micro-batch,
+            divided by their number and multiplied by the loss scale. None if there is none, or if
+            the mean loss or the norm to clip by is NaN or infinite: the step is then completed
+            without it.
+
+        Raises:
+            RuntimeError: if called twice in a step or after a backward of the same step; without
+                ``first_order`` if there is something to clip or to scale.
+            TypeError: if a loss is of a type narrower than fp32, in which the difference of two
+                losses is lost.
+        """
+        self._check_comes_first()
+        zeroth = _listed(zeroth_order) if self.alpha > 0.0 else []
+        first = _listed(first_order) if self.alpha < 1.0 else []
+        if not first:
+            self._check_leaves_no_loss_alone()
+        if not zeroth and not first:
+            return None
+        running = self._running = self._new_step()
+        try:
+            loss = running.measure(zeroth, first)
+        except BaseException:
+            self._running = None
+            if first:
+                self.sharding.awaiting_backward = False  # its backward will not come
+            raise
+        self.zeroth_order_loss = running.zeroth_order_loss
+        self.first_order_loss = running.first_order_loss
+        return loss
+
+    def rehearse(
+        self,
+        zeroth_order: Closure | Sequence[Closure] | None,
+        first_order: Closure | Sequence[Closure] | None,
+    ) -> None:
+        """Run the passes of a step, backward too, for the memory that they need.
+
+        Nothing that a later step reads is changed: weights, step number, random generators, loss
+        scale. If a pass raises, such as for want of memory, it is abandoned, and the next step or
+        rehearsal is as if it had not been; see `Sharding.abandon`.
+
+        Args:
+            zeroth_order: see `measure`; one micro-batch needs as much memory as several.
+            first_order: see `measure`; two need as much as more.
+
+        Raises:
+            RuntimeError: within a step.
+        """
+        self._check_comes_first()
+        zeroth = _listed(zeroth_order) if self.alpha > 0.0 else []
+        first = _listed(first_order) if self.alpha < 1.0 else []
+        running = self._running = self._new_step()
+        try:
+            running.rehearse(zeroth, first)
+            self.sharding.finish_step()  # frees what is gathered
+        except BaseException:
+            self.sharding.abandon()
+            raise
+        finally:
+            self._running = None
+            self.sharding.awaiting_backward = False
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Finish the step: update what got no gradient, then go on to the next z.
+
+        Args:
+            closure: not supported; `measure` takes some.
+
+        Raises:
+            ValueError: if a closure is given.
+            NonFiniteError: after `MAX_NON_FINITE_STEPS` steps in a row in which a loss, or the
+                update of some weights, was NaN or infinite. (Overflows of fp16 gradients count only
+                once the loss scale cannot be lowered.)
+        """
+        if closure is not None:
+            raise ValueError("Addax.step takes no closure; measure() does")
+        running = self._begun_step()
+        self._check_all_applied()
+        self.report = running.finish(self.stop_requested)
+        self.sharding.awaiting_backward = False
+        self._running = None
+        self.index += 1
+        problems = running.problems
+        if not (running.overflow and self.loss_scale.can_shrink):
+            problems = [*problems, *running.overflow]
+        self.loss_scale = self.loss_scale.after(bool(running.overflow))
+        self._non_finite.count(self.report.index, problems)
+
+    def _on_gradient(self, shard: Shard, gradient: Tensor) -> None:
+        self._begun_step().take(shard, gradient)
+
+    def _begun_step(self) -> RunningStep:
+        """Return the running step; a loop of one's own begins one without passes by its backward.
+
+        Raises:
+            RuntimeError: if the step should have begun with passes.
+        """
+        if self._running is None:
+            if self.alpha > 0.0:
+                raise RuntimeError(
+                    f"alpha is {self.alpha}, but zeroth_order() was not called in this step, so it "
+                    "has no g0: call it before the first-order forward, or set alpha to 0"
+                )
+            self._check_leaves_no_loss_alone()
+            self._running = self._new_step()
+        return self._running
+
+    def _new_step(self) -> RunningStep:
+        """Fix the values of a step, by parameter group: these differ in lr and weight decay."""
+        self.sharding.check_unchanged()
+        assert self._kept is not None
+        steps = [
+            Step(
+                seed=self.seed,
+                index=self.index,
+                lr=float(group["lr"]),
+                alpha=self.alpha,
+                zo_eps=self.zo_eps,
+                weight_decay=float(group["weight_decay"]),
+                rounding=self.rounding,
+                gradient_scale=1.0 / self.loss_scale.value,
+            )
+            for group in self.param_groups
+        ]
+        limits = self.loss_scale.value, self.max_grad_norm
+        return RunningStep(self.sharding, steps, self._kept, *limits, self.track_norm)
+
+    def _check_comes_first(self) -> None:
+        if self._running is not None:
+            raise RuntimeError(
+                "the zeroth-order passes have to come first in a step and once: call step() after "
+                "the backward, and zeroth_order() before the next first-order forward"
+            )
+        if self.alpha > 0.0 and self.sharding.awaiting_backward:
+            self.sharding.awaiting_backward = False
+            raise RuntimeError(
+                "a forward with autograd ran since the last step, and the zeroth-order passes come "
+                "before it: its backward would see other weights. Call zeroth_order() first, and "
+                "put forwards that train nothing under torch.no_grad(). If that forward is not to "
+                "be trained on, call again"
+            )
+
+    def _check_leaves_no_loss_alone(self) -> None:
+        if self.alpha < 1.0 and (self.max_grad_norm > 0.0 or self.loss_scale != UNSCALED):
+            raise RuntimeError(
+                "clipping (max_grad_norm; gradient_clipping of a DeepSpeed JSON, into which "
+                "Accelerate writes 1 if it says nothing) and the loss scale of fp16 weights need "
+                "the first-order loss: call measure(zeroth_order, first_order) with a closure that "
+                "returns it"
+            )
+
+    def _check_all_applied(self) -> None:
+        name = self.sharding.unapplied_gradient()
+        if name is not None:
+            raise RuntimeError(
+                f"{name} has a gradient that was not applied, because it was not reduced (no_sync, "
+                "set_requires_gradient_sync, set_requires_all_reduce): each step is one backward "
+                "with reduction"
+            )
+
+    # ---- binding and state ---------------------------------------------------------------------
+
+    @property
+    def sharding(self) -> Sharding:
+        """The back end that holds the weights."""
+        if self._sharding is None:
+            raise RuntimeError(
+                "Addax is not attached to a model: call addax_ds.attach(optimizer, model), or give "
+                'DeepSpeed the optimizer by "type": "Addax"'
+            )
+        return self._sharding
+
+    def bind(self, sharding: Sharding) -> None:
+        """Work on the shards of ``sharding`` from now on; `addax_ds.attach` calls this.
+
+        Raises:
+            UserError: for weights of another type than fp32, bf16 and fp16.
+        """
+        dtypes = {info.parameter.dtype for info in sharding.infos}
+        if dtypes - {torch.float32, torch.bfloat16, torch.float16}:
+            raise UserError(
+                "Addax trains fp32, bf16 and fp16 weights, and these are "
+                f"{', '.join(sorted(map(str, dtypes)))}"
+            )
+        if torch.float16 in dtypes and self.loss_scale is UNSCALED:  # nobody gave one
+            self.loss_scale = LossScale()
+        if torch.bfloat16 in dtypes and self.alpha > 0 and self.zo_eps < SMALLEST_BF16_ZO_EPS:
+            logger.warning(
+                "zo_eps %g is below %g with bf16 weights: the loss difference drowns in rounding "
+                "and g0 is noise. Use a larger zo_eps or fp32.",
+                self.zo_eps,
+                SMALLEST_BF16_ZO_EPS,
+            )
+        name = sharding.unapplied_gradient()
+        if name is not None:
+            raise UserError(
+                f"{name} has a gradient from before the optimizer was attached, which would be "
+                "added to that of the first step: call model.zero_grad() first"
+            )
+        if self._sharding is not None:
+            self._sharding.detach()
+        sharding.attach(self._on_gradient)
+        self._sharding = sharding
+        self._kept = KeptWeights(sharding.shards())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with its own ``lr`` and ``weight_decay``, before the optimizer is attached.
+
+        Raises:
+            UserError: if it is attached, or a value lies outside its range.
+        """
+        if self._sharding is not None:
+            raise UserError("Addax: add parameter groups before the optimizer is attached")
+        super().add_param_group(param_group)
+        for name in ("lr", "weight_decay"):
+            value = self.param_groups[-1][name]
+            _check(name, value, value >= 0, ">= 0")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parameter groups and a few numbers; there is nothing else."""
+        own = {
+            "index": self.index,
+            "seed": self.seed,
+            "loss_scale": asdict(self.loss_scale),
+            "non_finite_in_a_row": self._non_finite.in_a_row,
+        }
+        return {**super().state_dict(), "addax": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a `state_dict` was taken.
+
+        Raises:
+            UserError: if the state was saved with another seed, whose z this run would not
+                reproduce.
+        """
+        own = state_dict["addax"]
+        if own["seed"] != self.seed:
+            raise UserError(
+                f"the checkpoint was written with seed {own['seed']}, this run has seed "
+                f"{self.seed}: resume with --seed {own['seed']}"
+            )
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "addax"})
+        self.index = own["index"]
+        self.loss_scale = self.loss_scale.resumed(LossScale(**own["loss_scale"]))
+        self._non_finite.in_a_row = own["non_finite_in_a_row"]
+
+
+def unwrap(optimizer: Any) -> Addax:
+    """Return the `Addax` inside the wrappers of DeepSpeed and Accelerate."""
+    while not isinstance(optimizer, Addax):
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(f"expected an Addax optimizer, got {type(optimizer).__name__}")
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _listed(closures: Closure | Sequence[Closure] | None) -> list[Closure]:
+    if closures is None:
+        return []
+    return [closures] if callable(closures) else list(closures)
+
+
+def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"Addax: {name} has to be {wanted}, got {value!r}")

@@ -1,0 +1,73 @@
+"""What a step did, and when to stop because of what it did."""
+
+from dataclasses import dataclass
+
+from addax_ds.utils.errors import UserError
+
+MAX_NON_FINITE_STEPS = 10
+"""Training stops after so many steps in a row with something that is NaN or infinite."""
+
+NON_FINITE = "with something that is NaN or infinite"
+"""Words of the error of such a training, by which a log tells divergence from other failures."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last step did, equal on all ranks.
+
+    Attributes:
+        index: number of the step.
+        g0: zeroth-order projected gradient; None if alpha is 0.
+        zeroth_order_loss: mean of the losses at theta + zo_eps z and theta - zo_eps z, or None.
+        first_order_loss: mean over ranks and micro-batches of the first-order loss; None if
+            `Addax.measure` did not compute it.
+        zeroth_order_norm: norm of the zeroth-order part of the update, lr * alpha * |g0| * sqrt(d)
+            for d trainable elements; ||z|| is sqrt(d) to a relative 1 / sqrt(2 d) (weights narrower
+            than fp32 were perturbed by rounded multiples of z, whose norm differs a little).
+        first_order_norm: norm of the first-order part, lr * (1 - alpha) * ||g1||, after clipping;
+            None unless `Addax.track_norm` was set or the gradient is clipped.
+        gradient_norm: ||g1|| over all parameters, before weighting and clipping; None likewise.
+        loss_scale: what the first-order loss was multiplied by; 1 but for fp16 weights.
+        partial: whether something was NaN or infinite: a loss, whose part of the step was left out,
+            or elements of an update, which kept their weights.
+        stop_requested: whether `Addax.stop_requested` was set on any rank.
+    """
+
+    index: int
+    g0: float | None
+    zeroth_order_loss: float | None
+    first_order_loss: float | None
+    zeroth_order_norm: float
+    first_order_norm: float | None
+    gradient_norm: float | None
+    loss_scale: float = 1.0
+    partial: bool = False
+    stop_requested: bool = False
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """Too many steps in a row had something that is NaN or infinite."""
+
+
+class NonFiniteSteps:
+    """Counts partial steps in a row.
+
+    Attributes:
+        in_a_row: how many there were up to now.
+    """
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def count(self, index: int, problems: list[str]) -> None:
+        """Take note of a finished step and of what was not finite in it, if anything.
+
+        Raises:
+            NonFiniteError: if it is the `MAX_NON_FINITE_STEPS`th in a row with a problem.
+        """
+        self.in_a_row = self.in_a_row + 1 if problems else 0
+        if self.in_a_row >= MAX_NON_FINITE_STEPS:
+            raise NonFiniteError(
+                f"{' and '.join(problems)} at step {index}, the {self.in_a_row}th step in a row "
+                f"{NON_FINITE}: lower the learning rate, or look at the data of these steps"
+            )

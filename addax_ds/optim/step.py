@@ -1,0 +1,341 @@
+"""One step of Addax in progress: its losses, its gradients, and what ranks agree on."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from enum import Enum, auto
+from functools import partial
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from addax_ds.distributed.collectives import everywhere
+from addax_ds.optim.gradients import GradientSums, KeptWeights, SquaredNorms
+from addax_ds.optim.report import StepReport
+from addax_ds.optim.update import Step, apply_update, perturb
+from addax_ds.sharding.base import Shard, Sharding, evaluation_mode
+
+logger = logging.getLogger(__name__)
+
+Closure = Callable[[], Tensor]
+
+
+class _Mode(Enum):
+    """What becomes of a reduced gradient."""
+
+    APPLY = auto()
+    ACCUMULATE = auto()
+    TAKE_NORM = auto()
+
+
+class RunningStep:
+    """A step from its first pass to its report; the next step is another object.
+
+    Args:
+        sharding: the back end.
+        steps: the values of the step, by parameter group; g0 is not known yet.
+        kept: flags of the weights, which are unset here.
+        loss_scale: factor of the first-order loss.
+        max_grad_norm: see `Addax`.
+        track_norm: see `Addax`.
+
+    Attributes:
+        zeroth_order_loss: mean over ranks and both perturbations, once it is known.
+        first_order_loss: mean over ranks and micro-batches, once it is known.
+        problems: what was NaN or infinite, in words.
+        overflow: the same, of what a smaller loss scale may mend: nothing, or one entry.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        steps: list[Step],
+        kept: KeptWeights,
+        loss_scale: float,
+        max_grad_norm: float,
+        track_norm: bool,
+    ) -> None:
+        self.zeroth_order_loss: float | None = None
+        self.first_order_loss: float | None = None
+        self.problems: list[str] = []
+        self.overflow: list[str] = []
+        self._sharding = sharding
+        self._loss_scale = loss_scale
+        self._max_grad_norm = max_grad_norm
+        self._track_norm = track_norm
+        self._steps = steps
+        self._mode = _Mode.APPLY
+        self._updated: set[int] = set()
+        self._applied_first_order = steps[0].alpha < 1.0
+        self._sums = GradientSums()
+        self._squares = SquaredNorms()
+        self._norms: list[float] = []
+        self._kept = kept
+        kept.clear()
+
+    @property
+    def g0(self) -> float:
+        """The projected gradient; 0 if there is none."""
+        return self._steps[0].g0
+
+    # ---- forward passes ------------------------------------------------------------------------
+
+    def measure(self, zeroth_order: list[Closure], first_order: list[Closure]) -> Tensor | None:
+        """See `Addax.measure`; an empty list is a part that this step does not have."""
+        losses = self._perturbed_losses(zeroth_order) if zeroth_order else []
+        if not first_order:
+            self._agree(losses, None)
+            return None
+        clips, alone = self._max_grad_norm > 0.0, len(first_order) == 1
+        with self._replayed() if clips and alone else nullcontext():
+            loss, mean = self._micro_batches(first_order)
+            if not self._agree(losses, mean):
+                return None
+            if not clips:
+                return loss
+            if not alone:
+                self._mode = _Mode.ACCUMULATE  # finish() clips and applies the sum
+                return loss
+            self._backward(loss, _Mode.TAKE_NORM)
+        return self._scaled(first_order[0](), 1) if self._clip() else None
+
+    def rehearse(self, zeroth_order: list[Closure], first_order: list[Closure]) -> None:
+        """Run all passes, forward and backward, and apply nothing; this object is of no more use.
+
+        Gradients take as much memory as in a step: they are summed if there are several.
+        """
+        mode = _Mode.ACCUMULATE if len(first_order) > 1 else _Mode.TAKE_NORM
+        with self._replayed():
+            if zeroth_order:
+                self._perturbed_losses(zeroth_order)
+            if first_order:
+                loss, _ = self._micro_batches(first_order)
+                self._backward(loss, mode)
+
+    @torch.no_grad()
+    def _perturbed_losses(self, closures: list[Closure]) -> list[Tensor]:
+        """Return this rank's mean losses at theta + zo_eps z and at theta - zo_eps z."""
+
+        def perturbed(sign: int, shard: Shard) -> Tensor:
+            return perturb(shard.data, shard.parameter_id, shard.start, self._steps[0], sign)
+
+        means = []
+        with evaluation_mode(self._sharding.model), self._sharding.forward_only():
+            for sign in (+1, -1):
+                with self._sharding.perturbed(partial(perturbed, sign)):
+                    losses = [_checked(closure()) for closure in closures]
+                means.append(torch.stack(losses).mean())
+        return means
+
+    def _micro_batches(self, closures: list[Closure]) -> tuple[Tensor, Tensor]:
+        """Run all forwards, and all backwards but the last; return its loss and their mean."""
+        means = []
+        for closure in closures[:-1]:
+            loss = closure()
+            means.append(_checked(loss))
+            self._backward(self._scaled(loss, len(closures)), _Mode.ACCUMULATE)
+        loss = closures[-1]()
+        means.append(_checked(loss))
+        return self._scaled(loss, len(closures)), torch.stack(means).mean()
+
+    def _scaled(self, loss: Tensor, micro_batches: int) -> Tensor:
+        return loss * (self._loss_scale / micro_batches)
+
+    def _backward(self, loss: Tensor, mode: _Mode) -> None:
+        self._mode = mode
+        self._sharding.backward(loss)
+        self._mode = _Mode.APPLY
+
+    @contextmanager
+    def _replayed(self) -> Iterator[None]:
+        """Let what runs afterwards draw the random numbers that the body draws."""
+        device = self._sharding.device
+        on_cpu = device.type == "cpu"
+        with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
+            yield
+
+    # ---- gradients -----------------------------------------------------------------------------
+
+    def take(self, shard: Shard, gradient: Tensor) -> None:
+        """Take a shard's averaged gradient, which has just arrived."""
+        gradient = gradient[: shard.data.numel()]
+        if self._mode is _Mode.TAKE_NORM:
+            self._squares.add(shard, gradient)
+        elif self._mode is _Mode.ACCUMULATE:
+            self._sums.add(shard, gradient)
+        else:
+            self._update(shard, self._sums.take(shard, gradient))
+
+    @torch.no_grad()
+    def _update(self, shard: Shard, gradient: Tensor | None) -> None:
+        if shard.parameter_id in self._updated:
+            raise RuntimeError(
+                f"{shard.name} got a second gradient in one step: with updates in place each step "
+                "is one backward followed by step(). To accumulate gradients, give measure() one "
+                "closure for each micro-batch"
+            )
+        if self._track_norm and gradient is not None and not self._norms:
+            self._squares.add(shard, gradient)
+        apply_update(
+            shard.data,
+            gradient,
+            shard.parameter_id,
+            shard.start,
+            self._steps[shard.group],
+            decayed=shard.decayed,
+            kept=self._kept.flag(shard),
+        )
+        self._updated.add(shard.parameter_id)
+
+    def _clip(self) -> bool:
+        """Find the norm of g1 from its squares, and scale the step; not if it is not finite.
+
+        Returns:
+            Whether it is.
+        """
+        squares = self._squares.take(len(self._steps), self._sharding.device)
+        self._sharding.sum_over_ranks(squares)
+        self._norms = self._norms_of(squares.tolist())
+        norm = math.hypot(*self._norms)
+        if not math.isfinite(norm):
+            self._leave_out(f"norm {norm} of the first-order gradient", self.overflow)
+            self._applied_first_order = False
+            return False
+        coefficient = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        scale = coefficient / self._loss_scale
+        self._steps = [replace(step, gradient_scale=scale) for step in self._steps]
+        return True
+
+    def _clip_sums(self) -> None:
+        """Scale the step by the norm of the summed gradients; leave them out if it is none."""
+        for shard in self._sharding.shards():
+            held = self._sums.held(shard)
+            if held is not None:
+                self._squares.add(shard, held)
+        if not self._clip():
+            self._sums.clear()
+
+    # ---- what all ranks agree on ---------------------------------------------------------------
+
+    def _agree(self, zeroth_order: list[Tensor], first_order: Tensor | None) -> bool:
+        """Average the losses over ranks, in fp64 and with one all-reduce, and set g0.
+
+        Returns:
+            Whether the first-order loss, if there is one, is finite.
+        """
+        losses = zeroth_order if first_order is None else [*zeroth_order, first_order]
+        device = self._sharding.device
+        total = torch.stack([loss.to(device, torch.float64) for loss in losses])
+        self._sharding.sum_over_ranks(total)
+        means = (total / self._sharding.world_size).tolist()
+        if first_order is not None:
+            self.first_order_loss = means.pop()
+        if means:
+            g0 = self._projected_gradient(*means)
+            self._steps = [replace(step, g0=g0) for step in self._steps]
+        if self.first_order_loss is None or math.isfinite(self.first_order_loss):
+            return True
+        self._leave_out(f"first-order loss {self.first_order_loss}", self.problems)
+        self._applied_first_order = False
+        self._sums.clear()
+        return False
+
+    def _projected_gradient(self, loss_plus: float, loss_minus: float) -> float:
+        """Return g0; 0, with a note that this part is left out, where it is NaN or infinite."""
+        self.zeroth_order_loss = (loss_plus + loss_minus) / 2
+        g0 = (loss_plus - loss_minus) / (2 * self._steps[0].zo_eps)
+        if math.isfinite(g0):
+            return g0
+        self._leave_out(f"zeroth-order losses {loss_plus} and {loss_minus}", self.problems)
+        return 0.0
+
+    def finish(self, stop_requested: bool) -> StepReport:
+        """Update what got no gradient, and report, with one all-reduce.
+
+        Args:
+            stop_requested: this rank's wish, which all ranks will find in the report.
+        """
+        if self._mode is _Mode.ACCUMULATE:
+            self._clip_sums()
+        for shard in self._sharding.shards():
+            if shard.parameter_id not in self._updated:
+                self._update(shard, self._sums.take(shard, None))
+        self._sharding.finish_step()
+        device, groups = self._sharding.device, len(self._steps)
+        values = torch.zeros(2 + groups, dtype=torch.float64, device=device)
+        values[0] = self._kept.any()
+        values[1] = float(stop_requested)
+        values[2:] = self._squares.take(groups, device)
+        self._sharding.sum_over_ranks(values)
+        kept, stop, *squares = values.tolist()
+        if self._track_norm and not self._norms:
+            self._norms = self._norms_of(squares)
+        if kept:
+            self._note_kept_weights()
+        return self._report(stop_requested=stop > 0)
+
+    def _leave_out(self, what: str, problems: list[str]) -> None:
+        problems.append(what)
+        logger.warning("step %d: %s: that part of the step is skipped", self._steps[0].index, what)
+
+    def _note_kept_weights(self) -> None:
+        """Say which parameters kept weights; all ranks come here, in the rare step that has any."""
+        names = sorted({name for names in everywhere(self._kept.names()) for name in names})
+        others = f" and {len(names) - 1} other parameter(s)" if len(names) > 1 else ""
+        problem = f"an update of {names[0]}{others} that is not finite"
+        # Without a first-order part there was nothing scaled in it.
+        (self.overflow if self._applied_first_order else self.problems).append(problem)
+        logger.warning(
+            "step %d: %s: the elements concerned keep their weights", self._steps[0].index, problem
+        )
+
+    def _norms_of(self, squares: list[float]) -> list[float]:
+        """Norms of g1 by parameter group, of squares summed over ranks."""
+        scale = self._sharding.replicas * self._loss_scale**2
+        return [math.sqrt(square / scale) for square in squares]
+
+    def _report(self, stop_requested: bool) -> StepReport:
+        step, norms = self._steps[0], self._norms
+        lrs = [group.lr for group in self._steps]
+        sizes = [math.sqrt(elements) for elements in self._sharding.group_elements]
+        return StepReport(
+            index=step.index,
+            g0=step.g0 if step.alpha > 0 else None,
+            zeroth_order_loss=self.zeroth_order_loss,
+            first_order_loss=self.first_order_loss,
+            zeroth_order_norm=step.alpha * abs(step.g0) * math.hypot(*map(mul, lrs, sizes)),
+            first_order_norm=self._first_order_norm(lrs) if norms else None,
+            gradient_norm=math.hypot(*norms) if norms else None,
+            loss_scale=self._loss_scale,
+            partial=bool(self.problems or self.overflow),
+            stop_requested=stop_requested,
+        )
+
+    def _first_order_norm(self, lrs: list[float]) -> float:
+        """Norm of the first-order part of the update, after clipping; 0 if it was left out."""
+        if not self._applied_first_order:
+            return 0.0
+        step = self._steps[0]
+        clipped = (1 - step.alpha) * step.gradient_scale * self._loss_scale
+        return clipped * math.hypot(*map(mul, lrs, self._norms))
+
+
+def _checked(loss: Tensor) -> Tensor:
+    """Return a loss without its graph, fp32 or wider.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError("the closure of zeroth_order() has to return the loss as a scalar tensor")
+    if not loss.is_floating_point() or torch.finfo(loss.dtype).bits < 32:
+        raise TypeError(
+            f"a pass returned a loss of type {loss.dtype}: g0 is a small difference of two losses "
+            "and would be lost. Compute the loss in fp32 (logits.float()); under FSDP2 set "
+            "MixedPrecisionPolicy(output_dtype=torch.float32), which Accelerate takes as "
+            "mixed_precision_policy of FullyShardedDataParallelPlugin and whose default is bf16"
+        )
+    return loss.detach().reshape(())

@@ -1,0 +1,1 @@
+"""Trainer with Addax's step."""

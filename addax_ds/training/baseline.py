@@ -1,0 +1,68 @@
+"""SGD and AdamW under ZeRO-3: what Addax is compared with, on the same batches and evaluations."""
+
+import math
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from addax_ds.config.settings import check_can_resume
+from addax_ds.optim.methods import BASELINES
+from addax_ds.optim.report import NonFiniteSteps
+from addax_ds.training.base import StepTrainer
+
+
+class BaselineTrainer(StepTrainer):
+    """Trainer with torch's SGD or AdamW in DeepSpeed's ZeRO-3 optimizer.
+
+    `configure` has put it into the JSON. The weights have a master copy in fp32, SGD has no
+    momentum, AdamW torch's defaults; clipping and the sum over micro-batches are the engine's.
+    Checkpoints hold the weights alone, so a run cannot go on from one. Nothing keeps a loss that is
+    NaN or infinite from the weights, but after `MAX_NON_FINITE_STEPS` of them training ends.
+    """
+
+    methods = BASELINES
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._non_finite = NonFiniteSteps()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of each micro-batch, and the engine's step after the last."""
+        model.train()
+        engine: Any = self.model_wrapped
+        self._losses.clear()
+        micro_batches = self._micro_batches(model, inputs, "first_order")
+        for number, loss in enumerate(micro_batches, start=1):
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            engine.backward(loss())
+            engine.step()
+        mean = sum(loss for _, _, loss in self._losses) / len(self._losses)
+        assert isinstance(mean, Tensor)
+        if self.args.world_size > 1:
+            dist.all_reduce(mean)
+        mean /= self.args.world_size
+        step = self.state.global_step
+        self._non_finite.count(step, [] if math.isfinite(mean) else [f"first-order loss {mean}"])
+        return mean
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train from the start.
+
+        Raises:
+            UserError: for ``resume_from_checkpoint``.
+        """
+        if resume_from_checkpoint:
+            check_can_resume(self.settings.method)
+        return super().train(None, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Nothing: checkpoints are for choosing the best one, not for going on."""
+
+    def _free_gathered(self) -> None:
+        engine: Any = self.model_wrapped
+        engine.optimizer.parameter_offload.partition_all_parameters()

@@ -1,0 +1,112 @@
+"""Finds ranks that no longer train the same model, and weights that something else has written.
+
+Replicas of a shard have to be equal bit by bit. A shard that one rank alone holds has nothing to be
+compared with but itself: nothing may write it between two steps. And every rank has to have taken
+the step with the same values.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from addax_ds.distributed.collectives import everywhere
+from addax_ds.optim.addax import Addax
+from addax_ds.utils.errors import UserError
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+_PIECE = 1 << 20  # a sum into int64 widens what it reads: 8 MB at a time
+
+_REMEDY = (
+    "Something other than the optimizer has written to weights (a callback, a faulty device), or "
+    "ranks run different code. Go on from a checkpoint that was saved before"
+)
+
+
+class DesyncCheck:
+    """Compares checksums every so many steps; each reads the weights once.
+
+    A checksum is the sum of a shard's bits, taken as integers: any one altered element changes it.
+
+    Args:
+        optimizer: attached.
+        every: number of steps between two checks; 0 never checks.
+    """
+
+    def __init__(self, optimizer: Addax, every: int) -> None:
+        self._optimizer = optimizer
+        self._every = every
+        self._sums: dict[str, int] | None = None
+
+    def before_step(self) -> None:
+        """Check that the weights are those that the last check saw, if it was after the last step.
+
+        Raises:
+            UserError: on all ranks, naming rank and parameter.
+        """
+        before, self._sums = self._sums, None
+        if before is None:
+            return
+        now = self._checksums()
+        changed = everywhere(_first_difference(before, now))
+        lines = [f"rank {rank}: {name}" for rank, name in enumerate(changed) if name is not None]
+        if lines:
+            raise UserError(
+                f"the weights changed between steps {self._optimizer.index - 1} and "
+                f"{self._optimizer.index}: {', '.join(lines)}. {_REMEDY}"
+            )
+
+    def after_step(self) -> None:
+        """Check, if it is time, that replicas are equal and that ranks took the same step.
+
+        Raises:
+            UserError: on all ranks, naming what differs.
+        """
+        if not self._every or self._optimizer.index % self._every:
+            return
+        self._sums = self._checksums()
+        self._check_replicas(self._sums)
+        self._check_values()
+
+    def _checksums(self) -> dict[str, int]:
+        """Checksum of each shard, by name and place of the shard."""
+        shards = list(self._optimizer.sharding.shards())
+        if not shards:
+            return {}
+        sums = torch.stack([_bits(shard.data) for shard in shards]).tolist()
+        return {f"{s.name}[{s.start}:]": value for s, value in zip(shards, sums, strict=True)}
+
+    def _check_replicas(self, sums: dict[str, int]) -> None:
+        if self._optimizer.sharding.replicas == 1:
+            return
+        by_rank = everywhere(sums)
+        for rank, other in enumerate(by_rank):
+            peer = next(i for i, first in enumerate(by_rank) if first.keys() == other.keys())
+            name = _first_difference(by_rank[peer], other)
+            if name is not None:
+                raise UserError(
+                    f"after step {self._optimizer.index - 1} rank {rank} has other weights than "
+                    f"rank {peer}, in {name}. {_REMEDY}"
+                )
+
+    def _check_values(self) -> None:
+        optimizer = self._optimizer
+        groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        own = (optimizer.alpha, optimizer.zo_eps, optimizer.rounding, optimizer.max_grad_norm)
+        state = optimizer.state_dict()["addax"]
+        values = everywhere(repr((optimizer.report, groups, own, state)))
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                raise UserError(
+                    f"ranks took step {optimizer.index - 1} with different values: rank 0 with "
+                    f"{values[0]}, rank {rank} with {value}. {_REMEDY}"
+                )
+
+
+def _bits(data: Tensor) -> Tensor:
+    bits = data.view(_INTEGERS[data.element_size()])
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PIECE)]).sum()
+
+
+def _first_difference(a: Mapping[str, int], b: Mapping[str, int]) -> str | None:
+    return next((name for name in a if a[name] != b[name]), None)

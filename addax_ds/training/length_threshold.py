@@ -1,0 +1,232 @@
+"""``--length_threshold auto``, first half: the largest L_T for which a step should fit.
+
+`addax_ds.planner` predicts it from the model's configuration, before the model is loaded;
+`rehearsal` then runs the worst step, and lowers it where memory runs out all the same.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig, TrainingArguments
+
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.data.encoding import Example
+from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.distributed.nodes import nodes
+from addax_ds.planner.memory import Inputs, Memory, step_memory
+from addax_ds.planner.threshold import batch, largest_threshold
+from addax_ds.planner.units import GB
+from addax_ds.sharding.registry import ShardingName
+from addax_ds.training.memory import free_memory, run_inputs
+from addax_ds.utils.errors import UserError
+
+FLAG = "--length_threshold auto"
+
+
+@dataclass(frozen=True)
+class AutoThreshold:
+    """What the planner has found.
+
+    Attributes:
+        length: L_T in tokens.
+        lengths: every L_T that leaves each stream a global batch, ascending.
+        parts: how many times fewer rows a micro-batch has than was asked for.
+        predicted: bytes that a rank needs for a step.
+        limit: bytes that tensors may take if that was stated, None if it was detected.
+        reason: why L_T is not larger, in words.
+    """
+
+    length: int
+    lengths: tuple[int, ...]
+    parts: int
+    predicted: int
+    limit: int | None
+    reason: str
+
+
+def plan_threshold(
+    config: PreTrainedConfig,
+    attention: str | None,
+    sharding: ShardingName,
+    examples: Sequence[Example],
+    args: TrainingArguments,
+    settings: AddaxSettings,
+    fixed: int | None = None,
+) -> AutoThreshold:
+    """Find the largest L_T whose step should fit on every rank; all ranks have to call it.
+
+    Where not even the shortest sequences fit, micro-batches get fewer rows and become more, so that
+    K0 and K1 stay; `addax_ds.config.configure.divide_batches` does it.
+
+    Args:
+        config: of the model.
+        attention: attention kernel, None for the model's own choice.
+        sharding: back end.
+        examples: the training data.
+        args: as `addax_ds.config.configure.configure` has left them.
+        settings: what it returned.
+        fixed: L_T of the checkpoint that the run goes on from: rows alone are to be found.
+
+    Returns:
+        The same on all ranks.
+
+    Raises:
+        UserError: on all ranks, if no step fits, no L_T leaves each stream a batch, memory cannot
+            be detected, or the planner cannot follow the model.
+    """
+    stated = settings.device_memory
+    node = next(node for node in nodes(args) if args.process_index in node)
+    with all_ranks_or_none():
+        limit = None if stated is None else int(stated * GB)
+        try:
+            device, host = free_memory(args.device, len(node), limit)
+        except UserError as error:
+            raise UserError(f"{FLAG}: {error}: give --device_memory") from error
+    budget, host = min(everywhere(device)), min(everywhere(host))
+    plan = None
+    with all_ranks_or_none():
+        if args.process_index == 0:
+            # Rows of either stream may be the longest ones, which L_T decides.
+            both = examples, examples
+            try:
+                inputs = run_inputs(config, attention, sharding, both, args, settings)
+            except UserError as error:
+                raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
+            search = _Search(inputs, examples, args, (budget, host), fixed)
+            plan = search.run(limit)
+    found = everywhere(plan)[0]
+    assert found is not None
+    return found
+
+
+class _Search:
+    """Looks for the fewest parts of a batch, and then the largest L_T, that fit."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        examples: Sequence[Example],
+        args: TrainingArguments,
+        free: tuple[int, int],
+        fixed: int | None,
+    ) -> None:
+        assert inputs.zeroth_order is not None
+        assert inputs.first_order is not None
+        shares = args.world_size * inputs.accumulation
+        self._k0, self._k1 = inputs.zeroth_order.rows * shares, inputs.first_order.rows * shares
+        self._inputs = inputs
+        self._free, self._free_host = free
+        self._fixed = fixed
+        self._targets = inputs.zeroth_order.targets
+        every = sorted(example.length for example in examples)
+        self._longest = every[-1]
+        self._lengths = dividing_lengths(every, self._k0, self._k1)
+        if not self._lengths:
+            raise UserError(
+                f"{FLAG}: no L_T leaves K0 = {self._k0} longer sequences and K1 = {self._k1} "
+                f"others: there are {len(every)}, of {every[0]} to {every[-1]} tokens. Lower "
+                "--per_device_train_batch_size or --per_device_zo_batch_size, or use --method "
+                "addax-wa"
+            )
+
+    def run(self, limit: int | None) -> AutoThreshold:
+        """Return what fits.
+
+        Raises:
+            UserError: if nothing does.
+        """
+        assert self._inputs.zeroth_order is not None
+        assert self._inputs.first_order is not None
+        rows = self._inputs.first_order.rows, self._inputs.zeroth_order.rows
+        shortest = self._fixed or self._lengths[0]
+        common = math.gcd(*rows)
+        for parts in (divisor for divisor in range(1, common + 1) if common % divisor == 0):
+            needed = self._memory(shortest, parts)
+            budget = self._budget(needed)
+            if needed.total <= budget:
+                length, reason = self._largest(parts, budget)
+                total = self._memory(length, parts).total
+                return AutoThreshold(length, tuple(self._lengths), parts, total, limit, reason)
+        flags = "--per_device_train_batch_size", "--per_device_zo_batch_size"
+        zeroth = needed.stage == "zeroth-order"
+        left, length = rows[zeroth] // parts, self._longest if zeroth else shortest
+        advice = "Use more ranks with ZeRO-3 or FSDP2, --activation_checkpointing, or --max_length"
+        if left > 1:
+            advice = f"Fewer rows need a greatest common divisor of {' and '.join(flags)} above 1"
+        raise UserError(
+            f"{FLAG}: a step does not fit into the {gigabytes(budget)} of a rank. Its "
+            f"{needed.stage} pass over {left} row(s) of up to {length} tokens needs "
+            f"{gigabytes(needed.total)}, so {gigabytes(needed.total - budget)} are missing. "
+            f"{advice}; launch/plan.py says what fits where"
+        )
+
+    def _budget(self, needed: Memory) -> int:
+        """Return the bytes that tensors on the device may take.
+
+        Raises:
+            UserError: offloaded shards do not fit into host memory.
+        """
+        if not self._inputs.cuda:  # there shards that are offloaded lie beside the others
+            return max(self._free - needed.host, 0)
+        if needed.host > self._free_host:
+            raise UserError(
+                f"{FLAG}: the offloaded weights take {gigabytes(needed.host)} of host memory a "
+                f"rank, and {gigabytes(self._free_host)} are free: use more nodes, or "
+                '"pin_memory": false, without which torch rounds each weight up to a power of two'
+            )
+        return self._free
+
+    def _largest(self, parts: int, budget: int) -> tuple[int, str]:
+        """Return L_T and why it is not larger."""
+        if self._fixed is not None:
+            return self._fixed, "the checkpoint was written with it"
+        lengths = [*self._lengths, self._longest]
+        found = largest_threshold(self._divided(parts), lengths, budget, self._targets)
+        assert found is not None  # the shortest one fits
+        place = self._lengths.index(found) + 1
+        if place == len(self._lengths):
+            return found, f"a larger one leaves fewer than K0 = {self._k0} longer sequences"
+        larger = self._lengths[place]
+        total = self._memory(larger, parts).total
+        return found, f"{larger} would need {gigabytes(total)}"
+
+    def _memory(self, length: int, parts: int) -> Memory:
+        divided = self._divided(parts)
+        assert divided.first_order is not None
+        first = batch(divided.first_order.rows, length, self._targets)
+        return step_memory(replace(divided, first_order=first))
+
+    def _divided(self, parts: int) -> Inputs:
+        zeroth, first = self._inputs.zeroth_order, self._inputs.first_order
+        assert zeroth is not None
+        assert first is not None
+        return replace(
+            self._inputs,
+            zeroth_order=replace(zeroth, rows=zeroth.rows // parts),
+            first_order=replace(first, rows=first.rows // parts),
+            accumulation=self._inputs.accumulation * parts,
+        )
+
+
+def gigabytes(number: float) -> str:
+    """Return a number of bytes in words."""
+    return f"{number / GB:.4g} GB"
+
+
+def dividing_lengths(lengths: Sequence[int], k0: int, k1: int) -> list[int]:
+    """Return every L_T that leaves K0 longer sequences and K1 others, ascending.
+
+    Args:
+        lengths: tokens of each example, ascending.
+        k0: global zeroth-order batch.
+        k1: global first-order batch.
+    """
+    last = len(lengths) - k0  # so many may be first-order at most
+    return sorted(
+        {
+            length
+            for count, length in enumerate(lengths[:-1], start=1)
+            if k1 <= count <= last and length < lengths[count]
+        }
+    )

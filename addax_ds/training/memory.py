@@ -1,0 +1,131 @@
+"""What the planner has to know of a run, and what it says of it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, TrainingArguments
+
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.data.encoding import Example
+from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.shapes import shape_of
+from addax_ds.planner.threshold import batch
+from addax_ds.planner.trace import Batch
+from addax_ds.planner.units import GB, RESERVE
+from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.sharding.registry import ShardingName
+from addax_ds.utils.dtypes import dtype_name
+from addax_ds.utils.errors import UserError
+
+HOST_RESERVE = 2 * GB
+"""Of a rank's memory on a CPU, for what is not a tensor of the step: at most 1.6 GB in the table of
+docs/planner.md, the libraries left out, which are loaded by then."""
+_MEMINFO = Path("/proc/meminfo")
+
+
+def run_inputs(
+    config: PreTrainedConfig,
+    attention: str | None,
+    sharding: ShardingName,
+    streams: tuple[Sequence[Example], Sequence[Example]],
+    args: TrainingArguments,
+    settings: AddaxSettings,
+) -> Inputs:
+    """Return what the memory of a run's steps depends on.
+
+    Args:
+        config: of the model.
+        attention: attention kernel, None for the model's own choice.
+        sharding: back end.
+        streams: the examples that zeroth-order and first-order batches are drawn from; no examples
+            for a stream that there is not.
+        args: as `addax_ds.config.configure.configure` has left them.
+        settings: what it returned.
+
+    Raises:
+        UserError: the planner cannot follow the model.
+    """
+    try:
+        shape = shape_of(config, config.name_or_path or "the model", dtype_name(args))
+    except Exception as error:  # a model may come with code that runs nowhere else
+        raise UserError(
+            "the planner cannot build this model without its weights "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    zero3 = Zero3Settings()
+    if deepspeed is not None:
+        zero3 = Zero3Settings.from_json(deepspeed.config["zero_optimization"], shape.hidden)
+    rows = settings.per_device_zo_batch_size, args.per_device_train_batch_size
+    zeroth, first = map(_longest, rows, streams)
+    return Inputs(
+        shape=shape,
+        method=settings.method,
+        sharding=sharding,
+        ranks=args.world_size,
+        zeroth_order=zeroth,
+        first_order=first,
+        checkpointing=bool(args.activation_checkpointing),
+        attention=attention,
+        zero3=zero3,
+        accumulation=settings.gradient_accumulation_steps,
+        cuda=args.device.type == "cuda",
+    )
+
+
+def _longest(rows: int, examples: Sequence[Example]) -> Batch | None:
+    """Return the largest batch that can be drawn."""
+    if not examples:
+        return None
+    longest = max(example.length for example in examples)
+    return batch(rows, longest, max(example.target_count for example in examples))
+
+
+def describe(inputs: Inputs, device: torch.device) -> str:
+    """Say how much memory this rank needs for a step, for what, and how much it has.
+
+    Raises:
+        UserError: the planner cannot follow the model.
+    """
+    memory = step_memory(inputs)
+    parts = sorted(memory.categories.items(), key=lambda part: -part[1])
+    named = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts if round(size / GB, 2))
+    text = (
+        f"{memory.total / GB:.2f} GB of tensors on a rank when they are most, in the "
+        f"{memory.stage} part of a step ({named})"
+    )
+    if memory.host:
+        text += f", and {memory.host / GB:.2f} GB of host memory"
+    try:
+        free, _ = free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    except UserError:
+        return text
+    needed = memory.total if inputs.cuda else memory.total + memory.host
+    return f"{text}; {'only ' * (needed > free)}{free / GB:.2f} GB are free for them"
+
+
+def free_memory(device: torch.device, ranks: int, stated: int | None = None) -> tuple[int, int]:
+    """Return the bytes that this rank has for tensors on its device, and on its host beside it.
+
+    Args:
+        device: of this rank.
+        ranks: that share the machine.
+        stated: bytes for tensors on the device, None if they are to be found out.
+
+    Raises:
+        UserError: it cannot be found out.
+    """
+    if device.type == "cuda":
+        return stated or torch.cuda.mem_get_info(device)[0] - RESERVE, _available() // ranks
+    return stated or max(_available() // ranks - HOST_RESERVE, 0), 0
+
+
+def _available() -> int:
+    """Return the bytes of host memory that the ranks of the machine may take together."""
+    try:
+        entries = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"how much memory is free cannot be read from {_MEMINFO}") from error

@@ -1,0 +1,201 @@
+"""``--length_threshold auto``, second half: the worst step is run, and L_T lowered till it fits.
+
+A rehearsal (`Addax.rehearse`) changes nothing that a step reads, so one that runs out of memory can
+be given up, as long as all ranks give it up at the same point.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from addax_ds.data.batches import pad
+from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.distributed.collectives import aside, collectives_begun
+from addax_ds.training.length_threshold import FLAG, AutoThreshold, gigabytes
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import shown
+
+logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 120.0
+"""So long ranks wait in a rehearsal for one that has run out of memory where they have not."""
+
+ROUNDS = 2
+"""The second round meets the memory as the first has left it; DeepSpeed prefetches from it on."""
+
+_LOWER = 0.9
+"""An L_T that does not fit is followed by one at most so many times as large."""
+
+
+def find_threshold(
+    plan: AutoThreshold,
+    rehearse: Callable[[int], None],
+    device: torch.device,
+    usual_wait: float,
+) -> int:
+    """Rehearse at the planned L_T and, while memory does not suffice, at lower ones.
+
+    Every rank has to call it, and all return the same.
+
+    Args:
+        plan: says where to begin, and which L_T there are.
+        rehearse: runs the worst step of an L_T.
+        device: where it runs.
+        usual_wait: seconds that a collective may wait for other ranks outside of rehearsals.
+
+    Raises:
+        UserError: on all ranks, if nothing fits, or if one rank has run out of memory where another
+            one has not, so that the step cannot be given up together.
+    """
+    length = plan.length
+    logger.info("Rehearsing the longest batches with L_T = %d", length)
+    with aside(WAIT_SECONDS, usual_wait) as agree:
+        while True:
+            end = _End.of(partial(rehearse, length), plan.limit, device)
+            ends = agree(end)
+            lower = [other for other in plan.lengths if other <= _LOWER * length]
+            _check_together(ends, length, lower)
+            if end.error is not None:
+                raise end.error
+            failed = next((end.failed for end in ends if end.failed), None)
+            if failed is not None:
+                raise UserError(
+                    f"stopped, as another rank had an error in the rehearsal of a step: {failed}"
+                )
+            short = next((end.short for end in ends if end.short), None)
+            if short is None:
+                break
+            if not lower:
+                raise UserError(
+                    f"{FLAG}: the rehearsal of a step did not fit into memory ({short}), with "
+                    f"L_T = {length}, below which there are too few sequences. Use fewer rows and "
+                    "more --gradient_accumulation_steps, --gradient_checkpointing, or more ranks"
+                )
+            logger.info("L_T = %d does not fit (%s): rehearsing %d", length, short, lower[-1])
+            length = lower[-1]
+    _report(plan, length, max(end.peak for end in ends))
+    return length
+
+
+@dataclass
+class _End:
+    """How a rehearsal has ended on one rank.
+
+    Attributes:
+        short: why memory did not suffice, in words; empty if it did.
+        peak: most bytes of tensors, 0 on a CPU.
+        collectives: how many were begun, by group.
+        failed: another reason for which it has ended, in words.
+        error: the same as an exception, which stays on its rank.
+    """
+
+    short: str = ""
+    peak: int = 0
+    collectives: list[int] = field(default_factory=list)
+    failed: str = ""
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, rehearse: Callable[[], None], limit: int | None, device: torch.device) -> "_End":
+        end = cls()
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            for _ in range(ROUNDS):
+                rehearse()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+        except Exception as error:
+            if is_out_of_memory(error):
+                end.short = shown(" ".join(str(error).split()), 160) or type(error).__name__
+            else:
+                end.error, end.failed = error, f"{type(error).__name__}: {error}"
+        end.collectives = collectives_begun()
+        gc.collect()  # what frames of the failed pass hold goes in cycles
+        if on_gpu:
+            end.peak = torch.cuda.max_memory_allocated(device)
+            torch.cuda.empty_cache()
+        if limit is not None and end.peak > limit and not end.short:
+            end.short = f"{gigabytes(end.peak)} at the peak, of {gigabytes(limit)}"
+        return end
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "error": None}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had: of a GPU, or by torch on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _check_together(ends: list[_End], length: int, lower: list[int]) -> None:
+    """Check that all ranks are at the same point if memory has run out on one.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    short = [rank for rank, end in enumerate(ends) if end.short]
+    apart = any(end.failed or end.collectives != ends[0].collectives for end in ends)
+    if short and apart:
+        others = f"{lower[-1]}" if lower else "a smaller number"
+        raise UserError(
+            f"{FLAG}: in the rehearsal at L_T = {length} memory ran out on rank(s) "
+            f"{', '.join(map(str, short))} ({ends[short[0]].short}) and not, or elsewhere, on the "
+            "others, so that they cannot give up the step together: start again with "
+            f"--length_threshold {others}, or a smaller --device_memory"
+        )
+
+
+def _report(plan: AutoThreshold, length: int, peak: int) -> None:
+    stated = "" if plan.limit is None else f" of {gigabytes(plan.limit)}"
+    reason = plan.reason if length == plan.length else f"{plan.length} was planned"
+    logger.info(
+        "L_T = %d is the largest that fits: %s. By the plan a rank needs %s%s with L_T = %d; "
+        "the longest batches, rehearsed, %s.",
+        length,
+        reason,
+        gigabytes(plan.predicted),
+        stated,
+        plan.length,
+        f"needed {gigabytes(peak)}" if peak else "fit",
+    )
+
+
+def longest_batch(
+    examples: Sequence[Example], indices: NDArray[np.int64], rows: int, pad_token_id: int
+) -> dict[str, Tensor]:
+    """Return a batch that needs as much memory as any of a stream.
+
+    It has the longest rows, padding if there are several, and as many positions with targets as
+    rows of different lengths can have, of which real ones at the end of equally long rows would
+    have fewer. The same on every rank.
+
+    Args:
+        examples: all examples.
+        indices: those of the stream.
+        rows: of the batch.
+        pad_token_id: what to pad with.
+    """
+    chosen = sorted(indices, key=lambda index: -examples[index].length)[:rows]
+    batch = pad([examples[index] for index in chosen], pad_token_id)
+    if rows > 1 and batch["attention_mask"].all():
+        batch["attention_mask"][-1, -1] = 0
+    targets = max(examples[index].target_count for index in indices)
+    labels = torch.full_like(batch["labels"], NO_LOSS)
+    length = labels.shape[1]
+    for row in range(len(chosen)):
+        end = length - row * targets % max(length - 1, 1)
+        own = slice(max(end - targets, 1), end)
+        labels[row, own] = batch["input_ids"][row, own]
+    return {**batch, "labels": labels}

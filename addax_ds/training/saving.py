@@ -1,0 +1,234 @@
+"""Trainer with checkpoints that appear whole, and that are checked before a run goes on."""
+
+import io
+import random
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from addax_ds.checkpoint import atomic, checkpoint, resume
+from addax_ds.checkpoint.identity import Progress, Run, data_digest
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.data.partition import Partition
+from addax_ds.distributed.collectives import all_ranks_or_none, everywhere, limit_waiting
+from addax_ds.optim.addax import Addax, unwrap
+from addax_ds.sharding.registry import back_end_of
+from addax_ds.training.costs import CostMeter, Costs
+
+
+class SavingTrainer(Trainer):
+    """What of `AddaxTrainer` saves and resumes; it overrides Trainer's methods for that.
+
+    A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
+
+    Attributes:
+        settings: the method and its hyperparameters.
+        partition: how the training data is divided; None if there is none.
+        costs: of the training up to now.
+    """
+
+    settings: AddaxSettings
+    partition: Partition | None
+    costs: CostMeter
+    _progress: Progress | None = None
+
+    @property
+    def addax(self) -> Addax:
+        """The optimizer, out of the wrappers of DeepSpeed and Accelerate."""
+        return unwrap(self.optimizer)
+
+    # ---- saving --------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a folder that ``from_pretrained`` loads; every rank has to call it.
+
+        Files are written where they are to be; `save_complete_model` leaves no half of a model.
+        """
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        assert self.model is not None
+        checkpoint.save_model(self.model, Path(folder), self.args, self.processing_class)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_complete_model(self, folder: Path) -> None:
+        """Let ``folder`` be the model, with checksums; it appears, or is replaced, when complete.
+
+        Every rank has to call it. What else was in the folder is gone afterwards.
+
+        Raises:
+            UserError: on all ranks, if one cannot write; ``folder`` is as it was.
+        """
+        with checkpoint.appearing(folder, self.args) as staging:
+            self.save_model(str(staging), _internal_call=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write what Trainer writes; older checkpoints are removed when the new one is there."""
+        self.store_flos()
+        root, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
+        folder = checkpoint.path_of(root, step)
+        with checkpoint.appearing(folder, self.args) as staging:
+            self._name_best(root)
+            self.save_model(str(staging), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_rng_state(str(staging))
+            self._save_trainer_state(staging)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        with all_ranks_or_none():
+            if self.args.should_save:
+                best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+                checkpoint.rotate(root, step, limit, best)
+
+    def _name_best(self, root: Path) -> None:
+        """Note where the best checkpoint is, or will be in a moment."""
+        step = self.state.best_global_step
+        if not step:
+            return
+        best = checkpoint.path_of(root, step)
+        if step == self.state.global_step or all(everywhere(best.is_dir())):
+            self.state.best_model_checkpoint = str(best)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with all_ranks_or_none():
+            if self.args.should_save:
+                progress = Progress(
+                    self._tr_loss.item(), self._globalstep_last_logged, asdict(self.costs.costs)
+                )
+                own = (self.addax, self.lr_scheduler, self._run, progress)
+                checkpoint.save_state(Path(output_dir), *own)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Gather the states of all ranks, of which some may not see the folder."""
+        distributed = self.args.world_size > 1
+        by_rank = everywhere(_generator_states(distributed))
+        with all_ranks_or_none(), atomic.writing(Path(output_dir)):
+            if self.args.should_save:
+                for rank, states in enumerate(by_rank):
+                    name = f"rng_state_{rank}.pth" if distributed else "rng_state.pth"
+                    (Path(output_dir) / name).write_bytes(states)
+
+    def _save_trainer_state(self, folder: Path) -> None:
+        """Write what Trainer knows, callbacks included."""
+        with all_ranks_or_none(), atomic.writing(folder):
+            if not self.args.should_save:
+                return
+            for callback in (*self.callback_handler.callbacks, self.control):
+                if isinstance(callback, ExportableState):
+                    kept: Any = self.state.stateful_callbacks
+                    name, state = type(callback).__name__, callback.state()
+                    if isinstance(kept[name], list):
+                        kept[name].append(state)
+                    else:
+                        kept[name] = state
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    # ---- resuming ------------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, from the start or from a checkpoint; see `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a path, or True for the newest intact one in ``output_dir``.
+            *args: passed on.
+            **kwargs: passed on.
+
+        Raises:
+            UserError: if the checkpoint is damaged or of another run; see `resume.find`.
+        """
+        folder = resume.find(resume_from_checkpoint, self.args, self._run)
+        return super().train(folder, *args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing yet: `_prepare_for_training` fills the shards, once there are any."""
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        limit_waiting(self.args.ddp_timeout)  # now that DeepSpeed has made its groups
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            with all_ranks_or_none():
+                own = (self.addax, self.lr_scheduler, self._run)
+                self._progress = checkpoint.load_state(folder, *own)
+            self._load_weights(folder)
+            self.addax.sharding.resume_at(self.state.global_step)
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks whether the last step is done only after it has taken one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def resume_logging(self) -> None:
+        """Go on with what is logged as a sum over steps, once Trainer has begun anew."""
+        if self._progress is not None:
+            self._tr_loss += self._progress.loss_sum
+            self._globalstep_last_logged = self._progress.last_logged_step
+            self.costs.costs = Costs(**self._progress.costs)
+            self._progress = None
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        folder = Path(self.state.best_model_checkpoint)
+        resume.require_intact(folder, self.args)
+        self._load_weights(folder)
+
+    def _load_weights(self, folder: Path) -> None:
+        """Fill the shards; every rank has to call it."""
+        shown = self.is_world_process_zero() and not self.args.disable_tqdm
+        assert self.model is not None
+        checkpoint.load_weights(self.model, folder, progress=shown)
+        self._free_gathered()
+
+    def _free_gathered(self) -> None:
+        """Free what is gathered from weights that are no more."""
+        self.addax.sharding.finish_step()
+
+    @property
+    def _run(self) -> Run:
+        """What checkpoints note, and have to agree with."""
+        assert self.model is not None
+        sharding = "zero3"
+        if not self.is_deepspeed_enabled:
+            sharding = back_end_of(self.model).name
+        run = Run.of(self.args, self.settings, sharding)
+        if self.partition is None:
+            return run
+        return run.with_data(self._data_digest, self.partition.threshold)
+
+    @cached_property
+    def _data_digest(self) -> str:
+        examples: Any = self.train_dataset
+        return data_digest(examples)
+
+
+def _generator_states(distributed: bool) -> bytes:
+    """Return the file that `Trainer._load_rng_state` reads."""
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        get = torch.cuda.get_rng_state_all if distributed else torch.cuda.get_rng_state
+        states["cuda"] = get()
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    return buffer.getvalue()

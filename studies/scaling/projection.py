@@ -1,0 +1,115 @@
+"""A model of a step on more GPUs than were measured: arithmetic, and no measurement.
+
+Compute is taken from a measured point. A rank's forward and backward do not depend on the number of
+ranks, as each has as many rows; perturbing and updating are done where the shard lives, so a rank's
+part of them shrinks with their number N:
+
+    compute(N) = forward + backward + other + (perturb + update) n / N      measured on n ranks
+
+Communication is that of rings over all ranks (`studies.scaling.traffic`). Ranks are numbered node
+by node, so a ring crosses from one node to the next once, with the bandwidth of the node, and else
+stays inside. Each link carries the same, and the slowest one sets the pace:
+
+    seconds = calls rounds (N - 1) latency + rounds (N - 1) / N payload / bandwidth
+
+Nothing is said about how much of it runs beside compute. Two bounds are given: none of it,
+``compute + communication``, and as much as can be, ``max(compute, communication)``. Stragglers,
+congestion, other algorithms than rings, kernels that gain from larger batches, and memory are left
+out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from studies.scaling.traffic import Collectives, ring_bytes
+
+LABEL = "model, not measured"
+"""Stands in every output beside what this module computes."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is assumed of the machines.
+
+    Attributes:
+        gpus_per_node: GPUs of a node.
+        intra_node: bytes a second that a GPU sends to another one of its node.
+        inter_node: bytes a second that a node sends to another one, all its adapters together.
+        latency_s: of one hop of a ring.
+    """
+
+    gpus_per_node: int
+    intra_node: float
+    inter_node: float
+    latency_s: float
+
+    def bandwidth(self, ranks: int) -> float:
+        """Return the bytes a second of the slowest link of a ring."""
+        within = ranks <= self.gpus_per_node
+        return self.intra_node if within else min(self.intra_node, self.inter_node)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step of a rank consists of.
+
+    Attributes:
+        fixed_s: seconds of compute that do not depend on the number of ranks.
+        sharded_s: seconds of compute of all ranks together, that they share out.
+        tokens: that each rank contributes to a step.
+        collectives: of a step; the number of ranks in them is that of the measured point.
+    """
+
+    fixed_s: float
+    sharded_s: float
+    tokens: float
+    collectives: tuple[Collectives, ...]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A step on a number of ranks, as the model has it.
+
+    Attributes:
+        ranks: number of ranks.
+        compute_s: seconds of compute of a rank.
+        communication_s: seconds of all collectives of a step.
+        tokens: of a step, all ranks together.
+    """
+
+    ranks: int
+    compute_s: float
+    communication_s: float
+    tokens: float
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds of a step of which nothing overlaps."""
+        return self.compute_s + self.communication_s
+
+    @property
+    def fastest_s(self) -> float:
+        """Seconds of a step in which compute and communication overlap as far as they can."""
+        return max(self.compute_s, self.communication_s)
+
+
+def communication_seconds(
+    collectives: Sequence[Collectives], ranks: int, network: Network
+) -> float:
+    """Return the seconds of collectives if they were rings over ``ranks`` ranks."""
+    bandwidth = network.bandwidth(ranks)
+    return sum(
+        c.calls * c.rounds * (ranks - 1) * network.latency_s
+        + ring_bytes(c.rounds, c.payload, ranks) / bandwidth
+        for c in collectives
+    )
+
+
+def project(work: Work, ranks: int, network: Network) -> Projection:
+    """Project a step to a number of ranks."""
+    return Projection(
+        ranks=ranks,
+        compute_s=work.fixed_s + work.sharded_s / ranks,
+        communication_s=communication_seconds(work.collectives, ranks, network),
+        tokens=work.tokens * ranks,
+    )

@@ -1,0 +1,103 @@
+"""docs/reproduce.md: each of its commands is one that the programs take, and says what is meant."""
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from addax_ds.config.arguments import parse_arguments
+from addax_ds.planner import cli
+from addax_ds.planner.shapes import OPT_FAMILY
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "reproduce.md").read_text()
+TRAINING = ["deepspeed", "--num_gpus", "launch/train.py"]
+PLANNING = ["python", "launch/plan.py"]
+
+BLOCKS = [
+    [shlex.split(line) for line in block.replace("\\\n", " ").strip().splitlines()]
+    for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+]
+TRAININGS = [block[0] for block in BLOCKS if block[0][0] == "deepspeed"]
+PLANS = [block[-1] for block in BLOCKS]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where the document's commands are called."""
+    monkeypatch.chdir(ROOT)
+
+
+def planned(command: list[str]) -> argparse.Namespace:
+    assert command[:2] == PLANNING
+    arguments = cli._parser().parse_args(command[2:])
+    cli.request_of(arguments)
+    return arguments
+
+
+def test_the_document_has_the_commands_that_it_announces() -> None:
+    assert all(len(block) <= 2 for block in BLOCKS)
+    assert len(re.findall(r"^Planned: [\d.]+ GB", TEXT, re.MULTILINE)) == len(PLANS)
+    methods = [
+        (c[c.index("--model_name_or_path") + 1], c[c.index("--method") + 1]) for c in TRAININGS
+    ]
+    large = [f"facebook/opt-{size}" for size in ("13b", "30b", "66b")]
+    assert {(model, method) for model in large for method in ("addax", "mezo")} <= set(methods)
+    assert {method for _, method in methods} == {"addax", "mezo", "ip-sgd", "adamw"}
+
+
+@pytest.mark.parametrize("command", PLANS, ids=" ".join)
+def test_the_planner_takes_its_commands(command: list[str]) -> None:
+    arguments = planned(command)
+    assert arguments.model.removeprefix("facebook/") in OPT_FAMILY
+
+
+def test_a_figure_is_what_the_planner_prints() -> None:
+    """Of the command that takes it least time."""
+    figures = re.findall(r"^Planned: ([\d.]+) GB", TEXT, re.MULTILINE)
+    command, figure = next(
+        (command, figure)
+        for command, figure in zip(PLANS, figures, strict=True)
+        if "facebook/opt-13b" in command and "mezo" in command
+    )
+    (result,) = json.loads(cli.plan([*command[2:], "--json"]))["methods"]
+    assert result["fits"]
+    assert f"{result['total'] / 1e9:.2f}" == figure
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if len(b) == 2], ids=lambda b: b[0][-1])
+def test_a_training_is_what_the_planner_was_asked_about(
+    block: list[list[str]], launched: None
+) -> None:
+    training, planning = block
+    assert [training[0], training[1], training[3]] == TRAINING
+    plan = planned(planning)
+    model, data, addax, args = parse_arguments(training[4:])
+    assert model.model_name_or_path == plan.model
+    assert int(training[2]) == plan.gpus
+    assert [addax.method] == plan.methods
+    assert args.per_device_train_batch_size == plan.per_device_train_batch_size
+    assert addax.per_device_zo_batch_size == plan.per_device_zo_batch_size
+    assert args.deepspeed == (plan.deepspeed or "ds_configs/zero3.json")
+    assert args.gradient_checkpointing == plan.activation_checkpointing
+    assert args.bf16
+    assert plan.dtype == "bf16"
+    assert args.lr_scheduler_type == "constant"
+    assert data.task in ("rte", "multirc")
+
+
+@pytest.mark.parametrize("command", TRAININGS, ids=lambda command: command[-1])
+def test_batches_and_evaluations_are_the_published_ones(command: list[str], launched: None) -> None:
+    gpus = int(command[2])
+    _, _, addax, args = parse_arguments(command[4:])
+    first, zeroth = args.per_device_train_batch_size * gpus, addax.per_device_zo_batch_size
+    if addax.method == "mezo":
+        assert (first, args.max_steps, args.eval_steps, args.save_steps) == (16, 20000, 4000, 4000)
+    elif addax.method == "addax":
+        assert args.max_steps == 1000
+        assert zeroth is not None
+        # 6 does not divide over four ranks.
+        assert (first, zeroth * gpus) == (4, 6 if 6 % gpus == 0 else 8)

@@ -1,0 +1,442 @@
+"""The command line, its defaults, and how it is settled against the DeepSpeed JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DummyOptim
+from deepspeed.accelerator import get_accelerator
+from transformers import TrainingArguments
+
+from addax_ds import UserError
+from addax_ds.config.arguments import (
+    DEMO_GLOBAL_BATCH_SIZE,
+    DEMO_PRESET,
+    AddaxArguments,
+    parse_arguments,
+    resolve,
+)
+from addax_ds.config.configure import configure
+from addax_ds.config.support import Status
+from addax_ds.config.training_arguments import (
+    DEFAULTS,
+    RULES,
+    check_training_arguments,
+    check_values,
+)
+from docs import render_arguments
+
+ROOT = Path(__file__).parents[2]
+ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def training_args(tmp_path: Path, **kwargs: Any) -> TrainingArguments:
+    defaults = {"output_dir": str(tmp_path), "max_grad_norm": 0.0, "use_cpu": True, "seed": 0}
+    return TrainingArguments(**(defaults | kwargs))
+
+
+def write_json(tmp_path: Path, **params: Any) -> str:
+    """The ready ZeRO-3 config with these optimizer settings instead of "auto"."""
+    config = json.loads(Path(ZERO3).read_text())
+    config["optimizer"]["params"] |= params
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+# ---- TrainingArguments ---------------------------------------------------------------------------
+
+
+def test_every_field_of_training_arguments_is_in_the_table() -> None:
+    assert set(RULES) == {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_defaults_pass(tmp_path: Path) -> None:
+    check_training_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+REFUSED: dict[str, Any] = {
+    "optim": "sgd",
+    "adam_beta1": 0.0,
+    "label_smoothing_factor": 0.1,
+    "train_sampling_strategy": "group_by_length",
+    "auto_find_batch_size": True,
+    "neftune_noise_alpha": 5.0,
+    "torch_compile": True,
+    "use_liger_kernel": True,
+    "fsdp": "full_shard",
+    "average_tokens_across_devices": False,
+    "bf16_full_eval": True,
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "enable_jit_checkpoint": True,
+    "accelerator_config": {"split_batches": True},
+    "include_num_input_tokens_seen": "all",
+    "ignore_data_skip": True,
+    "torch_empty_cache_steps": 5,
+    "dataloader_in_order": False,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_value_is_named_with_a_reason(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_values({name: REFUSED[name]})
+    assert f"--{name} {REFUSED[name]}: {RULES[name].note}" in str(caught.value)
+
+
+def test_restrictions_are_about_known_defaults() -> None:
+    """Every restricted field lets Transformers' default through."""
+    for name, rule in RULES.items():
+        assert rule.accepts(DEFAULTS[name], DEFAULTS[name]), name
+        if rule.status is not Status.WORKS:
+            assert rule.note.endswith("."), name
+
+
+def test_all_violations_are_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(["--fp16_full_eval", "--adam_beta1", "0.5", "--use_cpu"])
+    assert "--fp16_full_eval" in str(caught.value)
+    assert "--adam_beta1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("gradient_accumulation_steps", "0"),
+        ("gradient_accumulation_steps", "-2"),
+        ("max_grad_norm", "-1"),
+        ("max_grad_norm", "nan"),
+        ("max_grad_norm", "inf"),
+        ("desync_check_steps", "-1"),
+    ],
+)
+def test_values_out_of_range_are_named(flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"--{flag} "):
+        parse_arguments([f"--{flag}", value])
+
+
+# ---- configure -----------------------------------------------------------------------------------
+
+
+def test_configure_fills_the_json_and_is_idempotent(tmp_path: Path) -> None:
+    args = training_args(
+        tmp_path, deepspeed=ZERO3, learning_rate=3e-4, weight_decay=0.1, seed=9, bf16=True
+    )
+    addax = AddaxArguments(alpha=0.25, rounding="nearest")
+    settings = configure(args, addax)
+    config = args.hf_deepspeed_config.config
+    assert config["optimizer"] == {
+        "type": "Addax",
+        "params": {
+            "lr": 3e-4,
+            "weight_decay": 0.1,
+            "alpha": 0.25,
+            "zo_eps": 1e-3,
+            "seed": 9,
+            "rounding": "nearest",
+        },
+    }
+    assert config["gradient_clipping"] == 0
+    assert config["gradient_accumulation_steps"] == 1
+    before = json.dumps(config, sort_keys=True)
+    assert configure(args, addax) == settings
+    assert json.dumps(config, sort_keys=True) == before
+
+
+def test_micro_batches_are_kept_from_the_engine(tmp_path: Path) -> None:
+    args = training_args(
+        tmp_path, deepspeed=ZERO3, gradient_accumulation_steps=4, max_grad_norm=0.5
+    )
+    settings = configure(args, AddaxArguments())
+    assert (settings.gradient_accumulation_steps, settings.max_grad_norm) == (4, 0.5)
+    config = args.hf_deepspeed_config.config
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["train_batch_size"] == args.per_device_train_batch_size
+    assert config["gradient_clipping"] == 0.5
+    assert configure(args, AddaxArguments()) == settings
+
+
+def test_fp16_where_deepspeed_cannot_train_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = training_args(tmp_path, deepspeed=ZERO3, fp16=True)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(UserError, match="does not train fp16 weights on this device: use --bf16"):
+        configure(args, AddaxArguments())
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    configure(args, AddaxArguments())
+    assert args.hf_deepspeed_config.config["fp16"]["enabled"] is True
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_json_without_the_block_would_train_fp32(tmp_path: Path, dtype: str) -> None:
+    config = json.loads(Path(ZERO3).read_text())
+    del config[dtype]
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    args = training_args(tmp_path, deepspeed=str(path), **{dtype: True})
+    with pytest.raises(UserError, match=rf'--{dtype} is True, .* "{dtype}": .*"auto"'):
+        configure(args, AddaxArguments())
+
+
+def test_accumulation_and_clipping_may_stand_in_the_json_alone(
+    tmp_path: Path, launched: None
+) -> None:
+    config = json.loads(Path(ZERO3).read_text())
+    config |= {"gradient_accumulation_steps": 3, "gradient_clipping": 0.25}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    *_, args = parse_arguments(["--deepspeed", str(path)])
+    assert (args.gradient_accumulation_steps, args.max_grad_norm) == (3, 0.25)
+    with pytest.raises(UserError, match=r"--max_grad_norm is 1\.0, but gradient_clipping .* 0\.25"):
+        parse_arguments(["--deepspeed", str(path), "--max_grad_norm", "1"])
+
+
+def test_configured_values_reach_deepspeed(
+    tmp_path: Path, launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate must hand the very block that `configure` wrote to `deepspeed.initialize`."""
+    source = {"zero_optimization": {"stage": 3}}
+    args = training_args(tmp_path, deepspeed=source, learning_rate=3e-4)
+    configure(args, AddaxArguments(method="mezo", zo_eps=2e-3))
+    seen: dict[str, Any] = {}
+
+    def initialize(**kwargs: Any) -> Any:
+        seen.update(kwargs["config_params"])
+        raise InterruptedError
+
+    monkeypatch.setattr("deepspeed.initialize", initialize)
+    model = torch.nn.Linear(2, 2)
+    # The Accelerator sets this one; here it ends with the test.
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    accelerator = Accelerator(deepspeed_plugin=args.deepspeed_plugin)
+    with pytest.raises(InterruptedError):
+        accelerator.prepare(model, DummyOptim(model.parameters()))
+    assert seen["train_micro_batch_size_per_gpu"] == args.per_device_train_batch_size
+    assert seen["optimizer"]["type"] == "Addax"
+    expected = {"lr": 3e-4, "alpha": 1.0, "zo_eps": 2e-3, "seed": 0}
+    assert expected.items() <= seen["optimizer"]["params"].items()
+
+
+def test_configure_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = training_args(tmp_path)
+    assert configure(args, AddaxArguments()).alpha == 1e-3
+    args._n_gpu = 4
+    with pytest.raises(UserError, match="One process sees 4 GPUs: start one a GPU"):
+        configure(args, AddaxArguments())
+
+
+def test_configure_refuses_what_trainer_would_find_after_loading(tmp_path: Path) -> None:
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
+    with pytest.raises(UserError, match=r"train_micro_batch_size_per_gpu=4.*batch_size=8"):
+        configure(training_args(tmp_path, deepspeed=config), AddaxArguments())
+    config = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(UserError, match=r"zero_optimization\.stage = 2"):
+        configure(training_args(tmp_path, deepspeed=config), AddaxArguments())
+    config = {"optimizer": {"type": "AdamW", "params": {}}, "zero_optimization": {"stage": 3}}
+    with pytest.raises(UserError, match=r"optimizer\.type"):
+        configure(training_args(tmp_path, deepspeed=config), AddaxArguments())
+
+
+# ---- parse_arguments -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    return str(path)
+
+
+def test_demo_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, addax, training = parse_arguments([])
+    assert model.model_name_or_path is None
+    assert data.train_file is None
+    for name, value in DEMO_PRESET.items():
+        assert getattr(training, name) == value, name
+    assert training.per_device_train_batch_size == DEMO_GLOBAL_BATCH_SIZE
+    assert addax == AddaxArguments()
+    assert training.output_dir == "output"
+    assert training.use_cpu == (not torch.accelerator.is_available())
+    # The user's flags win, and the preset never contradicts a method.
+    *_, addax, training = parse_arguments(["--max_steps=3", "--seed", "7", "--method", "mezo"])
+    assert (training.max_steps, training.seed) == (3, 7)
+    assert resolve(addax, training, {}).alpha == 1
+
+
+def test_demo_batch_is_global(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="does not divide over 3 ranks"):
+        parse_arguments(["--deepspeed", ZERO3])
+
+
+def test_demo_batch_is_divided(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, training = parse_arguments(["--deepspeed", ZERO3, "--local_rank=0"])
+    assert training.per_device_train_batch_size == DEMO_GLOBAL_BATCH_SIZE
+    monkeypatch.setattr("addax_ds.config.arguments._ranks", lambda: 2)
+    *_, training = parse_arguments(["--deepspeed", ZERO3])
+    assert training.per_device_train_batch_size == DEMO_GLOBAL_BATCH_SIZE // 2
+
+
+@pytest.mark.parametrize("own", ["data", "model"])
+def test_preset_is_for_the_demo_only(own: str, rows: str) -> None:
+    flags = ["--train_file", rows] if own == "data" else ["--model_name_or_path", "x"]
+    *_, training = parse_arguments(flags)
+    assert training.max_steps == -1
+    assert training.learning_rate == DEFAULTS["learning_rate"]
+    assert training.output_dir == "output"
+    assert training.max_grad_norm == 0
+
+
+def test_argument_files(tmp_path: Path, rows: str) -> None:
+    values = {
+        "train_file": rows,
+        "learning_rate": "1e-4",
+        "report_to": ["tensorboard", "wandb"],
+        "bf16": True,
+        "append_eos": False,
+        "length_threshold": 30,
+        "max_steps": -1,
+        "lr_scheduler_kwargs": {"a": 1},
+        "run_name": None,
+    }
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(values, indent="\t"))
+    _, data, addax, training = parse_arguments([str(path)])
+    assert data.train_file == rows
+    assert data.append_eos is False
+    assert training.learning_rate == 1e-4
+    assert training.bf16 is True
+    assert training.lr_scheduler_kwargs == {"a": 1}
+    assert training.report_to == ["tensorboard", "wandb"]
+    assert resolve(addax, training, {}).length_threshold == 30
+    # YAML reads 1e-4 as a string; flags win over the file, wherever it stands.
+    path = tmp_path / "args.yaml"
+    path.write_text(f"train_file: {rows}\nlearning_rate: 1e-4\nalpha: 0.5\nlogging_steps: 3\n")
+    *_, addax, training = parse_arguments(["--local_rank=0", str(path), "--alpha", "0.25"])
+    assert (training.learning_rate, training.logging_steps) == (1e-4, 3)
+    assert addax.alpha == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1\n", "learning_rat: no such argument. Did you mean 'learning_rate'"),
+        ("- 1\n", "must map"),
+        ("a: [\n", "Cannot read"),
+        ("max_steps: many\n", "max_steps"),
+    ],
+)
+def test_bad_argument_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_arguments([str(path)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--zo_ep", "1"], "Unknown flag --zo_ep. Did you mean 'zo_eps'"),
+        (["--alpha", "x"], "--alpha"),
+        (["--method", "adam"], "--method"),
+        (["absent.yaml"], "no argument file absent.yaml"),
+        (["words"], "Not a flag"),
+        (["a.yaml", "b.yaml"], "Not a flag"),
+        (["--deepspeed", "absent.json"], "no DeepSpeed config absent.json"),
+        (["--deepspeed", ZERO3], "needs a launcher"),
+        (["--train_file", "absent.jsonl"], "--train_file absent.jsonl"),
+        (["--test_file", __file__], "--test_file needs --train_file"),
+        (["--train_file", __file__, "--eval_strategy", "epoch"], "needs --validation_file"),
+        (["--model_revision", "main"], "--model_revision has no effect"),
+        (["--cpu_threads", "0"], "--cpu_threads"),
+        (["--max_length", "1"], "--max_length"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size"),
+        (["--seed", "-1"], "--seed"),
+        (["--eval_strategy", "sometimes"], "sometimes"),
+        (["--alpha", "2"], "--alpha"),
+        (
+            [
+                "--method=mezo",
+                "--per_device_zo_batch_size=2",
+                "--per_device_train_batch_size=4",
+            ],
+            "--per_device_train_batch_size has no effect",
+        ),
+    ],
+)
+def test_bad_flags_are_user_errors(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(flags)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (["--sharding", "zero3"], {}, r"--sharding zero3 needs --deepspeed ds_configs/zero3\.json"),
+        (["--sharding", "fsdp2"], {}, "--sharding fsdp2 needs a launcher"),
+        (
+            ["--sharding", "fsdp2"],
+            {"LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"},
+            r"sets ACCELERATE_USE_FSDP, .* use launch/accelerate\.yaml",
+        ),
+        (
+            [],
+            {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
+            r"sets ACCELERATE_USE_DEEPSPEED, .* use launch/accelerate\.yaml",
+        ),
+        (
+            ["--sharding", "none", "--deepspeed", "ds_configs/zero3.json"],
+            {"LOCAL_RANK": "0"},
+            "--sharding none contradicts --deepspeed",
+        ),
+    ],
+)
+def test_back_ends_that_do_not_fit_the_launcher(
+    flags: list[str], environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        parse_arguments(flags)
+    assert not torch.distributed.is_initialized()
+
+
+def test_json_wins_over_defaults_but_not_over_flags(launched: None, tmp_path: Path) -> None:
+    path = write_json(tmp_path, lr=5e-4, seed=11, weight_decay=0.2, alpha=0.5)
+    *_, addax, training = parse_arguments(["--deepspeed", path])
+    assert (training.learning_rate, training.seed, training.weight_decay) == (5e-4, 11, 0.2)
+    assert configure(training, addax).alpha == 0.5
+    for flags, key in (
+        (["--learning_rate", "1e-3"], "optimizer.params.lr"),
+        (["--seed", "3"], "optimizer.params.seed"),
+        (["--weight_decay", "0"], "optimizer.params.weight_decay"),
+        (["--alpha", "0.25"], "optimizer.params.alpha"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse_arguments(["--deepspeed", path, *flags])
+        assert flags[0] in str(caught.value)
+        assert key in str(caught.value)
+        assert path in str(caught.value)
+
+
+# ---- the document --------------------------------------------------------------------------------
+
+
+def test_document_is_current() -> None:
+    committed = (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8")
+    assert committed == render_arguments.render(), (
+        "run: python -m docs.render_arguments docs/arguments.md"
+    )

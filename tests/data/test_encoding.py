@@ -1,0 +1,308 @@
+"""Which tokens carry loss, over tokenizers that treat spaces and specials differently."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
+from addax_ds.data.encoding import NO_LOSS, encode
+from addax_ds.data.records import Record, chat, plain_text, prompt_completion
+from addax_ds.utils.errors import UserError
+
+CORPUS = ["a great film It was great", "def f():\n    return 1\n        x", "it was terrible"] * 5
+SPECIAL = ["<unk>", "<s>", "</s>"]
+EOS = 2
+CHATML = (
+    "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def _wrap(backend, **kwargs):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs
+    )
+
+
+def _bos(template):
+    return processors.TemplateProcessing(
+        single=template, special_tokens=[(token, index) for index, token in enumerate(SPECIAL)]
+    )
+
+
+def byte_level(trim_offsets, template=None):
+    """Like GPT-2 and Llama 3 (spaces in the offsets) or RoBERTa (spaces trimmed)."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet),
+    )
+    backend.decoder = decoders.ByteLevel()
+    post = [processors.ByteLevel(trim_offsets=trim_offsets)]
+    backend.post_processor = processors.Sequence(post + ([_bos(template)] if template else []))
+    return _wrap(backend)
+
+
+def metaspace():
+    """Like Llama 2 and Gemma: spaces become part of the next piece, one more in front."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=80, special_tokens=SPECIAL))
+    backend.post_processor = _bos("<s> $A")
+    return _wrap(backend)
+
+
+def word_level(template=None):
+    """Words only: spaces belong to no token."""
+    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=SPECIAL))
+    if template:
+        backend.post_processor = _bos(template)
+    return _wrap(backend)
+
+
+TOKENIZERS = {
+    "byte_level": byte_level(trim_offsets=False),
+    "byte_level_trimmed": byte_level(trim_offsets=True),
+    "byte_level_bos": byte_level(trim_offsets=True, template="<s> $A"),
+    "metaspace": metaspace(),
+    "word_level": word_level(),
+    "word_level_bos": word_level("<s> $A"),
+    "word_level_two": word_level("<unk> <s> $A"),
+}
+
+
+def encode_one(record, tokenizer, max_length=None, model_positions=None):
+    (example,) = encode([record], tokenizer, max_length=max_length, model_positions=model_positions)
+    return example
+
+
+def learnt_tokens(example, tokenizer):
+    return tokenizer.convert_ids_to_tokens(example.input_ids[example.labels != NO_LOSS].tolist())
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("a film It was", " great"), ("a film It was ", "great")]
+)
+def test_completion_after_a_space(name, prompt, completion):
+    """The word "great" is learnt and nothing else, whichever side of the border has the space."""
+    tokenizer = TOKENIZERS[name]
+    example = encode_one(prompt_completion(prompt, completion, "here", False), tokenizer)
+    whole = tokenizer("a film It was great")["input_ids"]
+    before = tokenizer("a film It was")["input_ids"]
+    assert example.input_ids.tolist() == whole  # tokenised as one text, not as two halves
+    assert example.labels.tolist() == [NO_LOSS] * len(before) + whole[len(before) :]
+    assert example.target_count == len(whole) - len(before) > 0
+    assert example.length == len(whole)
+
+
+def test_a_token_that_straddles_the_border_is_learnt():
+    tokenizer = TOKENIZERS["byte_level"]
+    example = encode_one(prompt_completion("a film It was gr", "eat", "here", False), tokenizer)
+    assert learnt_tokens(example, tokenizer) == ["Ġgreat"]
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_level_trimmed", "byte_level_bos"])
+def test_whitespace_inside_the_completion_is_learnt(name):
+    """Indentation is what code is made of; trimmed offsets report it as covering nothing."""
+    tokenizer = TOKENIZERS[name]
+    prompt, completion = "def f():", "\n            return 1\n        x  "
+    example = encode_one(prompt_completion(prompt, completion, "here", False), tokenizer)
+    learnt = example.input_ids[example.labels != NO_LOSS].tolist()
+    assert tokenizer.decode(learnt) == completion
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.text("ab \n\u00e9\U0001f600", max_size=5), st.booleans()), max_size=8))
+def test_learnt_tokens_are_those_whose_bytes_touch_a_span(parts):
+    """Against the bytes that each token stands for, which the offsets have no say in."""
+    text, targets, wanted = "start", [], [False] * len(b"start")
+    for part, is_target in [*parts, ("end", True)]:
+        if is_target and part:
+            targets.append((len(text), len(text) + len(part)))
+        text += part
+        wanted += [is_target] * len(part.encode())
+    tokenizer = TOKENIZERS["byte_level"]
+    example = encode_one(Record(text, tuple(targets), "here", append_eos=False), tokenizer)
+    position = 0
+    for token, label in zip(
+        tokenizer.convert_ids_to_tokens(example.input_ids.tolist()), example.labels, strict=True
+    ):
+        end = position + len(token)  # byte-level: a character of the token is a byte of the text
+        assert (label != NO_LOSS) == any(wanted[position:end])
+        position = end
+    assert position == len(wanted)
+
+
+def test_text_is_learnt_but_for_what_the_tokenizer_added():
+    tokenizer = TOKENIZERS["word_level_bos"]
+    example = encode_one(plain_text("a great film", "here", append_eos=True), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(example.input_ids.tolist()) == (
+        ["<s>", "a", "great", "film", "</s>"]
+    )
+    assert learnt_tokens(example, tokenizer) == ["a", "great", "film", "</s>"]
+    assert example.target_count == 4
+
+
+def test_the_first_token_is_not_counted_as_predicted():
+    example = encode_one(plain_text("a great film", "here", False), TOKENIZERS["word_level"])
+    assert example.length == 3
+    assert example.target_count == 2
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_eos_comes_once_and_is_learnt(template):
+    """Whether we append it, the tokenizer does, or the text ends in it."""
+    tokenizer = word_level(template)
+    record = prompt_completion("a film It was", " great", "here", append_eos=True)
+    example = encode_one(record, tokenizer)
+    assert example.input_ids[-3:].tolist()[1:] == [*tokenizer.convert_tokens_to_ids(["great"]), EOS]
+    assert learnt_tokens(example, tokenizer) == ["great", "</s>"]
+    literal = prompt_completion("a film It was", " great</s>", "here", append_eos=True)
+    if template == "<s> $A":
+        np.testing.assert_array_equal(encode_one(literal, tokenizer).labels, example.labels)
+
+
+def test_eos_is_not_learnt_when_the_text_goes_on_after_the_last_target():
+    tokenizer = TOKENIZERS["word_level"]
+    example = encode_one(Record("a great film", ((2, 7),), "here"), tokenizer)
+    assert example.input_ids[-1] == EOS
+    assert learnt_tokens(example, tokenizer) == ["great"]
+
+
+def test_chat_gets_no_second_bos_and_no_second_eos():
+    tokenizer = word_level("<s> $A")
+    tokenizer.chat_template = CHATML
+    messages = [
+        {"role": "user", "content": "a film"},
+        {"role": "assistant", "content": "It was great"},
+        {"role": "user", "content": "it was"},
+        {"role": "assistant", "content": "terrible"},
+    ]
+    example = encode_one(chat(messages, tokenizer, "here"), tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    assert tokens.count("<s>") == 1
+    assert tokens.count("</s>") == 4
+    assert learnt_tokens(example, tokenizer) == ["It", "was", "great", "</s>", "terrible", "</s>"]
+
+
+def test_many_records_keep_their_order():
+    """More than a tokenizer call takes, with both kinds of special-token handling mixed."""
+    tokenizer = TOKENIZERS["word_level_bos"]
+    words = ["a", "great", "film", "It", "was"]
+    records = [
+        Record(
+            f"{words[i % 5]} it",
+            ((0, len(words[i % 5]) + 3),),
+            f"row:{i}",
+            add_special_tokens=i < 1500 or i % 2 == 0,
+            append_eos=True,
+        )
+        for i in range(2500)
+    ]
+    examples = encode(records, tokenizer, max_length=None, model_positions=8)
+    for i, (record, example) in enumerate(zip(records, examples, strict=True)):
+        bos = ["<s>"] if record.add_special_tokens else []
+        expected = [*bos, words[i % 5], "it", "</s>"]
+        assert tokenizer.convert_ids_to_tokens(example.input_ids.tolist()) == expected
+        assert example.origin == f"row:{i}"
+    assert examples[0].input_ids.dtype == examples[0].labels.dtype == np.int32
+
+
+PROMPT = "it was a film a great film It was"
+
+
+@pytest.mark.parametrize(
+    ("name", "max_length", "expected"),
+    [
+        ("word_level_bos", 11, f"<s> {PROMPT} terrible"),
+        ("word_level_bos", 6, "<s> great film It was terrible"),
+        ("word_level_bos", 2, "<s> terrible"),
+        ("word_level_two", 3, "<unk> <s> terrible"),
+        ("word_level", 6, "a great film It was terrible"),
+        ("word_level", 2, "was terrible"),  # one token stays to predict the target from
+    ],
+)
+def test_truncation_takes_the_prompt_from_the_left(name, max_length, expected):
+    tokenizer = TOKENIZERS[name]
+    record = prompt_completion(PROMPT, " terrible", "here", append_eos=False)
+    example = encode_one(record, tokenizer, max_length, model_positions=100)
+    assert tokenizer.convert_ids_to_tokens(example.input_ids.tolist()) == expected.split()
+    assert learnt_tokens(example, tokenizer) == ["terrible"]
+    assert example.target_count == 1
+
+
+def test_truncation_keeps_the_bos_that_a_template_wrote():
+    tokenizer = word_level()
+    tokenizer.chat_template = CHATML
+    messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "great"}]
+    example = encode_one(chat(messages, tokenizer, "here"), tokenizer, max_length=5)
+    tokens = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    assert tokens == ["<s>", "<unk>", "<unk>", "great", "</s>"]  # "assistant", ":"
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"), [("word_level_bos", 4), ("word_level", 4), ("byte_level", 4)]
+)
+def test_targets_that_do_not_fit(name, needs):
+    tokenizer = TOKENIZERS[name]
+    record = prompt_completion(PROMPT, " great film", "train.jsonl:3", append_eos=True)
+    encode_one(record, tokenizer, max_length=needs)
+    with pytest.raises(UserError, match=rf"train\.jsonl:3: .*needs {needs} tokens.*max_length 3"):
+        encode_one(record, tokenizer, max_length=needs - 1)
+
+
+def test_longer_than_the_model():
+    record = prompt_completion(PROMPT, " great", "train.jsonl:3", append_eos=False)
+    tokenizer = TOKENIZERS["word_level"]
+    assert encode_one(record, tokenizer, model_positions=10).length == 10
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:3: 10 tokens, .* model's 9 positions.*--max_length 9"
+    ):
+        encode_one(record, tokenizer, model_positions=9)
+    with pytest.raises(UserError, match="--max_length 12 is more than the model's 10 positions"):
+        encode_one(record, tokenizer, max_length=12, model_positions=10)
+    with pytest.raises(UserError, match="--max_length 1 leaves nothing"):
+        encode_one(record, tokenizer, max_length=1)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        prompt_completion("a film", "  ", "row:1"),  # words only: spaces make no token
+        plain_text("film", "row:1", append_eos=False),  # nothing before it to predict it from
+        plain_text(" ", "row:1"),
+    ],
+)
+def test_nothing_to_learn(record):
+    with pytest.raises(UserError, match="row:1: no token carries loss"):
+        encode_one(record, TOKENIZERS["word_level"])
+
+
+def test_tokenizers_that_cannot_serve():
+    class Slow(PreTrainedTokenizer):
+        vocab_size = 1
+
+        def get_vocab(self):
+            return {"a": 0}
+
+        def _tokenize(self, text):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return 0
+
+    with pytest.raises(UserError, match=r"Slow .*fast tokenizer"):
+        encode_one(plain_text("aa", "here"), Slow())
+    without_eos = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZERS["metaspace"].backend_tokenizer
+    )
+    with pytest.raises(UserError, match=r"row:1: .*no EOS token"):
+        encode_one(plain_text("a film", "row:1"), without_eos)
+    assert encode_one(plain_text("a film", "row:1", append_eos=False), without_eos).length > 1

@@ -1,0 +1,139 @@
+"""Log-likelihoods against those of one sequence at a time, with the logits of all positions."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from addax_ds.data.batches import pad
+from addax_ds.data.encoding import Example
+from addax_ds.evaluation.likelihood import positions_of, scores_of_logits, target_scores, targets_of
+from addax_ds.evaluation.scored_set import EvaluationSet
+from addax_ds.utils.errors import UserError
+from tests.tiny import tiny_model
+
+NO_LOSS = -100
+
+
+def examples(lengths: list[int]) -> list[Example]:
+    """Random sequences of which the second half counts."""
+    generator = np.random.default_rng(0)
+    made = []
+    for length in lengths:
+        ids = generator.integers(5, 60, length, dtype=np.int32)
+        labels = np.where(np.arange(length) < length // 2, NO_LOSS, ids).astype(np.int32)
+        made.append(Example(ids, labels, "made"))
+    return made
+
+
+def reference(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[float, int]:
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0].double()
+    targets = [(t, int(label)) for t, label in enumerate(labels[1:]) if label >= 0]
+    return sum(float(logits[t].log_softmax(0)[label]) for t, label in targets), len(targets)
+
+
+class AllPositions(nn.Module):
+    """A model that cannot leave positions out, as a few in Transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        output = self._model(input_ids=input_ids, attention_mask=attention_mask)
+        return SimpleNamespace(logits=output.logits)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_target_scores(family, whole):
+    model = tiny_model(family).eval()
+    rows = examples([7, 12, 3])
+    batch = pad(rows, 0)
+    targets = targets_of(batch["labels"])
+    seen = AllPositions(model) if whole else model
+    with torch.no_grad():
+        scores = target_scores(seen, batch, targets, positions_of(targets))
+    for score, row in zip(scores, rows, strict=True):
+        ids, labels = (torch.from_numpy(x).long() for x in (row.input_ids, row.labels))
+        expected, count = reference(model, ids, labels)
+        assert score[0].item() == pytest.approx(expected, rel=1e-5)
+        assert score[1].item() == count
+
+
+def test_logits_at_target_positions_alone():
+    """The model is asked for no others: they would be most of the memory of a long prompt."""
+    model = tiny_model("opt").eval()
+    seen = []
+    model.lm_head.register_forward_hook(lambda *args: seen.append(args[2].shape[1]))
+    batch = pad(examples([30]), 0)
+    batch["labels"][:, :-1] = -100
+    targets = targets_of(batch["labels"])
+    target_scores(model, batch, targets, positions_of(targets))
+    assert seen == [1]
+
+
+def test_a_batch_without_targets_goes_through():
+    model = tiny_model("opt").eval()
+    batch = pad(examples([5]), 0)
+    targets = torch.full((1, 5), NO_LOSS)
+    scores = target_scores(model, batch, targets, positions_of(targets))
+    assert scores.tolist() == [[0.0, 0.0]]
+    scores.sum().backward()
+
+
+def test_the_softmax_is_wide():
+    logits = torch.tensor([[[0.0, 0.0], [9.0, 0.0]], [[1.0, 0.0]] * 2])
+    scores = scores_of_logits(logits.bfloat16(), torch.tensor([[1, NO_LOSS], [NO_LOSS, NO_LOSS]]))
+    assert scores.dtype == torch.float64
+    assert scores.tolist() == [[pytest.approx(math.log(0.5)), 1.0], [0.0, 0.0]]
+
+
+def test_candidates_that_differ_in_the_last_token_share_a_row():
+    prompts = examples([5, 9])
+    candidates = [
+        replace(
+            prompt,
+            input_ids=np.append(prompt.input_ids, np.int32(answer)),
+            labels=np.append(np.full(prompt.length, NO_LOSS, np.int32), np.int32(answer)),
+        )
+        for prompt in prompts
+        for answer in (7, 8, 9)
+    ]
+    dataset, model = EvaluationSet(candidates), tiny_model("opt").eval()
+    batch = dataset.collator(0)([dataset[index] for index in range(6)])
+    assert batch["input_ids"].shape == (2, 9)
+    assert batch["row"].tolist() == [0, 0, 0, 1, 1, 1]
+    with torch.no_grad():
+        scores = dataset.score(model, batch)
+    for score, row in zip(scores, candidates, strict=True):
+        ids, labels = (torch.from_numpy(x).long() for x in (row.input_ids, row.labels))
+        assert score.tolist() == pytest.approx(reference(model, ids, labels), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "works"), [("prompt", False), ("prefix", True), ("lora", True)])
+def test_adapters(kind, works):
+    """Virtual tokens in front of the prompt would move the positions, and nothing would show it."""
+    configs = {
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "lora": peft.LoraConfig(task_type="CAUSAL_LM", r=2),
+    }
+    model = peft.get_peft_model(tiny_model("llama"), configs[kind]).eval()
+    batch = pad(examples([9, 6]), 0)
+    targets = targets_of(batch["labels"])
+    if not works:
+        with pytest.raises(UserError, match="in front of the prompt"):
+            target_scores(model, batch, targets, positions_of(targets))
+        return
+    with torch.no_grad():
+        scores = target_scores(model, batch, targets, positions_of(targets))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        whole = scores_of_logits(model(**inputs).logits, targets)
+    assert torch.allclose(scores, whole, rtol=1e-5)

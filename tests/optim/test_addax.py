@@ -1,0 +1,288 @@
+"""Misuse of `Addax` is an error that says what to do, and its state is what it promises."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import addax_ds
+from addax_ds import Addax, UserError, attach
+from addax_ds.optim.report import MAX_NON_FINITE_STEPS, NonFiniteError
+from addax_ds.sharding import base
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x).square().mean()
+
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+def toy(**options) -> tuple[Toy, Addax]:
+    model = Toy()
+    optimizer = Addax(model.parameters(), **{"lr": 0.1, "alpha": 0.5, "seed": 4, **options})
+    attach(optimizer, model)
+    return model, optimizer
+
+
+def one_step(model: Toy, optimizer: Addax) -> float:
+    g0 = optimizer.zeroth_order(lambda: model(X))
+    model(X).backward()
+    optimizer.step()
+    return g0
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("finish", ["backward", "step"])
+def test_zeroth_order_must_come_first(finish):
+    model, optimizer = toy()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"zeroth_order\(\) was not called .* set alpha to 0"):
+        model(X).backward() if finish == "backward" else optimizer.step()
+    assert same(weights(model), before)
+
+
+def test_zeroth_order_once_a_step():
+    model, optimizer = toy()
+    optimizer.zeroth_order(lambda: model(X))
+    with pytest.raises(RuntimeError, match="first in a step and once"):
+        optimizer.zeroth_order(lambda: model(X))
+
+
+def test_zeroth_order_after_a_backward():
+    model, optimizer = toy()
+    optimizer.zeroth_order(lambda: model(X))
+    model(X).backward()
+    with pytest.raises(RuntimeError, match="first in a step and once"):
+        optimizer.zeroth_order(lambda: model(X))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_two_backwards_in_a_step(alpha):
+    model, optimizer = toy(alpha=alpha)
+    optimizer.zeroth_order(lambda: model(X))
+    model(X).backward()
+    with pytest.raises(RuntimeError, match=r"give measure\(\) one closure for each"):
+        model(X).backward()
+
+
+def test_half_precision_loss():
+    model, optimizer = toy()
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"torch\.bfloat16.*Compute the loss in fp32"):
+        optimizer.zeroth_order(lambda: model(X).bfloat16())
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("loss", [torch.ones(2), 1.0, None])
+def test_closure_has_to_return_a_scalar_tensor(loss):
+    _, optimizer = toy()
+    with pytest.raises(TypeError, match="scalar tensor"):
+        optimizer.zeroth_order(lambda: loss)
+
+
+def test_integer_loss():
+    _, optimizer = toy()
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        optimizer.zeroth_order(lambda: torch.tensor(1))
+
+
+def test_a_step_can_be_taken_after_a_refused_closure():
+    model, optimizer = toy()
+    twin, reference = toy()
+    with pytest.raises(TypeError):
+        optimizer.zeroth_order(lambda: torch.ones(2))
+    assert one_step(model, optimizer) == one_step(twin, reference)
+    assert same(weights(model), weights(twin))
+
+
+def test_step_takes_no_closure():
+    model, optimizer = toy()
+    with pytest.raises(ValueError, match="measure"):
+        optimizer.step(lambda: model(X))
+
+
+def test_not_attached():
+    model = Toy()
+    optimizer = Addax(model.parameters(), lr=0.1, alpha=0.5)
+    with pytest.raises(RuntimeError, match=r"addax_ds\.attach\(optimizer, model\)"):
+        optimizer.zeroth_order(lambda: model(X))
+    sgd = Addax(model.parameters(), lr=0.1, alpha=0.0)
+    with pytest.raises(RuntimeError, match=r"addax_ds\.attach\(optimizer, model\)"):
+        sgd.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr has to be >= 0, got -1"),
+        ({"lr": float("nan")}, "lr has to be"),
+        ({"alpha": 1.5}, r"alpha has to be in \[0, 1\], got 1.5"),
+        ({"alpha": -0.1}, "alpha has to be"),
+        ({"zo_eps": 0.0}, "zo_eps has to be > 0"),
+        ({"weight_decay": -0.1}, "weight_decay has to be"),
+        ({"seed": -1}, "seed has to be"),
+        ({"seed": 1 << 64}, "seed has to be"),
+        ({"rounding": "up"}, "rounding has to be one of stochastic, nearest, got 'up'"),
+    ],
+)
+def test_hyperparameters_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        Addax(Toy().parameters(), **{"lr": 0.1, **options})
+
+
+def test_parameters_of_another_model():
+    with pytest.raises(UserError, match=r"shape \(4, 4\) that the model does not have"):
+        attach(Addax(Toy().parameters(), lr=0.1), Toy())
+
+
+def test_two_names_with_one_id(monkeypatch):
+    monkeypatch.setattr(base, "parameter_id", lambda name: len(name))
+    with pytest.raises(
+        UserError, match=r"'layers\.0\.weight' and 'layers\.1\.weight' share the id"
+    ):
+        toy()
+
+
+def test_alpha_0_never_calls_the_closure():
+    model, optimizer = toy(alpha=0.0)
+    assert optimizer.zeroth_order(lambda: 1 / 0) == 0.0
+    before = weights(model)
+    model(X).backward()
+    optimizer.step()
+    assert optimizer.report is not None
+    assert optimizer.report.g0 is None
+    assert not same(weights(model), before)
+
+
+def test_no_gradients_are_left():
+    model, optimizer = toy()
+    one_step(model, optimizer)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_groups_have_their_own_learning_rate_and_decay():
+    model = Toy()
+    groups = [
+        {"params": model.layers.parameters(), "lr": 0.0},
+        {"params": model.head.parameters(), "weight_decay": 0.5},
+    ]
+    optimizer = Addax(groups, lr=0.1, alpha=1.0, seed=4)
+    attach(optimizer, model)
+    before, head = weights(model.layers), model.head.weight.detach().clone()
+    g0 = optimizer.zeroth_order(lambda: model(X))
+    optimizer.step()
+    assert same(weights(model.layers), before)
+    z = addax_ds.gaussian(4, 0, "head.weight", 0, 4)
+    assert torch.allclose(model.head.weight, head * (1 - 0.1 * 0.5) - 0.1 * g0 * z, atol=1e-7)
+
+
+def test_state_continues_the_run():
+    model, optimizer = toy()
+    one_step(model, optimizer)
+    state, saved = optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
+    wanted = [one_step(model, optimizer) for _ in range(2)]
+
+    other, resumed = toy(lr=0.7)
+    other.load_state_dict(saved)
+    resumed.load_state_dict(state)
+    assert resumed.param_groups[0]["lr"] == 0.1
+    assert [one_step(other, resumed) for _ in range(2)] == wanted
+    assert same(weights(other), weights(model))
+
+
+def test_state_holds_no_tensors():
+    """The weights are all there is, so a checkpoint of the optimizer has a few numbers."""
+    model, optimizer = toy()
+    one_step(model, optimizer)
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_state_of_another_seed():
+    _, optimizer = toy()
+    _, other = toy(seed=5)
+    with pytest.raises(UserError, match=r"written with seed 4, this run has seed 5.*--seed 4"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_non_finite_losses_skip_the_part_and_stop_after_ten_in_a_row(caplog):
+    model, optimizer = toy(alpha=1.0)
+    before = weights(model)
+
+    def spoilt() -> Tensor:
+        return model(X) * torch.inf
+
+    for _ in range(MAX_NON_FINITE_STEPS - 1):
+        assert optimizer.zeroth_order(spoilt) == 0.0
+        optimizer.step()
+    assert same(weights(model), before)
+    assert len(caplog.records) == MAX_NON_FINITE_STEPS - 1
+    one_good = optimizer.zeroth_order(lambda: model(X))
+    optimizer.step()
+    assert one_good != 0.0
+    for _ in range(MAX_NON_FINITE_STEPS - 1):  # counted from the start again
+        optimizer.zeroth_order(spoilt)
+        optimizer.step()
+    optimizer.zeroth_order(spoilt)
+    with pytest.raises(NonFiniteError, match=r"10th step in a row.*lower the learning rate"):
+        optimizer.step()
+
+
+def test_one_infinite_loss_of_two_is_enough():
+    model, optimizer = toy(alpha=1.0)
+    losses = iter([torch.tensor(1.0), torch.tensor(torch.inf)])
+    assert optimizer.zeroth_order(lambda: next(losses)) == 0.0
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_step_follows_one_whose_first_order_loss_raised():
+    model, optimizer = toy()
+
+    def failing():
+        model(X)
+        raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        optimizer.measure(lambda: model(X), failing)
+    before = weights(model)
+    loss = optimizer.measure(lambda: model(X), lambda: model(X))
+    loss.backward()
+    optimizer.step()
+    assert not same(weights(model), before)
+
+
+def test_a_stray_forward_is_named_once():
+    model, optimizer = toy()
+    model(X)
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad.*call again"):
+        optimizer.zeroth_order(lambda: model(X))
+    one_step(model, optimizer)
+
+
+def test_a_model_has_one_optimizer_at_a_time():
+    model, optimizer = toy()
+    with pytest.raises(UserError, match=r"another Addax optimizer .* call detach\(\)"):
+        attach(Addax(model.parameters(), lr=0.1), model)
+    one_step(model, optimizer)  # the first one goes on
+    optimizer.sharding.detach()
+    with pytest.raises(UserError, match="was detached from the model: attach it again"):
+        optimizer.zeroth_order(lambda: model(X))
+    other = Addax(model.parameters(), lr=0.1, alpha=0.5)
+    attach(other, model)
+    one_step(model, other)

@@ -1,0 +1,137 @@
+"""The planner's tape of other model families, against what a real step on a CPU allocates."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+)
+
+from addax_ds.data.encoding import NO_LOSS
+from addax_ds.evaluation.likelihood import positions_of, target_scores, targets_of
+from addax_ds.planner.shapes import shape_of
+from addax_ds.planner.tape import Tape
+from addax_ds.planner.trace import Batch, Trace, trace
+from addax_ds.utils.errors import UserError
+from benchmarks.live import peak
+
+LENGTH = 128
+HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 301}
+GROUPED = {**HEADS, "intermediate_size": 128, "num_key_value_heads": 2}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral, sliding window": MistralConfig(**GROUPED, sliding_window=32),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
+    "gpt_neox, another layout of queries": GPTNeoXConfig(**HEADS, intermediate_size=128),
+    "falcon, one key for all heads": FalconConfig(**HEADS),
+    "bloom, alibi": BloomConfig(**HEADS),
+    "opt": OPTConfig(**HEADS, ffn_dim=256, word_embed_proj_dim=64, dropout=0.0),
+}
+
+
+def batch_of(rows: int, length: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a batch with a target in each row, at positions of their own; the last is padded."""
+    ids = torch.randint(3, 300, (rows, length))
+    mask = torch.ones_like(ids)
+    labels = torch.full_like(ids, NO_LOSS)
+    for row in range(rows):
+        labels[row, length - 1 - row] = 5
+    if rows > 1:
+        mask[-1, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask}, targets_of(labels)
+
+
+def allocated(
+    config: PreTrainedConfig,
+    rows: int,
+    backward: bool,
+    length: int = LENGTH,
+    attention: str | None = None,
+    checkpointing: bool = False,
+) -> Tape:
+    """Return what a pass over a real model allocates, weights left out."""
+    torch.manual_seed(0)
+    kernel = {"attn_implementation": attention} if attention else {}
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **kernel)
+    model.config.use_cache = False
+    model.train(backward)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    inputs, targets = batch_of(rows, length)
+    positions = positions_of(targets)
+    tape = Tape(lambda *_: "all")
+    for tensor in (*model.parameters(), *model.buffers(), *inputs.values(), targets, positions):
+        tape.ignore(tensor)
+    with tape, torch.set_grad_enabled(backward):
+        loss = target_scores(model, inputs, targets, positions)[:, 0].sum()
+        if backward:
+            loss.backward()
+    return tape
+
+
+def planned(
+    config: PreTrainedConfig, rows: int, backward: bool, length: int = LENGTH, **more: Any
+) -> Trace:
+    shape = shape_of(config, "model", "bf16")
+    found = trace(shape, Batch(rows, length, 1), backward=backward, cuda=False, **more)
+    memory = tuple(event for event in found.events if event[0] in ("alloc", "free"))
+    return Trace(memory, found.categories)
+
+
+def total(tape: Tape | Trace) -> int:
+    """Return the bytes of everything that was ever allocated."""
+    return sum(rest[0] for kind, _, *rest in tape.events if kind == "alloc")
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_is_planned_as_it_is(family, rows, backward):
+    config = FAMILIES[family]
+    measured = peak(allocated(config, rows, backward))["total"]
+    found = peak(planned(config, rows, backward))["total"]
+    assert found == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_eager_attention_is_planned_as_it_is(rows):
+    config = LlamaConfig(**GROUPED)
+    measured = peak(allocated(config, rows, True, attention="eager"))["total"]
+    found = peak(planned(config, rows, True, attention="eager"))["total"]
+    assert found == pytest.approx(measured, rel=0.005)
+
+
+def test_the_linear_layer_of_deepspeed_is_planned_where_it_is_used():
+    """It keeps what torch's does, but a block that is recomputed has to go further for it."""
+    config, case = FAMILIES["opt"], {"length": 32, "checkpointing": True}
+    plain = total(allocated(config, 4, True, **case))
+    with mock.patch.object(F, "linear", zero3_linear_wrap):
+        replaced = total(allocated(config, 4, True, **case))
+    usual, efficient = (
+        total(planned(config, 4, True, **case, zero3_linear=used)) for used in (False, True)
+    )
+    assert efficient - usual == replaced - plain != 0
+
+
+def test_a_model_that_asks_for_values_is_refused_by_name():
+    config = Mamba2Config(
+        hidden_size=64, num_hidden_layers=1, vocab_size=301, num_heads=4, head_dim=32, n_groups=1
+    )
+    with pytest.raises(UserError, match=r"small: .* type mamba2 .*, with 2 row\(s\) of 64 tokens"):
+        trace(shape_of(config, "small"), Batch(2, 64, 1), backward=True)

@@ -1,0 +1,118 @@
+"""Offload: weights live in host memory, and are perturbed and updated there; NVMe is refused."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from addax_ds import kernels
+from addax_ds.optim.gradients import GradientSums
+from addax_ds.optim.update import Step, apply_update, perturb
+from addax_ds.sharding.base import Shard
+from tests.launcher import launch
+from tests.ranks import ROOT, run_ranks
+from tests.tiny import rows, write_model, write_rows
+
+CONFIG = json.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text())
+
+
+def test_the_two_files_differ_in_offload_alone():
+    plain = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    offload = CONFIG["zero_optimization"].copy()
+    assert offload.pop("offload_param") == {"device": "cpu", "pin_memory": True}
+    assert offload == plain.pop("zero_optimization")
+    assert {k: v for k, v in CONFIG.items() if k != "zero_optimization"} == plain
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("offload")
+    run_ranks("offload", 2, folder)
+    return [json.loads((folder / f"offload-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("config", ["zero3", "zero3_offload"])
+def test_kernels_read_and_write_the_shards_that_deepspeed_keeps(looked_at, rank, config):
+    """And no copies of them, which on a machine with a GPU might be elsewhere."""
+    found = looked_at[rank][config]
+    assert found["device"].endswith("cpu") == (config == "zero3_offload")
+    assert len(found["all"]) > 30
+    assert found["read"] == found["written"] == found["all"]
+
+
+@pytest.fixture
+def devices(monkeypatch) -> list[tuple[str, ...]]:
+    """The devices of what each call of a kernel got, instead of the call."""
+    calls = []
+
+    def fused(out: Any, weight: Any, gradient: Any, *more: Any) -> None:
+        given = [t for t in (out, weight, gradient) if t is not None]
+        calls.append(tuple(t.device.type for t in given))
+
+    def implementation(device_type: str) -> SimpleNamespace:
+        calls.append((device_type,))
+        return SimpleNamespace(fused=fused)
+
+    monkeypatch.setattr(kernels, "implementation", implementation)
+    return calls
+
+
+@pytest.mark.parametrize(("home", "calls"), [("cpu", "cpu"), ("cuda", "cuda")])
+def test_a_shard_is_perturbed_and_updated_where_it_lives(devices, home, calls):
+    """With tensors that have a device and no memory: the gradient comes to the shard."""
+    step = Step(seed=1, index=2, lr=0.1, alpha=0.5, zo_eps=1e-3, g0=1.0)
+    with FakeTensorMode():
+        weight = torch.empty(64, dtype=torch.bfloat16, device=home)
+        gradient = torch.empty(64, dtype=torch.bfloat16, device="cuda")
+        assert perturb(weight, 3, 0, step, 1).device.type == home
+        apply_update(weight, gradient, 3, 0, step, decayed=False)
+    assert devices == [(calls,), (calls,) * 2, (calls,), (calls,) * 3]
+
+
+def test_accumulated_gradients_lie_beside_their_shard():
+    """In host memory: for a model that a GPU does not hold, their sum is twice as large."""
+    with FakeTensorMode():
+        shard = Shard("weight", 3, 0, torch.empty(64, dtype=torch.bfloat16), True, 0)
+        gradient = torch.empty(64, dtype=torch.bfloat16, device="cuda")
+        sums = GradientSums()
+        for _ in range(2):
+            sums.add(shard, gradient)
+            assert sums.held(shard).device.type == "cpu"
+        total = sums.take(shard, gradient)
+    assert total.device.type == "cpu"
+    assert total.dtype == torch.float32
+
+
+REFUSED = {
+    'offload_param.device = "nvme"': "NVMe offload is not supported: a shard on disk cannot be "
+    "updated.",
+    "zero_hpz_partition_size = 8": "Hierarchical partitioning gathers a secondary copy of the "
+    "shards, which the perturbation of the zeroth-order passes would miss; remove the key.",
+}
+
+
+def test_nvme_and_hierarchical_partitioning_end_all_ranks_in_words(tmp_path):
+    config = json.loads(json.dumps(CONFIG))
+    zero = config["zero_optimization"]
+    zero["offload_param"] = {"device": "nvme", "nvme_path": "/scratch"}
+    zero["zero_hpz_partition_size"] = 8
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    given = {
+        "model_name_or_path": write_model(tmp_path / "model"),
+        "train_file": write_rows(tmp_path / "train.jsonl", rows(7, 9)),
+        "output_dir": tmp_path / "output",
+        "deepspeed": path,
+    }
+    outcome = launch("launch/train.py", *[f"--{name}={value}" for name, value in given.items()])
+    assert outcome.status not in (0, None), outcome.output
+    assert f"addax_ds: error: {path} cannot be used with Addax:" in outcome.output
+    for key, sentence in REFUSED.items():
+        assert f"  - zero_optimization.{key}: {sentence}\n" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert outcome.left_behind == 0
+    assert not (tmp_path / "output").exists()

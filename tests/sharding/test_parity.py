@@ -1,0 +1,71 @@
+"""One training on every layout: replayed steps to the bit, live ones against the float64 loop.
+
+The deviations of the table in the docs are recorded by
+``pytest tests/sharding/test_parity.py --junitxml=FILE -o junit_family=xunit1``.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import batches, float64_outcome
+from tests.layouts import LAYOUTS, run_layouts
+from tests.reference import distance, norm
+from tests.workers.parity import DTYPES, LIVE, REPLAYED, REPLAYED_STEPS
+
+FIRST = "unsharded x1"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, list[dict]]:
+    """Outcome of every run on each rank, by layout."""
+    return run_layouts("parity", tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="module")
+def float64_runs() -> dict[str, dict[str, Any]]:
+    return {method: float64_outcome(case, batches()) for method, case in LIVE.items()}
+
+
+@pytest.mark.parametrize("method", REPLAYED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != FIRST])
+def test_replayed_steps_are_equal_to_the_bit(results, layout, dtype, method):
+    wanted = results[FIRST][0]["replayed", method, dtype]
+    for rank in results[layout]:
+        found = rank["replayed", method, dtype]
+        assert found["g0"] == wanted["g0"]
+        assert found["seen"] == wanted["seen"]  # theta + eps z, theta - eps z and theta
+        assert found["weights"].keys() == wanted["weights"].keys()
+        for name, weight in wanted["weights"].items():
+            assert weight.dtype == DTYPES[dtype]
+            assert torch.equal(found["weights"][name], weight), name
+
+
+@pytest.mark.parametrize(("method", "passes"), [("addax", 3), ("mezo", 2), ("ip-sgd", 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_replayed_steps_move_what_they_should(results, dtype, method, passes):
+    run = results[FIRST][0]["replayed", method, dtype]
+    still = {n for n, p in run["weights"].items() if torch.equal(p, run["start"][n])}
+    frozen, decayed_alone = {"layers.1.0.weight"}, {"unused.bias"}
+    assert still == (frozen | decayed_alone if method == "ip-sgd" else frozen)
+    embeddings_seen = run["seen"][0][::2]
+    assert len(embeddings_seen) == len(set(embeddings_seen)) == passes * REPLAYED_STEPS
+
+
+@pytest.mark.parametrize("method", LIVE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_live_runs_equal_the_float64_loop(results, float64_runs, record_property, layout, method):
+    reference = float64_runs[method]
+    moved = distance(reference["start"], reference["end"])
+    assert moved >= 3e-3 * norm(reference["start"])
+    deviations = []
+    for rank in results[layout]:
+        found = rank["live", method, "fp32"]
+        end = {name: found["weights"][name] for name in reference["end"]}
+        deviations.append(distance(end, reference["end"]) / moved)
+        assert found["g0"] == pytest.approx(reference["g0"], rel=2e-3, abs=2e-3)
+        assert found["g0"] == results[layout][0]["live", method, "fp32"]["g0"]
+    record_property("deviation", f"{max(deviations):.1e}")
+    assert max(deviations) <= 5e-4

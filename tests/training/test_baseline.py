@@ -1,0 +1,130 @@
+"""SGD and AdamW under ZeRO-3 against torch's own in float64, on the batches of IP-SGD."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from addax_ds.config.arguments import parse_arguments
+from addax_ds.config.settings import AddaxArguments, AddaxSettings, resolve
+from addax_ds.training.base import plan_steps
+from addax_ds.training.baseline import BaselineTrainer
+from addax_ds.training.trainer import AddaxTrainer
+from addax_ds.utils.errors import UserError
+from tests.ranks import run_ranks
+from tests.tiny import write_model
+from tests.trainer_reference import global_loss, linear_schedule
+from tests.workers.baseline_cases import CASES, STEPS
+from tests.workers.trainer_cases import SEED, arguments, gathered
+
+TRAINED = [name for name in CASES if name != "best"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, dict[int, dict[str, list[dict[str, Any]]]]]:
+    folder = tmp_path_factory.mktemp("baseline")
+    write_model(folder / "model", "opt")
+    found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for world_size in (1, 2):
+        run_ranks("baseline_cases", world_size, folder)
+        found[world_size] = {
+            name: [
+                torch.load(folder / f"{name}-{world_size}-rank{rank}.pt")
+                for rank in range(world_size)
+            ]
+            for name in CASES
+        }
+    return folder, found
+
+
+def reference(name: str, folder: Path) -> tuple[nn.Module, list[float], list[float]]:
+    """The model after the same steps in float64; losses, and norms of the gradients."""
+    case = CASES[name]
+    args = arguments(case, folder, "none", 1, per_device_train_batch_size=4)
+    settings = AddaxSettings("ip-sgd", 0.0, 1e-3, None, "stochastic", SEED, 0)
+    examples = case.examples()
+    _, schedule = plan_steps(examples, settings, args)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").double().eval()
+    peak, decay = args.learning_rate, args.weight_decay
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=peak)
+    if case.addax["method"] == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay)
+    losses, norms = [], []
+    for step, rate in enumerate(linear_schedule(peak, STEPS)):
+        indices = schedule.first_order_indices(step)
+        assert indices is not None
+        loss = global_loss(model, [examples[i] for i in indices])
+        optimizer.zero_grad()
+        loss.backward()
+        limit = args.max_grad_norm or float("inf")
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), limit).item())
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses, norms
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", TRAINED)
+def test_against_torch_in_float64(runs, name, world_size):
+    folder, found = runs
+    model, losses, norms = reference(name, folder)
+    start = gathered(AutoModelForCausalLM.from_pretrained(folder / "model"))
+    wanted = gathered(model)
+    for result in found[world_size][name]:
+        assert [entry["loss"] for entry in result["log"]] == pytest.approx(losses, rel=1e-4)
+        assert [entry["grad_norm"] for entry in result["log"]] == pytest.approx(norms, rel=1e-3)
+        assert distance(result["weights"], wanted) <= 1e-3 * distance(start, wanted)
+
+
+def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Euclidean; without the biases of keys, whose gradient is 0, which AdamW divides by itself."""
+    squares = [
+        (tensor.double() - others[name].double()).square().sum().item()
+        for name, tensor in weights.items()
+        if not name.endswith("k_proj.bias")
+    ]
+    return sum(squares) ** 0.5
+
+
+def test_the_best_checkpoint_is_loaded(runs):
+    for by_name in runs[1].values():
+        for result in by_name["best"]:
+            best = min(result["evaluations"])
+            assert best < result["evaluations"][-1]
+            assert result["evaluated again"] == best
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume_from_checkpoint", "True"], "adamw cannot resume"),
+        (["--fp16"], "remove --fp16"),
+        (["--zo_eps", "1e-3"], "--zo_eps has no effect with --method adamw"),
+        (["--rounding", "nearest"], "--rounding has no effect with --method adamw"),
+        (["--alpha", "0.5"], "--alpha 0.5 contradicts --method adamw"),
+    ],
+)
+def test_flags_without_effect(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(["--method", "adamw", *flags])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "method", "other"),
+    [(AddaxTrainer, "adamw", "BaselineTrainer"), (BaselineTrainer, "ip-sgd", "AddaxTrainer")],
+)
+def test_a_method_of_the_other_trainer_is_refused(trainer, method, other, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match=rf"not by --method {method}: .*{other}"):
+        trainer(nn.Linear(1, 1), args, AddaxArguments(method=method))
+
+
+def test_fp16_is_refused_without_the_launcher_too(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    args.fp16 = True
+    with pytest.raises(UserError, match="bf16 or fp32"):
+        resolve(AddaxArguments(method="sgd"), args, {})

@@ -1,0 +1,64 @@
+"""What a training reports of its costs, counted by hand."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from addax_ds.data.batches import StepBatches, StepSchedule
+from addax_ds.data.encoding import Example
+from addax_ds.training.costs import CostMeter, Costs, peak_memory
+
+
+def examples(lengths: list[int]) -> list[Example]:
+    return [
+        Example(np.full(n, 7, np.int32), np.full(n, 7, np.int32), f"row {i}")
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_tokens_of_a_step_are_those_of_its_rows_on_all_ranks():
+    """The last batch of an epoch is short; padding and filler rows do not count."""
+    rows = examples([30, 41, 52, 5, 6, 7, 8, 9])
+    schedule = StepSchedule(np.arange(3), np.arange(3, 8), 2, 2, seed=1)
+    by_rank = [StepBatches(rows, schedule, rank, 2, pad_token_id=0) for rank in range(2)]
+    for step in range(2 * schedule.steps_per_epoch):
+        seen = sum(
+            row.length
+            for batches in by_rank
+            for stream in ("zeroth_order", "first_order")
+            for row in batches.rows(step, stream, 0)
+            if row.origin != "padding"
+        )
+        assert [batches.tokens(step) for batches in by_rank] == [seen, seen]
+
+
+def test_without_a_stream_there_are_no_tokens_of_it():
+    schedule = StepSchedule(np.arange(2), np.arange(0), 2, 2, seed=1)
+    assert StepBatches(examples([3, 4]), schedule, 0, 1, pad_token_id=0).tokens(0) == 7
+
+
+def test_only_what_lies_between_start_and_stop_counts(monkeypatch):
+    clock = iter([10.0, 12.5, 100.0, 101.0])
+    cpu_clock = iter([1.0, 2.0, 7.0, 7.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "process_time", lambda: next(cpu_clock))
+    meter = CostMeter(torch.device("cpu"))
+    meter.costs = Costs(5.0, 3.0, 40)  # of before a resume
+    for tokens in (7, 9):
+        meter.start()
+        meter.stop(tokens)
+    assert meter.costs == Costs(8.5, 4.5, 56)
+    report = meter.report()
+    assert report["train_tokens"] == 56
+    assert report["train_seconds"] == 8.5
+    meter.reset()
+    assert meter.costs == Costs()
+
+
+def test_the_peak_of_memory_on_a_cpu():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (high_water,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    assert peak_memory(torch.device("cpu")) == pytest.approx(1024 * high_water, rel=0.02)

@@ -1,0 +1,82 @@
+"""What a run says of the memory it takes, before it trains."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from addax_ds import UserError
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.shapes import shape_of
+from addax_ds.planner.trace import Batch
+from addax_ds.training.memory import describe, run_inputs
+from tests.tiny import examples, rows, tiny_model
+
+DATA = sorted(examples(rows(7, 9)), key=lambda example: example.length)
+SHORT, LONG = DATA[:5], DATA[5:]
+ARGS = SimpleNamespace(
+    world_size=2,
+    device=torch.device("cpu"),
+    bf16=True,
+    fp16=False,
+    per_device_train_batch_size=4,
+    activation_checkpointing=False,
+)
+
+
+def largest(rows: int, stream: list) -> Batch:
+    return Batch(rows, max(e.length for e in stream), max(e.target_count for e in stream))
+
+
+@pytest.mark.parametrize(
+    ("method", "zeroth", "first"),
+    [
+        ("addax", largest(3, LONG), largest(4, SHORT)),
+        ("mezo", largest(3, DATA), None),
+        ("ip-sgd", None, largest(4, DATA)),
+    ],
+)
+def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
+    config = tiny_model("opt").config
+    streams = {"addax": (LONG, SHORT), "mezo": (DATA, []), "ip-sgd": ([], DATA)}[method]
+    settings = AddaxSettings(method, 0.5, 1e-3, None, "stochastic", 0, 3)
+    inputs = run_inputs(config, None, "fsdp2", streams, ARGS, settings)
+    assert inputs == Inputs(
+        shape=shape_of(config, config.name_or_path or "the model", "bf16"),
+        method=method,
+        sharding="fsdp2",
+        ranks=2,
+        zeroth_order=zeroth,
+        first_order=first,
+        cuda=False,
+    )
+
+
+def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path):
+    config = tiny_model("opt", hidden_size=256, ffn_dim=1024, vocab_size=50000).config
+    settings = AddaxSettings("ip-sgd", 0.0, 1e-3, None, "stochastic", 0, 0)
+    inputs = run_inputs(config, None, "none", ([], DATA), ARGS, settings)
+    memory = step_memory(inputs)
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    # Two ranks share it, and each keeps 2 GB for what is not a tensor.
+    meminfo.write_text(f"MemAvailable: {2 * (2_000_000_000 + memory.total) // 1024 + 2} kB\n")
+    said = describe(inputs, torch.device("cpu"))
+    assert said.startswith(f"{memory.total / 1e9:.2f} GB of tensors on a rank when they are most")
+    assert f"weights {memory.categories['weights'] / 1e9:.2f}" in said
+    assert "host" not in said
+    assert said.endswith(f"; {memory.total / 1e9:.2f} GB are free for them")
+    meminfo.write_text("MemAvailable: 4000000 kB\n")
+    assert describe(inputs, torch.device("cpu")).endswith("; only 0.05 GB are free for them")
+    meminfo.write_text("")
+    assert describe(inputs, torch.device("cpu")).endswith(")")
+
+
+def test_a_model_that_cannot_be_planned():
+    config = tiny_model("opt").config
+    config.num_attention_heads = 5
+    settings = AddaxSettings("ip-sgd", 0.0, 1e-3, None, "stochastic", 0, 0)
+    with pytest.raises(UserError, match="cannot build this model without its weights"):
+        run_inputs(config, None, "none", ([], DATA), ARGS, settings)

@@ -1,0 +1,114 @@
+"""Runs that are stopped, and runs that have nothing left to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from addax_ds import UserError
+from addax_ds.checkpoint import checkpoint
+from addax_ds.config.arguments import AddaxArguments
+from addax_ds.training.trainer import AddaxTrainer
+from tests.tiny import choice_set, examples, rows, tiny_tokenizer, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+def trainer(model: Path, output: Path, **training: Any) -> AddaxTrainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    values = {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return AddaxTrainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        TrainingArguments(**(values | training)),
+        AddaxArguments(length_threshold=12, alpha=0.01),
+        examples(rows(7, 9)),
+        eval_dataset=choice_set(),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def weights(of: AddaxTrainer) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in of.model.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("max_steps", [4, 2])
+def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(model, tmp_path, max_steps):
+    whole = trainer(model, tmp_path, save_steps=4)
+    whole.train()
+    again = trainer(model, tmp_path, save_steps=4, max_steps=max_steps)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert same(weights(again), weights(whole))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.trainer: AddaxTrainer | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.trainer.request_stop()
+
+
+def test_a_stopped_run_keeps_what_it_saved_and_goes_on_to_the_same_end(model, tmp_path):
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the worst one, which is not the last
+        "save_total_limit": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+    }
+    whole = trainer(model, tmp_path / "whole")
+    whole.train()
+    stopped = trainer(model, tmp_path / "stopped", **best)
+    stop = StopAt(2)
+    stop.trainer = stopped
+    stopped.add_callback(stop)
+    stopped.train()
+    assert stopped.stopped
+    assert stopped.state.global_step == 3
+    names = {path.name for path in (tmp_path / "stopped").glob("checkpoint-*")}
+    assert names == {"checkpoint-2", "checkpoint-3"}
+    resumed = trainer(model, tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert not resumed.stopped
+    assert same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_adapters_and_whole_models_are_told_apart(model, tmp_path, saved):
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    if saved:
+        (tmp_path / "adapter_config.json").write_text("{}")
+    else:
+        plain = get_peft_model(plain, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="adapters of PEFT"):
+        checkpoint.load_weights(plain, tmp_path)

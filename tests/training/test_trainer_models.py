@@ -1,0 +1,155 @@
+"""Every family of models, tied and untied, through `AddaxTrainer` in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+import addax_ds
+from addax_ds.config.arguments import AddaxArguments
+from addax_ds.data.batches import pad
+from addax_ds.optim.report import NonFiniteError
+from addax_ds.training.trainer import AddaxTrainer
+from tests.reference import distance
+from tests.tiny import FAMILIES, examples, rows, tiny_model, tiny_tokenizer
+from tests.trainer_reference import Settings, reference_run
+from tests.workers.trainer_cases import gathered
+
+SEED = 5
+EPS = 1e-2
+every_family = pytest.mark.parametrize("family", FAMILIES)
+both_ties = pytest.mark.parametrize("tied", [True, False])
+
+
+def trainer(model: nn.Module, folder: Path, **options: Any) -> AddaxTrainer:
+    """Addax with a batch of all long rows and a batch of all short ones."""
+    args = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "max_grad_norm": 0.0,
+            "per_device_train_batch_size": 3,
+            "learning_rate": 0.05,
+            "max_steps": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "seed": SEED,
+            "disable_tqdm": True,
+            **options,
+        }
+    )
+    addax = AddaxArguments(alpha=0.1, zo_eps=EPS, length_threshold=12, per_device_zo_batch_size=2)
+    return AddaxTrainer(model, args, addax, examples(rows(2, 3)), processing_class=tiny_tokenizer())
+
+
+@every_family
+@both_ties
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_see_perturbed_weights_and_the_stored_ones_stay(family, tied, dtype):
+    batch = pad(examples(rows(2, 1)), 0)
+    model = tiny_model(family, dtype, tie_word_embeddings=tied).train()
+    optimizer = addax_ds.Addax(model.parameters(), lr=1.0, alpha=1.0, zo_eps=EPS, seed=SEED)
+    addax_ds.attach(optimizer, model)
+    before = gathered(model)
+    seen = []
+
+    def closure() -> Tensor:
+        seen.append(model(**batch).loss)
+        return seen[-1]
+
+    optimizer.zeroth_order(closure)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    explicit = tiny_model(family, dtype, tie_word_embeddings=tied).eval()
+    for sign, loss in zip((1, -1), seen, strict=True):
+        with torch.no_grad():
+            for name, p in explicit.named_parameters():
+                z = addax_ds.gaussian(SEED, 0, name, 0, p.numel()).view(p.shape)
+                p.copy_(before[name].float() + sign * EPS * z)
+            assert loss.item() == explicit(**batch).loss.item()
+    assert seen[0] != seen[1]
+
+
+@every_family
+@both_ties
+def test_one_step_equals_the_float64_one(family, tied, tmp_path):
+    model = tiny_model(family, tie_word_embeddings=tied)
+    before = gathered(model)
+    trainer(model, tmp_path).train()
+    reference = tiny_model(family, tie_word_embeddings=tied)
+    long, short = (
+        [e for e in examples(rows(2, 3)) if (e.length > 12) == is_long] for is_long in (True, False)
+    )
+    reference_run(reference, [long], [short], [0.05], Settings(0.1, SEED, EPS))
+    moved = distance(before, gathered(reference))
+    assert distance(gathered(model), gathered(reference)) <= 5e-4 * moved
+
+
+def test_gradient_checkpointing_changes_no_bit(tmp_path):
+    ends = []
+    for flag in (False, True):
+        model = tiny_model("llama")
+        runs = trainer(model, tmp_path, max_steps=3, gradient_checkpointing=flag)
+        recomputed = count_forwards(model.model.layers[0])
+        runs.train()
+        assert len(recomputed) == 3 * (4 if flag else 3)
+        ends.append(gathered(model))
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
+def count_forwards(module: nn.Module) -> list[None]:
+    calls: list[None] = []
+    original = module.self_attn.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    module.self_attn.forward = forward
+    return calls
+
+
+def test_training_stops_after_ten_losses_in_a_row_that_are_not_finite(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    before = gathered(model)
+    training = trainer(model, tmp_path, max_steps=20)
+    with pytest.raises(NonFiniteError, match="10th step in a row"):
+        training.train()
+    assert training.state.global_step == 9
+    after = gathered(model)
+    for name, weight in after.items():
+        assert torch.allclose(weight, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_model_that_ignores_the_number_of_targets_trains_like_any_other(tmp_path):
+    class OwnMean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model("opt")
+            self.config = self.inner.config
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
+            return self.inner(input_ids, attention_mask, labels=labels)
+
+    model, plain = OwnMean(), tiny_model("opt")
+    before = gathered(plain)
+    logs = []
+    for folder, module in (("own", model), ("plain", plain)):
+        fit = trainer(module, tmp_path / folder, max_steps=1)
+        fit.train()
+        logs.append(fit.state.log_history[0])
+    assert logs[0]["fo_loss"] == logs[1]["fo_loss"]
+    assert distance(gathered(plain), before) > 0
+
+
+def test_the_weights_have_the_type_that_the_arguments_ask_for(tmp_path):
+    with pytest.raises(addax_ds.UserError, match=r"torch\.float32.* ask for torch\.bfloat16"):
+        trainer(tiny_model("opt"), tmp_path, bf16=True).train()
+    with pytest.raises(addax_ds.UserError, match=r"torch\.bfloat16.* ask for torch\.float32"):
+        trainer(tiny_model("opt", torch.bfloat16), tmp_path).train()
+    trainer(tiny_model("opt", torch.bfloat16), tmp_path, bf16=True).train()
