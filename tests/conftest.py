@@ -15,8 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.cases import CASES, batches, float64_outcome
-from tests.ranks import free_port
+from tests.support.cases import CASES, batches, float64_outcome
+from tests.support.ranks import free_port
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,7 @@ from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import BASELINES
-from addax_ds.sharding.registry import ShardingName
+from addax_ds.sharding.base import ShardingName
 from addax_ds.training.base import StepTrainer, plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold

@@ -27,7 +27,7 @@ from addax_ds.config.settings import (
 from addax_ds.config.training_arguments import DEFAULTS, check_values
 from addax_ds.config.values import read_argument_file, type_problems, value_problems
 from addax_ds.distributed.startup import starting_together
-from addax_ds.sharding.registry import ShardingName
+from addax_ds.sharding.base import ShardingName
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems

@@ -16,7 +16,7 @@ from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Batch, Trace, trace
 from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
 from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
-from addax_ds.sharding.registry import ShardingName
+from addax_ds.sharding.base import ShardingName
 
 _FP32 = 4
 

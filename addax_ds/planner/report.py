@@ -10,7 +10,7 @@ from addax_ds.planner.memory import Inputs, Memory, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.threshold import batch, largest_threshold
 from addax_ds.planner.units import GB, GRAIN
-from addax_ds.sharding.registry import ShardingName
+from addax_ds.sharding.base import ShardingName
 from addax_ds.utils.versions import versions
 
 MOST_GPUS = 1024

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 import torch
@@ -20,6 +20,8 @@ from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
 from addax_ds.utils.errors import UserError
 
 _WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+ShardingName = Literal["zero3", "fsdp2", "none"]
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models whose gradients an optimizer applies."""
@@ -78,7 +80,7 @@ class Sharding(ABC):
         awaiting_backward: whether a forward with autograd ran since the last step.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[ShardingName]
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model

@@ -1,7 +1,5 @@
 """The back ends."""
 
-from typing import Literal
-
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -9,8 +7,6 @@ from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.fsdp2 import Fsdp2
 from addax_ds.sharding.unsharded import Unsharded
 from addax_ds.sharding.zero3 import Zero3Sharding
-
-ShardingName = Literal["zero3", "fsdp2", "none"]
 
 
 def back_end_of(model: nn.Module) -> type[Sharding]:

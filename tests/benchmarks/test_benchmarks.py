@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import largest, loading
 from benchmarks.contenders import USUAL
-from tests.ranks import run_module
+from tests.support.ranks import run_module
 
 RANKS = 2
 BYTES = 2  # bf16

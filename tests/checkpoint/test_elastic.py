@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.ranks import run_ranks
-from tests.reference import distance
-from tests.tiny import write_model
+from tests.support.ranks import run_ranks
+from tests.support.reference import distance
+from tests.support.tiny import write_model
 from tests.workers.elastic import SAVED_AT, SHARDINGS, STEPS
 
 MOVES = [("two", "one"), ("two", "four"), ("one", "two-again"), ("four", "two-again")]

@@ -18,7 +18,7 @@ from addax_ds.checkpoint import resume
 from addax_ds.checkpoint.atomic import SEAL, UNFINISHED, appearing
 from addax_ds.checkpoint.identity import Progress
 from tests.checkpoint.test_checkpoint import RUN
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 FILES = {
     "model-00001-of-00002.safetensors": b"one" * 400,

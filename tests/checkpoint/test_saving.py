@@ -11,8 +11,8 @@ import torch
 from transformers import Trainer
 
 from addax_ds.training.trainer import AddaxTrainer
-from tests.ranks import run_ranks
-from tests.tiny import write_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import write_model
 from tests.workers.trainer_cases import CASES, arguments, make_trainer
 
 WRITERS = {"resume": ({0, 1}, 30), "lora": ({0}, 3)}

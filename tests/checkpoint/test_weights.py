@@ -16,8 +16,8 @@ from addax_ds import UserError
 from addax_ds.checkpoint import weight_files
 from addax_ds.checkpoint.weight_files import OtherForm, WeightFiles, WeightSlice
 from addax_ds.checkpoint.weights import local_slices, save_weights
-from tests.ranks import run_ranks
-from tests.tiny import tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model
 from tests.workers.weights_cases import MAX_FILE_SIZE, MODELS, TOKENS, pass_on
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (4, 3, 2), (0, 4), (211, 32)]

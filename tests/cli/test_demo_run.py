@@ -8,7 +8,7 @@ import pytest
 from addax_ds.cli import train
 from addax_ds.models import demo
 from addax_ds.tasks import TASKS, Sizes, SourceRow
-from tests.tiny import write_model
+from tests.support.tiny import write_model
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from addax_ds.checkpoint.atomic import SEAL, UNFINISHED, verify
 from addax_ds.cli import train
-from tests.launcher import launch
-from tests.ranks import run_module
-from tests.reference import distance
-from tests.tiny import (
+from tests.support.launcher import launch
+from tests.support.ranks import run_module
+from tests.support.reference import distance
+from tests.support.tiny import (
     POSITIONS,
     row,
     rows,

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from tests.models import tiny_opt
-from tests.ranks import run_ranks
+from tests.support.models import tiny_opt
+from tests.support.ranks import run_ranks
 from tests.workers.mistakes import MISTAKES, MISTAKES_OF_FOUR
 
 BEFORE_ITS_BACKWARD = r"RuntimeError: a forward with autograd .* Call zeroth_order\(\) first"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from addax_ds.cli import plan
 from addax_ds.config.arguments import parse_arguments
-from addax_ds.planner import cli
 from addax_ds.planner.shapes import OPT_FAMILY
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +33,8 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(command: list[str]) -> argparse.Namespace:
     assert command[:2] == PLANNING
-    arguments = cli._parser().parse_args(command[2:])
-    cli.request_of(arguments)
+    arguments = plan._parser().parse_args(command[2:])
+    plan.request_of(arguments)
     return arguments
 
 
@@ -63,7 +63,7 @@ def test_a_figure_is_what_the_planner_prints() -> None:
         for command, figure in zip(PLANS, figures, strict=True)
         if "facebook/opt-13b" in command and "mezo" in command
     )
-    (result,) = json.loads(cli.plan([*command[2:], "--json"]))["methods"]
+    (result,) = json.loads(plan.plan([*command[2:], "--json"]))["methods"]
     assert result["fits"]
     assert f"{result['total'] / 1e9:.2f}" == figure
 

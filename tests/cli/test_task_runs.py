@@ -17,8 +17,8 @@ from addax_ds.config.arguments import DataArguments
 from addax_ds.evaluation.generation import GenerationSet
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.tasks import TASKS, Sizes, find_task
-from tests.launcher import launch
-from tests.tiny import byte_tokenizer, write_byte_model
+from tests.support.launcher import launch
+from tests.support.tiny import byte_tokenizer, write_byte_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -19,7 +19,7 @@ from addax_ds.config.arguments import (
     parse_arguments,
 )
 from addax_ds.config.configure import configure
-from tests.fuzz import JSON, TEXT, fuzzed, outcome
+from tests.support.fuzz import JSON, TEXT, fuzzed, outcome
 
 TYPES = (ModelArguments, DataArguments, AddaxArguments, TrainingArguments)
 # What is looked up elsewhere, or reaches for a network.

@@ -24,7 +24,7 @@ from addax_ds.config.values import read_argument_file, type_problems, value_prob
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import shown
 from tests.config.test_deepspeed import with_key
-from tests.fuzz import JSON, TEXT, fuzzed, outcome
+from tests.support.fuzz import JSON, TEXT, fuzzed, outcome
 
 
 def accepted_by_deepspeed(config: dict[str, Any]) -> None:

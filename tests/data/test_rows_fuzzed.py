@@ -19,7 +19,7 @@ from addax_ds.data.records import prompt_completion, read_jsonl
 from addax_ds.utils.errors import UserError
 from tests.data.test_encoding import word_level
 from tests.data.test_records import CHATML, INSTRUCT, NO_MARK, tokenizer_with
-from tests.fuzz import FINITE_JSON, JSON, TEXT, fuzzed, outcome
+from tests.support.fuzz import FINITE_JSON, JSON, TEXT, fuzzed, outcome
 
 COLUMNS = ("prompt", "completion", "messages", "text")
 SHAPES = (("prompt", "completion"), ("text",))

@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 from addax_ds.distributed.collectives import aside, collectives_begun, limit_waiting
 from addax_ds.distributed.startup import starting_together
 from addax_ds.utils.errors import UserError
-from tests.ranks import free_port
+from tests.support.ranks import free_port
 
 
 def test_every_group_gets_the_limit(monkeypatch):

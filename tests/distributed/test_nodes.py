@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from addax_ds.checkpoint import checkpoint
 from addax_ds.checkpoint.atomic import verify
-from tests.launcher import Outcome, Started, finish, launch, start
-from tests.ranks import ROOT, free_port
-from tests.tiny import rows, write_model, write_rows
+from tests.support.launcher import Outcome, Started, finish, launch, start
+from tests.support.ranks import ROOT, free_port
+from tests.support.tiny import rows, write_model, write_rows
 
 TRAIN = "launch/train.py"
 STEPS, SAVED_AT = 4, 2

@@ -16,8 +16,8 @@ from addax_ds.evaluation.generation import Decoder, GenerationSet
 from addax_ds.evaluation.scored_set import Scores
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError
-from tests.ranks import run_ranks
-from tests.tiny import byte_tokenizer, question_set, tiny_model, tiny_tokenizer, write_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import byte_tokenizer, question_set, tiny_model, tiny_tokenizer, write_model
 from tests.workers.evaluation_cases import run_all
 from tests.workers.trainer_cases import with_adapters
 

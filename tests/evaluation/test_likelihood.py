@@ -15,7 +15,7 @@ from addax_ds.data.encoding import Example
 from addax_ds.evaluation.likelihood import positions_of, scores_of_logits, target_scores, targets_of
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.utils.errors import UserError
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 NO_LOSS = -100
 

@@ -19,7 +19,7 @@ from addax_ds.evaluation.scored_set import (
     evaluation_dataloader,
 )
 from addax_ds.training.trainer import AddaxTrainer
-from tests.tiny import choice_set, examples, rows, tiny_model, tiny_tokenizer
+from tests.support.tiny import choice_set, examples, rows, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture

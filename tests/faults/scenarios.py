@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.training import Failure, Training, send
-from tests.ranks import ROOT
+from tests.support.ranks import ROOT
 
 HANG_TIMEOUT_SECONDS = 15
 LAUNCHERS_GRACE_SECONDS = 30.0

@@ -17,9 +17,9 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from tests.launcher import _MARK, LAUNCHERS, _running
-from tests.ranks import ROOT, free_port
-from tests.tiny import repeatable, rows, write_model, write_rows
+from tests.support.launcher import _MARK, LAUNCHERS, _running
+from tests.support.ranks import ROOT, free_port
+from tests.support.tiny import repeatable, rows, write_model, write_rows
 
 SCRIPT = "launch/train.py"
 BACK_ENDS = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.ranks import run_ranks
-from tests.reference import distance
+from tests.support.ranks import run_ranks
+from tests.support.reference import distance
 
 RANKS = max(1, min(torch.cuda.device_count(), 2))
 

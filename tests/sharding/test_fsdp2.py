@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.cases import CASES
-from tests.ranks import run_ranks
-from tests.reference import distance, norm
+from tests.support.cases import CASES
+from tests.support.ranks import run_ranks
+from tests.support.reference import distance, norm
 from tests.workers import fsdp2_passes, fsdp2_steps
 from tests.workers.fsdp2_passes import AGAINST_UNINTERRUPTED, H
 

@@ -12,9 +12,9 @@ from addax_ds import kernels
 from addax_ds.optim.gradients import GradientSums
 from addax_ds.optim.update import Step, apply_update, perturb
 from addax_ds.sharding.base import Shard
-from tests.launcher import launch
-from tests.ranks import ROOT, run_ranks
-from tests.tiny import rows, write_model, write_rows
+from tests.support.launcher import launch
+from tests.support.ranks import ROOT, run_ranks
+from tests.support.tiny import rows, write_model, write_rows
 
 CONFIG = json.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text())
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import batches, float64_outcome
-from tests.layouts import LAYOUTS, run_layouts
-from tests.reference import distance, norm
+from tests.support.cases import batches, float64_outcome
+from tests.support.layouts import LAYOUTS, run_layouts
+from tests.support.reference import distance, norm
 from tests.workers.parity import DTYPES, LIVE, REPLAYED, REPLAYED_STEPS
 
 FIRST = "unsharded x1"

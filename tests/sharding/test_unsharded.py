@@ -9,9 +9,9 @@ from torch import Tensor
 import addax_ds
 from addax_ds.optim.loss_scale import LossScale
 from addax_ds.optim.report import MAX_NON_FINITE_STEPS
-from tests.cases import CASES, Case, batches, mean_loss, trainable
-from tests.models import tiny_opt, token_batches
-from tests.reference import distance, norm
+from tests.support.cases import CASES, Case, batches, mean_loss, trainable
+from tests.support.models import tiny_opt, token_batches
+from tests.support.reference import distance, norm
 
 
 def build(case: Case) -> tuple[torch.nn.Module, addax_ds.Addax]:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.cases import CASES, STEPS
-from tests.ranks import run_ranks
-from tests.reference import distance, norm
+from tests.support.cases import CASES, STEPS
+from tests.support.ranks import run_ranks
+from tests.support.reference import distance, norm
 
 WORLD_SIZES = (1, 2)
 

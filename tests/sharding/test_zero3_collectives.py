@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.workers.zero3_collectives import CASES
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.ranks import run_module
+from tests.support.ranks import run_module
 
 
 @pytest.fixture(scope="module", params=[1, 2])

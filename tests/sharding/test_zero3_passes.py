@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.workers.zero3_passes import CASES, EPS
 
 WORLD_SIZES = (1, 2)

@@ -23,7 +23,7 @@ from studies.comparison.outcome import Outcome
 from studies.comparison.runner import Comparison, Job, run
 from studies.comparison.sources import ArchiveMember
 from studies.comparison.study import STUDIES, Contender, Study, Trial
-from tests.packages import is_installed
+from tests.support.packages import is_installed
 
 ADDAX = Contender("addax", (1e-3, 2e-3), 4, 2, first_order=2, zeroth_order=2)
 MEZO = Contender("mezo", (1e-6,), 8, 2, zeroth_order=4)

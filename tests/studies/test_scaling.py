@@ -11,7 +11,7 @@ from studies.scaling.phases import PHASES, PhaseTimer
 from studies.scaling.point import Point
 from studies.scaling.projection import LABEL, Network, Work, communication_seconds, project
 from studies.scaling.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Collectives
-from tests.scaling_records import outcome
+from tests.support.scaling_records import outcome
 
 # ---- phases --------------------------------------------------------------------------------------
 

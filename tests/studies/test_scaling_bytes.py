@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from studies.scaling.phases import PHASES
-from tests.ranks import run_ranks
-from tests.tiny import tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model
 from tests.workers.scaling_cases import CASES, LENGTH, ROWS
 
 RANKS = 2

@@ -8,8 +8,8 @@ import pytest
 
 from studies.scaling.phases import PHASES
 from studies.scaling.projection import LABEL
-from tests.launcher import Outcome, finish, start
-from tests.ranks import free_port
+from tests.support.launcher import Outcome, finish, start
+from tests.support.ranks import free_port
 
 FLAGS = (
     *("--models", "tiny", "--methods", "mezo", "--ranks", "2", "--lengths", "16"),

@@ -17,7 +17,8 @@ from addax_ds.utils.errors import UserError
 from studies.scaling import cli, runner
 from studies.scaling.point import SMALL_SHAPES, Point, sweep
 from studies.scaling.runner import Hosts, Job
-from tests.scaling_records import outcome
+from tests.support.ranks import ROOT
+from tests.support.scaling_records import outcome
 
 # ---- points --------------------------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ def test_built_in_shapes_have_no_dropout():
         ("tiny", "adamw", 32, "fsdp2", "--sharding zero3 alone"),
         ("tiny", "adamw", 32, "fsdp2", "there are addax, addax-wa, mezo, ip-sgd$"),
         ("opt-11n", "addax", 32, "zero3", "--models opt-11n: .* tiny, .* mean 'opt-11m'"),
-        (str(TESTS), "addax", 32, "zero3", "^--models .*tests: .* no config.json"),
+        (str(ROOT / "tests"), "addax", 32, "zero3", "^--models .*tests: .* no config.json"),
     ],
 )
 def test_points_that_cannot_run(model, method, length, sharding, words):

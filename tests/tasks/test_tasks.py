@@ -21,7 +21,7 @@ from addax_ds.tasks import (
 )
 from addax_ds.tasks.sources import installed_folder
 from addax_ds.utils.errors import UserError
-from tests.packages import is_installed
+from tests.support.packages import is_installed
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -14,9 +14,9 @@ from addax_ds.training.base import plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError
-from tests.ranks import run_ranks
-from tests.tiny import write_model
-from tests.trainer_reference import global_loss, linear_schedule
+from tests.support.ranks import run_ranks
+from tests.support.tiny import write_model
+from tests.support.trainer_reference import global_loss, linear_schedule
 from tests.workers.baseline_cases import CASES, STEPS
 from tests.workers.trainer_cases import SEED, arguments, gathered
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.layouts import LAYOUTS
-from tests.ranks import run_ranks
+from tests.support.layouts import LAYOUTS
+from tests.support.ranks import run_ranks
 from tests.workers.desync import PARAMETER
 
 PAIRS = [name for name, layout in LAYOUTS.items() if layout.world_size == 2]

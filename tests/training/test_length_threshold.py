@@ -25,10 +25,10 @@ from addax_ds.planner.threshold import batch
 from addax_ds.training import memory, rehearsal
 from addax_ds.training.length_threshold import AutoThreshold, dividing_lengths, plan_threshold
 from addax_ds.training.rehearsal import find_threshold, is_out_of_memory, longest_batch
-from tests.launcher import launch
-from tests.layouts import LAYOUTS
-from tests.ranks import run_ranks
-from tests.tiny import examples, rows, tiny_model, write_model, write_rows
+from tests.support.launcher import launch
+from tests.support.layouts import LAYOUTS
+from tests.support.ranks import run_ranks
+from tests.support.tiny import examples, rows, tiny_model, write_model, write_rows
 from tests.workers.auto_threshold_cases import FITS, PLANNED, run_all
 from tests.workers.rehearsal_cases import LEFT_OUT, POINTS, STEPS, VARIANTS
 

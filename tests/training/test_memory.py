@@ -11,7 +11,7 @@ from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.training.memory import describe, run_inputs
-from tests.tiny import examples, rows, tiny_model
+from tests.support.tiny import examples, rows, tiny_model
 
 DATA = sorted(examples(rows(7, 9)), key=lambda example: example.length)
 SHORT, LONG = DATA[:5], DATA[5:]

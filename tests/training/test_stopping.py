@@ -14,7 +14,7 @@ from addax_ds import UserError
 from addax_ds.checkpoint import checkpoint
 from addax_ds.config.arguments import AddaxArguments
 from addax_ds.training.trainer import AddaxTrainer
-from tests.tiny import choice_set, examples, rows, tiny_tokenizer, write_model
+from tests.support.tiny import choice_set, examples, rows, tiny_tokenizer, write_model
 
 
 @pytest.fixture(scope="module")

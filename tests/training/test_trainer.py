@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from addax_ds.data.encoding import Example
-from tests.ranks import run_ranks
-from tests.reference import distance, norm
-from tests.tiny import MARKER
-from tests.trainer_reference import Run, Settings, linear_schedule, reference_run
+from tests.support.ranks import run_ranks
+from tests.support.reference import distance, norm
+from tests.support.tiny import MARKER
+from tests.support.trainer_reference import Run, Settings, linear_schedule, reference_run
 from tests.workers.trainer_cases import (
     ATTACHED,
     CASES,

@@ -13,9 +13,9 @@ from addax_ds.config.arguments import AddaxArguments
 from addax_ds.data.batches import pad
 from addax_ds.optim.report import NonFiniteError
 from addax_ds.training.trainer import AddaxTrainer
-from tests.reference import distance
-from tests.tiny import FAMILIES, examples, rows, tiny_model, tiny_tokenizer
-from tests.trainer_reference import Settings, reference_run
+from tests.support.reference import distance
+from tests.support.tiny import FAMILIES, examples, rows, tiny_model, tiny_tokenizer
+from tests.support.trainer_reference import Settings, reference_run
 from tests.workers.trainer_cases import gathered
 
 SEED = 5

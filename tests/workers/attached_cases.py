@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from tests.cases import CASES, Case, batches, mean_loss
-from tests.layouts import Attached, Layout, Run, device_type, fsdp2
+from tests.support.cases import CASES, Case, batches, mean_loss
+from tests.support.layouts import Attached, Layout, Run, device_type, fsdp2
 from tests.workers.teardown import shut_down
 
 LAYOUTS = {

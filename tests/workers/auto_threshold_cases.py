@@ -26,7 +26,7 @@ from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training import rehearsal
 from addax_ds.training.length_threshold import AutoThreshold
 from addax_ds.training.trainer import AddaxTrainer
-from tests.tiny import examples, repeatable, rows, tiny_tokenizer
+from tests.support.tiny import examples, repeatable, rows, tiny_tokenizer
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import GLOBAL_BATCH, Case, arguments, gathered
 

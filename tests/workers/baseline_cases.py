@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from addax_ds.config.settings import AddaxArguments
 from addax_ds.training.baseline import BaselineTrainer
-from tests.tiny import choice_set, repeatable, tiny_tokenizer
+from tests.support.tiny import choice_set, repeatable, tiny_tokenizer
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import Case, arguments, gathered
 

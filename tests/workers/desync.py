@@ -10,8 +10,8 @@ import torch.distributed as dist
 from addax_ds import UserError
 from addax_ds.optim.addax import unwrap
 from addax_ds.training.desync import DesyncCheck
-from tests.cases import Case, batches
-from tests.layouts import LAYOUTS, Run
+from tests.support.cases import Case, batches
+from tests.support.layouts import LAYOUTS, Run
 from tests.workers.attached_cases import train_step
 from tests.workers.teardown import shut_down
 

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from addax_ds.config.arguments import AddaxArguments
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training.trainer import AddaxTrainer
-from tests.tiny import examples, repeatable, rows, tiny_tokenizer
+from tests.support.tiny import examples, repeatable, rows, tiny_tokenizer
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import gathered
 

@@ -17,7 +17,7 @@ from addax_ds.config.settings import AddaxArguments
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training.trainer import AddaxTrainer
-from tests.tiny import choice_set, examples, question_set, rows, tiny_tokenizer
+from tests.support.tiny import choice_set, examples, question_set, rows, tiny_tokenizer
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import Case, arguments
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import addax_ds
-from tests.layouts import Run, fsdp2, hybrid_mesh
-from tests.models import tiny_opt, token_batches
-from tests.reference import Hyperparameters
+from tests.support.layouts import Run, fsdp2, hybrid_mesh
+from tests.support.models import tiny_opt, token_batches
+from tests.support.reference import Hyperparameters
 from tests.workers.parity import digest
 from tests.workers.teardown import shut_down
 

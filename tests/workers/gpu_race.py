@@ -15,8 +15,8 @@ from deepspeed import comm
 from torch import Tensor
 
 from addax_ds import kernels
-from tests.cases import mean_loss
-from tests.models import tiny_opt, token_batches
+from tests.support.cases import mean_loss
+from tests.support.models import tiny_opt, token_batches
 from tests.workers.teardown import shut_down
 
 CASES: dict[str, dict[str, Any]] = {

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import addax_ds
 from addax_ds.sharding.base import blocks
-from tests.cases import mean_loss
-from tests.layouts import Attached, Run, Zero3, flat_mesh, fsdp2, hybrid_mesh
-from tests.models import tiny_opt, token_batches
-from tests.reference import Hyperparameters
+from tests.support.cases import mean_loss
+from tests.support.layouts import Attached, Run, Zero3, flat_mesh, fsdp2, hybrid_mesh
+from tests.support.models import tiny_opt, token_batches
+from tests.support.reference import Hyperparameters
 from tests.workers.teardown import shut_down
 
 H = Hyperparameters(lr=0.1, alpha=0.5, seed=4)

@@ -13,7 +13,7 @@ import torch
 
 import addax_ds
 from addax_ds.kernels.operation import Operation
-from tests.models import tiny_opt
+from tests.support.models import tiny_opt
 from tests.workers.teardown import shut_down
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.cases import Case
-from tests.layouts import LAYOUTS, Layout
-from tests.reference import Hyperparameters
+from tests.support.cases import Case
+from tests.support.layouts import LAYOUTS, Layout
+from tests.support.reference import Hyperparameters
 from tests.workers.attached_cases import train
 from tests.workers.teardown import shut_down
 

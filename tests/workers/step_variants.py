@@ -15,10 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from addax_ds.optim.addax import unwrap
-from tests.cases import Case, mean_loss
-from tests.layouts import LAYOUTS, Layout, Run
-from tests.models import token_batches
-from tests.reference import Hyperparameters
+from tests.support.cases import Case, mean_loss
+from tests.support.layouts import LAYOUTS, Layout, Run
+from tests.support.models import token_batches
+from tests.support.reference import Hyperparameters
 from tests.workers.parity import Linear
 from tests.workers.teardown import shut_down
 

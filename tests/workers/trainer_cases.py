@@ -28,7 +28,7 @@ from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.dtypes import weights_dtype
-from tests.tiny import (
+from tests.support.tiny import (
     MARKER,
     choice_set,
     examples,

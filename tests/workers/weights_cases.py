@@ -15,10 +15,10 @@ from torch import nn
 
 from addax_ds.checkpoint.weights import WeightFiles, local_slices, save_weights
 from addax_ds.optim.addax import unwrap
-from tests.layouts import LAYOUTS
-from tests.models import tiny_opt
-from tests.reference import Hyperparameters
-from tests.tiny import tiny_model
+from tests.support.layouts import LAYOUTS
+from tests.support.models import tiny_opt
+from tests.support.reference import Hyperparameters
+from tests.support.tiny import tiny_model
 from tests.workers.teardown import shut_down
 
 MAX_FILE_SIZE = "50KB"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from addax_ds import UserError
 from addax_ds.checkpoint import weights
-from tests.models import tiny_opt
+from tests.support.models import tiny_opt
 from tests.workers.teardown import shut_down
 
 BAD_RANK = 1

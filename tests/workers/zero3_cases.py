@@ -8,7 +8,7 @@ import torch
 from deepspeed import comm
 
 import addax_ds
-from tests.cases import CASES, Case, batches, mean_loss
+from tests.support.cases import CASES, Case, batches, mean_loss
 from tests.workers.teardown import shut_down
 
 

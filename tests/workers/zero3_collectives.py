@@ -13,8 +13,8 @@ from torch import Tensor
 
 import addax_ds  # noqa: F401  (registers the optimizer)
 from benchmarks.common import CollectiveCounter
-from tests.cases import mean_loss
-from tests.models import tiny_opt, token_batches
+from tests.support.cases import mean_loss
+from tests.support.models import tiny_opt, token_batches
 from tests.workers.teardown import shut_down
 
 CASES: dict[str, dict[str, Any]] = {

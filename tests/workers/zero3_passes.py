@@ -13,7 +13,7 @@ from deepspeed import comm
 from torch import Tensor, nn
 
 import addax_ds
-from tests.models import tiny_opt, token_batches
+from tests.support.models import tiny_opt, token_batches
 from tests.workers.teardown import shut_down
 
 EPS = 1e-2

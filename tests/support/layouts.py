@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import addax_ds
 from addax_ds.sharding.fsdp2 import shard_model
-from tests.ranks import run_ranks
-from tests.reference import Hyperparameters
+from tests.support.ranks import run_ranks
+from tests.support.reference import Hyperparameters
 
 Closure = Callable[[], Tensor]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.ranks import ROOT, free_port
+from tests.support.ranks import ROOT, free_port
 
 _MARK = "ADDAX_TEST_LAUNCH"
 

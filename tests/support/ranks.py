@@ -9,7 +9,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 10.0
 # Imports are most of what a small case takes: ranks are forked from a process that has them. Their
 # hashes of strings are therefore alike, as those of ranks from a launcher are not (test_launch).

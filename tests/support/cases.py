@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.models import tiny_opt, token_batches
-from tests.reference import Hyperparameters, float64_loop
+from tests.support.models import tiny_opt, token_batches
+from tests.support.reference import Hyperparameters, float64_loop
 
 STEPS = 10
 
