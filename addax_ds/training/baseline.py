@@ -1,6 +1,7 @@
 """SGD and AdamW under ZeRO-3: what Addax is compared with, on the same batches and evaluations."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -60,7 +61,7 @@ class BaselineTrainer(StepTrainer):
             check_can_resume(self.settings.method)
         return super().train(None, *args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def _save_optimizer(self, folder: Path) -> None:
         """Nothing: checkpoints are for choosing the best one, not for going on."""
 
     def _free_gathered(self) -> None:

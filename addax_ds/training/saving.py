@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -76,14 +77,15 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write what Trainer writes; older checkpoints are removed when the new one is there."""
         self.store_flos()
-        root, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
+        assert self.args.output_dir is not None
+        root, step = Path(self.args.output_dir), self.state.global_step
         folder = checkpoint.path_of(root, step)
         with checkpoint.appearing(folder, self.args) as staging:
             self._name_best(root)
             self.save_model(str(staging), _internal_call=True)
             if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staging))
-                self._save_rng_state(str(staging))
+                self._save_optimizer(staging)
+                self._save_generators(staging)
             self._save_trainer_state(staging)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -101,24 +103,25 @@ class SavingTrainer(Trainer):
         if step == self.state.global_step or all(everywhere(best.is_dir())):
             self.state.best_model_checkpoint = str(best)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def _save_optimizer(self, folder: Path) -> None:
+        """Write optimizer, scheduler and the settings that must match on a resume."""
         with all_ranks_or_none():
             if self.args.should_save:
                 progress = Progress(
                     self._tr_loss.item(), self._globalstep_last_logged, asdict(self.costs.costs)
                 )
                 own = (self.addax, self.lr_scheduler, self._run, progress)
-                checkpoint.save_state(Path(output_dir), *own)
+                checkpoint.save_state(folder, *own)
 
-    def _save_rng_state(self, output_dir: str) -> None:
+    def _save_generators(self, folder: Path) -> None:
         """Gather the states of all ranks, of which some may not see the folder."""
         distributed = self.args.world_size > 1
         by_rank = everywhere(_generator_states(distributed))
-        with all_ranks_or_none(), atomic.writing(Path(output_dir)):
+        with all_ranks_or_none(), atomic.writing(folder):
             if self.args.should_save:
                 for rank, states in enumerate(by_rank):
                     name = f"rng_state_{rank}.pth" if distributed else "rng_state.pth"
-                    (Path(output_dir) / name).write_bytes(states)
+                    (folder / name).write_bytes(states)
 
     def _save_trainer_state(self, folder: Path) -> None:
         """Write what Trainer knows, callbacks included."""
@@ -161,14 +164,26 @@ class SavingTrainer(Trainer):
     ) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         limit_waiting(self.args.ddp_timeout)  # now that DeepSpeed has made its groups
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            with all_ranks_or_none():
-                own = (self.addax, self.lr_scheduler, self._run)
-                self._progress = checkpoint.load_state(folder, *own)
-            self._load_weights(folder)
-            self.addax.sharding.resume_at(self.state.global_step)
+        if resume_from_checkpoint is None:
+            self.start_afresh(prepared[0])
+        else:
+            self._resume(Path(resume_from_checkpoint))
         return prepared
+
+    def start_afresh(self, model: nn.Module) -> None:
+        """Do what a training needs before its first step, and not when it resumes.
+
+        Args:
+            model: as steps call it; under DeepSpeed the engine.
+        """
+
+    def _resume(self, folder: Path) -> None:
+        """Load optimizer, scheduler and weights of a checkpoint; every rank has to call it."""
+        with all_ranks_or_none():
+            own = (self.addax, self.lr_scheduler, self._run)
+            self._progress = checkpoint.load_state(folder, *own)
+        self._load_weights(folder)
+        self.addax.sharding.resume_at(self.state.global_step)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks whether the last step is done only after it has taken one more.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.data.partition import partition
@@ -94,17 +93,12 @@ class AddaxTrainer(StepTrainer):
             attach(self.optimizer, model)
         return self.optimizer
 
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> Any:
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
-        if self._planned is not None and resume_from_checkpoint is None:
-            rehearse = partial(self._rehearse, prepared[0])
+    def start_afresh(self, model: nn.Module) -> None:
+        """Lower a planned L_T until the longest batches fit into memory."""
+        if self._planned is not None:
+            rehearse = partial(self._rehearse, model)
             wait = self.args.ddp_timeout
             self.repartition(find_threshold(self._planned, rehearse, self.args.device, wait))
-        return prepared
 
     def _rehearse(self, model: nn.Module, threshold: int) -> None:
         """Run a step over the longest sequences that there are with an L_T."""
@@ -154,6 +148,8 @@ class AddaxTrainer(StepTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the values of the last step to what Trainer reports while it trains."""
         if "loss" in logs and self.addax.report is not None:
+            # The optimizer has freed all gradients, so Trainer reports a norm of 0.
+            logs.pop("grad_norm", None)
             report = self.addax.report
             values = {
                 "learning_rate": self._learning_rate,
@@ -178,12 +174,6 @@ class AddaxTrainer(StepTrainer):
         )
         return tokens * self.addax.sharding.trainable_elements
 
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        """Addax has clipped, before it applied the gradient."""
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """No gradient is left to take the norm of; `log` adds the one that was tracked."""
-
     # ---- stopping ------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
@@ -198,13 +188,6 @@ class AddaxTrainer(StepTrainer):
         """Whether ``train`` has ended because of `request_stop`, on this or another rank."""
         report = self.addax.report
         return report is not None and report.stop_requested
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave the checkpoints of a stopped run alone; Trainer may keep the best one only."""
-        if self.stopped:
-            self.args.load_best_model_at_end = False
-            self.args.save_total_limit = None
-        return super()._finalize_training(*args, **kwargs)
 
     def _name_examples(self, step: int) -> None:
         """Say which examples a partial step had; all ranks come here.
@@ -259,6 +242,13 @@ class _EndOfStep(TrainerCallback):
             control.should_training_stop = True
             control.should_save = True
             control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.stopped:
+            # Trainer would end by loading the best weights, and, with a limit of 1, by deleting the
+            # checkpoint to resume from. This one has been saved, and older ones removed, by now.
+            args.load_best_model_at_end = False
+            args.save_total_limit = None
 
 
 def _check_dtype(model: nn.Module, args: TrainingArguments) -> None:
