@@ -1,14 +1,18 @@
 import os
 
+from tests.support import extensions
+
 # Before torch and DeepSpeed are imported: the suite runs on a CPU, one thread a process.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCH_EXTENSIONS_DIR"] = extensions.of_session()
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.support.cases import CASES, batches, float64_outcome
 from tests.support.ranks import free_port
+
+
+def pytest_unconfigure() -> None:
+    if not extensions.is_worker():
+        extensions.end(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
 
 
 @pytest.fixture(scope="session", autouse=True)

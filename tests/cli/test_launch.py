@@ -218,7 +218,8 @@ def runs(model, tmp_path_factory) -> dict[str, Any]:
     for name in ("checkpoint-4", "checkpoint-5", f"{UNFINISHED}/checkpoint-6"):
         shutil.copytree(whole / "checkpoint-4", killed / name)
     cut(killed / "checkpoint-5" / "model.safetensors")
-    second = launch(TRAIN, *full_run(model, folder, killed, resume_from_checkpoint=True))
+    resumes = full_run(model, folder, killed, resume_from_checkpoint=True)
+    second = launch(TRAIN, *resumes, launcher="fork")
     assert second.status == 0, second.output
     return {"whole": whole, "killed": killed, "outcomes": [first, second]}
 
@@ -314,7 +315,7 @@ def test_a_full_disk_ends_all_ranks_and_spares_older_checkpoints(runs, model, tm
     shutil.copytree(runs["whole"] / "checkpoint-4", output / "checkpoint-4")
     more = {"resume_from_checkpoint": True, "report_to": "none", "save_total_limit": 1}
     given = full_run(model, runs["whole"].parent, output, **more)
-    outcome = launch("tests/workers/ckpt_small_disk.py", *given)
+    outcome = launch("tests/workers/ckpt_small_disk.py", *given, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert "model.safetensors: cannot be written: " in outcome.output
     assert outcome.output.count("addax_ds: error: ") == 2
@@ -342,7 +343,7 @@ def test_a_resumed_run_ends_with_the_same_bits(runs):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "sharding"), [("torchrun", "none"), ("torchrun", "fsdp2"), ("accelerate", "fsdp2")]
+    ("launcher", "sharding"), [("fork", "none"), ("torchrun", "fsdp2"), ("accelerate", "fsdp2")]
 )
 def test_other_launchers_and_back_ends_train_alike(launcher, sharding, runs, model, tmp_path):
     output = tmp_path / "output"
@@ -379,7 +380,7 @@ def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
     if text is not None:
         bad.write_text(text)
     given = full_run(model, tmp_path, tmp_path / "output")
-    outcome = launch("tests/workers/one_bad_rank.py", *given, str(bad))
+    outcome = launch("tests/workers/one_bad_rank.py", *given, str(bad), launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert f"{bad}: there is no such file" in outcome.output or f"{bad}:1: not" in outcome.output
     if text is not None:
@@ -392,7 +393,7 @@ def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
 def test_ranks_with_other_data_do_not_start(model, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", rows(8, 8, seed=9))
     given = full_run(model, tmp_path, tmp_path / "output")
-    outcome = launch("tests/workers/one_bad_rank.py", *given, str(other))
+    outcome = launch("tests/workers/one_bad_rank.py", *given, str(other), launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     said = re.findall(
         r"What differs:\n- training data: rank 0: (\w+), rank 1: (\w+)", outcome.output
@@ -411,7 +412,8 @@ def test_the_lock_of_a_killed_compilation_is_no_hang(model, tmp_path, monkeypatc
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))
-    outcome = launch(TRAIN, *full_run(model, tmp_path, tmp_path / "output"))
+    given = full_run(model, tmp_path, tmp_path / "output")
+    outcome = launch(TRAIN, *given, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert outcome.output.count(f"addax_ds: error: {lock} says that another process") == 2
     assert "Traceback" not in outcome.output
@@ -427,7 +429,8 @@ def test_losses_that_are_not_finite_end_all_ranks(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     output = tmp_path / "output"
     more = {"max_steps": 20, "eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
-    outcome = launch(TRAIN, *full_run(tmp_path / "model", tmp_path, output, **more))
+    given = full_run(tmp_path / "model", tmp_path, output, **more)
+    outcome = launch(TRAIN, *given, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert outcome.output.count("the 10th step in a row") == 2
     assert outcome.output.count("addax_ds: error:") == 2

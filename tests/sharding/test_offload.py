@@ -108,7 +108,8 @@ def test_nvme_and_hierarchical_partitioning_end_all_ranks_in_words(tmp_path):
         "output_dir": tmp_path / "output",
         "deepspeed": path,
     }
-    outcome = launch("launch/train.py", *[f"--{name}={value}" for name, value in given.items()])
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    outcome = launch("launch/train.py", *flags, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert f"addax_ds: error: {path} cannot be used with Addax:" in outcome.output
     for key, sentence in REFUSED.items():

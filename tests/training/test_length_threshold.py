@@ -467,6 +467,7 @@ def test_two_ranks_by_the_launcher(flags, tmp_path):
         *("--deepspeed=ds_configs/zero3.json", "--device_memory=1", "--max_steps=2"),
         *("--per_device_train_batch_size=2", "--per_device_zo_batch_size=1"),
         f"--output_dir={tmp_path}",
+        launcher="fork",
     )
     assert outcome.status == 0, outcome.output
     assert "L_T = 28 is the largest that fits: a larger one leaves fewer than" in outcome.output
