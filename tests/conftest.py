@@ -20,12 +20,23 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.support.cases import CASES, batches, float64_outcome
-from tests.support.ranks import free_port
+from tests.support.ranks import free_port, permit
 
 
 def pytest_unconfigure() -> None:
     if not extensions.is_worker():
         extensions.end(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that several workers end at the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    permit(item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)

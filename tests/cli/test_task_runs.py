@@ -258,6 +258,7 @@ def test_without_training_rows_the_model_is_tested_as_it_is(task, model, tmp_pat
     assert metric in read(output / "all_results.json")
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_the_model_predict_the_same_to_the_bit(model, tmp_path):
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     train.main(flags(model, alone, "squad", num_train=0))

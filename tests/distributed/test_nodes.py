@@ -25,7 +25,7 @@ BACK_ENDS = {
     "fsdp2": ("torchrun", ["--sharding=fsdp2", "--use_cpu=True"]),
 }
 
-pytestmark = pytest.mark.usefixtures("program_alone")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("program_alone")]
 
 
 @pytest.fixture(scope="module")

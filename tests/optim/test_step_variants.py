@@ -19,6 +19,8 @@ from tests.workers.step_variants import (
     global_batches,
 )
 
+pytestmark = pytest.mark.slow
+
 POISONS = ("nan", "inf")
 
 

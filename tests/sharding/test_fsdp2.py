@@ -12,6 +12,8 @@ from tests.support.reference import distance, norm
 from tests.workers import fsdp2_passes, fsdp2_steps
 from tests.workers.fsdp2_passes import AGAINST_UNINTERRUPTED, H
 
+pytestmark = pytest.mark.slow
+
 PASSES = dict.fromkeys(fsdp2_passes.CASES, 2) | dict.fromkeys(fsdp2_passes.HYBRID, 4)
 """Number of ranks, by case."""
 TEN_STEPS = [name for names in fsdp2_steps.CASES_BY_LAYOUT.values() for name in names]

@@ -15,6 +15,8 @@ from tests.support.layouts import LAYOUTS, on_layouts
 from tests.support.reference import distance, norm
 from tests.workers.parity import DTYPES, LIVE, REPLAYED, REPLAYED_STEPS, RUNS
 
+pytestmark = pytest.mark.slow
+
 FIRST = "unsharded x1"
 
 

@@ -11,6 +11,8 @@ from tests.support.cases import CASES, STEPS
 from tests.support.rank_group import Lazy, RankGroup
 from tests.support.reference import distance, norm
 
+pytestmark = pytest.mark.slow
+
 WORLD_SIZES = (1, 2)
 
 

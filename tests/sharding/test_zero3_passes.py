@@ -8,6 +8,8 @@ import pytest
 from tests.support.rank_group import ranks_by_size
 from tests.workers.zero3_passes import CASES, EPS
 
+pytestmark = pytest.mark.slow
+
 WORLD_SIZES = (1, 2)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.ranks import ROOT, ended, free_port
+from tests.support.ranks import ROOT, ended, free_port, require_permission
 
 _MARK = "ADDAX_TEST_LAUNCH"
 
@@ -57,6 +57,7 @@ def start(command: list[str], port: int, environment: dict[str, str] | None = No
         port: on which its ranks meet.
         environment: variables that it gets beside this process's own.
     """
+    require_permission()
     mark = uuid.uuid4().hex
     programs = Path(sys.executable).parent
     inherited = {

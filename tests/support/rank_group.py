@@ -19,7 +19,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from tests.support.ranks import GRACE_SECONDS, become_rank, rank_environment
+from tests.support.ranks import (
+    GRACE_SECONDS,
+    become_rank,
+    rank_environment,
+    require_permission,
+)
 from tests.workers.teardown import shut_down
 
 K = TypeVar("K", bound=Hashable)
@@ -103,6 +108,7 @@ class RankGroup:
         assert codes == [0] * len(codes), f"exit codes {codes} at the end\n{said}"
 
     def _start(self) -> None:
+        require_permission()
         context = multiprocessing.get_context("forkserver")
         environment = rank_environment(len(self._logs))
         for rank, log in enumerate(self._logs):

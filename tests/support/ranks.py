@@ -18,10 +18,30 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 )
 
 
+_permitted = True
+
+
+def permit(permitted: bool) -> None:
+    """Say whether the test that comes next may start processes."""
+    global _permitted
+    _permitted = permitted
+
+
+def require_permission() -> None:
+    """Keep tests that start ranks or launchers out of ``make test-quick``."""
+    assert _permitted, "a test that starts processes, itself or in a fixture, is to be marked slow"
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that no other worker of this session takes meanwhile."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port % workers == worker:
+            return port
 
 
 def run_ranks(
@@ -69,6 +89,7 @@ def ended(
 
     A rank that is still running some time after another one has failed is killed.
     """
+    require_permission()
     logs = [folder / f"rank{rank}-of-{world_size}.log" for rank in range(world_size)]
     environment = rank_environment(world_size, accelerator)
     # What a device needs may not be set up in a process that forks.

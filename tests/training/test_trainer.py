@@ -36,6 +36,8 @@ from tests.workers.trainer_cases import (
     write_models,
 )
 
+pytestmark = pytest.mark.slow
+
 TOPOLOGIES = ("none-1", "zero3-1", "zero3-2")
 SEQUENCE = ("zero3-2", "fsdp2-2", "none-1", "zero3-1", "none-2")
 """All topologies; each also goes on from a checkpoint of the one before it."""
