@@ -1,5 +1,7 @@
 # `make demo` and `make test` install what they need on first use. Options:
 #   make demo ARGS="--seed 1"        flags appended to the demo's command
+#   make test ARGS="-k resume"       arguments for pytest; the same with test-quick
+#   make test-quick                  all rooms, without the tests that start processes
 #   make bench                       the benchmarks, on a CPU
 #   make test-gpu                    what only a GPU can show
 #   make faults                      kills, damaged files, a full disk; about half an hour
@@ -24,7 +26,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.
     "addax_ds needs Python 3.11 or 3.12, but %s is %d.%d. Remove .venv if there is one, and " \
     "name another interpreter: make install PYTHON=python3.12" % (sys.executable, v[0], v[1]))
 
-.PHONY: install demo test test-gpu faults bench lint clean
+.PHONY: install demo test test-quick test-gpu faults bench lint clean
 
 install: $(STAMP)
 
@@ -53,8 +55,14 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# A file of tests stays with one of two workers, as its tests share what they have started.
+PYTEST := $(VENV_PATH) pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(VENV_PATH) pytest -q tests
+	$(PYTEST) $(ARGS)
+
+test-quick: $(STAMP)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # For machines with a CUDA GPU; two or more of them are used as two ranks over NCCL.
 test-gpu: $(STAMP)

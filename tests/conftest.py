@@ -1,14 +1,18 @@
 import os
 
+from tests.support import extensions
+
 # Before torch and DeepSpeed are imported: the suite runs on a CPU, one thread a process.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCH_EXTENSIONS_DIR"] = extensions.of_session()
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,23 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.support.cases import CASES, batches, float64_outcome
-from tests.support.ranks import free_port
+from tests.support.ranks import free_port, permit
+
+
+def pytest_unconfigure() -> None:
+    if not extensions.is_worker():
+        extensions.end(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that several workers end at the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    permit(item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,6 +37,7 @@ def sent(contender: dict, kind: str) -> int:
     return sum(c["bytes"] for name, c in collectives.items() if kind in name)
 
 
+@pytest.mark.slow
 def test_the_record_is_complete(document, contenders):
     assert document["configuration"]["ranks"] == RANKS
     assert set(document["circumstances"]["versions"]) >= {"addax_ds", "torch", "deepspeed"}
@@ -54,6 +55,7 @@ def test_the_record_is_complete(document, contenders):
             assert all(m["peak_rss_bytes"] > m["rss_before_model_bytes"] for m in memory)
 
 
+@pytest.mark.slow
 def test_all_but_the_parts_train(contenders):
     for first, last in contenders["parts"]["first_and_last_loss"].values():
         assert first == last
@@ -66,6 +68,7 @@ def test_all_but_the_parts_train(contenders):
     assert first != last
 
 
+@pytest.mark.slow
 def test_bytes(document, contenders):
     """Gradients travel once, or twice where both batches have one, and in full under LOMO."""
     model = BYTES * document["configuration"]["parameters"]
@@ -80,6 +83,7 @@ def test_bytes(document, contenders):
     assert 0 <= more < 0.02 * sent(contenders["parts"], "allgather")  # persistent parameters
 
 
+@pytest.mark.slow
 def test_state(contenders):
     """All ranks together hold the weights once, or whole on each rank under MeZO."""
     state = {
@@ -139,6 +143,7 @@ def test_ranks_that_hold_too_much_are_killed():
 # ---- loading -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "form"), [("addax_ds", "safetensors"), ("transformers", "bin")])
 def test_the_model_that_was_written_is_loaded_and_saved(way, form, tmp_path):
     source, result, size = tmp_path / "model", tmp_path / "result.json", "8MB"

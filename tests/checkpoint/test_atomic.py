@@ -1,5 +1,6 @@
 """Folders that appear whole: errors and deaths at every point, and damage to every byte."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -81,6 +82,28 @@ def test_what_the_body_raises_is_raised_and_nothing_is_left(tmp_path):
         (staging / "half").write_text(b"not text")
     assert content(folder) == {"old": b"old"}
     assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_folder_takes_its_name_when_it_is_on_the_disk_and_keeps_it(tmp_path, monkeypatch):
+    """A power cut after the rename finds all of it, and the name itself is flushed, too."""
+    parent, events = tmp_path.resolve(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        events.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    write(parent / "folder")
+    at = events.index("renamed")
+    staging = parent / UNFINISHED / "folder"
+    assert {staging, *(staging / name for name in (*FILES, "sub", SEAL))} <= set(events[:at])
+    assert parent in events[at:]
 
 
 # ---- errors and deaths -------------------------------------------------------------------------
@@ -221,6 +244,26 @@ def test_damage_to_any_byte_of_the_seal_is_found(tmp_path):
             read_seal(folder)
     (folder / SEAL).unlink()
     with pytest.raises(DamagedError, match="there is no SHA256SUMS"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "sub/../../outside", "/outside"])
+def test_a_seal_that_names_a_file_outside_its_folder_is_refused(name, tmp_path):
+    """Though it is whole: who verifies a folder from elsewhere reads nothing beyond it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (folder / "inside", tmp_path / "outside"):
+        path.write_bytes(b"content")
+
+    def seal(name: str) -> None:
+        body = f"# 7 bytes\n{hashlib.sha256(b'content').hexdigest()}  {name}\n"
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        (folder / SEAL).write_text(f"{body}# SHA-256 of the lines above: {digest}\n")
+
+    seal("inside")
+    verify(folder)
+    seal(name)
+    with pytest.raises(DamagedError, match=f"{SEAL}: the file is damaged"):
         verify(folder)
 
 

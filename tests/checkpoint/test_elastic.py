@@ -7,10 +7,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.rank_group import Lazy
 from tests.support.ranks import run_ranks
 from tests.support.reference import distance
 from tests.support.tiny import write_model
 from tests.workers.elastic import SAVED_AT, SHARDINGS, STEPS
+
+pytestmark = pytest.mark.slow
+
+RUNS = {
+    "two": (2, ()),
+    "one": (1, ()),
+    "four": (4, ()),
+    "one-from-two": (1, ("two",)),
+    "four-from-two": (4, ("two",)),
+    "two-again": (2, ("one", "four")),
+}
+"""Number of ranks, and the runs from whose checkpoints it goes on."""
 
 MOVES = [("two", "one"), ("two", "four"), ("one", "two-again"), ("four", "two-again")]
 
@@ -23,13 +36,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder) -> dict[str, Any]:
-    run_ranks("elastic", 2, folder, "two")
-    for name, world_size in (("one", 1), ("four", 4)):
-        run_ranks("elastic", world_size, folder, name)
-        run_ranks("elastic", world_size, folder, f"{name}-from-two", "two")
-    run_ranks("elastic", 2, folder, "two-again", "one", "four")
-    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+def results(folder) -> Lazy[str, dict[Any, Any]]:
+    def of_run(name: str) -> dict[Any, Any]:
+        world_size, sources = RUNS[name]
+        for source in sources:
+            _ = found[source]  # leaves its checkpoints
+        run_ranks("elastic", world_size, folder, name, *sources)
+        return torch.load(folder / f"{name}.pt")
+
+    found = Lazy(RUNS, of_run)
+    return found
 
 
 @pytest.mark.parametrize("writer", SHARDINGS)

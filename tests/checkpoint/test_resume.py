@@ -154,6 +154,7 @@ def both(found: dict[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
     return {**first, "name": names[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "step"),
     [("intact", 10), ("leftover", 10), ("two-disks", 10), ("path", 2)],
@@ -165,6 +166,7 @@ def test_an_intact_checkpoint_is_taken_without_a_word(found, name, step):
     assert not (result["root"] / UNFINISHED).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", BY_FILE)
 def test_the_one_before_a_damaged_one_is_taken(found, key):
     name, damage = BY_FILE[key]
@@ -179,6 +181,7 @@ def test_the_one_before_a_damaged_one_is_taken(found, key):
         assert REASONS[damage] in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "step", "reasons"),
     [
@@ -196,6 +199,7 @@ def test_what_not_all_ranks_can_use_is_skipped(found, name, step, reasons):
             assert reason in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
@@ -229,6 +233,7 @@ def test_both_ranks_refuse(found, name, parts):
             assert part.format(root=rank["root"]) in rank["error"]
 
 
+@pytest.mark.slow
 def test_false_is_no_checkpoint(found):
     assert both(found, "off")["found"] is None
 

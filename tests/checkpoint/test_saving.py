@@ -34,12 +34,14 @@ def saves(request, folder) -> list[dict[str, Any]]:
     return first
 
 
+@pytest.mark.slow
 def test_without_a_fault_the_new_checkpoint_replaces_the_old(saves):
     for save in (saves[0], saves[-1]):
         assert save["errors"] == ["", ""]
         assert save["there"] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_all_ranks_are_told_what_one_could_not_write(saves, request):
     failed = [save for save in saves if any(save["errors"])]
     for save in failed:
@@ -53,6 +55,7 @@ def test_all_ranks_are_told_what_one_could_not_write(saves, request):
     assert len(failed) >= at_least
 
 
+@pytest.mark.slow
 def test_there_is_a_complete_checkpoint_after_any_fault_and_nothing_half_written(saves):
     for save in saves[1:-1]:
         assert save["damaged"] == []
@@ -64,6 +67,7 @@ def test_there_is_a_complete_checkpoint_after_any_fault_and_nothing_half_written
     assert len(later) <= 3
 
 
+@pytest.mark.slow
 def test_nodes_that_all_save_need_disks_of_their_own(folder):
     nodes, others = (json.loads((folder / f"nodes-{r}.json").read_text()) for r in range(2))
     assert nodes == others

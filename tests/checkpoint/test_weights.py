@@ -420,6 +420,7 @@ def results(chain: Path, layout: str, name: str) -> list[dict[str, Any]]:
     return [torch.load(p) for p in sorted(chain.glob(f"{layout}-{name}-rank*.pt"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_back_end_writes_the_same_files(chain, name, layout):
@@ -440,6 +441,7 @@ def test_every_back_end_writes_the_same_files(chain, name, layout):
         assert len(content) == 1 or sum(t.nbytes for t in content.values()) <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_filled_model_is_the_one_that_was_saved(chain, name, layout):
@@ -455,6 +457,7 @@ def test_a_filled_model_is_the_one_that_was_saved(chain, name, layout):
         assert result["gradients"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rank_is_filled_with_its_share(chain, name, layout):
@@ -469,6 +472,7 @@ def test_a_rank_is_filled_with_its_share(chain, name, layout):
         assert max(held) < 0.6 * elements
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_was_written(chain):
     for name in MODELS:
         model, folder = MODELS[name]().eval(), chain / LAYOUTS[0] / name
@@ -479,6 +483,7 @@ def test_transformers_loads_what_was_written(chain):
             assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_stops_all_of_them(tmp_path):
     run_ranks("weights_failure", 2, tmp_path, timeout=60)
     told = [(tmp_path / f"told-{rank}").read_text() for rank in range(2)]

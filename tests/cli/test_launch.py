@@ -218,7 +218,8 @@ def runs(model, tmp_path_factory) -> dict[str, Any]:
     for name in ("checkpoint-4", "checkpoint-5", f"{UNFINISHED}/checkpoint-6"):
         shutil.copytree(whole / "checkpoint-4", killed / name)
     cut(killed / "checkpoint-5" / "model.safetensors")
-    second = launch(TRAIN, *full_run(model, folder, killed, resume_from_checkpoint=True))
+    resumes = full_run(model, folder, killed, resume_from_checkpoint=True)
+    second = launch(TRAIN, *resumes, launcher="fork")
     assert second.status == 0, second.output
     return {"whole": whole, "killed": killed, "outcomes": [first, second]}
 
@@ -235,6 +236,7 @@ def log_of(folder: Path, key: str) -> list[float]:
     return [entry[key] for entry in history(folder) if key in entry]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_results(runs):
     folder = runs["whole"]
     results = json.loads((folder / "all_results.json").read_text())
@@ -251,6 +253,7 @@ def test_a_run_leaves_its_results(runs):
         assert "Traceback" not in outcome.output
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_did(runs):
     output, folder = runs["outcomes"][0].output, runs["whole"]
     assert output.count("D0 (zeroth-order, longer than L_T = 12): 7 sequences, the longest of") == 1
@@ -261,6 +264,7 @@ def test_a_run_says_what_it_did(runs):
         assert str(folder / name) in output
 
 
+@pytest.mark.slow
 def test_folders_are_complete_with_checksums(runs):
     for run, names in {
         "whole": {"checkpoint-4", "checkpoint-6", "model"},
@@ -275,6 +279,7 @@ def test_folders_are_complete_with_checksums(runs):
         assert state["global_step"] == STEPS
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs):
     path = runs["killed"] / "checkpoint-5" / "model.safetensors"
     said = f"skipping a checkpoint that is damaged. {path}: the file is cut off"
@@ -282,6 +287,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs):
     assert [entry["step"] for entry in history(runs["killed"]) if "g0" in entry][4:] == [5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -309,12 +315,13 @@ def test_another_run_is_refused_before_its_model_is_loaded(
     assert message in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_all_ranks_and_spares_older_checkpoints(runs, model, tmp_path):
     output = tmp_path / "output"
     shutil.copytree(runs["whole"] / "checkpoint-4", output / "checkpoint-4")
     more = {"resume_from_checkpoint": True, "report_to": "none", "save_total_limit": 1}
     given = full_run(model, runs["whole"].parent, output, **more)
-    outcome = launch("tests/workers/ckpt_small_disk.py", *given)
+    outcome = launch("tests/workers/ckpt_small_disk.py", *given, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert "model.safetensors: cannot be written: " in outcome.output
     assert outcome.output.count("addax_ds: error: ") == 2
@@ -326,6 +333,7 @@ def test_a_full_disk_ends_all_ranks_and_spares_older_checkpoints(runs, model, tm
     assert not left & {"checkpoint-6", UNFINISHED, "model"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(runs):
     for key in ("g0", "zo_loss", "fo_loss", "learning_rate", "eval_loss"):
         assert log_of(runs["killed"], key) == log_of(runs["whole"], key)
@@ -341,8 +349,9 @@ def test_a_resumed_run_ends_with_the_same_bits(runs):
     assert results[0]["test_loss_before"] == results[1]["test_loss_before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "sharding"), [("torchrun", "none"), ("torchrun", "fsdp2"), ("accelerate", "fsdp2")]
+    ("launcher", "sharding"), [("fork", "none"), ("torchrun", "fsdp2"), ("accelerate", "fsdp2")]
 )
 def test_other_launchers_and_back_ends_train_alike(launcher, sharding, runs, model, tmp_path):
     output = tmp_path / "output"
@@ -356,6 +365,7 @@ def test_other_launchers_and_back_ends_train_alike(launcher, sharding, runs, mod
     assert AutoModelForCausalLM.from_pretrained(output / "model").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_fsdp2(runs, model, tmp_path):
     """What ZeRO-3 has saved after step 4; stochastic rounding is that of the same steps."""
     folder, output = runs["whole"].parent, tmp_path / "moved"
@@ -372,6 +382,7 @@ def test_a_run_goes_on_under_fsdp2(runs, model, tmp_path):
     assert distance(whole, moved) <= 0.1 * distance(whole, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [None, '{"prompt": "w0"'], ids=["missing", "malformed"])
 def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
     """A missing file is found before the ranks have met, a malformed one after."""
@@ -379,7 +390,7 @@ def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
     if text is not None:
         bad.write_text(text)
     given = full_run(model, tmp_path, tmp_path / "output")
-    outcome = launch("tests/workers/one_bad_rank.py", *given, str(bad))
+    outcome = launch("tests/workers/one_bad_rank.py", *given, str(bad), launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert f"{bad}: there is no such file" in outcome.output or f"{bad}:1: not" in outcome.output
     if text is not None:
@@ -389,10 +400,11 @@ def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_other_data_do_not_start(model, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", rows(8, 8, seed=9))
     given = full_run(model, tmp_path, tmp_path / "output")
-    outcome = launch("tests/workers/one_bad_rank.py", *given, str(other))
+    outcome = launch("tests/workers/one_bad_rank.py", *given, str(other), launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     said = re.findall(
         r"What differs:\n- training data: rank 0: (\w+), rank 1: (\w+)", outcome.output
@@ -404,6 +416,7 @@ def test_ranks_with_other_data_do_not_start(model, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_compilation_is_no_hang(model, tmp_path, monkeypatch):
     """DeepSpeed compiles before the model is loaded; the lock is where torch looks for it."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
@@ -411,7 +424,8 @@ def test_the_lock_of_a_killed_compilation_is_no_hang(model, tmp_path, monkeypatc
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))
-    outcome = launch(TRAIN, *full_run(model, tmp_path, tmp_path / "output"))
+    given = full_run(model, tmp_path, tmp_path / "output")
+    outcome = launch(TRAIN, *given, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert outcome.output.count(f"addax_ds: error: {lock} says that another process") == 2
     assert "Traceback" not in outcome.output
@@ -419,6 +433,7 @@ def test_the_lock_of_a_killed_compilation_is_no_hang(model, tmp_path, monkeypatc
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_end_all_ranks(tmp_path):
     model = tiny_model("llama", torch.bfloat16)
     with torch.no_grad():
@@ -427,7 +442,8 @@ def test_losses_that_are_not_finite_end_all_ranks(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     output = tmp_path / "output"
     more = {"max_steps": 20, "eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
-    outcome = launch(TRAIN, *full_run(tmp_path / "model", tmp_path, output, **more))
+    given = full_run(tmp_path / "model", tmp_path, output, **more)
+    outcome = launch(TRAIN, *given, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert outcome.output.count("the 10th step in a row") == 2
     assert outcome.output.count("addax_ds: error:") == 2

@@ -9,6 +9,8 @@ from tests.support.models import tiny_opt
 from tests.support.ranks import run_ranks
 from tests.workers.mistakes import MISTAKES, MISTAKES_OF_FOUR
 
+pytestmark = pytest.mark.slow
+
 BEFORE_ITS_BACKWARD = r"RuntimeError: a forward with autograd .* Call zeroth_order\(\) first"
 SECOND_GRADIENT = "RuntimeError: model.* got a second gradient in one step"
 NOT_REDUCED = "RuntimeError: model.* has a gradient that was not applied, .* not reduced"

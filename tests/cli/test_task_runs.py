@@ -258,11 +258,13 @@ def test_without_training_rows_the_model_is_tested_as_it_is(task, model, tmp_pat
     assert metric in read(output / "all_results.json")
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_the_model_predict_the_same_to_the_bit(model, tmp_path):
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     train.main(flags(model, alone, "squad", num_train=0))
     more = {"num_train": 0, "deepspeed": "ds_configs/zero3.json"}
-    outcome = launch("launch/train.py", *flags(model, sharded, "squad", **more))
+    given = flags(model, sharded, "squad", **more)
+    outcome = launch("launch/train.py", *given, launcher="fork")
     assert outcome.status == 0, outcome.output
     assert outcome.left_behind == 0
     name = "predictions_test.jsonl"

@@ -25,7 +25,7 @@ BACK_ENDS = {
     "fsdp2": ("torchrun", ["--sharding=fsdp2", "--use_cpu=True"]),
 }
 
-pytestmark = pytest.mark.usefixtures("program_alone")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("program_alone")]
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def assert_same_bits(a: Path, b: Path) -> None:
 def trained(request, folder) -> dict[str, Any]:
     """One node of two ranks; two nodes; two nodes that go on from what the one node saved."""
     back_end = request.param
-    launcher, of_back_end = BACK_ENDS[back_end]
+    _, of_back_end = BACK_ENDS[back_end]
     outputs = {name: folder / back_end / name for name in ("one", "two", "resumed")}
-    whole = launch(TRAIN, *of_back_end, *flags(folder, outputs["one"]), launcher=launcher)
+    whole = launch(TRAIN, *of_back_end, *flags(folder, outputs["one"]), launcher="fork")
     assert whole.status == 0, whole.output
     checkpoint = outputs["one"] / f"checkpoint-{SAVED_AT}"
     found = {

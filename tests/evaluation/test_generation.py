@@ -1,5 +1,7 @@
 """Written answers: greedy decoding against a loop without cache and padding; ranks agree."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from addax_ds.evaluation.generation import Decoder, GenerationSet
 from addax_ds.evaluation.scored_set import Scores
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError
-from tests.support.ranks import run_ranks
+from tests.support.rank_group import Lazy, RankGroup
 from tests.support.tiny import byte_tokenizer, question_set, tiny_model, tiny_tokenizer, write_model
-from tests.workers.evaluation_cases import run_all
+from tests.workers.evaluation_cases import CASES, run_case
 from tests.workers.trainer_cases import with_adapters
 
 FAMILIES = ("opt", "llama", "qwen3", "mistral", "gemma3")
@@ -172,19 +174,28 @@ def test_a_prompt_without_tokens_is_refused():
 
 
 @pytest.fixture(scope="module")
-def topologies(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
-    """What each rank found, by back end and number of ranks."""
+def topologies(tmp_path_factory) -> Iterator[Any]:
+    """What a case found, by back end and number of ranks, and by rank."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_model(folder / "model", "llama")
-    found = {"none-1": [run_all(folder, "none", 1)]}
-    for sharding, ranks in (("none", 2), ("fsdp2", 2), ("zero3", 2)):
-        run_ranks("evaluation_cases", ranks, folder, sharding)
-        found[f"{sharding}-{ranks}"] = [
-            torch.load(folder / f"{sharding}-{ranks}-rank{rank}.pt") for rank in range(ranks)
-        ]
-    return found
+    with ExitStack() as stack:
+
+        def of_topology(topology: str) -> list[Lazy[str, dict[str, Any]]]:
+            sharding, world_size = topology.split("-")[0], int(topology.split("-")[1])
+            group = RankGroup("evaluation_cases", world_size, tmp_path_factory.mktemp(topology))
+            stack.callback(group.close)
+
+            def of_case(name: str) -> list[dict[str, Any]]:
+                given = name, folder, sharding, world_size
+                return [run_case(*given)] if world_size == 1 else group.call("run_case", *given)
+
+            by_case = Lazy(CASES, of_case)
+            return [Lazy(CASES, lambda n, r=rank: by_case[n][r]) for rank in range(world_size)]
+
+        yield Lazy(("none-1", "none-2", "fsdp2-2", "zero3-2"), of_topology)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["choices, untrained", "questions, untrained"])
 def test_all_topologies_find_the_same_to_the_bit(topologies, case):
     wanted = topologies["none-1"][0][case]
@@ -197,6 +208,7 @@ def test_all_topologies_find_the_same_to_the_bit(topologies, case):
                 assert kept.get(name) == wanted["metrics"].get(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["choices, in training", "questions, in training"])
 def test_evaluation_in_the_course_of_training(topologies, case):
     """Ranks agree to the bit, back ends up to the rounding of two steps; the mode is put back."""

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from addax_ds import UserError
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.models import source as model_source
 from addax_ds.models.source import ModelSource
+from tests.support.rank_group import Lazy, ranks_by_size
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model, tiny_tokenizer, write_model
-from tests.workers.loading_cases import CHUNK_BYTES, FILE_SIZE, LARGE, LARGE_BIN, RUN_ON
+from tests.workers.loading_cases import CHUNK_BYTES, FILE_SIZE, LARGE, LARGE_BIN, RUN_ON, STEPS
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {},
@@ -125,15 +126,17 @@ def write_experts(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def loaded(models, request) -> list[dict[Any, Any]]:
-    """What each rank found."""
-    run_ranks("loading_cases", request.param, models)
-    return [
-        torch.load(models / f"loading-{request.param}-rank{rank}.pt")
-        for rank in range(request.param)
-    ]
+def loaded(models, request, tmp_path_factory) -> Iterator[Any]:
+    """What each rank found, by case."""
+    world_size, new_folder = request.param, tmp_path_factory.mktemp
+    names = [path.name for path in (models / "models").iterdir()]
+    cases = [*itertools.product(RUN_ON[world_size], names), *(("step", *step) for step in STEPS)]
+    with ranks_by_size("loading_cases", [world_size], cases, new_folder, models) as sizes:
+        found = sizes[world_size]
+        yield [Lazy(cases, lambda c, r=rank: found[c][r]) for rank in range(world_size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHER_MODELS, *BINS, *OTHER_FORMS])
 def test_a_loaded_model_is_the_one_that_transformers_loads(loaded, name):
     """Parameters, ties, buffers with their dtype, configuration; from fp32 files to each dtype."""
@@ -146,6 +149,7 @@ def test_a_loaded_model_is_the_one_that_transformers_loads(loaded, name):
         assert not found["training"]
 
 
+@pytest.mark.slow
 def test_files_of_another_form_are_loaded_whole_with_a_warning(loaded):
     """Unless the whole model is what a rank is to hold."""
     for rank, layout in itertools.product(loaded, RUN_ON[len(loaded)]):
@@ -160,7 +164,8 @@ def test_files_of_another_form_are_loaded_whole_with_a_warning(loaded):
         assert all(not rank[layout, name]["warnings"] for name in by_parts)
 
 
-@pytest.mark.parametrize("case", [("llama", False), ("llama", True), ("opt", True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STEPS)
 def test_zero3_takes_the_step_that_it_takes_after_transformers_load(loaded, case):
     """The engine, with parameters offloaded, and adapters on top that it partitions itself."""
     for rank in loaded:
@@ -170,6 +175,7 @@ def test_zero3_takes_the_step_that_it_takes_after_transformers_load(loaded, case
 # ---- memory ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_rank_holds_its_share_and_one_tensor_or_file(loaded, models):
     """Counted in live tensors. A rank without shards holds the model, as the count shows."""
     files = list((models / "models" / LARGE).glob("*.safetensors"))
@@ -187,10 +193,12 @@ def test_a_rank_holds_its_share_and_one_tensor_or_file(loaded, models):
         assert rank[layout, LARGE_BIN]["loading"] <= share + largest + buffers
 
 
+@pytest.mark.slow
 def test_what_is_saved_are_the_files_that_were_loaded(loaded, models):
     start = models / "models" / LARGE
     files = sorted(path.name for path in start.glob("*.safetensors"))
     for layout in RUN_ON[len(loaded)]:
+        assert loaded[0][layout, LARGE]
         saved = models / f"saved-{len(loaded)}-{layout}"
         names, expected = (
             json.loads((f / INDEX).read_text())["weight_map"] for f in (saved, start)
@@ -402,6 +410,7 @@ def told(tmp_path_factory) -> tuple[dict[str, str], list[dict[str, dict[str, str
     return expected, [json.loads((folder / f"told-{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 @pytest.mark.parametrize("layout", RUN_ON[2])
 def test_every_rank_is_told_what_cannot_be_loaded(told, name, layout):

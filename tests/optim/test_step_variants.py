@@ -1,12 +1,13 @@
 """Accumulation, clipping, fp16 and numbers that are not finite, on every layout."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support.cases import float64_outcome
-from tests.support.layouts import LAYOUTS, run_layouts
+from tests.support.layouts import LAYOUTS, on_layouts
 from tests.support.reference import distance, norm
 from tests.workers.step_variants import (
     CLIPPING,
@@ -14,16 +15,20 @@ from tests.workers.step_variants import (
     NARROW,
     POISON_ROW,
     POISONED,
+    RUNS,
     global_batches,
 )
+
+pytestmark = pytest.mark.slow
 
 POISONS = ("nan", "inf")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, list[dict]]:
-    """Outcome of every run on each rank, by layout."""
-    return run_layouts("step_variants", tmp_path_factory.mktemp)
+def results(tmp_path_factory) -> Iterator[Any]:
+    """Outcome of a run, by layout and rank."""
+    with on_layouts("step_variants", tmp_path_factory.mktemp, RUNS) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

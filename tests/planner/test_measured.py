@@ -8,6 +8,8 @@ from benchmarks.plan import worst
 from tests.support.ranks import run_ranks
 from tests.workers.planner_cases import CASES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:

@@ -1,13 +1,18 @@
 """Addax on FSDP2: what passes see, the float64 loop, order of collectives, live gradients."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from tests.support.cases import CASES
-from tests.support.ranks import run_ranks
+from tests.support.rank_group import Lazy, ranks_by_size
 from tests.support.reference import distance, norm
 from tests.workers import fsdp2_passes, fsdp2_steps
 from tests.workers.fsdp2_passes import AGAINST_UNINTERRUPTED, H
+
+pytestmark = pytest.mark.slow
 
 PASSES = dict.fromkeys(fsdp2_passes.CASES, 2) | dict.fromkeys(fsdp2_passes.HYBRID, 4)
 """Number of ranks, by case."""
@@ -15,22 +20,16 @@ TEN_STEPS = [name for names in fsdp2_steps.CASES_BY_LAYOUT.values() for name in 
 
 
 @pytest.fixture(scope="module")
-def passes(tmp_path_factory) -> dict[str, list[dict]]:
-    folder = tmp_path_factory.mktemp("passes")
-    for world_size in (2, 4):
-        run_ranks("fsdp2_passes", world_size, folder)
-    return {
-        name: [torch.load(folder / f"{name}-rank{rank}.pt") for rank in range(world_size)]
-        for name, world_size in PASSES.items()
-    }
+def passes(tmp_path_factory) -> Iterator[Any]:
+    with ranks_by_size("fsdp2_passes", (2, 4), PASSES, tmp_path_factory.mktemp) as found:
+        yield Lazy(PASSES, lambda name: found[PASSES[name]][name])
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> dict[str, list[dict]]:
-    folder = tmp_path_factory.mktemp("steps")
-    run_ranks("fsdp2_steps", 2, folder)
+def steps(tmp_path_factory) -> Iterator[Any]:
     names = ("order", "memory", *TEN_STEPS)
-    return {n: [torch.load(folder / f"{n}-rank{rank}.pt") for rank in (0, 1)] for n in names}
+    with ranks_by_size("fsdp2_steps", (2,), names, tmp_path_factory.mktemp) as found:
+        yield found[2]
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -34,6 +34,7 @@ def looked_at(tmp_path_factory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"offload-{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("config", ["zero3", "zero3_offload"])
 def test_kernels_read_and_write_the_shards_that_deepspeed_keeps(looked_at, rank, config):
@@ -95,6 +96,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_nvme_and_hierarchical_partitioning_end_all_ranks_in_words(tmp_path):
     config = json.loads(json.dumps(CONFIG))
     zero = config["zero_optimization"]
@@ -108,7 +110,8 @@ def test_nvme_and_hierarchical_partitioning_end_all_ranks_in_words(tmp_path):
         "output_dir": tmp_path / "output",
         "deepspeed": path,
     }
-    outcome = launch("launch/train.py", *[f"--{name}={value}" for name, value in given.items()])
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    outcome = launch("launch/train.py", *flags, launcher="fork")
     assert outcome.status not in (0, None), outcome.output
     assert f"addax_ds: error: {path} cannot be used with Addax:" in outcome.output
     for key, sentence in REFUSED.items():

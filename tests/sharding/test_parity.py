@@ -4,23 +4,27 @@ The deviations of the table in the docs are recorded by
 ``pytest tests/sharding/test_parity.py --junitxml=FILE -o junit_family=xunit1``.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support.cases import batches, float64_outcome
-from tests.support.layouts import LAYOUTS, run_layouts
+from tests.support.layouts import LAYOUTS, on_layouts
 from tests.support.reference import distance, norm
-from tests.workers.parity import DTYPES, LIVE, REPLAYED, REPLAYED_STEPS
+from tests.workers.parity import DTYPES, LIVE, REPLAYED, REPLAYED_STEPS, RUNS
+
+pytestmark = pytest.mark.slow
 
 FIRST = "unsharded x1"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, list[dict]]:
-    """Outcome of every run on each rank, by layout."""
-    return run_layouts("parity", tmp_path_factory.mktemp)
+def results(tmp_path_factory) -> Iterator[Any]:
+    """Outcome of a run, by layout and rank."""
+    with on_layouts("parity", tmp_path_factory.mktemp, RUNS) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,37 @@
 """Addax inside DeepSpeed ZeRO-3, 1 and 2 ranks, against the float64 loop and against each other."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
 import torch
 
 from tests.support.cases import CASES, STEPS
-from tests.support.ranks import run_ranks
+from tests.support.rank_group import Lazy, RankGroup
 from tests.support.reference import distance, norm
+
+pytestmark = pytest.mark.slow
 
 WORLD_SIZES = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[int, dict]:
-    """Outcome of every case, by world size."""
-    outcome = {}
-    for world_size in WORLD_SIZES:
-        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        log = run_ranks("zero3_cases", world_size, folder)
-        outcome[world_size] = {
-            "log": log,
-            **{
-                n: [torch.load(folder / f"{n}-rank{r}.pt") for r in range(world_size)]
-                for n in CASES
-            },
-        }
-    return outcome
+def results(tmp_path_factory) -> Iterator[Any]:
+    """Outcome of a case on each rank, and what was said meanwhile, by world size."""
+    with ExitStack() as stack:
+
+        def of_size(world_size: int) -> Lazy[str, list[dict]]:
+            folder = tmp_path_factory.mktemp(f"ranks{world_size}")
+            group = RankGroup("zero3_cases", world_size, folder)
+            stack.callback(group.close)
+
+            def of_case(name: str) -> list[dict]:
+                return [{**found, "output": group.output} for found in group.call("run_case", name)]
+
+            return Lazy(CASES, of_case)
+
+        yield Lazy(WORLD_SIZES, of_size)
 
 
 def weights(result: dict, names) -> dict:
@@ -74,8 +81,6 @@ def test_number_of_passes(results, name, forwards):
 
 def test_prefetching_keeps_its_trace_after_the_first_step(results):
     for world_size in WORLD_SIZES:
-        by_case = results[world_size]["log"].split("case ")[1:]
-        assert len(by_case) == len(CASES)
-        for log in by_case:
-            after_the_first = log.split("step 1\n")[1]
-            assert "Invalidate trace cache" not in after_the_first, log.splitlines()[0]
+        for name in CASES:
+            after_the_first = results[world_size][name][0]["output"].split("step 1\n")[1]
+            assert "Invalidate trace cache" not in after_the_first, name

@@ -10,6 +10,8 @@ import pytest
 from tests.support.ranks import run_ranks
 from tests.workers.zero3_collectives import CASES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict[str, dict]:

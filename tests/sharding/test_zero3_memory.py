@@ -6,6 +6,8 @@ import pytest
 
 from tests.support.ranks import run_module
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=[1, 2])
 def measured(request, tmp_path_factory) -> tuple[int, list[dict]]:

@@ -1,31 +1,29 @@
 """Under ZeRO-3 the stored weights never drift, and the passes do see the perturbed ones."""
 
-import pytest
-import torch
+from collections.abc import Iterator
+from typing import Any
 
-from tests.support.ranks import run_ranks
+import pytest
+
+from tests.support.rank_group import ranks_by_size
 from tests.workers.zero3_passes import CASES, EPS
+
+pytestmark = pytest.mark.slow
 
 WORLD_SIZES = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    found = {}
-    for world_size in WORLD_SIZES:
-        folder = tmp_path_factory.mktemp(f"passes{world_size}")
-        run_ranks("zero3_passes", world_size, folder)
-        for name in CASES:
-            found[name, world_size] = [
-                torch.load(folder / f"{name}-rank{r}.pt") for r in range(world_size)
-            ]
-    return found
+def results(tmp_path_factory) -> Iterator[Any]:
+    """Outcome of a case on each rank, by world size."""
+    with ranks_by_size("zero3_passes", WORLD_SIZES, CASES, tmp_path_factory.mktemp) as found:
+        yield found
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_passes(results, name, world_size):
-    ranks = results[name, world_size]
+    ranks = results[world_size][name]
     for found in ranks:
         assert found["unchanged"] == [True] * 3  # also after the closure raised
         assert found["raised"]
@@ -44,7 +42,7 @@ def test_passes(results, name, world_size):
 @pytest.mark.parametrize("name", CASES)
 def test_perturbed_copies_live_as_long_as_their_gather(results, name, world_size):
     """While modules run, there may be a prefetched one in flight, and one that gloo lets go of."""
-    for found in results[name, world_size]:
+    for found in results[world_size][name]:
         made, in_modules, left = found["copies"]
         assert made > 0
         assert in_modules <= 3 * found["largest"] < found["stored"]

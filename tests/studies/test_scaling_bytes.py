@@ -10,6 +10,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
 from tests.workers.scaling_cases import CASES, LENGTH, ROWS
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 BYTES = 2  # bf16
 VOCABULARY, HIDDEN = 210, 32  # even, so that no partition is padded

@@ -11,6 +11,8 @@ from studies.scaling.projection import LABEL
 from tests.support.launcher import Outcome, finish, start
 from tests.support.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (
     *("--models", "tiny", "--methods", "mezo", "--ranks", "2", "--lengths", "16"),
     *("--per_device_zo_batch_size", "1", "--time_limit", "120", "--project", "8", "64"),

@@ -1,7 +1,8 @@
 """Every way to lay a model out over ranks, each giving a run that trains in the same words."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import addax_ds
 from addax_ds.sharding.fsdp2 import shard_model
-from tests.support.ranks import run_ranks
+from tests.support.rank_group import Lazy, RankGroup
 from tests.support.reference import Hyperparameters
 
 Closure = Callable[[], Tensor]
@@ -141,14 +142,27 @@ LAYOUTS = {
 }
 
 
-def run_layouts(worker: str, new_folder: Callable[[str], Path]) -> dict[str, list[dict]]:
-    """Run a worker once for each world size; return what it left for each layout, by rank."""
-    outcome = {}
-    for world_size in sorted({layout.world_size for layout in LAYOUTS.values()}):
-        folder = new_folder(f"{worker}{world_size}")
-        run_ranks(worker, world_size, folder)
-        for name, layout in LAYOUTS.items():
-            if layout.world_size == world_size:
-                paths = [folder / f"{name}-rank{rank}.pt" for rank in range(world_size)]
-                outcome[name] = [torch.load(path) for path in paths]
-    return outcome
+@contextmanager
+def on_layouts(
+    worker: str,
+    new_folder: Callable[[str], Path],
+    keys: Iterable[Any],
+    layouts: Iterable[str] = tuple(LAYOUTS),
+) -> Iterator[Mapping[str, list[Mapping[Any, Any]]]]:
+    """Give out what ``run_case(layout, key)`` of a worker returns, by layout, rank and key.
+
+    A case runs when its result is looked at; layouts of a world size share their ranks.
+    """
+    names, keys = tuple(layouts), tuple(keys)
+    sizes = sorted({LAYOUTS[name].world_size for name in names})
+    groups = {n: RankGroup(worker, n, new_folder(f"{worker}{n}")) for n in sizes}
+
+    def of_layout(name: str) -> list[Mapping[Any, Any]]:
+        world_size = LAYOUTS[name].world_size
+        found = Lazy(keys, lambda key: groups[world_size].call("run_case", name, key))
+        return [Lazy(keys, lambda key, r=rank: found[key][r]) for rank in range(world_size)]
+
+    with ExitStack() as stack:
+        for group in groups.values():
+            stack.callback(group.close)
+        yield Lazy(names, of_layout)

@@ -18,10 +18,30 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 )
 
 
+_permitted = True
+
+
+def permit(permitted: bool) -> None:
+    """Say whether the test that comes next may start processes."""
+    global _permitted
+    _permitted = permitted
+
+
+def require_permission() -> None:
+    """Keep tests that start ranks or launchers out of ``make test-quick``."""
+    assert _permitted, "a test that starts processes, itself or in a fixture, is to be marked slow"
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that no other worker of this session takes meanwhile."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port % workers == worker:
+            return port
 
 
 def run_ranks(
@@ -50,6 +70,26 @@ def run_module(
     Returns rank 0's output. Fails with the output of all ranks if one exits with a non-zero status
     or the time is up; no process is left behind.
     """
+    codes, output = ended(
+        module, world_size, folder, *arguments, timeout=timeout, accelerator=accelerator
+    )
+    assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(output)
+    return output[0]
+
+
+def ended(
+    module: str,
+    world_size: int,
+    folder: Path,
+    *arguments: str,
+    timeout: float,
+    accelerator: str = "cpu",
+) -> tuple[list[int | None], list[str]]:
+    """Run a module as `run_module` does; return each rank's exit code and output.
+
+    A rank that is still running some time after another one has failed is killed.
+    """
+    require_permission()
     logs = [folder / f"rank{rank}-of-{world_size}.log" for rank in range(world_size)]
     environment = rank_environment(world_size, accelerator)
     # What a device needs may not be set up in a process that forks.
@@ -60,22 +100,24 @@ def run_module(
         processes.append(context.Process(target=_run, args=(module, arguments, of_rank, log)))
         processes[-1].start()
     _wait(processes, timeout)
-    output = [log.read_text() for log in logs]
-    codes = [process.exitcode for process in processes]
-    assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(output)
-    return output[0]
+    return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
 def _run(module: str, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
     """Be ``python -m <module> <arguments>``."""
+    become_rank(environment, log)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def become_rank(environment: dict[str, str], log: Path) -> None:
+    """Take a rank's environment; what this process says goes to ``log``."""
     with log.open("w") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def rank_environment(world_size: int, accelerator: str = "cpu") -> dict[str, str]:

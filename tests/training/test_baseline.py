@@ -1,5 +1,6 @@
 """SGD and AdamW under ZeRO-3 against torch's own in float64, on the batches of IP-SGD."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from addax_ds.training.base import plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError
-from tests.support.ranks import run_ranks
+from tests.support.rank_group import ranks_by_size
 from tests.support.tiny import write_model
 from tests.support.trainer_reference import global_loss, linear_schedule
 from tests.workers.baseline_cases import CASES, STEPS
@@ -24,20 +25,12 @@ TRAINED = [name for name in CASES if name != "best"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, dict[int, dict[str, list[dict[str, Any]]]]]:
-    folder = tmp_path_factory.mktemp("baseline")
+def runs(tmp_path_factory) -> Iterator[tuple[Path, Any]]:
+    """The folder of the model; outcome of a case on each rank, by number of ranks."""
+    folder, new_folder = tmp_path_factory.mktemp("baseline"), tmp_path_factory.mktemp
     write_model(folder / "model", "opt")
-    found: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    for world_size in (1, 2):
-        run_ranks("baseline_cases", world_size, folder)
-        found[world_size] = {
-            name: [
-                torch.load(folder / f"{name}-{world_size}-rank{rank}.pt")
-                for rank in range(world_size)
-            ]
-            for name in CASES
-        }
-    return folder, found
+    with ranks_by_size("baseline_cases", (1, 2), CASES, new_folder, folder) as found:
+        yield folder, found
 
 
 def reference(name: str, folder: Path) -> tuple[nn.Module, list[float], list[float]]:
@@ -67,6 +60,7 @@ def reference(name: str, folder: Path) -> tuple[nn.Module, list[float], list[flo
     return model, losses, norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", TRAINED)
 def test_against_torch_in_float64(runs, name, world_size):
@@ -90,6 +84,7 @@ def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
     return sum(squares) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_loaded(runs):
     for by_name in runs[1].values():
         for result in by_name["best"]:

@@ -1,23 +1,30 @@
 """Ranks that come apart are found, and named, on all of them."""
 
-import json
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.support.layouts import LAYOUTS
-from tests.support.ranks import run_ranks
-from tests.workers.desync import PARAMETER
+from tests.support.layouts import LAYOUTS, on_layouts
+from tests.support.rank_group import Lazy
+from tests.workers.desync import CASES, PARAMETER
+
+pytestmark = pytest.mark.slow
 
 PAIRS = [name for name, layout in LAYOUTS.items() if layout.world_size == 2]
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, dict[str, str | None]]:
-    folder = tmp_path_factory.mktemp("desync")
-    run_ranks("desync", 2, folder)
-    first, second = (json.loads((folder / f"desync-{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    return first
+def said(tmp_path_factory) -> Iterator[Any]:
+    """What both ranks are told in a case, by layout."""
+    with on_layouts("desync", tmp_path_factory.mktemp, CASES, PAIRS) as found:
+
+        def of_case(layout: str, name: str) -> str | None:
+            first, second = (rank[name] for rank in found[layout])
+            assert first == second
+            return first
+
+        yield Lazy(PAIRS, lambda layout: Lazy(CASES, lambda name: of_case(layout, name)))
 
 
 @pytest.mark.parametrize("layout", PAIRS)

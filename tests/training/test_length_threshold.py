@@ -4,7 +4,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +26,11 @@ from addax_ds.training import memory, rehearsal
 from addax_ds.training.length_threshold import AutoThreshold, dividing_lengths, plan_threshold
 from addax_ds.training.rehearsal import find_threshold, is_out_of_memory, longest_batch
 from tests.support.launcher import launch
-from tests.support.layouts import LAYOUTS
+from tests.support.layouts import LAYOUTS, on_layouts
+from tests.support.rank_group import Lazy, RankGroup
 from tests.support.ranks import run_ranks
 from tests.support.tiny import examples, rows, tiny_model, write_model, write_rows
-from tests.workers.auto_threshold_cases import FITS, PLANNED, run_all
+from tests.workers.auto_threshold_cases import CASES, FITS, PLANNED, run_case
 from tests.workers.rehearsal_cases import LEFT_OUT, POINTS, STEPS, VARIANTS
 
 DATA = examples(rows(7, 9))
@@ -195,17 +196,11 @@ REHEARSED = [name for name in LAYOUTS if name not in LEFT_OUT]
 
 
 @pytest.fixture(scope="module")
-def rehearsals(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
-    """Outcome of every variant on each rank, by layout."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for world_size in (2, 4):
-        folder = tmp_path_factory.mktemp(f"rehearsals{world_size}")
-        run_ranks("rehearsal_cases", world_size, folder)
-        for name in REHEARSED:
-            if LAYOUTS[name].world_size == world_size:
-                paths = [folder / f"{name}-rank{rank}.pt" for rank in range(world_size)]
-                found[name] = [torch.load(path) for path in paths]
-    return found
+def rehearsals(tmp_path_factory) -> Iterator[Any]:
+    """Outcome of a variant, by layout and rank."""
+    new_folder = tmp_path_factory.mktemp
+    with on_layouts("rehearsal_cases", new_folder, VARIANTS, REHEARSED) as found:
+        yield found
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -216,6 +211,7 @@ def equal(first: Any, second: Any) -> bool:
     return first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", REHEARSED)
 def test_a_rehearsal_changes_nothing_wherever_it_fails(rehearsals, layout, variant):
@@ -243,20 +239,30 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(folder) -> dict[str, list[dict[str, Any]]]:
-    """What each rank found, by topology."""
-    found = {}
-    for topology in TOPOLOGIES:
-        sharding, world_size = topology.split("-")
-        if topology == "none-1":
-            found[topology] = [run_all(folder, sharding)]
-        else:
-            run_ranks("auto_threshold_cases", int(world_size), folder, sharding)
-            paths = [folder / f"{topology}-rank{rank}.pt" for rank in range(int(world_size))]
-            found[topology] = [torch.load(path, weights_only=False) for path in paths]
-    return found
+def runs(folder, tmp_path_factory) -> Iterator[Any]:
+    """What a case found, by topology and rank."""
+    with ExitStack() as stack:
+
+        def of_topology(topology: str) -> list[Lazy[str, dict[str, Any]]]:
+            sharding, world_size = topology.split("-")[0], int(topology.split("-")[1])
+            logs = tmp_path_factory.mktemp(topology)
+            group = RankGroup("auto_threshold_cases", world_size, logs)
+            stack.callback(group.close)
+
+            def of_case(name: str) -> list[dict[str, Any]]:
+                if name == "resumed":
+                    _ = by_case["backward"]  # leaves the checkpoint
+                if topology == "none-1":
+                    return [run_case(name, folder, sharding)]
+                return group.call("run_case", name, folder, sharding)
+
+            by_case = Lazy(CASES, of_case)
+            return [Lazy(CASES, lambda n, r=rank: by_case[n][r]) for rank in range(world_size)]
+
+        yield Lazy(TOPOLOGIES, of_topology)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_out_of_memory_lowers_the_threshold_and_nothing_else(runs, topology, where):
@@ -268,6 +274,7 @@ def test_out_of_memory_lowers_the_threshold_and_nothing_else(runs, topology, whe
             assert equal(found[name], number[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_what_fits_as_planned_is_kept(runs, topology):
     for rank in runs[topology]:
@@ -277,6 +284,7 @@ def test_what_fits_as_planned_is_kept(runs, topology):
             assert equal(rank["planned"][name], rank["planned number"][name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_resumed_run_does_not_rehearse(runs, topology):
     for rank in runs[topology]:
@@ -284,6 +292,7 @@ def test_a_resumed_run_does_not_rehearse(runs, topology):
         assert equal(rank["resumed"]["weights"], rank["number"]["weights"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
 def test_memory_that_runs_out_on_one_rank_ends_all_with_a_sentence(folder, sharding, where):
@@ -460,6 +469,7 @@ def test_the_program_trains_with_divided_rows_and_goes_on(flags, tmp_path, caplo
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_two_ranks_by_the_launcher(flags, tmp_path):
     outcome = launch(
         "launch/train.py",
@@ -467,6 +477,7 @@ def test_two_ranks_by_the_launcher(flags, tmp_path):
         *("--deepspeed=ds_configs/zero3.json", "--device_memory=1", "--max_steps=2"),
         *("--per_device_train_batch_size=2", "--per_device_zo_batch_size=1"),
         f"--output_dir={tmp_path}",
+        launcher="fork",
     )
     assert outcome.status == 0, outcome.output
     assert "L_T = 28 is the largest that fits: a larger one leaves fewer than" in outcome.output

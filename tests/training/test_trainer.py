@@ -1,11 +1,13 @@
 """`AddaxTrainer` on every back end, on 1 and 2 ranks, against a float64 loop.
 
-One run of the worker per topology trains every case; the tests read what it left.
+A case is trained on a topology when a test reads what it left.
 """
 
 import csv
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from addax_ds.data.encoding import Example
-from tests.support.ranks import run_ranks
+from tests.support.rank_group import Lazy, RankGroup
 from tests.support.reference import distance, norm
 from tests.support.tiny import MARKER
 from tests.support.trainer_reference import Run, Settings, linear_schedule, reference_run
@@ -24,16 +26,20 @@ from tests.workers.trainer_cases import (
     ATTACHED,
     CASES,
     GLOBAL_BATCH,
+    MOVED,
+    OTHER_RUNS,
     SEED,
     THRESHOLD,
     Case,
     arguments,
     gathered,
     make_trainer,
-    run_all,
+    run_case,
     with_adapters,
     write_models,
 )
+
+pytestmark = pytest.mark.slow
 
 TOPOLOGIES = ("none-1", "zero3-1", "zero3-2")
 SEQUENCE = ("zero3-2", "fsdp2-2", "none-1", "zero3-1", "none-2")
@@ -62,19 +68,29 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def results(folder) -> Iterator[Any]:
     """What each rank found: by topology, by case, by rank."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for topology in SEQUENCE:
-        sharding, world_size = topology.split("-")
-        previous = list(found)[-1:]
-        if topology == "none-1":
-            ranks = [run_all(folder, "none", 1, *previous)]
-        else:
-            run_ranks("trainer_cases", int(world_size), folder, sharding, *previous)
-            ranks = [torch.load(folder / f"{topology}-rank{r}.pt") for r in range(int(world_size))]
-        found[topology] = {name: [rank[name] for rank in ranks] for name in ranks[0]}
-    return found
+    with ExitStack() as stack:
+
+        def of_topology(topology: str) -> Lazy[str, list[dict[str, Any]]]:
+            sharding, world_size = topology.split("-")
+            previous = dict(zip(SEQUENCE[1:], SEQUENCE, strict=False)).get(topology)
+            (folder / "logs" / topology).mkdir(parents=True)
+            group = RankGroup("trainer_cases", int(world_size), folder / "logs" / topology)
+            stack.callback(group.close)
+
+            def of_case(name: str) -> list[dict[str, Any]]:
+                given = name, folder, sharding, int(world_size), previous
+                if name == "moved":
+                    _ = found[previous][MOVED]  # leaves the checkpoint
+                return (
+                    [run_case(*given)] if topology == "none-1" else group.call("run_case", *given)
+                )
+
+            return Lazy((*CASES, *OTHER_RUNS), of_case)
+
+        found: Lazy[str, Any] = Lazy(SEQUENCE, of_topology)
+        yield found
 
 
 def combinations(*names: str) -> Any:
@@ -333,10 +349,10 @@ def test_a_norm_that_was_not_taken_is_not_logged(folder, tmp_path):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_values_reach_tensorboard(results, folder, topology):
+    log = results[topology]["addax"][0]["log"]
     (event_file,) = (folder / topology / "addax").glob("runs/*/events*")
     events = EventAccumulator(str(event_file))
     events.Reload()
-    log = results[topology]["addax"][0]["log"]
     assert len(log) == STEPS["addax"]
     for key in (*LOGGED, "loss", "learning_rate"):
         written = [(e.step, e.value) for e in events.Scalars(f"train/{key}")]
@@ -346,6 +362,7 @@ def test_values_reach_tensorboard(results, folder, topology):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_csv_monitor_of_deepspeed(results, folder, world_size):
     """DeepSpeed writes the rate that its scheduler has moved on to, against samples seen."""
+    assert results[f"zero3-{world_size}"]["mezo"]
     path = folder / f"zero3-{world_size}" / "mezo" / "csv" / "Train_Samples_lr.csv"
     with path.open() as file:
         header, *lines = csv.reader(file)
@@ -359,10 +376,10 @@ def test_csv_monitor_of_deepspeed(results, folder, world_size):
 @pytest.mark.parametrize("topology", SEQUENCE)
 @pytest.mark.parametrize(("name", "dtype"), [("addax", "float32"), ("resume", "bfloat16")])
 def test_saved_model_is_the_trained_one(results, folder, name, dtype, topology):
+    trained = results[topology][name][0]["weights"]
     saved = folder / topology / name / "model"
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert str(model.dtype) == f"torch.{dtype}"
-    trained = results[topology][name][0]["weights"]
     assert set(trained) == {n for n, _ in model.named_parameters()}
     assert all(torch.equal(p, trained[n]) for n, p in model.named_parameters())
     assert AutoTokenizer.from_pretrained(saved)("w0 w1")["input_ids"] == [3, 4]
@@ -389,6 +406,7 @@ def test_csv_monitor_goes_on_counting_samples_after_a_resume(results, folder, wo
         with (run / "csv" / "Train_Samples_lr.csv").open() as file:
             return [int(line[0]) for line in list(csv.reader(file))[1:]]
 
+    assert results[f"zero3-{world_size}"]["mezo"]
     whole = folder / f"zero3-{world_size}" / "mezo"
     assert len(samples(whole)) == STEPS["mezo"]
     assert samples(whole / "again") == samples(whole)[4:]
@@ -397,9 +415,9 @@ def test_csv_monitor_goes_on_counting_samples_after_a_resume(results, folder, wo
 @pytest.mark.parametrize("topology", SEQUENCE[1:])
 def test_a_run_goes_on_where_another_topology_stopped(results, folder, topology):
     """ZeRO-3, then FSDP2, one process, ZeRO-3 again, replicas: the same last two steps."""
+    whole, moved = (results[topology][name] for name in ("addax", "moved"))
     before = folder / SEQUENCE[SEQUENCE.index(topology) - 1] / "addax" / "checkpoint-4"
     start = dict(AutoModelForCausalLM.from_pretrained(before).named_parameters())
-    whole, moved = (results[topology][name] for name in ("addax", "moved"))
     for rank, result in zip(whole, moved, strict=True):
         assert close(logged(result, "g0"), logged(rank, "g0"), abs=1.5e-3)
         for key in ("zo_loss", "fo_loss", "learning_rate"):
@@ -410,10 +428,11 @@ def test_a_run_goes_on_where_another_topology_stopped(results, folder, topology)
 
 @pytest.mark.parametrize("topology", SEQUENCE)
 def test_the_best_model_is_loaded_at_the_end(results, folder, topology):
+    ranks = results[topology]["best"]
     first, last = (folder / topology / "best" / f"checkpoint-{step}" for step in (2, 4))
     best = dict(AutoModelForCausalLM.from_pretrained(first).named_parameters())
     other = dict(AutoModelForCausalLM.from_pretrained(last).named_parameters())
-    for result in results[topology]["best"]:
+    for result in ranks:
         assert all(torch.equal(w, best[n]) for n, w in result["weights"].items())
         assert not all(torch.equal(w, other[n]) for n, w in result["weights"].items())
 
@@ -426,12 +445,13 @@ def test_checkpoints_of_deepspeed_are_refused(results, world_size):
 
 @pytest.mark.parametrize("topology", SEQUENCE)
 def test_checkpoints_are_rotated_and_hold_the_weights_once(folder, results, topology):
+    trained = results[topology]["resume"][0]["weights"]
     root = folder / topology / "resume"
     # Of steps 2, 4, 6 and the last, 7.
     kept = sorted(int(p.name.split("-")[1]) for p in root.glob("checkpoint-*"))
     assert kept == [4, 6, 7]
     size = sum(p.stat().st_size for p in (root / "checkpoint-7").rglob("*") if p.is_file())
-    weights = sum(w.nbytes for w in results[topology]["resume"][0]["weights"].values())
+    weights = sum(w.nbytes for w in trained.values())
     bookkeeping = 60_000  # generator states, tokenizer, arguments, log
     assert weights < size <= weights + bookkeeping
 

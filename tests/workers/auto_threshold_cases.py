@@ -1,7 +1,7 @@
 """``--length_threshold auto`` when rehearsals run out of memory, on one back end.
 
-``python -m tests.workers.auto_threshold_cases FOLDER SHARDING`` runs on several ranks; the tests
-call `run_all` themselves for one process. ``FOLDER/model`` holds the model.
+``python -m tests.workers.auto_threshold_cases FOLDER SHARDING WHERE`` lets it run out on one rank
+alone. ``FOLDER/model`` holds the model.
 """
 
 import json
@@ -27,7 +27,6 @@ from addax_ds.training import rehearsal
 from addax_ds.training.length_threshold import AutoThreshold
 from addax_ds.training.trainer import AddaxTrainer
 from tests.support.tiny import examples, repeatable, rows, tiny_tokenizer
-from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import GLOBAL_BATCH, Case, arguments, gathered
 
 PLANNED = 28
@@ -121,25 +120,34 @@ def train(
         "rehearsals": len(rehearsals),
         "noted": state["run"]["length_threshold"],
         "partition": trainer.partition.threshold if trainer.partition else None,
-        "output": output,
     }
     if args.deepspeed:
         trainer.model_wrapped.destroy()
     return found
 
 
-def run_all(folder: Path, sharding: str) -> dict[str, dict[str, Any]]:
-    """A run with L_T as a number, and ones that come to it by themselves."""
-    found = {
-        "number": train(folder, sharding, "number", FITS),
-        "forward": train(folder, sharding, "forward", PLANNED, PLAN, "forward"),
-        "backward": train(folder, sharding, "backward", PLANNED, PLAN, "backward"),
-        "planned": train(folder, sharding, "planned", PLANNED, PLAN),
-        "planned number": train(folder, sharding, "planned-number", PLANNED),
-    }
-    checkpoint = found["backward"]["output"] / "checkpoint-3"
-    found["resumed"] = train(folder, sharding, "backward", FITS, PLAN, checkpoint=checkpoint)
-    return found
+CASES: dict[str, tuple[Any, ...]] = {
+    "number": (FITS,),
+    "forward": (PLANNED, PLAN, "forward"),
+    "backward": (PLANNED, PLAN, "backward"),
+    "planned": (PLANNED, PLAN),
+    "planned number": (PLANNED,),
+    "resumed": (FITS, PLAN),
+}
+"""Runs with L_T as a number, and ones that come to it by themselves."""
+
+
+def set_up() -> None:
+    deepspeed.init_distributed()
+
+
+def run_case(name: str, folder: Path, sharding: str) -> dict[str, Any]:
+    """Train; "resumed" goes on from a checkpoint of "backward"."""
+    if name != "resumed":
+        return train(folder, sharding, name, *CASES[name])
+    world_size = comm.get_world_size() if comm.is_initialized() else 1
+    checkpoint = folder / f"{sharding}-{world_size}" / "backward" / "checkpoint-3"
+    return train(folder, sharding, "backward", *CASES[name], checkpoint=checkpoint)
 
 
 def one_rank(folder: Path, sharding: str, where: str) -> str:
@@ -153,16 +161,12 @@ def one_rank(folder: Path, sharding: str, where: str) -> str:
 
 
 def main() -> None:
-    folder, sharding, *where = Path(sys.argv[1]), *sys.argv[2:]
+    folder, sharding, where = Path(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    rank, world_size = comm.get_rank(), comm.get_world_size()
-    if where:
-        said = one_rank(folder, sharding, *where)
-        (folder / f"{sharding}-alone-{rank}.txt").write_text(said)
-        os._exit(0)  # there are collectives that will never end
-    torch.save(run_all(folder, sharding), folder / f"{sharding}-{world_size}-rank{rank}.pt")
-    shut_down()
+    set_up()
+    said = one_rank(folder, sharding, where)
+    (folder / f"{sharding}-alone-{comm.get_rank()}.txt").write_text(said)
+    os._exit(0)  # there are collectives that will never end
 
 
 if __name__ == "__main__":

@@ -1,21 +1,15 @@
-"""Trains with SGD and AdamW under ZeRO-3; each rank saves what it saw.
+"""Trains with SGD and AdamW under ZeRO-3. ``FOLDER/model`` holds the model."""
 
-``python -m tests.workers.baseline_cases FOLDER``; ``FOLDER/model`` holds the model.
-"""
-
-import sys
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed import comm
 from transformers import AutoModelForCausalLM
 
 from addax_ds.config.settings import AddaxArguments
 from addax_ds.training.baseline import BaselineTrainer
 from tests.support.tiny import choice_set, repeatable, tiny_tokenizer
-from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import Case, arguments, gathered
 
 STEPS = 4
@@ -44,7 +38,12 @@ CASES = {
 }
 
 
-def train(name: str, folder: Path, world_size: int) -> dict[str, Any]:
+def set_up() -> None:
+    deepspeed.init_distributed()
+
+
+def run_case(name: str, folder: Path) -> dict[str, Any]:
+    world_size = comm.get_world_size()
     case, output = CASES[name], folder / f"{name}-{world_size}"
     args = arguments(case, output, "zero3", world_size)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -67,18 +66,3 @@ def train(name: str, folder: Path, world_size: int) -> dict[str, Any]:
         found["evaluated again"] = trainer.evaluate()["eval_loss"]
     trainer.model_wrapped.destroy()
     return found
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    rank, world_size = comm.get_rank(), comm.get_world_size()
-    for name in CASES:
-        found = train(name, folder, world_size)
-        torch.save(found, folder / f"{name}-{world_size}-rank{rank}.pt")
-    shut_down()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,6 @@
-"""Lets ranks come apart in several ways, and writes down what `DesyncCheck` says on each."""
+"""Lets ranks come apart in several ways, and returns what `DesyncCheck` says on each."""
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -13,7 +11,6 @@ from addax_ds.training.desync import DesyncCheck
 from tests.support.cases import Case, batches
 from tests.support.layouts import LAYOUTS, Run
 from tests.workers.attached_cases import train_step
-from tests.workers.teardown import shut_down
 
 PARAMETER = "model.decoder.layers.1.fc1.weight"
 
@@ -35,10 +32,19 @@ def learning_rate_of_one_rank(run: Run) -> None:
 
 
 HARM = (nothing, one_weight_of_one_rank, learning_rate_of_one_rank)
+CASES: dict[str, tuple[Callable[[Run], None], int]] = {
+    f"{harm.__name__} {step}": (harm, step) for harm in HARM for step in (2, 3)
+}
+"""Before step 2 the check of step 1 is fresh; before step 3 there is none."""
 
 
-def train(layout: str, harm, step: int) -> str | None:
+def set_up() -> None:
+    dist.init_process_group("gloo")
+
+
+def run_case(layout: str, name: str) -> str | None:
     """Check every other step; do harm before the given one."""
+    harm, step = CASES[name]
     case = Case(model={"activation": "gelu"})
     run = LAYOUTS[layout].run(case.build(), case.hyperparameters)
     check = DesyncCheck(unwrap(run.optimizer), every=2)
@@ -54,20 +60,3 @@ def train(layout: str, harm, step: int) -> str | None:
     finally:
         run.close()
     return None
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    found = {}
-    for layout in LAYOUTS:
-        if LAYOUTS[layout].world_size == 2:
-            # Before step 2 the check of step 1 is fresh; before step 3 there is none.
-            found[layout] = {f"{h.__name__} {s}": train(layout, h, s) for h in HARM for s in (2, 3)}
-    (folder / f"desync-{dist.get_rank()}.json").write_text(json.dumps(found))
-    shut_down()
-
-
-if __name__ == "__main__":
-    main()

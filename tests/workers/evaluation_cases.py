@@ -1,16 +1,13 @@
 """Evaluates choices and questions without training and in its course, on each rank.
 
-``python -m tests.workers.evaluation_cases FOLDER SHARDING``; the tests call `run_all` themselves
-for one process. ``FOLDER/model`` holds the model.
+``FOLDER/model`` holds the model.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import comm
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from addax_ds.config.settings import AddaxArguments
@@ -18,7 +15,6 @@ from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training.trainer import AddaxTrainer
 from tests.support.tiny import choice_set, examples, question_set, rows, tiny_tokenizer
-from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import Case, arguments
 
 SETS = {"choices": choice_set, "questions": question_set}
@@ -36,12 +32,17 @@ class _NoteScores(TrainerCallback):
         self.scores.append(torch.from_numpy(self.trainer.scores.copy()))
 
 
-def run_all(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
-    return {
-        f"{kind}, {moment}": evaluate(folder, sharding, world_size, make(), steps)
-        for kind, make in SETS.items()
-        for moment, steps in (("untrained", 0), ("in training", 2))
-    }
+STEPS = {"untrained": 0, "in training": 2}
+CASES = [f"{kind}, {moment}" for kind in SETS for moment in STEPS]
+
+
+def set_up() -> None:
+    deepspeed.init_distributed()
+
+
+def run_case(name: str, folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
+    kind, moment = name.split(", ")
+    return evaluate(folder, sharding, world_size, SETS[kind](), STEPS[moment])
 
 
 def evaluate(
@@ -74,17 +75,3 @@ def evaluate(
     if sharding == "zero3":
         trainer.model_wrapped.destroy()
     return found
-
-
-def main() -> None:
-    folder, sharding = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    rank, world_size = comm.get_rank(), comm.get_world_size()
-    found = run_all(folder, sharding, world_size)
-    torch.save(found, folder / f"{sharding}-{world_size}-rank{rank}.pt")
-    shut_down()
-
-
-if __name__ == "__main__":
-    main()

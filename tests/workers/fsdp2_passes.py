@@ -1,9 +1,9 @@
 """What the zeroth-order passes see under FSDP2, and what they leave behind."""
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from tests.support.layouts import Run, fsdp2, hybrid_mesh
 from tests.support.models import tiny_opt, token_batches
 from tests.support.reference import Hyperparameters
 from tests.workers.parity import digest
-from tests.workers.teardown import shut_down
 
 H = Hyperparameters(lr=0.1, alpha=0.5, zo_eps=1e-2, seed=5)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -58,7 +57,8 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 
 
-def copy_as_between_devices() -> None:
+@contextmanager
+def copies_between_devices() -> Iterator[None]:
     """Let ``to(device)`` copy, as it does where shards and computation have two devices."""
     original = Tensor.to
 
@@ -69,6 +69,10 @@ def copy_as_between_devices() -> None:
         return result.clone() if result is self and is_device else result
 
     Tensor.to = to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.to = original  # type: ignore[method-assign]
 
 
 def digests(run: Run) -> dict[str, str]:
@@ -156,18 +160,14 @@ def examine(case: dict[str, Any], interrupted: bool) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    copy_as_between_devices()
+def set_up() -> None:
     dist.init_process_group("gloo")
-    for name, case in (HYBRID if dist.get_world_size() == 4 else CASES).items():
+
+
+def run_case(name: str) -> dict[str, Any]:
+    case = {**CASES, **HYBRID}[name]
+    with copies_between_devices():
         found = examine(case, interrupted=True)
         if name in AGAINST_UNINTERRUPTED:
             found["uninterrupted_end"] = examine(case, interrupted=False)["end"]
-        torch.save(found, folder / f"{name}-rank{dist.get_rank()}.pt")
-    shut_down()
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -1,9 +1,7 @@
 """Steps under FSDP2: weights, order of collectives, gradients, live gradients at the peak."""
 
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +16,7 @@ from tests.support.layouts import Attached, Run, flat_mesh
 from tests.support.models import tiny_opt
 from tests.support.reference import Hyperparameters
 from tests.workers.attached_cases import LAYOUTS, train
-from tests.workers.fsdp2_passes import copy_as_between_devices
-from tests.workers.teardown import shut_down
+from tests.workers.fsdp2_passes import copies_between_devices
 from tests.workers.zero3_collectives import CollectiveCounter
 
 CASES_BY_LAYOUT = {
@@ -135,20 +132,15 @@ def tracked_gradient_bytes(tracker: FSDPMemTracker) -> dict[str, int]:
     return most
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def set_up() -> None:
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    torch.save({alpha: order(alpha) for alpha in (0.0, 0.001)}, folder / f"order-rank{rank}.pt")
-    torch.save({b: memory(b) for b in (False, True)}, folder / f"memory-rank{rank}.pt")
-    copy_as_between_devices()
-    for layout, names in CASES_BY_LAYOUT.items():
-        for name in names:
-            result = train(LAYOUTS[layout], CASES[name])
-            torch.save(result, folder / f"{name}-rank{rank}.pt")
-    shut_down()
 
 
-if __name__ == "__main__":
-    main()
+def run_case(name: str) -> dict[Any, Any]:
+    if name == "order":
+        return {alpha: order(alpha) for alpha in (0.0, 0.001)}
+    if name == "memory":
+        return {with_addax: memory(with_addax) for with_addax in (False, True)}
+    (layout,) = [layout for layout, names in CASES_BY_LAYOUT.items() if name in names]
+    with copies_between_devices():
+        return train(LAYOUTS[layout], CASES[name])

@@ -1,11 +1,10 @@
 """Loads models on every back end, and compares them with what Transformers loads whole.
 
-``python -m tests.workers.loading_cases FOLDER``: the models lie in ``FOLDER/models``.
+The models lie in ``FOLDER/models``.
 """
 
 import gc
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ from transformers.integrations import HfDeepSpeedConfig
 from addax_ds.checkpoint import weights
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.models.source import ModelSource
-from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import warnings, with_adapters
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,6 +35,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 RUN_ON = {1: ["none", "zero3"], 2: ["fsdp2", "zero3", "zero3-offload"]}
 """Layouts by number of ranks."""
+
+STEPS = (("llama", False), ("llama", True), ("opt", True))
+"""Models of which ZeRO-3 takes a step, and whether they have adapters."""
 
 LARGE, LARGE_BIN, FILE_SIZE = "large", "large-bin", "400KB"
 TOKENS = torch.arange(24).view(2, 12)
@@ -208,30 +209,19 @@ def memory(folder: Path, target: Path | None, layout: str) -> dict[str, int]:
     return {"held": held, "loading": loading.peak, "saving": saving.peak}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def set_up() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     deepspeed.init_distributed()
     weights.CHUNK_BYTES = CHUNK_BYTES
-    rank, size = dist.get_rank(), dist.get_world_size()
-    found: dict[Any, Any] = {}
-    for layout in RUN_ON[size]:
-        for path in sorted((folder / "models").iterdir()):
-            if path.name not in (LARGE, LARGE_BIN):
-                found[layout, path.name] = compare(path, layout)
-        target = folder / f"saved-{size}-{layout}"
-        found[layout, LARGE] = memory(folder / "models" / LARGE, target, layout)
-        found[layout, LARGE_BIN] = memory(folder / "models" / LARGE_BIN, None, layout)
-    for name, layout, adapters in (
-        ("llama", "zero3", False),
-        ("llama", "zero3-offload", True),
-        ("opt", "zero3", True),
-    ):
-        found["step", name, adapters] = same_steps(folder / "models" / name, layout, adapters)
-    torch.save(found, folder / f"loading-{size}-rank{rank}.pt")
-    shut_down()
 
 
-if __name__ == "__main__":
-    main()
+def run_case(case: tuple[Any, ...], folder: Path) -> dict[str, Any]:
+    """Run ``(layout, model)``, or ``("step", model, with adapters)``."""
+    layout, name = case[:2]
+    path = folder / "models" / name
+    if layout == "step":
+        offloaded = case == ("step", "llama", True)
+        return same_steps(path, "zero3-offload" if offloaded else "zero3", adapters=case[2])
+    if name == LARGE:
+        return memory(path, folder / f"saved-{dist.get_world_size()}-{layout}", layout)
+    return memory(path, None, layout) if name == LARGE_BIN else compare(path, layout)

@@ -1,4 +1,4 @@
-"""Trains on every layout of this world size; writes what each step saw and left to the folder.
+"""Trains on a layout of this world size; returns what each step saw and left.
 
 Live runs train a tiny OPT in fp32. Replayed runs train a model whose loss is linear in the weights:
 its gradient is a recorded one, with so few bits that no order of summation rounds it, and its
@@ -7,9 +7,7 @@ what was recorded.
 """
 
 import hashlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from tests.support.cases import Case
 from tests.support.layouts import LAYOUTS, Layout
 from tests.support.reference import Hyperparameters
 from tests.workers.attached_cases import train
-from tests.workers.teardown import shut_down
 
 METHODS = {
     "addax": Hyperparameters(weight_decay=0.1),
@@ -132,21 +129,18 @@ def replay(layout: Layout, dtype: torch.dtype, h: Hyperparameters) -> dict[str, 
     return result
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+RUNS = [
+    *(("live", method, "fp32") for method in LIVE),
+    *(("replayed", method, dtype) for dtype in DTYPES for method in REPLAYED),
+]
+
+
+def set_up() -> None:
     dist.init_process_group("gloo")
-    for name, layout in LAYOUTS.items():
-        if layout.world_size != dist.get_world_size():
-            continue
-        print("layout", name, flush=True)
-        results = {("live", m, "fp32"): train(layout, case) for m, case in LIVE.items()}
-        for dtype in DTYPES:
-            for m, h in REPLAYED.items():
-                results["replayed", m, dtype] = replay(layout, DTYPES[dtype], h)
-        torch.save(results, folder / f"{name}-rank{dist.get_rank()}.pt")
-    shut_down()
 
 
-if __name__ == "__main__":
-    main()
+def run_case(layout: str, run: tuple[str, str, str]) -> dict[str, Any]:
+    kind, method, dtype = run
+    if kind == "live":
+        return train(LAYOUTS[layout], LIVE[method])
+    return replay(LAYOUTS[layout], DTYPES[dtype], REPLAYED[method])

@@ -1,11 +1,6 @@
-"""Rehearsals that go well and ones that run out of memory anywhere, on every layout.
+"""Rehearsals that go well and ones that run out of memory anywhere, on every layout."""
 
-Writes what each run left to the folder.
-"""
-
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +13,6 @@ from tests.support.cases import Case, mean_loss
 from tests.support.layouts import LAYOUTS, Layout, Run
 from tests.support.models import token_batches
 from tests.support.reference import Hyperparameters
-from tests.workers.teardown import shut_down
 
 STEPS = 2
 ROWS = 8
@@ -130,20 +124,10 @@ def train(layout: Layout, name: str, rehearses: bool) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def set_up() -> None:
     dist.init_process_group("gloo")
-    for name, layout in LAYOUTS.items():
-        if layout.world_size != dist.get_world_size() or name in LEFT_OUT:
-            continue
-        found = {}
-        for variant in VARIANTS:
-            print(name, variant, flush=True)
-            found[variant] = [train(layout, variant, rehearses) for rehearses in (False, True)]
-        torch.save(found, folder / f"{name}-rank{dist.get_rank()}.pt")
-    shut_down()
 
 
-if __name__ == "__main__":
-    main()
+def run_case(layout: str, variant: str) -> list[dict[str, Any]]:
+    """Train without rehearsals, and with them."""
+    return [train(LAYOUTS[layout], variant, rehearses) for rehearses in (False, True)]

@@ -1,12 +1,7 @@
-"""Accumulation, clipping, fp16 and numbers that are not finite, on every layout of this world size.
+"""Accumulation, clipping, fp16 and numbers that are not finite, on a layout of this world size."""
 
-Writes what each run left to the folder.
-"""
-
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +15,6 @@ from tests.support.layouts import LAYOUTS, Layout, Run
 from tests.support.models import token_batches
 from tests.support.reference import Hyperparameters
 from tests.workers.parity import Linear
-from tests.workers.teardown import shut_down
 
 ROWS = 8
 
@@ -170,26 +164,24 @@ def replay(layout: Layout, dtype: torch.dtype, poison: float | None) -> dict[str
     return result
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+POISONS = {"None": None, "nan": float("nan"), "inf": float("inf")}
+RUNS: list[Any] = [
+    *EXACT,
+    *DROPOUT,
+    *(("early NaN", clip) for clip in (0.0, 0.5)),
+    *((dtype, poison) for dtype in NARROW for poison in POISONS),
+]
+
+
+def set_up() -> None:
     dist.init_process_group("gloo")
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16 alone
-    for name, layout in LAYOUTS.items():
-        if layout.world_size != dist.get_world_size():
-            continue
-        print("layout", name, flush=True)
-        results: dict[Any, Any] = {v: train(layout, EXACT[v]) for v in EXACT}
-        results |= {v: train(layout, DROPOUT[v]) for v in DROPOUT}
-        for clip in (0.0, 0.5):
-            h = Hyperparameters(alpha=0.0, max_grad_norm=clip)
-            results["early NaN", clip] = early_nan(layout, h)
-        for dtype in NARROW:
-            for poison in (None, float("nan"), float("inf")):
-                results[dtype, str(poison)] = replay(layout, NARROW[dtype], poison)
-        torch.save(results, folder / f"{name}-rank{dist.get_rank()}.pt")
-    shut_down()
 
 
-if __name__ == "__main__":
-    main()
+def run_case(layout: str, run: Any) -> dict[str, Any]:
+    if run in EXACT or run in DROPOUT:
+        return train(LAYOUTS[layout], {**EXACT, **DROPOUT}[run])
+    kind, value = run
+    if kind == "early NaN":
+        return early_nan(LAYOUTS[layout], Hyperparameters(alpha=0.0, max_grad_norm=value))
+    return replay(LAYOUTS[layout], NARROW[kind], POISONS[value])

@@ -1,12 +1,9 @@
-"""Trains every case with `AddaxTrainer` and writes what came of it to the folder.
+"""Trains cases with `AddaxTrainer`, on ranks or in one process; returns what came of each.
 
-``python -m tests.workers.trainer_cases FOLDER SHARDING [PREVIOUS]`` runs on several ranks; the
-tests call `run_all` themselves for one process without an engine. ``FOLDER/models/NAME`` holds each
-case's model. ``PREVIOUS`` is a topology that has run before and left checkpoints to go on from.
+``FOLDER/models/NAME`` holds each case's model.
 """
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 from accelerate.state import AcceleratorState
-from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -37,7 +33,6 @@ from tests.support.tiny import (
     tiny_tokenizer,
     write_model,
 )
-from tests.workers.teardown import shut_down
 
 GLOBAL_BATCH = {"zo": 2, "train": 4}
 THRESHOLD = 12
@@ -154,22 +149,31 @@ def write_models(folder: Path) -> None:
         write_model(folder / "models" / name, case.family, **case.model)
 
 
-def run_all(
-    folder: Path, sharding: str, world_size: int, previous: str | None = None
-) -> dict[str, dict[str, Any]]:
-    """Train the cases and evaluate; in the result everything is plain Python or a tensor."""
-    attached = sharding != "zero3" and world_size > 1
+OTHER_RUNS = ("moved", "best", "evaluation")
+
+
+def set_up() -> None:
+    deepspeed.init_distributed()
+
+
+def run_case(
+    name: str, folder: Path, sharding: str, world_size: int, previous: str | None
+) -> dict[str, Any]:
+    """Run a case or one of `OTHER_RUNS`; in the result everything is plain Python or a tensor.
+
+    Args:
+        previous: a topology that has trained `MOVED` before and left a checkpoint to go on from.
+    """
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16 alone
-    found = {}
-    for name in ATTACHED if attached else CASES:
-        found[name] = run(name, folder, sharding, world_size)
-        if name == MOVED and previous is not None:
-            args = arguments(CASES[name], folder / "moved", sharding, world_size)
-            checkpoint = str(folder / previous / name / "checkpoint-4")
-            found["moved"] = train(name, folder, sharding, args, checkpoint)
-    found["best"] = best(folder, sharding, world_size)
-    found["evaluation"] = evaluate(folder, sharding, world_size)
-    return found
+    if name == "moved":
+        args = arguments(CASES[MOVED], folder / "moved", sharding, world_size)
+        checkpoint = str(folder / f"{previous}" / MOVED / "checkpoint-4")
+        return train(MOVED, folder, sharding, args, checkpoint)
+    if name == "best":
+        return best(folder, sharding, world_size)
+    if name == "evaluation":
+        return evaluate(folder, sharding, world_size)
+    return run(name, folder, sharding, world_size)
 
 
 def run(name: str, folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
@@ -362,17 +366,3 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
             name: getattr(p, "full_tensor", p.detach)().detach().clone()
             for name, p in parameters.items()
         }
-
-
-def main() -> None:
-    folder, sharding = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    rank, world_size = comm.get_rank(), comm.get_world_size()
-    found = run_all(folder, sharding, world_size, *sys.argv[3:])
-    torch.save(found, folder / f"{sharding}-{world_size}-rank{rank}.pt")
-    shut_down()
-
-
-if __name__ == "__main__":
-    main()

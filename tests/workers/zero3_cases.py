@@ -1,4 +1,4 @@
-"""Trains every case under ZeRO-3 and writes weights and g0 of each to the folder."""
+"""Trains cases under ZeRO-3; as a program, writes weights and g0 of each to the folder."""
 
 import sys
 from pathlib import Path
@@ -60,16 +60,21 @@ def train(case: Case) -> dict:
     return {"g0": history, "weights": weights, "forwards": calls["forward"]}
 
 
+def set_up() -> None:
+    deepspeed.init_distributed()
+
+
+def run_case(name: str) -> dict:
+    assert addax_ds.Addax is torch.optim.Addax
+    return train(CASES[name])
+
+
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    for name in names or CASES:
-        if comm.get_rank() == 0:
-            print("case", name, flush=True)
-        result = train(CASES[name])
-        torch.save(result, folder / f"{name}-rank{comm.get_rank()}.pt")
-    assert addax_ds.Addax is torch.optim.Addax
+    set_up()
+    for name in names:
+        torch.save(run_case(name), folder / f"{name}-rank{comm.get_rank()}.pt")
     shut_down()
 
 

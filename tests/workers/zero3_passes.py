@@ -2,9 +2,7 @@
 
 import gc
 import hashlib
-import sys
 import weakref
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 
 import addax_ds
 from tests.support.models import tiny_opt, token_batches
-from tests.workers.teardown import shut_down
 
 EPS = 1e-2
 SEED = 5
@@ -113,7 +110,7 @@ class CopyWatch:
         return sum(copy.numel() * copy.element_size() for copy in alive)
 
 
-def examine(name: str) -> dict[str, Any]:
+def run_case(name: str) -> dict[str, Any]:
     case = CASES[name]
     options = {"dtype": torch.bfloat16, **case.get("model", {})}
     model = tiny_opt(**options).train()
@@ -170,14 +167,5 @@ def raises_inside(engine: Any, optimizer: Any, closure: Any) -> bool:
     return False
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def set_up() -> None:
     deepspeed.init_distributed()
-    for name in sys.argv[2:] or CASES:
-        torch.save(examine(name), folder / f"{name}-rank{comm.get_rank()}.pt")
-    shut_down()
-
-
-if __name__ == "__main__":
-    main()
