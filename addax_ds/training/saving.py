@@ -1,6 +1,7 @@
 """Trainer with checkpoints that appear whole, and that are checked before a run goes on."""
 
 import io
+import logging
 import random
 from dataclasses import asdict
 from functools import cached_property
@@ -24,6 +25,8 @@ from addax_ds.sharding.base import ShardingName
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.costs import CostMeter, Costs
 
+logger = logging.getLogger(__name__)
+
 
 class SavingTrainer(Trainer):
     """What of `AddaxTrainer` saves and resumes; it overrides Trainer's methods for that.
@@ -34,11 +37,13 @@ class SavingTrainer(Trainer):
         settings: the method and its hyperparameters.
         partition: how the training data is divided; None if there is none.
         costs: of the training up to now.
+        resumed_step: how many steps the checkpoint had that the training goes on from, or 0.
     """
 
     settings: AddaxSettings
     partition: Partition | None
     costs: CostMeter
+    resumed_step: int = 0
     _progress: Progress | None = None
 
     @property
@@ -150,6 +155,7 @@ class SavingTrainer(Trainer):
         Raises:
             UserError: if the checkpoint is damaged or of another run; see `resume.find`.
         """
+        self.resumed_step = 0
         folder = resume.find(resume_from_checkpoint, self.args, self._run)
         return super().train(folder, *args, **kwargs)
 
@@ -167,7 +173,15 @@ class SavingTrainer(Trainer):
                 own = (self.addax, self.lr_scheduler, self._run)
                 self._progress = checkpoint.load_state(folder, *own)
             self._load_weights(folder)
-            self.addax.sharding.resume_at(self.state.global_step)
+            self.resumed_step = self.state.global_step
+            self.addax.sharding.resume_at(self.resumed_step)
+            if self.is_world_process_zero():
+                costs = Costs(**self._progress.costs)
+                logger.info(
+                    "Resuming from %s: step %d of %d, after %d tokens in %.0f s",
+                    *(folder, self.resumed_step, max_steps),
+                    *(costs.train_tokens, costs.train_seconds),
+                )
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +196,7 @@ class SavingTrainer(Trainer):
         if self._progress is not None:
             self._tr_loss += self._progress.loss_sum
             self._globalstep_last_logged = self._progress.last_logged_step
-            self.costs.costs = Costs(**self._progress.costs)
+            self.costs.resume(Costs(**self._progress.costs))
             self._progress = None
 
     def _load_best_model(self) -> None:
