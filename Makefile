@@ -20,6 +20,7 @@ VENV_PATH := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Without an accelerator DeepSpeed must be told so, and ranks that share cores get one thread each.
 CPU_ONLY := DS_ACCELERATOR=cpu OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 COUNT_ACCELERATORS := import torch; print(torch.accelerator.device_count())
+FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 NEEDS_CUDA := import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: no CUDA GPU here")
 TWO_RANKS := benchmarks/memory.py benchmarks/step.py
 CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.exit( \
@@ -43,11 +44,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # The launcher starts one rank a GPU. On a CPU it would start one rank; two make the sharding real.
+# Its ranks would meet at a fixed port, where those of another training may meet already.
 demo: $(STAMP)
 	@accelerators=$$($(VENV)/bin/python -c '$(COUNT_ACCELERATORS)') && \
 	ranks= && if [ "$$accelerators" = 0 ]; then export $(CPU_ONLY); ranks="--num_gpus 2"; fi && \
+	port=$$($(VENV)/bin/python -c '$(FREE_PORT)') && \
 	export $(VENV_PATH) && set -x && \
-	deepspeed $$ranks launch/train.py --deepspeed ds_configs/zero3.json $(ARGS)
+	deepspeed --master_port $$port $$ranks launch/train.py --deepspeed ds_configs/zero3.json $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

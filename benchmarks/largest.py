@@ -32,7 +32,7 @@ from transformers.integrations import HfDeepSpeedConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 from addax_ds.distributed.collectives import leave_together
-from addax_ds.optim.methods import ZEROTH_ORDER
+from addax_ds.optim.methods import ZEROTH_ORDER, Method
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import OPT_FAMILY, shape_of
 from addax_ds.planner.trace import Batch
@@ -54,7 +54,7 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str
 # ---- one rank ------------------------------------------------------------------------------------
 
 
-def train(name: str, method: str) -> dict[str, Any]:
+def train(name: str, method: Method) -> dict[str, Any]:
     """Train random weights for two steps; return the seconds of each."""
     config = _config(name, method)
     shape = OPTConfig(**OPT_FAMILY[name], use_cache=False)
@@ -74,7 +74,7 @@ def train(name: str, method: str) -> dict[str, Any]:
     return {"step_seconds": seconds}
 
 
-def _config(name: str, method: str) -> dict[str, Any]:
+def _config(name: str, method: Method) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": ROWS,
         "bf16": {"enabled": True},
@@ -100,7 +100,7 @@ def _zero(name: str) -> dict[str, Any]:
 # ---- all ranks -----------------------------------------------------------------------------------
 
 
-def planned(name: str, method: str) -> int:
+def planned(name: str, method: Method) -> int:
     """Return the planner's total of all ranks, in bytes."""
     shape = shape_of(OPTConfig(**OPT_FAMILY[name]), name)
     inputs = Inputs(
@@ -118,7 +118,7 @@ def planned(name: str, method: str) -> int:
     return RANKS * step_memory(inputs).total
 
 
-def attempt(name: str, method: str, memory: float) -> dict[str, Any]:
+def attempt(name: str, method: Method, memory: float) -> dict[str, Any]:
     """Train on ranks of their own, killed when together they hold more than ``memory``."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
@@ -177,7 +177,7 @@ def _held(pid: int) -> int:
     return total
 
 
-def search(method: str, memory: float) -> list[dict[str, Any]]:
+def search(method: Method, memory: float) -> list[dict[str, Any]]:
     """Return attempts around the largest model that trains."""
     names = list(OPT_FAMILY)
     fits = [name for name in names if planned(name, method) <= memory]

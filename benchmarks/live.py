@@ -32,7 +32,7 @@ from addax_ds.data.encoding import NO_LOSS
 from addax_ds.evaluation.likelihood import positions_of, target_scores, targets_of
 from addax_ds.optim import step
 from addax_ds.optim.gradients import GradientSums
-from addax_ds.optim.methods import ZEROTH_ORDER
+from addax_ds.optim.methods import ZEROTH_ORDER, Method
 from addax_ds.planner.shapes import OPT_FAMILY
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import category_of
@@ -43,8 +43,8 @@ from benchmarks.common import SHAPES, all_live_tensors
 
 MODELS = {**SHAPES, **OPT_FAMILY}
 WARM_UP_STEPS = 2  # DeepSpeed has recorded the order of modules after one
-ALPHAS = {"addax": 1e-3, "mezo": 1.0, "ip-sgd": 0.0}
-OPTIMIZERS: dict[str, dict[str, Any]] = {
+ALPHAS: dict[Method, float] = {"addax": 1e-3, "mezo": 1.0, "ip-sgd": 0.0}
+OPTIMIZERS: dict[Method, dict[str, Any]] = {
     **{m: {"type": "Addax", "params": {"lr": 1e-6, "alpha": a}} for m, a in ALPHAS.items()},
     "sgd": {"type": "SGD", "params": {"lr": 1e-6}},
     "adamw": {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True}},

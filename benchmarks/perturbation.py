@@ -43,7 +43,7 @@ from addax_ds.data.batches import StepBatches, StepSchedule
 from addax_ds.data.encoding import encode
 from addax_ds.data.partition import partition
 from addax_ds.data.records import prompt_completion
-from addax_ds.evaluation.scored_set import token_scores
+from addax_ds.evaluation.likelihood import scores_of_logits, targets_of
 from addax_ds.kernels.operation import Draw, Operation
 from addax_ds.models import demo
 from addax_ds.tasks import TASKS
@@ -75,7 +75,7 @@ def zeroth_order_batch(folder: Path, step: int, rows: int, seed: int) -> tuple[d
 def mean_loss(model: nn.Module, batch: dict, targets: int) -> Tensor:
     """The loss that `AddaxTrainer` trains on: fp32 softmax, summed in fp64."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return -token_scores(logits, batch["labels"])[:, 0].sum() / targets
+    return -scores_of_logits(logits, targets_of(batch["labels"]))[:, 0].sum() / targets
 
 
 @torch.no_grad()

@@ -213,9 +213,9 @@ def main() -> None:
     if arguments.cases:
         torch.set_num_threads(1)
         deepspeed.init_distributed("gloo")
-        results = examine(json.loads(arguments.cases))
+        measured = examine(json.loads(arguments.cases))
         if dist.get_rank() == 0:
-            arguments.output.write_text(json.dumps(results))
+            arguments.output.write_text(json.dumps(measured))
         leave_together()
         return
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,11 @@
 reads no weights and asks no hub; ``--help`` lists the arguments.
 """
 
-from addax_ds.cli.plan import main
+import sys
+from contextlib import redirect_stdout
+
+with redirect_stdout(sys.stderr):  # DeepSpeed logs to what standard output is at its import
+    from addax_ds.cli.plan import main
 
 if __name__ == "__main__":
     main()

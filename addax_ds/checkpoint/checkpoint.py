@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -116,7 +115,7 @@ def save_model(
     """
     with all_ranks_or_none(), atomic.writing(folder):
         if args.should_save:
-            _start_folder(model, folder, args, tokenizer)
+            _start_folder(folder, args, tokenizer)
     if has_adapters(model):
         save_adapters(model, folder, args.should_save)
     else:
@@ -149,11 +148,9 @@ def _check_same_kind(folder: Path, adapters: bool) -> None:
         raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
 
 
-def _start_folder(model: nn.Module, folder: Path, args: TrainingArguments, tokenizer: Any) -> None:
-    """Write all but the weights."""
+def _start_folder(folder: Path, args: TrainingArguments, tokenizer: Any) -> None:
+    """Write all that does not depend on the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PreTrainedModel):
-        _save_config(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _save(args, folder / TRAINING_ARGS_NAME)
@@ -164,17 +161,6 @@ def _save(content: Any, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
-
-
-def _save_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write what ``save_pretrained`` writes beside the weights."""
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's
-    if model.is_remote_code():
-        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
 
 
 # ---- state -------------------------------------------------------------------------------------

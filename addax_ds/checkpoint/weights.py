@@ -8,6 +8,7 @@ files, so neither the number of ranks nor the back end can be told from a folder
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,9 @@ def save_weights(
 ) -> None:
     """Write the weights as files for ``from_pretrained``; every rank has to call it.
 
+    With the weights of a Transformers model its ``config.json`` and ``generation_config.json`` are
+    written, so that ``from_pretrained`` loads the folder. Of any other module the weights alone.
+
     A rank holds its shards, `CHUNK_BYTES` of what travels, and, if it writes, one file. Files of an
     earlier save that are not overwritten are removed.
 
@@ -109,6 +113,7 @@ def save_weights(
         if rank == writers[0]:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
+            _save_config(model, folder)
     whole = _WholeWeights(model)
     files = list(plan.filename_to_tensors)
     with bytes_bar("Writing weights", plan.metadata["total_size"], progress) as bar:
@@ -230,6 +235,21 @@ def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -
         index_path.unlink(missing_ok=True)
     else:
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
+
+
+def _save_config(model: Any, folder: Path) -> None:
+    """Write what ``save_pretrained`` writes beside the weights, for a Transformers model."""
+    # Who has such a model has imported the library, which takes seconds and may not be installed.
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's
+    if model.is_remote_code():
+        transformers.dynamic_module_utils.custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -5,20 +5,23 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
-from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
-from addax_ds.config.deepspeed_values import AUTO
-from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
-from addax_ds.planner.memory import Inputs
-from addax_ds.planner.report import Request, as_json, as_table, make_plans, runs
-from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
-from addax_ds.planner.units import GB, GRAIN, RESERVE
-from addax_ds.planner.zero3 import Zero3Settings
-from addax_ds.utils.command_line import Parser
-from addax_ds.utils.dtypes import DTYPES
-from addax_ds.utils.errors import UserError
-from addax_ds.utils.messages import raise_problems
+# DeepSpeed logs to what standard output is when it is imported, and that is for the plan.
+with redirect_stdout(sys.stderr):
+    from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
+    from addax_ds.config.deepspeed_values import AUTO
+    from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
+    from addax_ds.planner.memory import Inputs
+    from addax_ds.planner.report import Request, as_json, as_table, make_plans, runs
+    from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
+    from addax_ds.planner.units import GB, GRAIN, RESERVE
+    from addax_ds.planner.zero3 import Zero3Settings
+    from addax_ds.utils.command_line import Parser
+    from addax_ds.utils.dtypes import DTYPES
+    from addax_ds.utils.errors import UserError
+    from addax_ds.utils.messages import raise_problems
 
 _LEAST = {
     "gpus": 1,
@@ -62,8 +65,9 @@ def plan(argv: Sequence[str] | None = None) -> str:
         UserError: an argument, a model or a DeepSpeed JSON that cannot be planned with.
     """
     arguments = _parser().parse_args(argv)
-    request = request_of(arguments)
-    plans = make_plans(request)
+    with redirect_stdout(sys.stderr):
+        request = request_of(arguments)
+        plans = make_plans(request)
     if arguments.json:
         return json.dumps(as_json(request, plans), indent=2)
     return as_table(request, plans)

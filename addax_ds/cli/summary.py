@@ -135,18 +135,24 @@ def report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
     if "train_runtime" in results:
         plotting.training_curves(trainer.state.log_history, folder / "training.png", title, metric)
         logger.info(
-            "Trained %d steps on %d tokens in %.0f s, %.0f s with evaluations and checkpoints; "
-            "the most memory of a rank: %.2f GB\nModel:   %s\nCurves:  %s",
-            results["train_steps"],
-            results["train_tokens"],
-            results["train_seconds"],
-            results["train_runtime"],
+            "%s; the most memory of a rank: %.2f GB\nModel:   %s\nCurves:  %s",
+            _duration(results, trainer.resumed_step, trainer.costs.before.train_seconds),
             results["peak_memory_bytes"] / 1e9,
             (folder / "model").resolve(),
             (folder / "training.png").resolve(),
         )
     logger.info("Results: %s", (folder / "all_results.json").resolve())
     return results
+
+
+def _duration(results: dict[str, float], resumed_step: int, seconds_before: float) -> str:
+    """Say how long the steps took, and Trainer's loop, whose clock starts anew with a resume."""
+    steps, seconds = results["train_steps"], results["train_seconds"]
+    trained = f"Trained {steps} steps on {results['train_tokens']} tokens in {seconds:.0f} s"
+    if resumed_step:
+        new = steps - resumed_step
+        trained += f"; {new} of them since the resume in {seconds - seconds_before:.0f} s"
+    return f"{trained}, {results['train_runtime']:.0f} s with evaluations and checkpoints"
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -12,6 +12,7 @@ import deepspeed
 import psutil
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from filelock import FileLock, Timeout
 from torch.utils import cpp_extension
 
 from addax_ds.distributed.collectives import raise_any
@@ -27,6 +28,7 @@ _start_store: dist.TCPStore | None = None
 _COMPILES_S = 120.0
 _SAID_AFTER_S = 5.0
 _POLL_S = 0.2
+_WAITING = "Waiting for another process to compile DeepSpeed's collectives: %s"
 
 
 @contextmanager
@@ -98,34 +100,76 @@ def _first_words(word: str) -> list[str]:
 
 
 def init_deepspeed() -> None:
-    """Call ``deepspeed.init_distributed``.
+    """Call ``deepspeed.init_distributed``, after its extension for CPUs has been compiled.
 
-    On CPUs it compiles an extension, once for a machine, and first waits as long as the lock of
-    another process stands: in silence and for ever, if that process was killed as it compiled.
+    That happens once for a machine, by one process at a time.
 
     Raises:
-        UserError: a lock is more than two minutes old, and no process that can be seen from here
-            has it open.
+        UserError: the folder of the extension is on a file system that has no locks.
     """
     if get_accelerator().device_name() == "cpu":
-        folder = cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)
-        wait_for_compilation(Path(folder).resolve() / "lock")
+        _compile_collectives()
     deepspeed.init_distributed()
 
 
-def wait_for_compilation(lock: Path) -> None:
-    """Wait until nothing compiles the extension that a lock is for; see `init_deepspeed`."""
+def _compile_collectives() -> None:
+    """Compile or load what ``init_distributed`` finds loaded; it waits for ranks, this does not."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        folder = cpp_extension._get_build_directory(builder.name, verbose=False)
+        with compiling_alone(Path(folder).resolve() / "lock"):
+            builder.load()
+
+
+@contextmanager
+def compiling_alone(lock: Path) -> Iterator[None]:
+    """Keep other processes from compiling an extension, and remove the lock of a killed one.
+
+    torch locks the folder of an extension by a file that stays if its process is killed, and then
+    waits for ever without a word. A second lock, which the kernel releases with its process, lets
+    one process at a time look at that file. Programs without the second lock are
+    heeded: their file stands while it is young, or open in a process that can be seen.
+
+    Args:
+        lock: torch's file, beside which the second lock is made.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
+    path = lock.with_name("addax_ds.lock")
+    own = FileLock(path)
+    try:
+        _acquire(own)
+    except (NotImplementedError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be locked ({error}): set TORCH_EXTENSIONS_DIR to a folder on a local "
+            "disk, where DeepSpeed's CPU collectives can be compiled"
+        ) from error
+    try:
+        _wait_for_compilation(lock)
+        yield
+    finally:
+        own.release()
+
+
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire(timeout=_SAID_AFTER_S)
+    except Timeout:  # is an OSError
+        logger.info(_WAITING, lock.lock_file)
+        lock.acquire()
+
+
+def _wait_for_compilation(lock: Path) -> None:
+    """Wait until nothing compiles; whoever calls it holds the second lock."""
     began, said = time.monotonic(), False
     while (age := _age(lock)) is not None:
         if age > _COMPILES_S and _is_abandoned(lock):
-            raise UserError(
-                f"{lock} says that another process compiles DeepSpeed's CPU collectives, but it is "
-                f"{age:.0f} s old and no process here has it open: the one that wrote it was "
-                "killed. Delete the file, unless another machine, user or container that shares "
-                "the folder compiles just now"
-            )
+            logger.warning("Removing %s: the process that compiled here was killed", lock)
+            lock.unlink(missing_ok=True)
+            return
         if not said and time.monotonic() - began > _SAID_AFTER_S:
-            logger.info("Waiting for another process to compile DeepSpeed's collectives: %s", lock)
+            logger.info(_WAITING, lock)
             said = True
         time.sleep(_POLL_S)
 

@@ -32,16 +32,21 @@ class CostMeter:
 
     Attributes:
         costs: of the steps up to now.
+        before: of those before the training was resumed.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.costs = Costs()
+        self.costs = self.before = Costs()
         self._device = device
         self._began = (0.0, 0.0)
 
     def reset(self) -> None:
         """A training begins that does not go on from a checkpoint."""
-        self.costs = Costs()
+        self.resume(Costs())
+
+    def resume(self, costs: Costs) -> None:
+        """A training goes on that has cost so much."""
+        self.costs = self.before = costs
 
     def start(self) -> None:
         """A step begins."""

@@ -1,6 +1,7 @@
 """Trainer with checkpoints that appear whole, and that are checked before a run goes on."""
 
 import io
+import logging
 import random
 from dataclasses import asdict
 from functools import cached_property
@@ -25,6 +26,8 @@ from addax_ds.sharding.base import ShardingName
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.costs import CostMeter, Costs
 
+logger = logging.getLogger(__name__)
+
 
 class SavingTrainer(Trainer):
     """What of `AddaxTrainer` saves and resumes; it overrides Trainer's methods for that.
@@ -35,11 +38,13 @@ class SavingTrainer(Trainer):
         settings: the method and its hyperparameters.
         partition: how the training data is divided; None if there is none.
         costs: of the training up to now.
+        resumed_step: how many steps the checkpoint had that the training goes on from, or 0.
     """
 
     settings: AddaxSettings
     partition: Partition | None
     costs: CostMeter
+    resumed_step: int = 0
     _progress: Progress | None = None
 
     @property
@@ -153,6 +158,7 @@ class SavingTrainer(Trainer):
         Raises:
             UserError: if the checkpoint is damaged or of another run; see `resume.find`.
         """
+        self.resumed_step = 0
         folder = resume.find(resume_from_checkpoint, self.args, self._run)
         return super().train(folder, *args, **kwargs)
 
@@ -167,7 +173,7 @@ class SavingTrainer(Trainer):
         if resume_from_checkpoint is None:
             self.start_afresh(prepared[0])
         else:
-            self._resume(Path(resume_from_checkpoint))
+            self._resume(Path(resume_from_checkpoint), max_steps)
         return prepared
 
     def start_afresh(self, model: nn.Module) -> None:
@@ -177,13 +183,21 @@ class SavingTrainer(Trainer):
             model: as steps call it; under DeepSpeed the engine.
         """
 
-    def _resume(self, folder: Path) -> None:
+    def _resume(self, folder: Path, max_steps: int) -> None:
         """Load optimizer, scheduler and weights of a checkpoint; every rank has to call it."""
         with all_ranks_or_none():
             own = (self.addax, self.lr_scheduler, self._run)
             self._progress = checkpoint.load_state(folder, *own)
         self._load_weights(folder)
-        self.addax.sharding.resume_at(self.state.global_step)
+        self.resumed_step = self.state.global_step
+        self.addax.sharding.resume_at(self.resumed_step)
+        if self.is_world_process_zero():
+            costs = Costs(**self._progress.costs)
+            logger.info(
+                "Resuming from %s: step %d of %d, after %d tokens in %.0f s",
+                *(folder, self.resumed_step, max_steps),
+                *(costs.train_tokens, costs.train_seconds),
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks whether the last step is done only after it has taken one more.
@@ -197,7 +211,7 @@ class SavingTrainer(Trainer):
         if self._progress is not None:
             self._tr_loss += self._progress.loss_sum
             self._globalstep_last_logged = self._progress.last_logged_step
-            self.costs.costs = Costs(**self._progress.costs)
+            self.costs.resume(Costs(**self._progress.costs))
             self._progress = None
 
     def _load_best_model(self) -> None:

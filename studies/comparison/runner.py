@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,12 @@ from addax_ds.optim.report import NON_FINITE
 from addax_ds.utils.errors import UserError
 from studies.comparison.outcome import Outcome
 from studies.comparison.study import Study, Trial
-from studies.jobs import end, free_port, read_json, script
+from studies.jobs import LOG, Launcher, free_port, read_json, script
 from studies.provenance import circumstances
 
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[2]
-_POLL_S = 1.0
 _GRACE_S = 60.0
 TIMED_ROUNDS = 2
 TIMED_STEPS = 6
@@ -124,7 +121,7 @@ class Comparison:
 
 
 def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
-    """Run jobs until none is left, ``workers`` at a time; an exception ends those that run.
+    """Run jobs until none is left; an exception ends those that run.
 
     Args:
         next_jobs: what to run, finished jobs included; asked again after each one.
@@ -133,46 +130,17 @@ def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
     Raises:
         UserError: jobs failed otherwise than by diverging; the others have run.
     """
-    running: list[tuple[Job, subprocess.Popen[bytes], float]] = []
-    failed: set[Path] = set()
-    try:
-        while True:
-            while len(running) < workers:
-                taken = failed | {job.folder for job, _, _ in running}
-                missing = (job for job in next_jobs() if job.folder not in taken)
-                job = next((job for job in missing if job.outcome is None), None)
-                if job is None:
-                    break
-                running.append((job, _start(job), time.monotonic()))
-            if not running:
-                break
-            while all(process.poll() is None for _, process, _ in running):
-                time.sleep(_POLL_S)
-            for entry in [entry for entry in running if entry[1].poll() is not None]:
-                running.remove(entry)
-                job, process, began = entry
-                if not _finish(job, process.returncode, time.monotonic() - began):
-                    failed.add(job.folder)
-    finally:
-        for _, process, _ in running:
-            end(process, _GRACE_S)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = Launcher(_command, _begin, _finish, environment, _ROOT, grace=_GRACE_S)
+    failed = launcher.run(next_jobs, workers)
     if failed:
-        logs = "\n".join(str(folder / "output.log") for folder in sorted(failed))
+        logs = "\n".join(str(job.folder / LOG) for job in sorted(failed, key=lambda j: j.folder))
         raise UserError(f"{len(failed)} job(s) failed, see\n{logs}\nCall again to repeat them")
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
-    if job.folder.exists():
-        shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True)
-    command = _command(job)
+def _begin(job: Job, command: list[str]) -> None:
     logger.info("%s", job.folder)
     (job.folder / "command.json").write_text(json.dumps(command, indent=1) + "\n")
-    threads = {"OMP_NUM_THREADS": "1"}
-    with (job.folder / "output.log").open("wb") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=_ROOT, env={**os.environ, **threads}
-        )
 
 
 def _command(job: Job) -> list[str]:
@@ -182,9 +150,10 @@ def _command(job: Job) -> list[str]:
     return [*launcher, *program, *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def _finish(job: Job, exit_code: int, seconds: float) -> bool:
+def _finish(job: Job, command: list[str], exit_code: int | None, seconds: float) -> bool:
     """Write the outcome of a job that has ended by itself or diverged; else say False."""
-    diverged = NON_FINITE in (job.folder / "output.log").read_text(errors="replace")
+    assert exit_code is not None, "no job has a time limit"
+    diverged = NON_FINITE in (job.folder / LOG).read_text(errors="replace")
     complete = (job.folder / "all_results.json").is_file()
     if not (diverged if exit_code != 0 else complete):
         return False
@@ -193,7 +162,7 @@ def _finish(job: Job, exit_code: int, seconds: float) -> bool:
         exit_code=exit_code,
         seconds=round(seconds, 1),
         flags=job.flags,
-        command=json.loads((job.folder / "command.json").read_text()),
+        command=command,
         circumstances=circumstances(),
         results=read_json(job.folder / "all_results.json") or {},
         log=state.get("log_history", []),

@@ -8,23 +8,22 @@ the others.
 import logging
 import os
 import shutil
-import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deepspeed.launcher.runner import fetch_hostfile
 
 from addax_ds.utils.errors import UserError
-from studies.jobs import end, free_port, read_json, script, search_path, write_json
+from studies.jobs import LOG, Launcher, free_port, read_json, script, search_path, write_json
 from studies.scaling.measure import MEASURED
 
 logger = logging.getLogger(__name__)
 
 OUTCOME, FAILURE = "outcome.json", "failure.json"
-_JOB, _LOG = "point.json", "output.log"
+_JOB = "point.json"
 _ROOT = Path(__file__).parents[2]
 _GRACE_S = 10.0
 _LAST_LINES = 8
@@ -164,43 +163,36 @@ def run(jobs: Sequence[Job], hosts: Hosts, time_limit: float) -> list[Job]:
         job.check()
         hosts.launcher_flags(job.ranks)
     missing = [job for job in jobs if job.outcome is None]
-    for number, job in enumerate(missing, start=1):
-        logger.info("%d of %d: %s", number, len(missing), job.folder)
-        _run(job, hosts, time_limit)
-    return [job for job in jobs if job.outcome is None]
+
+    def begin(job: Job, command: list[str]) -> None:
+        logger.info("%d of %d: %s", missing.index(job) + 1, len(missing), job.folder)
+        write_json(job.folder / _JOB, job.content)
+
+    launcher = Launcher(
+        command=lambda job: _command(job, hosts),
+        begin=begin,
+        finish=partial(_finish, time_limit),
+        environment=_environment(),
+        limit=time_limit,
+        grace=_GRACE_S,
+    )
+    return launcher.run(lambda: missing)
 
 
-def _run(job: Job, hosts: Hosts, time_limit: float) -> None:
-    if job.folder.exists():
-        shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True)
-    write_json(job.folder / _JOB, job.content)
-    command = _command(job, hosts)
-    began = time.monotonic()
-    with (job.folder / _LOG).open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-        )
-    try:
-        status = process.wait(time_limit)
-    except subprocess.TimeoutExpired:
-        status = None
-    finally:
-        end(process, _GRACE_S)
+def _finish(limit: float, job: Job, command: list[str], status: int | None, seconds: float) -> bool:
+    """Write what was measured, or why it was not."""
     measured = read_json(job.folder / MEASURED)
     shutil.rmtree(job.folder / "trainer", ignore_errors=True)
-    record = {"command": command, "job_seconds": round(time.monotonic() - began, 1)}
+    record = {"command": command, "job_seconds": round(seconds, 1)}
     if status == 0 and measured is not None:
         write_json(job.folder / OUTCOME, {**record, **measured})
         (job.folder / MEASURED).unlink()
-        return
-    reason = f"took more than {time_limit:g} s" if status is None else f"exit status {status}"
+        return True
+    reason = f"took more than {limit:g} s" if status is None else f"exit status {status}"
     write_json(job.folder / FAILURE, {**record, "reason": reason})
-    lines = (job.folder / _LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:]
+    lines = (job.folder / LOG).read_text(errors="replace").splitlines()[-_LAST_LINES:]
     logger.warning("%s: %s\n%s", job.folder, reason, "\n".join(lines))
+    return False
 
 
 def _command(job: Job, hosts: Hosts) -> list[str]:

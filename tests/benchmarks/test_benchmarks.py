@@ -1,6 +1,8 @@
 """Benchmarks run, and what they compare does what it stands for; no time is asserted."""
 
+import importlib
 import json
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,30 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import largest, loading
+import benchmarks
+from addax_ds.data.encoding import NO_LOSS
+from benchmarks import largest, loading, perturbation
 from benchmarks.contenders import USUAL
+from tests.support.models import tiny_opt, token_batches
 from tests.support.ranks import run_module
 
 RANKS = 2
 BYTES = 2  # bf16
+MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_can_be_imported(name):
+    importlib.import_module(f"benchmarks.{name}")
+
+
+def test_the_perturbation_benchmark_takes_the_loss_of_the_model():
+    model = tiny_opt().eval()
+    ((tokens, _),) = token_batches(1)
+    labels = tokens.masked_fill(torch.arange(tokens.shape[1]) < 20, NO_LOSS)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    mean = perturbation.mean_loss(model, batch, int((labels != NO_LOSS).sum()))
+    assert mean.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
 
 
 @pytest.fixture(scope="module")

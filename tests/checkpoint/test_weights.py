@@ -22,6 +22,7 @@ from tests.workers.weights_cases import MAX_FILE_SIZE, MODELS, TOKENS, pass_on
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (4, 3, 2), (0, 4), (211, 32)]
 INDEX = "model.safetensors.index.json"
+CONFIGS = {"config.json", "generation_config.json"}
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -376,6 +377,14 @@ def test_a_save_replaces_an_earlier_one(tmp_path):
     assert (tmp_path / "notes.safetensors").exists()
 
 
+def test_of_a_plain_module_the_weights_alone_are_written(tmp_path):
+    model = nn.Linear(3, 2)
+    save_weights(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
 # ---- back ends ---------------------------------------------------------------------------------
 
 CHAIN = [
@@ -429,7 +438,7 @@ def test_every_back_end_writes_the_same_files(chain, name, layout):
     index = json.loads((folder / INDEX).read_text())
     files = {file: load_file(folder / file) for file in set(index["weight_map"].values())}
     assert len(files) >= 3
-    assert {p.name for p in folder.iterdir()} == {*files, INDEX}
+    assert {p.name for p in folder.iterdir()} == {*files, INDEX, *CONFIGS}
     held = {n: (file, t) for file, content in files.items() for n, t in content.items()}
     assert index["weight_map"] == {n: file for n, (file, _) in held.items()}
     assert held.keys() == wanted.keys()
@@ -473,14 +482,18 @@ def test_a_rank_is_filled_with_its_share(chain, name, layout):
 
 
 @pytest.mark.slow
-def test_transformers_loads_what_was_written(chain):
-    for name in MODELS:
-        model, folder = MODELS[name]().eval(), chain / LAYOUTS[0] / name
-        model.config.save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert loaded.dtype == model.dtype
-        with torch.no_grad():
-            assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_what_was_written(chain, name, layout, tmp_path):
+    """The folder as it is, with the configuration that ``save_pretrained`` would write."""
+    model, folder = MODELS[name]().eval(), chain / layout / name
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == model.dtype
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    model.save_pretrained(tmp_path)
+    for file in CONFIGS:
+        assert (folder / file).read_text() == (tmp_path / file).read_text()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from addax_ds.checkpoint.atomic import SEAL, UNFINISHED, verify
 from addax_ds.cli import train
+from addax_ds.cli.summary import _duration
 from tests.support.launcher import launch
 from tests.support.ranks import run_module
 from tests.support.reference import distance
@@ -262,6 +263,32 @@ def test_a_run_says_what_it_did(runs):
     assert output.count("ranks 2, steps 6\n") == 1
     for name in ("model", "all_results.json", "training.png"):
         assert str(folder / name) in output
+
+
+@pytest.mark.slow
+def test_a_run_says_where_it_goes_on_and_how_long_that_took(runs):
+    whole, resumed = (outcome.output for outcome in runs["outcomes"])
+    checkpoint = runs["killed"] / "checkpoint-4"
+    (found,) = re.findall(
+        rf"^Resuming from {checkpoint}: step 4 of 6, after (\d+) tokens in \d+ s$", resumed, re.M
+    )
+    assert int(found) == log_of(runs["whole"], "train_tokens")[3]
+    assert "Resuming" not in whole
+    trained = r"^Trained 6 steps on \d+ tokens in \d+ s"
+    more = r", \d+ s with evaluations and checkpoints; the most memory"
+    assert len(re.findall(trained + more, whole, re.M)) == 1
+    since = r"; 2 of them since the resume in \d+ s"
+    assert len(re.findall(trained + since + more, resumed, re.M)) == 1
+
+
+@pytest.mark.parametrize("resumed_step", [0, 30])
+def test_times_that_are_compared_begin_at_the_same_step(resumed_step):
+    """Of 100 s, 60 were before the resume, with which Trainer's clock starts."""
+    results = {"train_steps": 50, "train_tokens": 700, "train_seconds": 100.0}
+    said = _duration({**results, "train_runtime": 45.0}, resumed_step, 60.0)
+    since = "; 20 of them since the resume in 40 s" if resumed_step else ""
+    longer = "45 s with evaluations and checkpoints"
+    assert said == f"Trained 50 steps on 700 tokens in 100 s{since}, {longer}"
 
 
 @pytest.mark.slow

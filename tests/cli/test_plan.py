@@ -1,6 +1,9 @@
 """``launch/plan.py``: its table and its JSON, and the mistakes that it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from transformers import MixtralConfig, OPTConfig
 from addax_ds.cli.plan import main, plan
 from addax_ds.utils.errors import UserError
 from tests.planner.test_memory import SMALL
+from tests.support.ranks import ROOT
 
 WORDS = ["--gpus", "2", "--gpu_memory", "1", "--reserve", "0.1", "--length", "256"]
 
@@ -43,6 +47,15 @@ def test_the_table_has_a_line_for_each_method_that_runs(folder, capsys, sharding
     assert methods == ["addax", "addax-wa", "mezo", "ip-sgd", *stock]
     left_out = [line.split()[2] for line in lines if line.startswith("Not planned: ")]
     assert left_out == ([] if stock else ["sgd,", "adamw,"])
+
+
+def test_standard_output_holds_the_json_alone(folder):
+    """Also where DeepSpeed has to find an accelerator, and warns that there is none."""
+    alone = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    command = [sys.executable, "launch/plan.py", "--model", folder, *WORDS, "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == folder
 
 
 def test_json_names_the_methods_that_are_left_out(folder):

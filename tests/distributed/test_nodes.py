@@ -280,9 +280,32 @@ def test_a_slurm_job_is_queued_again_only_if_it_was_stopped(
         while true; do sleep 0.05; done
         """
     (tmp_path / "slurm" / "srun").write_text(step)
+    # The step ends while the script still handles the signal: its status must not be lost.
+    ended = "while kill -0 $(cat $SLURM_STUB_PIDS) 2> /dev/null; do sleep 0.01; done"
+    (tmp_path / "slurm" / "scancel").write_text(f"#!/bin/bash\n{STUBS['scancel']}\n{ended}\n")
     started = start(["bash", str(SBATCH)], free_port(), job)
     wait_for(Path(job["SLURM_STUB_PIDS"]), [started])
     started.process.send_signal(signal.SIGUSR1)
     outcome = finish(started)
     assert outcome.status == int(at_sigterm.split()[-1]), outcome.output
     assert ("requeue" in log.read_text()) == again
+
+
+def test_a_slurm_job_that_is_stopped_before_its_ranks_start_is_queued_again(job, tmp_path):
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    wait = f"touch {asked}; while [ ! -e {go} ]; do sleep 0.01; done"
+    scontrol = f"""#!/bin/bash
+        [ "$1" = show ] && {{ {wait}; }}
+        {STUBS["scontrol"]}
+        """
+    (tmp_path / "slurm" / "scontrol").write_text(scontrol)
+    (tmp_path / "slurm" / "scancel").write_text("#!/bin/bash\n")
+    (tmp_path / "slurm" / "srun").write_text("#!/bin/bash\necho the ranks have started\n")
+    started = start(["bash", str(SBATCH)], free_port(), job)
+    wait_for(asked, [started])
+    started.process.send_signal(signal.SIGUSR1)
+    go.touch()
+    outcome = finish(started)
+    assert outcome.status == 1, outcome.output
+    assert "the ranks have started" not in outcome.output
+    assert (tmp_path / "log").read_text().split() == ["requeue", job["SLURM_JOB_ID"]]

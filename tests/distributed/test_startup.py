@@ -1,16 +1,21 @@
-"""DeepSpeed's start waits for a compilation in progress, and not for one that was killed."""
+"""DeepSpeed's start waits for a compilation in progress; one that was killed holds nobody up."""
 
+import logging
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from addax_ds import UserError
 from addax_ds.distributed import startup
-from addax_ds.distributed.startup import wait_for_compilation
+from addax_ds.distributed.startup import compiling_alone
 
 
 @pytest.fixture
@@ -42,30 +47,29 @@ def released_later(lock: Path) -> Iterator[threading.Event]:
 
 
 def test_no_lock_is_not_waited_for(tmp_path):
-    wait_for_compilation(tmp_path / "no-folder" / "lock")
+    with compiling_alone(tmp_path / "lock"):
+        pass
 
 
 def test_a_compilation_is_waited_for(lock):
-    with released_later(lock) as released:
-        wait_for_compilation(lock)
+    with released_later(lock) as released, compiling_alone(lock):
         assert released.is_set()
 
 
 def test_a_long_one_is_waited_for_while_its_process_lives(lock):
     make_old(lock)
-    with lock.open(), released_later(lock) as released:
-        wait_for_compilation(lock)
+    with lock.open(), released_later(lock) as released, compiling_alone(lock):
         assert released.is_set()
 
 
-def test_a_killed_one_is_an_error(lock):
+def test_the_lock_of_a_killed_one_is_removed(lock, caplog):
     make_old(lock)
-    with pytest.raises(UserError, match=f"^{lock} says .* was killed. Delete the file"):
-        wait_for_compilation(lock)
-    assert lock.exists()
+    with caplog.at_level(logging.WARNING, "addax_ds"), compiling_alone(lock):
+        assert not lock.exists()
+    assert f"Removing {lock}: the process that compiled here was killed" in caplog.text
 
 
-def test_one_that_ends_as_it_is_looked_at_is_no_error(lock, monkeypatch):
+def test_one_that_ends_as_it_is_looked_at_is_not_taken_over(lock, monkeypatch, caplog):
     make_old(lock)
 
     def ends(path: Path) -> bool:
@@ -73,4 +77,77 @@ def test_one_that_ends_as_it_is_looked_at_is_no_error(lock, monkeypatch):
         return False
 
     monkeypatch.setattr(startup, "_is_open", ends)
-    wait_for_compilation(lock)
+    with caplog.at_level(logging.WARNING, "addax_ds"), compiling_alone(lock):
+        pass
+    assert not caplog.text
+
+
+HOLDER = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that compiles alone."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "addax_ds.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_one_process_at_a_time_compiles(lock, holder):
+    """Even where the other has not made torch's file yet; killed, it holds nobody up."""
+    make_old(lock)
+    entered = threading.Event()
+
+    def compile_alone() -> None:
+        with compiling_alone(lock):
+            entered.set()
+
+    thread = threading.Thread(target=compile_alone)
+    thread.start()
+    assert not entered.wait(0.7)
+    assert lock.exists()
+    holder.kill()
+    thread.join(60)
+    assert entered.is_set()
+    assert not lock.exists()
+
+
+def test_two_processes_compile_one_after_the_other(tmp_path):
+    began, ended = threading.Barrier(2), []
+
+    def compile_alone() -> None:
+        began.wait()
+        with compiling_alone(tmp_path / "lock"):
+            # torch takes its lock by O_EXCL: it would wait for ever if another one were here.
+            (tmp_path / "lock").touch(exist_ok=False)
+            time.sleep(0.2)
+            (tmp_path / "lock").unlink()
+        ended.append(True)
+
+    threads = [threading.Thread(target=compile_alone) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert ended == [True, True]
+
+
+def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
+    def acquire(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(startup.FileLock, "acquire", acquire)
+    with (
+        pytest.raises(UserError, match=r"addax_ds.lock cannot be locked \(no locks here\): set"),
+        compiling_alone(tmp_path / "lock"),
+    ):
+        pass

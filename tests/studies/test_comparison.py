@@ -23,6 +23,7 @@ from studies.comparison.outcome import Outcome
 from studies.comparison.runner import Comparison, Job, run
 from studies.comparison.sources import ArchiveMember
 from studies.comparison.study import STUDIES, Contender, Study, Trial
+from studies.jobs import Launcher
 from tests.support.packages import is_installed
 
 ADDAX = Contender("addax", (1e-3, 2e-3), 4, 2, first_order=2, zeroth_order=2)
@@ -304,8 +305,10 @@ def test_an_exception_ends_what_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_command", program("import time; time.sleep(600)"))
     monkeypatch.setattr(runner, "_GRACE_S", 2.0)
     started = []
-    start = runner._start
-    monkeypatch.setattr(runner, "_start", lambda job: started.append(start(job)) or started[-1])
+    start = Launcher._start
+    monkeypatch.setattr(
+        Launcher, "_start", lambda *given: started.append(start(*given)) or started[-1]
+    )
     job = comparison(tmp_path).training(STUDY.grid[0])
 
     def jobs() -> Any:
@@ -315,7 +318,7 @@ def test_an_exception_ends_what_runs(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         run(jobs, workers=2)  # the second one asks again
-    assert started[0].returncode is not None
+    assert started[0].process.returncode is not None
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])

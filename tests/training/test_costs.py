@@ -46,7 +46,7 @@ def test_only_what_lies_between_start_and_stop_counts(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(time, "process_time", lambda: next(cpu_clock))
     meter = CostMeter(torch.device("cpu"))
-    meter.costs = Costs(5.0, 3.0, 40)  # of before a resume
+    meter.resume(Costs(5.0, 3.0, 40))
     for tokens in (7, 9):
         meter.start()
         meter.stop(tokens)
@@ -54,8 +54,9 @@ def test_only_what_lies_between_start_and_stop_counts(monkeypatch):
     report = meter.report()
     assert report["train_tokens"] == 56
     assert report["train_seconds"] == 8.5
+    assert meter.before == Costs(5.0, 3.0, 40)
     meter.reset()
-    assert meter.costs == Costs()
+    assert meter.costs == meter.before == Costs()
 
 
 def test_the_peak_of_memory_on_a_cpu():
