@@ -70,7 +70,7 @@ def test_one_key_of_the_deepspeed_config(named, data):
     assert repr(config) == repr(before)
     top = path.partition(".")[0] if named else path
     if filled is None:
-        assert shown(top) in refusal or ("the whole: the key" in refusal)
+        assert shown(top) in refusal or "not JSON" in refusal  # NaN and infinities
     elif "train_batch_size" not in config:  # which is a matter of the ranks
         accepted_by_deepspeed(filled)
     if not named and path not in DS_KEYS:
@@ -83,7 +83,7 @@ def test_many_keys_of_the_deepspeed_config(keys):
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **keys}
     filled, refusal = outcome(lambda: ds_config(config, lr=1e-3))
     if filled is None:
-        assert any(key in refusal for key in keys)
+        assert any(key in refusal for key in keys) or "not JSON" in refusal
     elif "train_batch_size" not in keys:
         accepted_by_deepspeed(filled)
 
