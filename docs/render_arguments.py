@@ -5,7 +5,9 @@ committed file differs from what this module renders.
 """
 
 import sys
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from addax_ds.config.arguments import (
     ModelArguments,
 )
 from addax_ds.config.deepspeed_keys import DS_KEYS
-from addax_ds.config.support import markdown_table
-from addax_ds.config.training_arguments import DEFAULTS, RULES
+from addax_ds.config.support import Rule, Status
+from addax_ds.config.training_arguments import RULES
 
 _TEMPLATE = """\
 # Arguments
@@ -59,13 +61,58 @@ both with the same value; "auto" in the JSON means the command line.
 
 ## TrainingArguments
 
-"only" names the values that are accepted; any other is refused with the note.
+All fields of Transformers' `TrainingArguments` are flags. Those in this table are refused with the
+reason, or have no effect, which is warned of. All others work as
+[Transformers documents](https://huggingface.co/docs/transformers/main_classes/trainer).
 
 {training}
 
+What some of the others mean here:
+
+| argument | meaning |
+|---|---|
+| `per_device_train_batch_size` | K¹ / ranks: the first-order batch of one rank. |
+| `num_train_epochs` | An epoch is one pass over D¹ (over D⁰ for mezo). |
+| `gradient_accumulation_steps` | Micro-batches of a step, in either stream. Zeroth-order ones \
+cost passes alone; first-order ones a sum of gradients in fp32, 4 bytes a parameter over all \
+ranks. |
+| `max_grad_norm` | Of the first-order gradient, exactly: without accumulation a step runs its \
+first-order forward and backward twice. 0, launch/train.py's default, does not clip. |
+| `weight_decay` | Decoupled, applied in the same pass as the update. |
+| `bf16`, `fp16` | The type that the weights are stored in: no master copy, no autocast. fp16 has \
+a dynamic loss scale; prefer bf16. |
+| `save_only_model` | Weights alone: no run can be resumed from them. |
+| `metric_for_best_model` | Default: the task's own metric; for files, the loss. |
+| `seed` | Of z, of stochastic rounding and, without `data_seed`, of the data order. |
+| `ddp_backend` | The communication backend on CPUs. |
+| `deepspeed` | A path, or a mapping in an argument file. ZeRO stage 3 only. |
+| `resume_from_checkpoint` | A path, or True for the newest intact one in `output_dir`. The number \
+of ranks and the way to shard may have changed, the global batches may not. |
+
 ## DeepSpeed JSON
 
+Keys in this table are refused with the reason, or have no effect, which is warned of. All other
+keys that DeepSpeed 0.19 knows work as [DeepSpeed documents](https://www.deepspeed.ai/docs/config-json/);
+keys that it does not know are refused.
+
 {deepspeed}
+
+What some of the others mean here:
+
+| key | meaning |
+|---|---|
+| `train_batch_size` | "auto" is best: micro batch times micro-batches times ranks. |
+| `gradient_accumulation_steps` | Without Trainer it is 1: give `measure()` a closure for each \
+micro-batch. |
+| `gradient_clipping` | `max_grad_norm`. Without the key it is 0, not 1. |
+| `optimizer.params` | `lr`, `alpha`, `zo_eps`, `weight_decay`, `seed` and `rounding`; "auto" \
+becomes the argument. |
+| `scheduler` | Without it Trainer's `lr_scheduler_type` is used. |
+| `fp16.loss_scale` | 0 adjusts itself; another value stays. |
+| `zero_optimization.reduce_bucket_size` | "auto" becomes hidden_size squared. |
+| `zero_optimization.stage3_prefetch_bucket_size` | "auto" becomes 0.9 times hidden_size squared. |
+| `zero_optimization.stage3_param_persistence_threshold` | "auto" becomes 10 times hidden_size. |
+| `steps_per_print` | Trainer switches these lines off; it logs by itself. |
 """
 
 
@@ -79,8 +126,8 @@ def render() -> str:
         addax=_arguments(AddaxArguments),
         general=_values({**GENERAL_DEFAULTS, **machine}),
         preset=_values({**DEMO_PRESET, "per_device_train_batch_size": ranks}),
-        training=markdown_table("argument", RULES, DEFAULTS),
-        deepspeed=markdown_table("key", DS_KEYS, {}),
+        training=_rules("argument", RULES),
+        deepspeed=_rules("key", DS_KEYS),
     )
 
 
@@ -95,6 +142,26 @@ def _arguments(dataclass_type: type[Any]) -> str:
 def _values(values: dict[str, Any]) -> str:
     rows = [f"| `--{name}` | {value} |" for name, value in values.items()]
     return "\n".join(["| argument | value |", "|---|---|", *rows])
+
+
+def _rules(header: str, rules: Mapping[str, Rule]) -> str:
+    """Return a table of the settings that are refused or have no effect, one row a reason."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, rule in rules.items():
+        accepted = ", ".join(f"`{_shown(value)}`" for value in rule.allowed) or "nothing"
+        if rule.status is Status.NO_EFFECT:
+            accepted = "no effect"
+        if rule.status is not Status.WORKS:
+            rows.setdefault((accepted, rule.note), []).append(f"`{name}`")
+    lines = [f"| {header} | accepted | why |", "|---|---|---|"]
+    lines += [f"| {', '.join(names)} | {a} | {note} |" for (a, note), names in rows.items()]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if is_dataclass(value):
+        return f"{type(value).__name__}()"
+    return repr(value.value if isinstance(value, Enum) else value)
 
 
 if __name__ == "__main__":

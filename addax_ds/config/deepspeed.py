@@ -4,22 +4,20 @@
 Trainer and by `configure`; without Trainer by `ds_config`.
 """
 
-import copy
 import json
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from addax_ds.config.deepspeed_keys import AUTO_KEYS, DS_KEYS, OPTIMIZER_PARAMS
-from addax_ds.config.deepspeed_values import AUTO, json_problems, value_problems
+from addax_ds.config.deepspeed_values import AUTO, value_problems
 from addax_ds.config.support import Status
 from addax_ds.optim.update import ROUNDINGS
 from addax_ds.utils.errors import UserError
-from addax_ds.utils.files import read_regular
+from addax_ds.utils.files import parse_json, read_regular
 from addax_ds.utils.messages import did_you_mean, raise_problems, shown
 
 logger = logging.getLogger(__name__)
@@ -59,21 +57,28 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
         The configuration as a new `dict`, "auto" values included, and how to name it in messages.
 
     Raises:
-        UserError: the file is missing, is not JSON, names a key twice, is not an object, or holds
-            what `addax_ds.config.deepspeed_values.json_problems` lists.
+        UserError: the file is missing, is not JSON, names a key twice, or is not an object.
     """
     if not isinstance(source, str | PathLike | Mapping):
         raise UserError(f"A DeepSpeed config is a path or an object, not {shown(repr(source))}.")
-    if isinstance(source, Mapping):
-        config, where = source, "the DeepSpeed config"
-    elif isinstance(source, str) and source.lstrip().startswith("{"):
-        config, where = _parse(source, "the DeepSpeed config"), "the DeepSpeed config"
-    else:
-        config, where = _parse(_read(Path(source)), str(source)), str(source)
-    if not isinstance(config, Mapping):
+    where = "the DeepSpeed config"
+    try:
+        if isinstance(source, Mapping):
+            text = json.dumps(dict(source), allow_nan=False)
+        elif isinstance(source, str) and source.lstrip().startswith("{"):
+            text = source
+        else:
+            text, where = _read(Path(source)), str(source)
+        config = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where} cannot be used: {error}.") from error
+    if not isinstance(config, dict):
         raise UserError(f"{where} must hold a JSON object, not {type(config).__name__}.")
-    raise_problems(f"{where} cannot be used:", list(json_problems(config)))
-    return copy.deepcopy(dict(config)), where
+    return config, where
 
 
 def check_ds_config(config: Mapping[str, Any], where: str) -> None:
@@ -360,24 +365,3 @@ def _read(path: Path) -> str:
     except (OSError, ValueError) as error:  # not UTF-8, or a null byte in the path
         where = shown(str(path), 300)
         raise UserError(f"Cannot read the DeepSpeed config {where}: {error}.") from error
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
-        ) from error
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
-        raise UserError(f"{where} cannot be read: {error}.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    counts = Counter(name for name, _ in pairs)
-    twice = sorted(shown(name) for name, count in counts.items() if count > 1)
-    if twice:
-        raise UserError(f"{where} gives {', '.join(twice)} more than once; keep one.")
-    return dict(pairs)

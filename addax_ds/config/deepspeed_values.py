@@ -2,15 +2,14 @@
 
 DeepSpeed reads many of them unseen and dies of a wrong one after the model is loaded, or in the
 middle of a run. Here its own classes are asked beforehand, and what they take without looking is
-checked against a table.
+checked by a class of the same kind.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from deepspeed.runtime import lr_schedules
@@ -18,106 +17,65 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils import logger as deepspeed_logger
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from addax_ds.utils.messages import did_you_mean, shown
+from addax_ds.utils.messages import shown
 
 AUTO = "auto"
 
-_MAX_DEPTH = 20
-_MAX_ENTRIES = 10_000
-_NUMBER_LIMIT = 2**64  # seeds go up to here
-
-Check = tuple[Callable[[Any], bool], str]
+_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_DType = Literal["fp32", "bf16", "fp16"]
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+class _Block(BaseModel):
+    """Strict: no text and no boolean where a number belongs."""
+
+    model_config = ConfigDict(strict=True)
 
 
-_SWITCH: Check = (lambda value: isinstance(value, bool), "true or false")
-_COUNT: Check = (lambda value: value is None or _whole(value, 1), "a whole number above 0")
-_NUMBER: Check = (
-    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
-    "a number of at least 0",
-)
-_DTYPE: Check = (lambda value: value in (None, "fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
-_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-
-# What DeepSpeed takes without looking, or takes in several spellings of which Transformers, which
-# reads the same JSON, knows one.
-_CHECKS: dict[str, Check] = {
-    "train_batch_size": _COUNT,
-    "train_micro_batch_size_per_gpu": _COUNT,
-    "gradient_accumulation_steps": _COUNT,
-    "gradient_clipping": (lambda value: value is None or _NUMBER[0](value), _NUMBER[1]),
-    # Trainer silences DeepSpeed by infinity.
-    "steps_per_print": (lambda value: value == math.inf or _COUNT[0](value), _COUNT[1]),
-    "vocabulary_size": _COUNT,
-    "wall_clock_breakdown": _SWITCH,
-    "memory_breakdown": _SWITCH,
-    "dump_state": _SWITCH,
-    "disable_python_gc": _SWITCH,
-    "log_level": (
-        lambda value: value is None or value in _LOG_LEVELS,
-        f"one of {', '.join(_LOG_LEVELS)}",
-    ),
-    "bf16.enabled": _SWITCH,
-    "fp16.enabled": _SWITCH,
-    "fp16.loss_scale": _NUMBER,
-    "fp16.min_loss_scale": _NUMBER,
-    "fp16.loss_scale_window": _COUNT,
-    "data_types.param_dtype": _DTYPE,
-    "data_types.buffer_dtype": _DTYPE,
-    "flops_profiler.enabled": _SWITCH,
-    "flops_profiler.detailed": _SWITCH,
-    "flops_profiler.recompute_fwd_factor": _NUMBER,
-    "flops_profiler.profile_step": (lambda value: _whole(value, 1), "a whole number above 0"),
-    "flops_profiler.module_depth": (lambda value: _whole(value, -1), "a whole number or -1"),
-    "flops_profiler.top_modules": (lambda value: _whole(value, 0), "a whole number"),
-    "flops_profiler.output_file": (
-        lambda value: value is None or isinstance(value, str),
-        "a path or null",
-    ),
-    "timers": (lambda value: isinstance(value, Mapping), "an object"),
-    "timers.throughput": (lambda value: isinstance(value, Mapping), "an object"),
-}
-# Blocks in which DeepSpeed does not mind unknown keys.
-_OPEN_BLOCKS = ("flops_profiler", "timers")
+class _BF16(_Block):
+    enabled: bool = False
 
 
-def json_problems(content: Any) -> Iterator[str]:
-    """Yield what JSON cannot hold, or no configuration needs; the rest may rely on it.
-
-    Numbers are finite and below 2**64, keys are strings, and there are at most 10,000 entries in
-    at most 20 levels: an alias of YAML can make more of a few lines.
-    """
-    yield from _json_problems(content, "", 0, count())
+class _FP16(_BF16):
+    loss_scale: _Number = 0.0
+    min_loss_scale: _Number = 1.0
+    loss_scale_window: PositiveInt = 1000
 
 
-def _json_problems(value: Any, path: str, depth: int, entries: Iterator[int]) -> Iterator[str]:
-    place = path or "the whole"
-    if depth > _MAX_DEPTH:
-        yield f"{shown(place)}: it is nested more than {_MAX_DEPTH} levels deep."
-    elif isinstance(value, Mapping | list | tuple):
-        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, inner in pairs:
-            number = next(entries)
-            if number == _MAX_ENTRIES:
-                yield f"{shown(place)}: there are more than {_MAX_ENTRIES} entries."
-            if number >= _MAX_ENTRIES:
-                return
-            if isinstance(value, Mapping) and not isinstance(key, str):
-                yield f"{shown(place)}: the key {key!r} must be a string."
-            else:
-                below = f"{path}.{key}" if path else str(key)
-                yield from _json_problems(inner, below, depth + 1, entries)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{shown(place)} = {value}: it must be a finite number."
-    elif isinstance(value, int | float) and not -_NUMBER_LIMIT < value < _NUMBER_LIMIT:
-        yield f"{shown(place)}: the number is too large."
-    elif not (value is None or isinstance(value, str | int | float)):
-        yield f"{shown(place)}: JSON has no {type(value).__name__}."
+class _DataTypes(_Block):
+    param_dtype: _DType | None = None
+    buffer_dtype: _DType | None = None
+
+
+class _FlopsProfiler(_Block):
+    enabled: bool = False
+    detailed: bool = True
+    recompute_fwd_factor: _Number = 0.0
+    profile_step: PositiveInt = 1
+    module_depth: Annotated[int, Field(ge=-1)] = -1
+    top_modules: NonNegativeInt = 1
+    output_file: str | None = None
+
+
+class _Unseen(_Block):
+    """Values that DeepSpeed does not look at, or takes in spellings that Transformers does not."""
+
+    train_batch_size: PositiveInt | None = None
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_clipping: _Number | None = None
+    steps_per_print: Annotated[float, Field(gt=0)] | None = None  # infinite under Accelerate
+    vocabulary_size: PositiveInt | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    disable_python_gc: bool = False
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
+    bf16: _BF16 = _BF16()
+    fp16: _FP16 = _FP16()
+    data_types: _DataTypes = _DataTypes()
+    flops_profiler: _FlopsProfiler = _FlopsProfiler()
 
 
 def value_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -126,46 +84,47 @@ def value_problems(config: Mapping[str, Any]) -> Iterator[str]:
     Args:
         config: keys and refused values have been checked.
     """
-    for path, (accepts, expected) in _CHECKS.items():
-        parent, _, name = path.rpartition(".")
-        block = config.get(parent) if parent else config
-        if isinstance(block, Mapping) and name in block:
-            value = block[name]
-            if value != AUTO and not accepts(value):
-                yield f"{path} = {_value(value)}: it must be {expected}."
-    for name in _OPEN_BLOCKS:
-        block = config.get(name)
-        known = [path.partition(".")[2] for path in _CHECKS if path.startswith(f"{name}.")]
-        for key in block if isinstance(block, Mapping) else ():
-            if key not in known:
-                yield f"{shown(f'{name}.{key}')}: unknown key.{did_you_mean(key, known)}"
+    try:
+        _Unseen.model_validate(_without_auto(config))
+    except ValidationError as error:
+        yield from _pydantic_problems(error)
     batch: Any = config.get("train_batch_size")
     micro: Any = config.get("train_micro_batch_size_per_gpu")
-    if _whole(batch, 1) and _whole(micro, 1) and batch % micro:
+    if type(batch) is type(micro) is int and micro > 0 and batch % micro:
         yield (
             f"train_batch_size = {batch}: it is train_micro_batch_size_per_gpu, {micro}, times "
             "micro-batches and ranks; leave it out."
         )
-    yield from _kind_problems(DeepSpeedZeroConfig, config, "zero_optimization")
-    offload = config["zero_optimization"]
-    yield from _kind_problems(DeepSpeedZeroOffloadParamConfig, offload, "offload_param")
+    zero = config["zero_optimization"]
+    yield from _kind_problems(DeepSpeedZeroConfig, zero, "zero_optimization")
+    offload = zero.get("offload_param") or {}
+    yield from _kind_problems(
+        DeepSpeedZeroOffloadParamConfig, offload, "zero_optimization.offload_param"
+    )
     yield from _deepspeed_problems(config)
     yield from _schedule_problems(config)
 
 
-def _kind_problems(model: Any, config: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield booleans for numbers and texts for either, which DeepSpeed's classes would convert."""
-    prefix = "" if name == "zero_optimization" else "zero_optimization."
-    block = config.get(name) or {}
-    for key, field in model.model_fields.items():
+def _pydantic_problems(error: ValidationError, *parents: str) -> Iterator[str]:
+    for item in error.errors():
+        path = ".".join((*parents, *map(str, item["loc"])))
+        yield f"{shown(path)} = {_value(item['input'])}: {item['msg']}."
+
+
+def _kind_problems(model: Any, block: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Yield booleans for numbers and texts for either, which DeepSpeed's classes would convert.
+
+    The planner and Transformers read the block as it is.
+    """
+    for name, field in model.model_fields.items():
         kinds = {field.annotation, *get_args(field.annotation)} & {bool, int, float}
-        for spelling in {key, field.alias} & block.keys():
+        for spelling in {name, field.alias} & block.keys() if kinds else ():
             value = block[spelling]
-            if not kinds or value is None or value == AUTO or isinstance(value, Mapping | list):
+            if value is None or value == AUTO or isinstance(value, Mapping | list):
                 continue
             if isinstance(value, str) or isinstance(value, bool) != (bool in kinds):
                 expected = "true or false" if bool in kinds else "a number"
-                yield f"{prefix}{name}.{spelling} = {_value(value)}: it must be {expected}."
+                yield f"{path}.{spelling} = {_value(value)}: it must be {expected}."
 
 
 def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -183,9 +142,7 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
         with _silent():
             DeepSpeedZeroConfig(**config["zero_optimization"])
     except ValidationError as error:
-        for item in error.errors():
-            path = ".".join(("zero_optimization", *map(str, item["loc"])))
-            yield f"{shown(path)} = {shown(repr(item['input']))}: {item['msg']}."
+        yield from _pydantic_problems(error, "zero_optimization")
     except Exception as error:
         yield f"zero_optimization: DeepSpeed refuses it: {_said(error)}"
 
@@ -199,27 +156,27 @@ def _schedule_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(block, Mapping) or block.get("type") not in known:
         yield f"scheduler = {_value(block)}: its type must be one of {', '.join(known)}."
         return
-    if not isinstance(block.get("params"), Mapping):
-        yield f"scheduler.params = {_value(block.get('params'))}: it must be an object."
+    params = block.get("params")
+    if not isinstance(params, Mapping):
+        yield f"scheduler.params = {_value(params)}: it must be an object."
         return
-    params = {
-        # A list has a value for each parameter group.
+    # A list has a value for each parameter group.
+    filled = {
         key: 1 if value == AUTO else value[0] if isinstance(value, list) and value else value
-        for key, value in block["params"].items()
+        for key, value in params.items()
     }
-    name = block["type"]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         with _silent():
-            schedule = getattr(lr_schedules, name)(optimizer, **params)
+            schedule = getattr(lr_schedules, block["type"])(optimizer, **filled)
             optimizer.step()
             schedule.step()
         rate = float(optimizer.param_groups[0]["lr"])
     except Exception as error:
-        yield f"scheduler.params = {_value(block['params'])}: {name} refuses them: {_said(error)}"
+        yield f"scheduler.params = {_value(params)}: {block['type']} refuses them: {_said(error)}"
         return
     if not math.isfinite(rate) or rate < 0:
-        yield f"scheduler.params = {_value(block['params'])}: the learning rate becomes {rate}."
+        yield f"scheduler.params = {_value(params)}: the learning rate becomes {rate}."
 
 
 def _without_auto(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """What a setting of Transformers or DeepSpeed does here: it works, is restricted, or has no effect.
 
-`training_arguments` and `deepspeed_keys` are tables of these rules, one for every setting that the
-two libraries know, so that a flag is never ignored in silence.
+`training_arguments` and `deepspeed_keys` hold these rules, so that no flag is ignored in silence.
 """
 
 from collections.abc import Mapping
@@ -24,63 +23,49 @@ class Rule:
 
     Attributes:
         status: what happens to the setting.
-        note: for `RESTRICTED` why other values are refused and what to do instead; for `NO_EFFECT`
-            why it does nothing; for `WORKS` what a user may want to know.
-        allowed: the values that a `RESTRICTED` setting may have. `None` stands for the default of
-            the table's owner.
+        note: why other values are refused, or why the setting has no effect, and what to do.
+        allowed: the values that a `RESTRICTED` setting may have; with none it is refused.
     """
 
     status: Status
     note: str = ""
-    allowed: tuple[Any, ...] | None = None
+    allowed: tuple[Any, ...] = ()
 
-    def accepts(self, value: Any, default: Any = None) -> bool:
-        """Whether a user may give `value`; `default` is used where `allowed` is `None`."""
+    def accepts(self, value: Any) -> bool:
+        """Whether a user may give `value`."""
         if self.status is not Status.RESTRICTED:
             return True
-        allowed = (default,) if self.allowed is None else self.allowed
         # To Python true is 1 and false is 0; to whoever wrote 1 step or 0 stages they are not.
-        return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
+        return any(
+            value == one and isinstance(value, bool) == isinstance(one, bool)
+            for one in self.allowed
+        )
 
 
-def works(note: str = "") -> Rule:
-    """The setting does what its owner documents."""
-    return Rule(Status.WORKS, note)
+def works(names: str) -> dict[str, Rule]:
+    """Settings that do what their owner documents; names are separated by spaces."""
+    return dict.fromkeys(names.split(), Rule(Status.WORKS))
 
 
-def only(*allowed: Any, note: str) -> Rule:
-    """Only the values `allowed` are accepted; none at all when it is empty."""
-    return Rule(Status.RESTRICTED, note, allowed)
+def only(allowed: tuple[Any, ...], notes: Mapping[str, str]) -> dict[str, Rule]:
+    """Settings that may have the values `allowed` alone; `notes` maps names to the reason."""
+    return _spread(notes, Status.RESTRICTED, allowed)
 
 
-def default_only(note: str) -> Rule:
-    """Only the owner's default is accepted."""
-    return Rule(Status.RESTRICTED, note, None)
+def no_effect(notes: Mapping[str, str]) -> dict[str, Rule]:
+    """Settings that are accepted with a warning; `notes` maps names to why they change nothing."""
+    return _spread(notes, Status.NO_EFFECT)
 
 
-def no_effect(note: str) -> Rule:
-    """The setting is accepted with a warning and changes nothing."""
-    return Rule(Status.NO_EFFECT, note)
+def nested(block: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """Return the rules of the entries of a block under their dotted paths."""
+    return {f"{block}.{name}": rule for name, rule in rules.items()}
 
 
-def markdown_table(header: str, rules: Mapping[str, Rule], defaults: Mapping[str, Any]) -> str:
-    """Render rules as a Markdown table, in the table's own order.
-
-    Args:
-        header: the title of the first column.
-        rules: the table.
-        defaults: the owner's defaults, for the rules whose `allowed` is `None`.
-    """
-    lines = [f"| {header} | status | note |", "|---|---|---|"]
-    for name, rule in rules.items():
-        status = rule.status.value
-        if rule.status is Status.RESTRICTED:
-            allowed = (defaults.get(name),) if rule.allowed is None else rule.allowed
-            shown = ", ".join(f"`{_show(value)}`" for value in allowed)
-            status = f"only {shown}" if shown else "refused"
-        lines.append(f"| `{name}` | {status} | {rule.note.replace('|', '/')} |")
-    return "\n".join(lines)
-
-
-def _show(value: Any) -> str:
-    return str(value.value if isinstance(value, Enum) else value) if value != "" else "''"
+def _spread(
+    notes: Mapping[str, str], status: Status, allowed: tuple[Any, ...] = ()
+) -> dict[str, Rule]:
+    """Return a rule for each name in the keys, which hold several, separated by spaces."""
+    return {
+        name: Rule(status, note, allowed) for names, note in notes.items() for name in names.split()
+    }

@@ -10,14 +10,14 @@ import json
 import logging
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.files import parse_json
 from addax_ds.utils.messages import did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -223,22 +223,8 @@ def _parse(line: bytes, origin: str) -> dict[str, Any]:
             "line"
         )
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            counts = Counter(key for key, _ in pairs)
-            twice = _listed(key for key, count in counts.items() if count > 1)
-            raise UserError(f"{origin}: duplicate JSON keys: {twice}")
-        return row
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a JSON number")
-
     try:
-        text = line.decode("utf-8")
-        row = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except UserError:
-        raise
+        row = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
@@ -246,7 +232,7 @@ def _parse(line: bytes, origin: str) -> dict[str, Any]:
             f"{origin}: not valid JSON (column {error.colno}: {error.msg}); expected one object a "
             "line"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{origin}: not valid JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{origin}: expected a JSON object, got a {type(row).__name__}")

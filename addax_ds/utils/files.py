@@ -1,8 +1,14 @@
 """Files of the user's, and the folder of the cache."""
 
+import json
 import os
 import stat
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
+
+from addax_ds.utils.messages import shown
 
 
 def cache_folder() -> Path:
@@ -20,3 +26,35 @@ def read_regular(path: Path, encoding: str) -> str:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is not a regular file")
     return path.read_text(encoding=encoding)
+
+
+def parse_json(text: str) -> Any:
+    """Parse strict JSON: no name twice in an object, no NaN and no Infinity.
+
+    Raises:
+        ValueError: the text is something else (`json.JSONDecodeError` knows the line and column),
+            or is nested deeper than Python recurses.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
+def refuse_duplicates(names: Iterable[str]) -> None:
+    """Raise `ValueError` that lists the names, at most 20, that come more than once."""
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        more = [f"and {len(twice) - 20} more"] if len(twice) > 20 else []
+        raise ValueError(f"duplicate keys: {', '.join([*map(shown, twice[:20]), *more])}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        refuse_duplicates(name for name, _ in pairs)
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

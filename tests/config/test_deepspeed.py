@@ -237,7 +237,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="object, not list"):
         load_ds_config(str(broken))
     broken.write_text('{"a": 1, "a": 2}')
-    with pytest.raises(UserError, match="gives a more than once"):
+    with pytest.raises(UserError, match="duplicate keys: a"):
         load_ds_config(broken)
     with pytest.raises(UserError, match="Cannot read"):
         load_ds_config(tmp_path)

@@ -70,7 +70,7 @@ def test_one_key_of_the_deepspeed_config(named, data):
     assert repr(config) == repr(before)
     top = path.partition(".")[0] if named else path
     if filled is None:
-        assert shown(top) in refusal or ("the whole: the key" in refusal)
+        assert shown(top) in refusal or "not JSON" in refusal  # NaN and infinities
     elif "train_batch_size" not in config:  # which is a matter of the ranks
         accepted_by_deepspeed(filled)
     if not named and path not in DS_KEYS:
@@ -83,7 +83,7 @@ def test_many_keys_of_the_deepspeed_config(keys):
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **keys}
     filled, refusal = outcome(lambda: ds_config(config, lr=1e-3))
     if filled is None:
-        assert any(key in refusal for key in keys)
+        assert any(key in refusal for key in keys) or "not JSON" in refusal
     elif "train_batch_size" not in keys:
         accepted_by_deepspeed(filled)
 
@@ -148,39 +148,31 @@ def test_arguments_of_ds_config(arguments):
         accepted_by_deepspeed(filled)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("[" * 100_000, "cannot be read: maximum recursion"),
-        ('{"zero_optimization": ' + '{"a": ' * 500 + "1" + "}" * 501, "20 levels deep"),
-        ('{"a": ' + "9" * 5000 + "}", "digits"),
-        ('{"a": NaN}', "a = nan: it must be a finite number"),
-        ('{"a": {"b": [1, -1e999]}}', "a.b.1 = -inf: it must be a finite number"),
-        ('{"a": {"b": 1, "b": 1}}', "gives b more than once"),
-        ("{" + ",".join(f'"k{i}": 0' for i in range(200_000)) + "}", "more than 10000 entries"),
-        ("{" + ",".join(f'"k{i}": 0' for i in range(200_000)) + ', "k7": 1}', "gives k7 more"),
-        ('{"' + "k" * 10_000_000 + '": 1}', "unknown key"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": {"b": 1, "b": 1}}', "duplicate keys: b"),
+        ('{"gradient_clipping": 1e999, "zero_optimization": {"stage": 3}}', "gradient_clipping"),
         ("\ufeff{}", "line 1, column 1"),
         ("", "line 1, column 1"),
         (b"\xff\xfe{", "Cannot read the DeepSpeed config"),
     ],
-    ids=lambda value: str(value)[:20].encode("ascii", "replace").decode(),
 )
-def test_hostile_deepspeed_files(content, says, folder):
-    path = folder / "hostile.json"
+def test_deepspeed_files_that_cannot_be_used(content, says, folder):
+    path = folder / "bad.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as raised:
         check_ds_config(*load_ds_config(path))
     message = str(raised.value)
     assert str(path) in message
     assert says in message
-    assert len(message) < 5000
+    assert len(message) < 1000
 
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("read", [load_ds_config, read_argument_file])
-@pytest.mark.parametrize("name", ["folder", "pipe", "/dev/zero", "a\0b", "long", "\ud800"])
+@pytest.mark.parametrize("name", ["folder", "pipe", "long"])
 def test_what_is_not_a_file(name, read, tmp_path):
     path = tmp_path / (name * 2000 if name == "long" else name)
     if name == "folder":
@@ -192,17 +184,10 @@ def test_what_is_not_a_file(name, read, tmp_path):
 
 
 def test_a_config_that_is_no_json():
-    loop: dict[str, Any] = {}
-    loop["a"] = loop
-    bomb: dict[str, Any] = {}
-    for _ in range(19):
-        bomb = {str(i): bomb for i in range(10)}
     for config, says in (
-        (loop, "20 levels deep"),
-        (bomb, "more than 10000 entries"),
-        ({"a": Path("x")}, "a: JSON has no"),
-        ({"a": {3: 1}}, "a: the key 3 must be a string"),
-        ({"a": torch.float32}, "a: JSON has no dtype"),
+        ({"a": Path("x")}, "Path is not JSON"),
+        ({"a": torch.float32}, "dtype is not JSON"),
+        ({"optimizer": {"params": {"lr": float("nan")}}}, "float values are not JSON"),
     ):
         with pytest.raises(UserError, match=says):
             load_ds_config(config)
@@ -214,31 +199,19 @@ def test_a_config_that_is_no_json():
 # ---- argument files ------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: &a [x, x]\nb: &b [*a, *a]\n", "aliases"),
-        ("a: &a [*a]\n", "aliases"),
-        ("seed: 1\nseed: 2\n", "seed is given more than once"),
-        ("deepspeed:\n  x: 1\n  x: 1\n", "x is given more than once"),
-        ("1: 2\n", "the key 1 must be a string"),
-        ("[a]: 2\n", "unhashable"),
-        ("a: .nan\n", "a = nan: it must be a finite number"),
+        ("seed: 1\nseed: 2\n", "duplicate keys: seed"),
+        ("deepspeed:\n  x: 1\n  x: 1\n", "duplicate keys: x"),
         ("a: !!python/object/apply:os.system [exit]\n", "could not determine a constructor"),
-        ("a: !!binary aGk=\n", "a: JSON has no bytes"),
-        ("a: !!set {b}\n", "a: JSON has no set"),
         ("a: !!int ''\n", "Cannot read"),
-        ("a: !!timestamp x\n", "Cannot read"),
-        ("a: !!bool x\n", "Cannot read"),
-        ("[" * 100_000, "Cannot read"),
-        ("a: " + "[" * 100 + "]" * 100, "20 levels deep"),
-        ("a: \0\n", "Cannot read"),
+        ("a: [\n", "Cannot read"),
         ("- 1\n", "must map"),
         ("", "must map"),
     ],
 )
-def test_hostile_argument_files(text, says, tmp_path):
+def test_argument_files_that_cannot_be_used(text, says, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as raised:
@@ -252,17 +225,17 @@ def test_hostile_argument_files(text, says, tmp_path):
 def test_an_argument_file_that_names_a_flag_twice(tmp_path):
     path = tmp_path / "run.json"
     path.write_text('{"seed": 1, "seed": 2}')
-    with pytest.raises(UserError, match="seed is given more than once"):
+    with pytest.raises(UserError, match="duplicate keys: seed"):
         read_argument_file(path)
 
 
 def test_what_yaml_reads(tmp_path):
-    """A byte-order mark, a date, and what YAML makes of words."""
+    """A byte-order mark, an alias, and what YAML makes of words."""
     path = tmp_path / "run.yaml"
-    path.write_text("\ufeffrun_name: 2026-01-02\nlearning_rate: 1e-4\nsave_strategy: no\n")
+    path.write_text("\ufefflearning_rate: &rate 1e-4\nalpha: *rate\nsave_strategy: no\n")
     content = read_argument_file(path)
-    assert content == {"run_name": "2026-01-02", "learning_rate": "1e-4", "save_strategy": False}
-    types = {"run_name": str | None, "learning_rate": float, "save_strategy": str}
+    assert content == {"learning_rate": "1e-4", "alpha": "1e-4", "save_strategy": False}
+    types = {"learning_rate": float, "alpha": float | None, "save_strategy": str}
     (problem,) = type_problems(content, types)
     assert problem.startswith("save_strategy: ")
     assert not list(type_problems({"a": [1], "b": {}}, {"a": list[str] | str, "b": dict | None}))
@@ -276,10 +249,7 @@ def test_what_yaml_reads(tmp_path):
         ("learning_rate", -1.0, "at least 0"),
         ("weight_decay", float("inf"), "finite"),
         ("num_train_epochs", 0.0, "above 0"),
-        ("cpu_threads", 10**400, "finite"),
         ("max_steps", -2, "at least -1"),
-        ("output_dir", "a\0b", "null byte"),
-        ("run_name", "\ud800", "half a surrogate pair"),
         ("report_to", "csv", "tensorboard"),
         ("report_to", ["tensorboard", 3], "tensorboard"),
         ("lr_scheduler_kwargs", "3", "JSON object"),

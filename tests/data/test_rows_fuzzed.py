@@ -349,7 +349,7 @@ def test_long_lines(path):
     names = b", ".join(b'"%d": 0' % i for i in range(ten // 100))
     for line, says in (
         (b'{"' + b"k" * ten + b'": 1}', "no text"),
-        (b'{"text": "a", ' + names + b', "7": 1}', "duplicate JSON keys: 7"),
+        (b'{"text": "a", ' + names + b', "7": 1}', "duplicate keys: 7"),
         (b"{" + names + b"}", "no text"),
         (long[:-2], "not valid JSON"),
         (b"\xff" * ten, "not UTF-8"),

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 import addax_ds
 from addax_ds.config.arguments import AddaxArguments
 from addax_ds.data.batches import pad
 from addax_ds.optim.report import NonFiniteError
 from addax_ds.training.trainer import AddaxTrainer
+from addax_ds.utils.errors import UserError
 from tests.support.reference import distance
 from tests.support.tiny import FAMILIES, examples, rows, tiny_model, tiny_tokenizer
 from tests.support.trainer_reference import Settings, reference_run
@@ -153,3 +155,18 @@ def test_the_weights_have_the_type_that_the_arguments_ask_for(tmp_path):
     with pytest.raises(addax_ds.UserError, match=r"torch\.bfloat16.* ask for torch\.float32"):
         trainer(tiny_model("opt", torch.bfloat16), tmp_path).train()
     trainer(tiny_model("opt", torch.bfloat16), tmp_path, bf16=True).train()
+
+
+def test_label_smoothing_is_refused_because_no_loss_would_see_it(tmp_path):
+    with pytest.raises(UserError, match="Trainer's label smoother is never called"):
+        trainer(tiny_model("opt"), tmp_path, label_smoothing_factor=0.1)
+    step = trainer(tiny_model("opt").eval(), tmp_path)
+    batch = pad(examples(rows(2, 1)), 0)
+    targets = int((batch["labels"] != -100).sum())
+    seen = []
+    for smoother in (None, LabelSmoother(epsilon=0.5)):
+        step.label_smoother = smoother
+        training = step.micro_batch_loss(step.model, batch, targets)
+        evaluation = step.compute_loss(step.model, dict(batch), num_items_in_batch=targets)
+        seen.append((training.item(), evaluation.item()))
+    assert seen[0] == seen[1]
