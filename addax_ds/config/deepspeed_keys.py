@@ -6,6 +6,7 @@ own sources and fails when they know a key that is not listed here.
 """
 
 from addax_ds.config.support import Rule, no_effect, only, works
+from addax_ds.optim.hyperparameters import IN_JSON_PARAMS
 
 _STAGE = (
     "Addax updates the weight shards in place as gradients are reduce-scattered, and perturbs them "
@@ -122,14 +123,7 @@ for _name in (
 ):
     ZERO_KEYS[_name] = ZERO_KEYS[f"stage3_{_name}"]
 
-OPTIMIZER_PARAMS: dict[str, Rule] = {
-    "lr": works('"auto" becomes learning_rate.'),
-    "alpha": works('Default and "auto": 1e-3 (1 for mezo, 0 for ip-sgd).'),
-    "zo_eps": works('Default and "auto": 1e-3.'),
-    "weight_decay": works('"auto" becomes weight_decay.'),
-    "seed": works('"auto" becomes seed.'),
-    "rounding": works('"stochastic" or "nearest". Default and "auto": stochastic.'),
-}
+OPTIMIZER_PARAMS: dict[str, Rule] = {known.name: works(known.note) for known in IN_JSON_PARAMS}
 
 DS_KEYS: dict[str, Rule] = {
     "train_batch_size": works('"auto" is best: micro batch times ranks.'),
@@ -263,7 +257,7 @@ DS_KEYS: dict[str, Rule] = {
 }
 
 # The keys whose "auto" Transformers' Trainer replaces by a number (`HfTrainerDeepSpeedConfig`), and
-# those of `optimizer.params` that `addax_ds.config.configure` replaces.
+# those of `optimizer.params` that `addax_ds.config.addax_config` replaces.
 AUTO_KEYS = frozenset(
     {
         "train_batch_size",

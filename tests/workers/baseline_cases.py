@@ -12,7 +12,6 @@ import torch
 from deepspeed import comm
 from transformers import AutoModelForCausalLM
 
-from addax_ds.config.settings import AddaxArguments
 from addax_ds.training.baseline import BaselineTrainer
 from tests.support.tiny import choice_set, repeatable, tiny_tokenizer
 from tests.workers.teardown import shut_down
@@ -51,7 +50,6 @@ def train(name: str, folder: Path, world_size: int) -> dict[str, Any]:
     trainer = BaselineTrainer(
         model,
         args,
-        AddaxArguments(**case.addax),
         case.examples(),
         eval_dataset=choice_set(),
         processing_class=tiny_tokenizer(),
