@@ -23,5 +23,5 @@ def mistakes_end_the_program() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"addax_ds: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        print(f"\naddax_ds: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error

@@ -326,5 +326,7 @@ def test_no_workers_are_refused(workers, tmp_path, capsys):
 
 
 def test_one_comparison_at_a_time(tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another comparison"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit) as ended:
         main(["--folder", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "another comparison" in str(ended.value.__cause__)
