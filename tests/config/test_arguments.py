@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from addax_ds.config.training_arguments import (
     check_training_arguments,
     check_values,
 )
+from addax_ds.utils.files import read_regular
 from docs import render_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -154,13 +154,21 @@ def test_the_json_is_filled(tmp_path: Path) -> None:
     assert filled["gradient_accumulation_steps"] == 1
 
 
-def test_the_json_is_read_once(tmp_path: Path, launched: None) -> None:
+def test_the_json_is_read_once(
+    tmp_path: Path, launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ds.json"
     path.write_text(Path(ZERO3).read_text())
-    opened: list[str] = []
-    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-    parse_arguments(["--deepspeed", str(path)])
-    assert opened.count(str(path)) == 1
+
+    def read_and_delete(path: Path, encoding: str) -> str:
+        text = read_regular(path, encoding)
+        path.unlink()
+        return text
+
+    monkeypatch.setattr("addax_ds.config.deepspeed.read_regular", read_and_delete)
+    *_, args = parse_arguments(["--deepspeed", str(path)])
+    assert args.deepspeed == str(path)
+    assert args.hf_deepspeed_config.config["optimizer"]["params"]["alpha"] == 1e-3
 
 
 def test_micro_batches_are_kept_from_the_engine(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ else:
 
 # Python, and the JSON with and without Trainer
 block = {"type": "Addax", "params": {"zo_dummy": 4}}
-args = addax_ds.AddaxConfig("output", use_cpu=True, deepspeed={**json, "optimizer": block})
+args = addax_ds.AddaxConfig(
+    "output", use_cpu=True, per_device_train_batch_size=1, deepspeed={**json, "optimizer": block}
+)
 assert args.settings.hyperparameters.zo_dummy == 4
 assert args.hf_deepspeed_config.config["optimizer"]["params"]["zo_dummy"] == 4
 params = addax_ds.ds_config(json, lr=0.1, zo_dummy=5)["optimizer"]["params"]
