@@ -15,11 +15,13 @@ from addax_ds.optim.report import NonFiniteError
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from addax_ds.config.addax_config import AddaxConfig
     from addax_ds.training.trainer import AddaxTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "Addax",
+    "AddaxConfig",
     "AddaxTrainer",
     "NonFiniteError",
     "UserError",
@@ -36,6 +38,10 @@ _register(Addax)
 
 def __getattr__(name: str) -> Any:
     # transformers' Trainer takes seconds to import; users of the optimizer alone do without it.
+    if name == "AddaxConfig":
+        from addax_ds.config.addax_config import AddaxConfig
+
+        return AddaxConfig
     if name == "AddaxTrainer":
         from addax_ds.training.trainer import AddaxTrainer
 

@@ -11,17 +11,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from addax_ds.config.addax_config import GENERAL_DEFAULTS, AddaxConfig
 from addax_ds.config.arguments import (
     DEMO_GLOBAL_BATCH_SIZE,
     DEMO_PRESET,
-    GENERAL_DEFAULTS,
-    AddaxArguments,
     DataArguments,
     ModelArguments,
 )
 from addax_ds.config.deepspeed_keys import DS_KEYS
 from addax_ds.config.support import Rule, Status
-from addax_ds.config.training_arguments import RULES
+from addax_ds.config.training_arguments import DEFAULTS, RULES
 
 _TEMPLATE = """\
 # Arguments
@@ -123,7 +122,7 @@ def render() -> str:
     return _TEMPLATE.format(
         model=_arguments(ModelArguments),
         data=_arguments(DataArguments),
-        addax=_arguments(AddaxArguments),
+        addax=_arguments(AddaxConfig),
         general=_values({**GENERAL_DEFAULTS, **machine}),
         preset=_values({**DEMO_PRESET, "per_device_train_batch_size": ranks}),
         training=_rules("argument", RULES),
@@ -134,6 +133,8 @@ def render() -> str:
 def _arguments(dataclass_type: type[Any]) -> str:
     lines = ["| argument | default | meaning |", "|---|---|---|"]
     for item in fields(dataclass_type):
+        if item.name in DEFAULTS:  # Trainer's own
+            continue
         default = "" if item.default is None else f"`{item.default}`"
         lines.append(f"| `--{item.name}` | {default} | {item.metadata['help']} |")
     return "\n".join(lines)

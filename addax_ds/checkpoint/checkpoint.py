@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from addax_ds.checkpoint import atomic, weights
 from addax_ds.checkpoint.adapters import has_adapters, load_adapters, save_adapters
-from addax_ds.checkpoint.identity import Progress, Run, changes, check_same_run
+from addax_ds.checkpoint.identity import Progress, Run, changes
 from addax_ds.checkpoint.weight_files import WeightFiles
 from addax_ds.distributed.collectives import all_ranks_or_none
 from addax_ds.distributed.nodes import nodes
@@ -192,9 +192,8 @@ def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> Prog
         What was saved with them.
 
     Raises:
-        UserError: if this run cannot go on from there.
+        UserError: if the state is not one of this model and schedule, or cannot be read.
     """
-    written = check(folder, run)
     content = _read_state(folder)
     state = content["optimizer"]
     saved, own = state["param_groups"], optimizer.state_dict()["param_groups"]
@@ -205,21 +204,16 @@ def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> Prog
     groups = [_continued(*pair) for pair in zip(saved, own, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
     _load_schedule(folder / SCHEDULER_NAME, scheduler, [group["lr"] for group in groups])
-    _announce(written, run)
+    _announce(Run(**content["run"]), run)
     return Progress(**content["progress"])
 
 
-def check(folder: Path, run: Run) -> Run:
-    """Check that a run can go on from a folder, before anything slow happens.
-
-    Returns:
-        The run that wrote the folder.
+def read_run(folder: Path) -> Run:
+    """Return the run that wrote a checkpoint.
 
     Raises:
-        UserError: says why it cannot.
+        UserError: no run could go on from the folder; says why.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise UserError(f"{folder}: there is no checkpoint in this folder")
     if not (folder / STATE_NAME).is_file():
@@ -228,12 +222,7 @@ def check(folder: Path, run: Run) -> Run:
             "not known: written with --save_only_model, or by another trainer. To start anew from "
             f"its weights: --model_name_or_path {folder}"
         )
-    written = Run(**_read_state(folder)["run"])
-    try:
-        check_same_run(written, run)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-    return written
+    return Run(**_read_state(folder)["run"])
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
+from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameter
 from addax_ds.sharding.base import ShardingName
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
@@ -22,7 +23,6 @@ from addax_ds.utils.errors import UserError
 # What must not change, and how to give it.
 _FIXED = {
     "method": "--method",
-    "seed": "--seed",
     "data_seed": "--data_seed",
     "drop_last": "--dataloader_drop_last",
 }
@@ -30,14 +30,8 @@ _BATCHES = {
     "zeroth_order_batch": "--per_device_zo_batch_size",
     "first_order_batch": "--per_device_train_batch_size",
 }
-# What may change, but changes the run.
-_FREE = {
-    "alpha": "--alpha",
-    "zo_eps": "--zo_eps",
-    "weight_decay": "--weight_decay",
-    "max_grad_norm": "--max_grad_norm",
-    "rounding": "--rounding",
-}
+# Hyperparameters that a checkpoint notes; those that are fixed must not change either.
+_NOTED = tuple(known for known in HYPERPARAMETERS if known.on_resume != "free")
 
 
 @dataclass(frozen=True)
@@ -49,16 +43,12 @@ class Run:
         ranks: number of ranks; with another one or on another back end a run goes on all the same.
         dtype: of the weights, "bf16", "fp16" or "fp32".
         method: one of `Method`.
-        seed: of z and of stochastic rounding.
         data_seed: of the order of the data.
         drop_last: whether an epoch ends before a batch that it cannot fill.
         zeroth_order_batch: global size of the zeroth-order batch, 0 if there is none.
         first_order_batch: global size of the first-order batch, 0 if there is none.
-        alpha: weight of the zeroth-order gradient.
-        zo_eps: perturbation scale.
-        weight_decay: decoupled weight decay.
-        max_grad_norm: what the first-order gradient is clipped to, 0 if it is not.
-        rounding: of updates; None for fp32 weights.
+        hyperparameters: those that do not follow a schedule, by name; ``rounding`` is None for fp32
+            weights, whose updates are not rounded.
         length_threshold: L_T in tokens; None if the data is not divided by length.
         data: digest of the training data in its order; None if it has not been read yet.
     """
@@ -67,16 +57,11 @@ class Run:
     ranks: int
     dtype: str
     method: str
-    seed: int
     data_seed: int
     drop_last: bool
     zeroth_order_batch: int
     first_order_batch: int
-    alpha: float
-    zo_eps: float
-    weight_decay: float
-    max_grad_norm: float
-    rounding: str | None
+    hyperparameters: dict[str, Any]
     length_threshold: int | None = None
     data: str | None = None
 
@@ -86,21 +71,19 @@ class Run:
         in_global_batch = args.world_size * settings.gradient_accumulation_steps
         first_order = 0 if settings.method == "mezo" else args.per_device_train_batch_size
         dtype = dtype_name(args)
+        noted = {known.name: getattr(settings.hyperparameters, known.name) for known in _NOTED}
+        if dtype == "fp32":
+            noted["rounding"] = None
         return cls(
             sharding=sharding,
             ranks=args.world_size,
             dtype=dtype,
             method=settings.method,
-            seed=settings.seed,
             data_seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=args.dataloader_drop_last,
             zeroth_order_batch=settings.per_device_zo_batch_size * in_global_batch,
             first_order_batch=first_order * in_global_batch,
-            alpha=settings.alpha,
-            zo_eps=settings.zo_eps,
-            weight_decay=args.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            rounding=None if dtype == "fp32" else settings.rounding,
+            hyperparameters=noted,
         )
 
     def with_data(self, digest: str, length_threshold: int | None) -> "Run":
@@ -146,10 +129,18 @@ def check_same_run(written: Run, now: Run) -> None:
 
 def changes(written: Run, now: Run) -> Iterator[str]:
     """Yield what a user may change and has changed, in words."""
-    for name, flag in _FREE.items():
-        before, value = getattr(written, name), getattr(now, name)
+    for known, before, value in _changed_hyperparameters(written, now):
+        if known.on_resume == "announced":
+            yield f"--{known.flag} was {before} and is {value} from here on"
+
+
+def _changed_hyperparameters(written: Run, now: Run) -> Iterator[tuple[Hyperparameter, Any, Any]]:
+    """Yield what has changed, with both values; one that is not noted yet had its default."""
+    for known in _NOTED:
+        before = written.hyperparameters.get(known.name, known.default)
+        value = now.hyperparameters[known.name]
         if before != value:
-            yield f"{flag} was {before} and is {value} from here on"
+            yield known, before, value
 
 
 def _differences(written: Run, now: Run) -> Iterator[str]:
@@ -159,8 +150,15 @@ def _differences(written: Run, now: Run) -> Iterator[str]:
             f"its weights are {written.dtype}, and this run's are {now.dtype}: resume {how}, "
             "or start anew from these weights with --model_name_or_path"
         )
-    for name, flag in _FIXED.items():
-        before, value = getattr(written, name), getattr(now, name)
+    fixed = [
+        (name, flag, getattr(written, name), getattr(now, name)) for name, flag in _FIXED.items()
+    ]
+    fixed += [
+        (known.name, f"--{known.flag}", before, value)
+        for known, before, value in _changed_hyperparameters(written, now)
+        if known.on_resume == "fixed"
+    ]
+    for name, flag, before, value in fixed:
         if before != value:
             yield (
                 f"the {name.replace('_', ' ')} was {before}, and is {value} in this run, which "

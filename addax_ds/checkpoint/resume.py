@@ -4,13 +4,14 @@ All ranks come to the same decision, and share the work of reading the files.
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from addax_ds.checkpoint import atomic, checkpoint
-from addax_ds.checkpoint.identity import Run
+from addax_ds.checkpoint.identity import Run, check_same_run
 from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
 from addax_ds.utils.errors import UserError
 
@@ -19,11 +20,31 @@ logger = logging.getLogger(__name__)
 _FLAG = "--resume_from_checkpoint"
 
 
-class IntactCheckpoint(str):
-    """Path of a checkpoint whose checksums hold, so that nobody reads all of it a second time."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose checksums hold.
+
+    Attributes:
+        folder: where it is.
+        written: the run that wrote it.
+    """
+
+    folder: Path
+    written: Run
+
+    def check(self, run: Run) -> None:
+        """Check that a run can go on from it, as far as the run is known.
+
+        Raises:
+            UserError: says why it cannot, and with which flags it could.
+        """
+        try:
+            check_same_run(self.written, run)
+        except UserError as error:
+            raise UserError(f"{_FLAG} {self.folder}: {error}") from error
 
 
-def find(wanted: str | bool | None, args: TrainingArguments, run: Run) -> IntactCheckpoint | None:
+def find(wanted: str | bool | None, args: TrainingArguments) -> Checkpoint | None:
     """Resolve ``resume_from_checkpoint``; every rank has to call it, and all get the same.
 
     What a run that died while it wrote has left in ``output_dir`` is removed first.
@@ -32,11 +53,10 @@ def find(wanted: str | bool | None, args: TrainingArguments, run: Run) -> Intact
         wanted: a path, True for the newest intact one in ``output_dir``, which warns of those that
             are not, or False or None.
         args: say where checkpoints are, and which rank this is.
-        run: what this run is, as far as it is known.
 
     Raises:
         UserError: on all ranks: there is none, the one that is named is damaged (the message names
-            the newest intact one beside it), or this run cannot go on from it.
+            the newest intact one beside it), or no run could go on from it.
     """
     output_dir = Path(args.output_dir or ".")
     with all_ranks_or_none(), atomic.writing(output_dir):
@@ -51,29 +71,15 @@ def find(wanted: str | bool | None, args: TrainingArguments, run: Run) -> Intact
         folder = _newest_intact(output_dir, args)
     else:
         folder = Path(words[0])
-        if not isinstance(wanted, IntactCheckpoint):
-            try:
-                require_intact(folder, args)
-            except UserError as error:
-                raise UserError(f"{_FLAG} {error}") from error
+        try:
+            require_intact(folder, args)
+        except UserError as error:
+            raise UserError(f"{_FLAG} {error}") from error
     with all_ranks_or_none():
-        check(folder, run)
-    return IntactCheckpoint(folder)
-
-
-def check(folder: str | Path, run: Run) -> Run:
-    """Check that a run can go on from a checkpoint, as far as the run is known.
-
-    Returns:
-        The run that wrote it.
-
-    Raises:
-        UserError: says why it cannot, and with which flags it could.
-    """
-    try:
-        return checkpoint.check(Path(folder), run)
-    except UserError as error:
-        raise UserError(f"{_FLAG} {error}") from error
+        try:
+            return Checkpoint(folder, checkpoint.read_run(folder))
+        except UserError as error:
+            raise UserError(f"{_FLAG} {error}") from error
 
 
 def _newest_intact(output_dir: Path, args: TrainingArguments) -> Path:

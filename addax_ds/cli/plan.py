@@ -18,7 +18,7 @@ with redirect_stdout(sys.stderr):
     from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
     from addax_ds.planner.units import GB, GRAIN, RESERVE
     from addax_ds.planner.zero3 import Zero3Settings
-    from addax_ds.utils.command_line import Parser
+    from addax_ds.utils.command_line import Parser, mistakes_end_the_program
     from addax_ds.utils.dtypes import DTYPES
     from addax_ds.utils.errors import UserError
     from addax_ds.utils.messages import raise_problems
@@ -51,11 +51,8 @@ _DEFAULT_ROWS = 8
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, and write the result to standard output: a mistake is a sentence and exit status 1."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
+    with mistakes_end_the_program():
         sys.stdout.write(plan(argv) + "\n")
-    except UserError as error:
-        sys.stderr.write(f"addax_ds: error: {error}\n")
-        sys.exit(1)
 
 
 def plan(argv: Sequence[str] | None = None) -> str:
@@ -252,7 +249,7 @@ def _zero3(arguments: argparse.Namespace, shape: ModelShape) -> Zero3Settings:
 
 
 def _check_dtype(config: Mapping[str, Any], where: str, dtype: str) -> None:
-    """Raise `UserError` where `configure` would refuse a training with these weights."""
+    """Raise `UserError` where `AddaxConfig` would refuse a training with these weights."""
     for name in ("bf16", "fp16"):
         block = config.get(name, {})
         if block.get("enabled", False) not in (AUTO, dtype == name):

@@ -40,8 +40,8 @@ def announce(
         source: of the model.
         data: all of it.
         plan: what `addax_ds.training.base.plan_steps` returned; None without training rows.
-        args: as `addax_ds.config.configure.configure` has left them.
-        settings: what it returned.
+        args: of the run.
+        settings: how it trains.
         run: the same for all ranks together.
     """
     logger.info("Model: %s, %s", source.label, run.dtype)
@@ -59,7 +59,7 @@ def announce(
 def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
     parts = [run.method]
     if run.method in ZEROTH_ORDER:
-        parts += [f"alpha {run.alpha:g}", f"zo_eps {run.zo_eps:g}"]
+        parts += [f"{name} {run.hyperparameters[name]:g}" for name in ("alpha", "zo_eps")]
     parts.append(f"learning rate {args.learning_rate:g}")
     batches = (("K0", run.zeroth_order_batch), ("K1", run.first_order_batch))
     parts += [f"{name} {size}" for name, size in batches if size]

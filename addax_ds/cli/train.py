@@ -18,6 +18,7 @@ Raises:
 import hashlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,9 +36,8 @@ from addax_ds.checkpoint import resume
 from addax_ds.checkpoint.identity import Run, data_digest
 from addax_ds.cli.data import Data, load_data
 from addax_ds.cli.summary import Duration, announce, report
+from addax_ds.config.addax_config import AddaxConfig, divide_batches
 from addax_ds.config.arguments import ModelArguments, parse_arguments
-from addax_ds.config.configure import configure, divide_batches
-from addax_ds.config.settings import AddaxSettings
 from addax_ds.distributed.collectives import (
     all_ranks_or_none,
     check_same_everywhere,
@@ -54,57 +54,55 @@ from addax_ds.training.base import StepTrainer, plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
 from addax_ds.training.trainer import AddaxTrainer
+from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.dtypes import weights_dtype
-from addax_ds.utils.errors import UserError
 from addax_ds.utils.signals import ignore_sigterm, on_sigterm
 
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 _OF_ONE_RANK = ("local_rank", "output_dir")
+# As launchers name it; the same that Accelerate reads.
+_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `finetune` as a program: a user's mistake is a sentence and exit status 1."""
-    try:
+    with mistakes_end_the_program():  # on every rank: a mistake may be on one machine only
         finetune(argv)
-    except UserError as error:
-        # Every rank says it: the mistake may be on one machine only.
-        print(f"\naddax_ds: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
     leave_together()
     ignore_sigterm()  # a launcher may send it again
 
 
 def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds."""
-    model_args, data_args, addax_args, args = parse_arguments(argv)
+    _start_logging()
+    model_args, data_args, args = parse_arguments(argv)
     _set_up(args, model_args)
+    sharding = model_args.sharding or ("zero3" if args.deepspeed else "none")
+    run = Run.of(args, args.settings, sharding)
+    resumed = resume.find(args.resume_from_checkpoint, args)
     with all_ranks_or_none():
-        settings = configure(args, addax_args)
-        sharding = model_args.sharding or ("zero3" if args.deepspeed else "none")
-    run = Run.of(args, settings, sharding)
-    resumed = resume.find(args.resume_from_checkpoint, args, run)
-    with all_ranks_or_none():
+        if resumed is not None:
+            resumed.check(run)
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         data = load_data(data_args, tokenizer, source)
     planned, plan = None, None
-    if data.train and settings.length_threshold == "auto":
-        planned, settings = _plan_threshold(source, sharding, data, args, settings, resumed, run)
+    if data.train and args.settings.length_threshold == "auto":
+        planned = _plan_threshold(source, sharding, data, args, resumed)
     with all_ranks_or_none():
         if data.train:  # the trainer does these, too, but with the model loaded
-            plan = plan_steps(data.train, settings, args)
+            plan = plan_steps(data.train, args.settings, args)
             if resumed is not None:
-                resume.check(resumed, run.with_data(data_digest(data.train), plan[0].threshold))
-    check_same_everywhere(dict(_identity(args, model_args, addax_args, data=data)))
+                resumed.check(run.with_data(data_digest(data.train), plan[0].threshold))
+    check_same_everywhere(dict(_identity(args, model_args, data)))
     if args.process_index == 0:
-        announce(source, data, plan, args, settings, run)
-    baseline = settings.method in BASELINES
+        announce(source, data, plan, args, args.settings, run)
+    baseline = args.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
         _load_model(source, args, sharding),
         args,
-        settings,
         train_dataset=data.train or None,
         eval_dataset=data.validation,
         processing_class=tokenizer,
@@ -119,7 +117,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     return report(trainer, f"{source.label}\n{data.description}", data.metric)
 
 
-def _train(trainer: StepTrainer, data: Data, resumed: str | None) -> bool:
+def _train(trainer: StepTrainer, data: Data, resumed: resume.Checkpoint | None) -> bool:
     """Train and save the model and what it took; return whether training came to its end."""
     trainer.add_callback(Duration(trainer.costs))
     if data.test is not None and data.test_before:
@@ -147,13 +145,18 @@ def _train(trainer: StepTrainer, data: Data, resumed: str | None) -> bool:
 # ---- run ---------------------------------------------------------------------------------------
 
 
-def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
-    """Set threads and logging; rank 0 alone speaks, except for warnings."""
+def _start_logging() -> None:
+    """Let rank 0 alone speak, except for errors: before the arguments, which may be warned of."""
+    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("addax_ds")
     package.handlers = [handler]
-    package.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    package.setLevel(logging.INFO if rank == "0" else logging.ERROR)
+
+
+def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
+    """Set threads, and the collectives' library and time limit."""
     if args.device.type == "cpu":
         torch.set_num_threads(model_args.cpu_threads)
     if args.deepspeed:
@@ -174,45 +177,40 @@ def _plan_threshold(
     source: ModelSource,
     sharding: ShardingName,
     data: Data,
-    args: TrainingArguments,
-    settings: AddaxSettings,
-    resumed: str | None,
-    run: Run,
-) -> tuple[AutoThreshold, AddaxSettings]:
+    args: AddaxConfig,
+    resumed: resume.Checkpoint | None,
+) -> AutoThreshold:
     """Plan ``--length_threshold auto``; every rank has to call it.
 
-    Returns:
-        The plan, and the settings with its L_T and its micro-batches.
+    The settings of ``args`` get the plan's L_T and its micro-batches.
     """
-    fixed = None
-    if resumed is not None:
-        with all_ranks_or_none():
-            fixed = resume.check(resumed, run).length_threshold
+    fixed = None if resumed is None else resumed.written.length_threshold
     kernel = source.attn_implementation
-    plan = plan_threshold(source.config, kernel, sharding, data.train, args, settings, fixed)
-    settings = replace(settings, length_threshold=plan.length)
+    plan = plan_threshold(source.config, kernel, sharding, data.train, args, args.settings, fixed)
+    args.settings = replace(args.settings, length_threshold=plan.length)
     if plan.parts > 1:
-        settings = divide_batches(args, settings, plan.parts)
+        divide_batches(args, plan.parts)
         logger.info(
             "More rows would not fit: a step has %d micro-batches, of %d rows first-order and %d "
             "zeroth-order. K0 and K1 are as they were.",
-            settings.gradient_accumulation_steps,
+            args.settings.gradient_accumulation_steps,
             args.per_device_train_batch_size,
-            settings.per_device_zo_batch_size,
+            args.settings.per_device_zo_batch_size,
         )
-    return plan, settings
+    return plan
 
 
-def _identity(args: TrainingArguments, *more: Any, data: Data) -> Iterator[tuple[str, str]]:
+def _identity(
+    args: AddaxConfig, model_args: ModelArguments, data: Data
+) -> Iterator[tuple[str, str]]:
     """Yield what has to be the same on all ranks, by names for a message."""
     yield "version of addax_ds", addax_ds.__version__
     code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
     yield "code of addax_ds", _digest(path.read_bytes() for path in code)
     yield "version of torch", torch.__version__
-    for settings in (args.to_dict(), *map(vars, more)):
-        for name, value in settings.items():
-            if name not in _OF_ONE_RANK:
-                yield f"--{name}", str(value)
+    for name, value in {**args.to_dict(), **vars(model_args)}.items():
+        if name not in _OF_ONE_RANK:
+            yield f"--{name}", str(value)
     deepspeed_config = getattr(args, "hf_deepspeed_config", None)
     if deepspeed_config is not None:
         for key, value in deepspeed_config.config.items():

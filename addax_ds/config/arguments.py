@@ -7,48 +7,20 @@ exists and before a model is loaded.
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
-import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
-from addax_ds.config.deepspeed import check_ds_config, load_ds_config, pick
-from addax_ds.config.settings import (
-    AddaxArguments,
-    AddaxSettings,
-    check_can_resume,
-    resolve,
-    settle_arguments,
-)
-from addax_ds.config.training_arguments import DEFAULTS, check_values
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.values import read_argument_file, type_problems, value_problems
 from addax_ds.distributed.startup import starting_together
 from addax_ds.sharding.base import ShardingName
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems
-
-__all__ = [
-    "DEMO_PRESET",
-    "GENERAL_DEFAULTS",
-    "AddaxArguments",
-    "AddaxSettings",
-    "DataArguments",
-    "ModelArguments",
-    "parse_arguments",
-    "resolve",
-]
-
-# Where Transformers' own defaults would be refused or would not run.
-GENERAL_DEFAULTS: dict[str, Any] = {
-    "output_dir": "output",
-    "max_grad_norm": 0.0,
-    "use_cpu": not torch.accelerator.is_available(),
-}
 
 # What is trained on without --task and --train_file.
 DEMO_TASK = "sst2-demo"
@@ -182,7 +154,7 @@ class DataArguments:
 
 def parse_arguments(
     argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]:
+) -> tuple[ModelArguments, DataArguments, AddaxConfig]:
     """Parse a command line, an argument file, or an argument file with overriding flags.
 
     One `.yaml`, `.yml` or `.json` file may stand among the flags; its keys are the names of the
@@ -197,36 +169,36 @@ def parse_arguments(
         UserError: any argument, file or DeepSpeed JSON that can be refused at this point, and
             whatever `TrainingArguments` itself rejects.
     """
-    types: Any = (ModelArguments, DataArguments, AddaxArguments, TrainingArguments)
+    types: Any = (ModelArguments, DataArguments, AddaxConfig)
     parser = _Parser(
         types,
         allow_abbrev=False,
         description="Fine-tune a causal language model with Addax.",
     )
-    parser.set_defaults(**GENERAL_DEFAULTS)
-    # TrainingArguments makes the process group, where a rank would wait for one with a mistake.
-    with starting_together():
-        values = _values(parser, list(sys.argv[1:] if argv is None else argv))
     try:
-        parsed = parser.parse_dict(values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"TrainingArguments: {error}") from error
-    return cast("tuple[ModelArguments, DataArguments, AddaxArguments, TrainingArguments]", parsed)
+        given = parser.given(list(sys.argv[1:] if argv is None else argv))
+        values = _values(given)
+    except UserError:
+        with starting_together():  # where the other ranks are, in `AddaxConfig`
+            raise
+    model, data, training = (
+        {item.name: values[item.name] for item in fields(kind) if item.name in values}
+        for kind in types
+    )
+    return (
+        ModelArguments(**model),
+        DataArguments(**data),
+        AddaxConfig(**training, given=given.keys()),
+    )
 
 
-def _values(parser: "_Parser", argv: list[str]) -> dict[str, Any]:
-    """Settle what is known before the process group: flags, argument file, JSON and defaults."""
-    given = parser.given(argv)
+def _values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete what was given, and check what `AddaxConfig` does not know of."""
     is_demo = not {"model_name_or_path", "train_file", "task"} & given.keys()
-    values = {**GENERAL_DEFAULTS, **(_demo_preset(given) if is_demo else {}), **given}
-    params: Mapping[str, Any] = {}
-    where = "the DeepSpeed config"
-    if values.get("deepspeed"):
-        config, where = load_ds_config(values["deepspeed"])
-        check_ds_config(config, where)
-        params = config.get("optimizer", {}).get("params", {})
-        values |= _from_json(config, params, given, where)
-    _check_before_start(values, given, params, where)
+    values = {**(_demo_preset(given) if is_demo else {}), **given}
+    problems = [*value_problems(values), *_model_problems(values), *_data_problems(values)]
+    raise_problems("These arguments cannot be used:", problems)
+    _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
     if values.get("train_file") is None:
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
         if values.get("load_best_model_at_end"):
@@ -293,53 +265,6 @@ def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**DEMO_PRESET, "per_device_train_batch_size": DEMO_GLOBAL_BATCH_SIZE // ranks}
 
 
-def _from_json(
-    config: Mapping[str, Any], params: Mapping[str, Any], given: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """Return the training arguments that stand in the JSON alone, which wins over a default."""
-    found = {}
-    for name, block, key in (
-        ("learning_rate", params, "lr"),
-        ("weight_decay", params, "weight_decay"),
-        ("seed", params, "seed"),
-        ("gradient_accumulation_steps", config, "gradient_accumulation_steps"),
-        ("max_grad_norm", config, "gradient_clipping"),
-    ):
-        path = key if block is config else f"optimizer.params.{key}"
-        value = pick(block.get(key), given.get(name), None, (f"--{name}", path), where)
-        if value is not None:
-            found[name] = value
-    return found
-
-
-def _check_before_start(
-    values: Mapping[str, Any], given: Mapping[str, Any], params: Mapping[str, Any], where: str
-) -> None:
-    """Raise `UserError` for what can be known before a process group and a model exist."""
-    raise_problems("These arguments cannot be used:", list(value_problems(values)))
-    check_values({name: values[name] for name in DEFAULTS if name in values})
-    names = {f.name for f in fields(AddaxArguments)}
-    addax = AddaxArguments(**{name: value for name, value in values.items() if name in names})
-    settle_arguments(addax, SimpleNamespace(**{**DEFAULTS, **values}), params, where)
-    if values.get("resume_from_checkpoint") not in (None, False):
-        check_can_resume(addax.method)
-    both = [given.get(f"per_device_{kind}_batch_size") for kind in ("train", "zo")]
-    problems = []
-    if addax.method == "mezo" and None not in both and both[0] != both[1]:
-        problems.append(
-            "--per_device_train_batch_size has no effect with --method mezo beside "
-            "--per_device_zo_batch_size; remove it."
-        )
-    if all(values.get(n) for n in ("deepspeed", "save_only_model", "load_best_model_at_end")):
-        problems.append(
-            "--save_only_model with --load_best_model_at_end: Trainer refuses both together under "
-            "DeepSpeed; remove one."
-        )
-    problems += _model_problems(values) + _data_problems(values)
-    raise_problems("These arguments cannot be used:", problems)
-    _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
-
-
 def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
     """Raise `UserError` if the back end does not fit the launcher or --deepspeed."""
     launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
@@ -371,66 +296,48 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
             )
 
 
-def _model_problems(values: Mapping[str, Any]) -> list[str]:
-    problems = []
+def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("model_name_or_path") is None:
-        problems += [
-            f"--{name} has no effect without --model_name_or_path."
-            for name in ("model_revision", "trust_remote_code")
-            if values.get(name)
-        ]
+        for name in ("model_revision", "trust_remote_code"):
+            if values.get(name):
+                yield f"--{name} has no effect without --model_name_or_path."
     if values.get("cpu_threads", 1) < 1:
-        problems.append("--cpu_threads must be at least 1.")
-    return problems
+        yield "--cpu_threads must be at least 1."
 
 
-def _data_problems(values: Mapping[str, Any]) -> list[str]:
+def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
     files = {name: values.get(name) for name in ("train_file", "validation_file", "test_file")}
-    problems = [
-        f"--{name} {path}: there is no such file."
-        for name, path in files.items()
-        if path is not None and not os.path.isfile(path)
-    ]
-    if files["train_file"] is None:
-        problems += [
-            f"--{name} needs --train_file: a task has its own dev and test rows."
-            for name in ("validation_file", "test_file")
-            if files[name] is not None
-        ]
-        problems += _task_problems(values)
-    elif files["validation_file"] is None and values.get("eval_strategy", "no") != "no":
-        problems.append("--eval_strategy needs --validation_file.")
+    for name, path in files.items():
+        if path is not None and not os.path.isfile(path):
+            yield f"--{name} {path}: there is no such file."
     if values.get("max_length") is not None and values["max_length"] < 2:
-        problems.append("--max_length must be at least 2 tokens.")
-    if files["train_file"] is not None:
-        problems += [
-            f"--{name} has no effect with --train_file; remove one of them."
-            for name in _OF_TASKS
-            if values.get(name) is not None
-        ]
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if values.get(name, 1) < 1:
-            problems.append(f"--{name} must be at least 1.")
-    return problems
+        yield "--max_length must be at least 2 tokens."
+    if files["train_file"] is None:
+        for name in ("validation_file", "test_file"):
+            if files[name] is not None:
+                yield f"--{name} needs --train_file: a task has its own dev and test rows."
+        yield from _task_problems(values)
+        return
+    if files["validation_file"] is None and values.get("eval_strategy", "no") != "no":
+        yield "--eval_strategy needs --validation_file."
+    for name in _OF_TASKS:
+        if values.get(name) is not None:
+            yield f"--{name} has no effect with --train_file; remove one of them."
 
 
-def _task_problems(values: Mapping[str, Any]) -> list[str]:
-    problems = [
-        f"--{name} needs --task."
-        for name in _OF_TASKS
-        if values.get("task") is None and values.get(name) is not None
-    ]
-    problems += [
-        f"--{name} {values[name]}: it must not be below 0."
-        for name in ("num_train", "num_dev", "num_test", "task_seed")
-        if (values.get(name) or 0) < 0
-    ]
+def _task_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("task") is None:
+        for name in _OF_TASKS:
+            if values.get(name) is not None:
+                yield f"--{name} needs --task."
+    for name in ("num_train", "num_dev", "num_test", "task_seed"):
+        if (values.get(name) or 0) < 0:
+            yield f"--{name} {values[name]}: it must not be below 0."
     for name in ("num_train", "num_dev"):
         if values.get(name) == 0 and values.get("eval_strategy", "no") != "no":
-            problems.append(f"--eval_strategy needs dev rows, and there are none with --{name} 0.")
+            yield f"--eval_strategy needs dev rows, and there are none with --{name} 0."
     if values.get("num_train") == 0 and (values.get("skip_test") or values.get("num_test") == 0):
-        problems.append("--num_train 0 leaves only the test rows, and they are not to be read.")
-    return problems
+        yield "--num_train 0 leaves only the test rows, and they are not to be read."
 
 
 def _ranks() -> int:

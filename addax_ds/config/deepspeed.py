@@ -1,21 +1,22 @@
 """The DeepSpeed JSON: reading it, filling its "auto" values, refusing what Addax cannot honour.
 
 `deepspeed_keys` lists every key. Under Transformers' Trainer the "auto" values are filled by
-Trainer and by `configure`; without Trainer by `ds_config`.
+Trainer and by `AddaxConfig`; without Trainer by `ds_config`.
 """
 
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from addax_ds.config.deepspeed_keys import AUTO_KEYS, DS_KEYS, OPTIMIZER_PARAMS
+from addax_ds.config.deepspeed_keys import AUTO_KEYS, DS_KEYS
 from addax_ds.config.deepspeed_values import AUTO, value_problems
 from addax_ds.config.support import Status
-from addax_ds.optim.update import ROUNDINGS
+from addax_ds.optim.hyperparameters import BY_NAME, HYPERPARAMETERS, HyperparameterKwargs
+from addax_ds.optim.hyperparameters import problems as hyperparameter_problems
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import parse_json, read_regular
 from addax_ds.utils.messages import did_you_mean, raise_problems, shown
@@ -23,15 +24,6 @@ from addax_ds.utils.messages import did_you_mean, raise_problems, shown
 logger = logging.getLogger(__name__)
 
 Source = str | PathLike[str] | Mapping[str, Any]
-
-# Defaults of `addax_ds.Addax`; the learning rate has none.
-OPTIMIZER_DEFAULTS: dict[str, Any] = {
-    "alpha": 1e-3,
-    "zo_eps": 1e-3,
-    "weight_decay": 0.0,
-    "seed": 0,
-    "rounding": "stochastic",
-}
 
 _BLOCKS = frozenset(key.rpartition(".")[0] for key in DS_KEYS if "." in key)
 # Blocks that must be off: what else stands in them does nothing, so it is not checked.
@@ -102,19 +94,10 @@ def check_ds_config(config: Mapping[str, Any], where: str) -> None:
             problems.append(f"optimizer.type is missing. {_note('optimizer.type')}")
         params = optimizer.get("params", {})
         if isinstance(params, Mapping):
-            problems += optimizer_problems(params, prefix="optimizer.params.")
+            given = {k: v for k, v in params.items() if v is not None and v != AUTO}
+            problems += hyperparameter_problems(given, "optimizer.params.")
     problems = problems or list(value_problems(config))
     raise_problems(f"{where} cannot be used with Addax:", problems)
-
-
-def optimizer_problems(params: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """Yield what is wrong with the values of Addax's own settings; "auto" and `None` pass."""
-    for name, value in params.items():
-        if value is None or value == AUTO or name not in OPTIMIZER_PARAMS:
-            continue
-        expected = _expected(name, value)
-        if expected:
-            yield f"{prefix}{name} = {shown(repr(value))}: it must be {expected}."
 
 
 def warn_without_effect(config: Mapping[str, Any], where: str) -> None:
@@ -130,38 +113,32 @@ def ds_config(
     *,
     lr: float | None = None,
     micro_batch_size: int | None = None,
-    weight_decay: float | None = None,
-    alpha: float | None = None,
-    zo_eps: float | None = None,
-    seed: int | None = None,
-    rounding: str | None = None,
     bf16: bool | None = None,
     hidden_size: int | None = None,
+    **hyperparameters: Unpack[HyperparameterKwargs],
 ) -> dict[str, Any]:
     """Build the `config` for `deepspeed.initialize` without Transformers' Trainer.
 
     Replaces every "auto" that Trainer would replace, adds the `optimizer` block where it is
-    missing, and checks the result. `gradient_accumulation_steps` becomes 1, `gradient_clipping` 0
-    and `fp16.enabled` false; an "auto" `train_batch_size` is left to DeepSpeed, which multiplies
-    the micro batch by the number of ranks.
+    missing, and checks the result. `gradient_accumulation_steps` becomes 1 and `fp16.enabled`
+    false; an "auto" `train_batch_size` is left to DeepSpeed, which multiplies the micro batch by
+    the number of ranks.
 
     Args:
         path_or_dict: the path of a DeepSpeed JSON, or the same as a mapping. It is not changed.
         lr: learning rate η.
         micro_batch_size: first-order examples per rank and step, K¹ / ranks.
-        weight_decay: decoupled weight decay λ (default 0).
-        alpha: mixing weight α of the zeroth-order gradient, 0 to 1 (default 1e-3).
-        zo_eps: perturbation scale ε (default 1e-3).
-        seed: seed of z and of stochastic rounding (default 0).
-        rounding: "stochastic" or "nearest", for bf16 weights (default stochastic).
         bf16: whether the weights are stored in bf16 (default: as in the JSON, "auto" is false).
         hidden_size: `model.config.hidden_size`, from which Trainer derives the "auto" bucket sizes
             and the persistence threshold. Without it those keys are dropped and DeepSpeed's own
             defaults apply, among them a reduce bucket of 5e8 elements.
+        **hyperparameters: `alpha`, `zo_eps`, `weight_decay`, `seed`, `rounding` and
+            `max_grad_norm` (`gradient_clipping` in the JSON), as for `addax_ds.Addax`.
 
     Raises:
         UserError: for anything `load_ds_config` or `check_ds_config` refuses, for an argument that
             contradicts a value in the JSON (both are named), and for a left-over "auto".
+        TypeError: for an argument that there is not.
     """
     config, where = load_ds_config(path_or_dict)
     check_ds_config(config, where)
@@ -171,24 +148,11 @@ def ds_config(
             f"{where}: gradient_accumulation_steps is Trainer's. Without it write 1, and give "
             "Addax.measure() a closure for each micro-batch."
         )
-    arguments = {
-        "lr": lr,
-        "alpha": alpha,
-        "zo_eps": zo_eps,
-        "weight_decay": weight_decay,
-        "seed": seed,
-        "rounding": rounding,
-    }
-    raise_problems("ds_config() was called with:", list(optimizer_problems(arguments, prefix="")))
-    params = config.setdefault("optimizer", {"type": "Addax"}).setdefault("params", {})
-    for name, value in arguments.items():
-        _fill(params, name, value, OPTIMIZER_DEFAULTS.get(name), f"optimizer.params.{name}", where)
+    _fill_hyperparameters(config, {"lr": lr, **hyperparameters}, where)
     _fill_sizes(config, micro_batch_size, hidden_size, where)
-    if bf16 is not None:
-        config.setdefault("bf16", {}).setdefault("enabled", AUTO)
-    if "enabled" in config.get("bf16", {}):
-        _fill(config["bf16"], "enabled", bf16, False, "bf16.enabled", where, argument="bf16")
-    _fill_schedule(config, params["lr"])
+    if bf16 is not None or "enabled" in config.get("bf16", {}):
+        _fill(config, "bf16.enabled", bf16, False, where, argument="bf16")
+    _fill_schedule(config, config["optimizer"]["params"]["lr"])
     _refuse_auto(config, where)
     check_ds_config(config, where)
     return config
@@ -231,18 +195,47 @@ def pick(json_value: Any, given: Any, default: Any, names: tuple[str, str], wher
     return json_value
 
 
+def value_at(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value at a dotted key, `None` where it is missing."""
+    *blocks, name = key.split(".")
+    for block in blocks:
+        config = config.get(block, {})
+    return config.get(name)
+
+
 def _fill(
-    block: dict[str, Any],
-    name: str,
-    given: Any,
-    default: Any,
-    key: str,
-    where: str,
-    argument: str | None = None,
+    config: dict[str, Any], key: str, given: Any, default: Any, where: str, argument: str = ""
 ) -> None:
-    """Settle `block[name]` in place; without any value an "auto" stays for `_refuse_auto`."""
+    """Settle the value at a dotted key, in place; without any an "auto" is left.
+
+    Args:
+        config: gets the blocks that are missing.
+        key: the last part is the argument's name, unless `argument` says another.
+        given: see `pick`.
+        default: see `pick`; `_refuse_auto` names the key if it is `None`.
+        where: what to call the JSON.
+        argument: what to call the argument.
+    """
+    *blocks, name = key.split(".")
+    block = config
+    for inner in blocks:
+        block = block.setdefault(inner, {})
     value = pick(block.get(name), given, default, (argument or name, key), where)
     block[name] = AUTO if value is None else value
+
+
+def _fill_hyperparameters(config: dict[str, Any], given: Mapping[str, Any], where: str) -> None:
+    """Fill the optimizer's block, and what else of the JSON is a hyperparameter, in place."""
+    unknown = given.keys() - BY_NAME.keys()
+    if unknown:
+        raise TypeError(f"ds_config() got an unexpected keyword argument {min(unknown)!r}")
+    stated = {name: value for name, value in given.items() if value is not None}
+    raise_problems("ds_config() was called with:", list(hyperparameter_problems(stated)))
+    config.setdefault("optimizer", {"type": "Addax"})
+    for known in HYPERPARAMETERS:
+        default = None if known.default is MISSING else known.default
+        name = known.name
+        _fill(config, known.json_key, stated.get(name), default, where, argument=name)
 
 
 def _fill_sizes(
@@ -255,10 +248,9 @@ def _fill_sizes(
     if config.get("train_batch_size") == AUTO:
         del config["train_batch_size"]
     if micro_batch_size is not None or "train_batch_size" not in config:
-        _fill(config, key, micro_batch_size, None, key, where, argument="micro_batch_size")
-    for name, value in (("gradient_accumulation_steps", 1), ("gradient_clipping", 0.0)):
-        if config.get(name, AUTO) == AUTO:
-            config[name] = value
+        _fill(config, key, micro_batch_size, None, where, argument="micro_batch_size")
+    if config.get("gradient_accumulation_steps", AUTO) == AUTO:
+        config["gradient_accumulation_steps"] = 1
     if config.get("fp16", {}).get("enabled") == AUTO:
         config["fp16"]["enabled"] = False
     zero = config["zero_optimization"]
@@ -335,22 +327,6 @@ def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{path}.")
         else:
             yield path, value
-
-
-def _expected(name: str, value: Any) -> str:
-    """Return what `value` should have been, or an empty string when it is right."""
-    if name == "rounding":
-        return "" if value in ROUNDINGS else " or ".join(map(repr, ROUNDINGS))
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name == "seed":
-        whole = isinstance(value, int) and number and 0 <= value < 2**64
-        return "" if whole else "an integer from 0 to 2**64 - 1"
-    finite = number and abs(value) <= sys.float_info.max  # not for a NaN either
-    if name == "alpha":
-        return "" if finite and 0 <= value <= 1 else "a number from 0 to 1"
-    if name == "zo_eps":
-        return "" if finite and value > 0 else "a number above 0"
-    return "" if finite and value >= 0 else "a number of at least 0"
 
 
 def _note(path: str) -> str:

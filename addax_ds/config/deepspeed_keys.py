@@ -6,6 +6,7 @@ own sources and fails when they know a key that is not listed here.
 """
 
 from addax_ds.config.support import Rule, nested, no_effect, only, works
+from addax_ds.optim.hyperparameters import IN_JSON_PARAMS
 
 _NO_STATE = (
     "Addax keeps no optimizer state, so there is nothing to offload; "
@@ -115,7 +116,7 @@ ZERO_KEYS |= {
     if name.startswith("stage3_") and "fp16" not in name
 }
 
-OPTIMIZER_PARAMS: dict[str, Rule] = works("lr alpha zo_eps weight_decay seed rounding")
+OPTIMIZER_PARAMS: dict[str, Rule] = works(" ".join(known.name for known in IN_JSON_PARAMS))
 
 DS_KEYS: dict[str, Rule] = {
     **works(
@@ -216,7 +217,7 @@ DS_KEYS: dict[str, Rule] = {
 }
 
 # The keys whose "auto" Transformers' Trainer replaces by a number (`HfTrainerDeepSpeedConfig`), and
-# those of `optimizer.params` that `addax_ds.config.configure` replaces.
+# those of `optimizer.params` that `addax_ds.config.addax_config` replaces.
 AUTO_KEYS = frozenset(
     {
         "train_batch_size",

@@ -6,27 +6,37 @@ Memory Efficiency and Performance of SGD for Fine-Tuning Language Models", ICLR 
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from addax_ds.optim.gradients import KeptWeights
+from addax_ds.optim.hyperparameters import (
+    HYPERPARAMETERS,
+    HyperparameterKwargs,
+    Hyperparameters,
+    problems,
+)
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
 from addax_ds.optim.report import NonFiniteSteps, StepReport
 from addax_ds.optim.step import Closure, RunningStep
-from addax_ds.optim.update import ROUNDINGS, Rounding, Step
+from addax_ds.optim.update import Rounding, Step
 from addax_ds.sharding.base import Shard, Sharding
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import raise_problems
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_BF16_ZO_EPS = 5e-4
 """Below it bf16 weights cannot follow the perturbation: at 1e-4 the correlation of g0 with
 <z, grad L> on SmolLM2-135M was -0.12, at 1e-3 it was 0.97."""
+
+_BY_GROUP = tuple(known for known in HYPERPARAMETERS if known.by_group)
+_FOR_ALL_GROUPS = tuple(known for known in HYPERPARAMETERS if not known.by_group)
+_FIXED = tuple(known for known in _FOR_ALL_GROUPS if known.on_resume == "fixed")
 
 
 class Addax(torch.optim.Optimizer):
@@ -81,46 +91,44 @@ class Addax(torch.optim.Optimizer):
         params: parameters or parameter groups, as for any optimizer; a group may have its own
             ``lr`` and ``weight_decay``.
         lr: learning rate, >= 0.
-        alpha: weight of the zeroth-order part, in [0, 1].
-        zo_eps: perturbation scale, > 0. It is not called ``eps`` because Trainer compares that name
-            with Adam's.
-        weight_decay: decoupled weight decay, >= 0.
-        seed: 64-bit seed of z and of stochastic rounding.
-        rounding: ``"stochastic"`` or ``"nearest"``; concerns updates of bf16 and fp16 weights.
-        max_grad_norm: the first-order gradient g1 is scaled down to this 2-norm over all
-            parameters; 0 never does. With one micro-batch the norm is found by a backward of its
-            own, so a step runs its first-order forward and backward twice; with several, the step
-            is applied from their sum.
         loss_scale: for fp16 weights (default: `LossScale`'s own, which adjusts itself).
+        **hyperparameters: those of `Hyperparameters`, which says their defaults and ranges.
+
+            - ``alpha``: weight of the zeroth-order part, in [0, 1] (default 1e-3).
+            - ``zo_eps``: perturbation scale, > 0 (default 1e-3). It is not called ``eps`` because
+              Trainer compares that name with Adam's.
+            - ``weight_decay``: decoupled weight decay, >= 0 (default 0).
+            - ``seed``: 64-bit seed of z and of stochastic rounding (default 0).
+            - ``rounding``: ``"stochastic"`` (default) or ``"nearest"``; concerns updates of bf16
+              and fp16 weights.
+            - ``max_grad_norm``: the first-order gradient g1 is scaled down to this 2-norm over all
+              parameters; 0, the default, never does. With one micro-batch the norm is found by a
+              backward of its own, so a step runs its first-order forward and backward twice; with
+              several, the step is applied from their sum.
 
     Raises:
         UserError: for a value outside its range.
     """
 
+    alpha: float
+    zo_eps: float
+    seed: int
+    rounding: Rounding
+    max_grad_norm: float
+
     def __init__(
         self,
         params: Any,
         lr: float,
-        alpha: float = 1e-3,
-        zo_eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        rounding: Rounding = "stochastic",
-        max_grad_norm: float = 0.0,
+        *,
         loss_scale: LossScale | None = None,
+        **hyperparameters: Unpack[HyperparameterKwargs],
     ) -> None:
-        _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
-        _check("zo_eps", zo_eps, zo_eps > 0, "> 0")
-        _check("seed", seed, 0 <= seed < 1 << 64, "in [0, 2**64)")
-        _check("rounding", rounding, rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
-        _check("max_grad_norm", max_grad_norm, 0 <= max_grad_norm < math.inf, ">= 0")
+        values = asdict(Hyperparameters(lr=lr, **hyperparameters))
         self._sharding: Sharding | None = None
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.alpha = alpha
-        self.zo_eps = zo_eps
-        self.seed = seed
-        self.rounding: Rounding = rounding
-        self.max_grad_norm = max_grad_norm
+        super().__init__(params, {known.name: values.pop(known.name) for known in _BY_GROUP})
+        for name, value in values.items():
+            setattr(self, name, value)
         self.loss_scale = loss_scale or UNSCALED
         self.index = 0
         self.track_norm = False
@@ -131,6 +139,11 @@ class Addax(torch.optim.Optimizer):
         self._running: RunningStep | None = None
         self._non_finite = NonFiniteSteps()
         self._kept: KeptWeights | None = None
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Values of the hyperparameters that hold for all parameter groups, by name."""
+        return {known.name: getattr(self, known.name) for known in _FOR_ALL_GROUPS}
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -389,15 +402,14 @@ class Addax(torch.optim.Optimizer):
         if self._sharding is not None:
             raise UserError("Addax: add parameter groups before the optimizer is attached")
         super().add_param_group(param_group)
-        for name in ("lr", "weight_decay"):
-            value = self.param_groups[-1][name]
-            _check(name, value, value >= 0, ">= 0")
+        values = {known.name: self.param_groups[-1][known.name] for known in _BY_GROUP}
+        raise_problems("Addax: a parameter group cannot have:", list(problems(values)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameter groups and a few numbers; there is nothing else."""
         own = {
             "index": self.index,
-            "seed": self.seed,
+            **{known.name: getattr(self, known.name) for known in _FIXED},
             "loss_scale": asdict(self.loss_scale),
             "non_finite_in_a_row": self._non_finite.in_a_row,
         }
@@ -411,11 +423,13 @@ class Addax(torch.optim.Optimizer):
                 reproduce.
         """
         own = state_dict["addax"]
-        if own["seed"] != self.seed:
-            raise UserError(
-                f"the checkpoint was written with seed {own['seed']}, this run has seed "
-                f"{self.seed}: resume with --seed {own['seed']}"
-            )
+        for known in _FIXED:
+            saved, value = own[known.name], getattr(self, known.name)
+            if saved != value:
+                raise UserError(
+                    f"the checkpoint was written with {known.name} {saved}, this run has "
+                    f"{known.name} {value}: resume with --{known.flag} {saved}"
+                )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "addax"})
         self.index = own["index"]
         self.loss_scale = self.loss_scale.resumed(LossScale(**own["loss_scale"]))
@@ -435,8 +449,3 @@ def _listed(closures: Closure | Sequence[Closure] | None) -> list[Closure]:
     if closures is None:
         return []
     return [closures] if callable(closures) else list(closures)
-
-
-def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"Addax: {name} has to be {wanted}, got {value!r}")

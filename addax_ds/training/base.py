@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from addax_ds.config.configure import configure
-from addax_ds.config.settings import AddaxArguments, AddaxSettings
+from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.encoding import Example
 from addax_ds.data.partition import Partition, partition
@@ -64,8 +64,7 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
     Args:
         model: a causal language model; what it returns has ``logits``. The loss is their
             cross-entropy (`addax_ds.evaluation.likelihood`); a loss of the model's own is not used.
-        args: Trainer's arguments; `addax_ds.config.training_arguments` says which fields work.
-        addax: the method and its hyperparameters, or what `configure` made of them.
+        args: Trainer's arguments and Addax's own.
         train_dataset: tokenised examples (`addax_ds.data.encoding.encode`).
         eval_dataset: what ``evaluate`` scores, or a dict of such sets.
         processing_class: the tokenizer; saved with the model.
@@ -81,20 +80,24 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
-        addax: AddaxArguments | AddaxSettings,
+        args: AddaxConfig,
         train_dataset: Sequence[Example] | None = None,
         eval_dataset: ScoredSet | dict[str, ScoredSet] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        if addax.method not in self.methods:
+        if not isinstance(args, AddaxConfig):
+            raise UserError(
+                f"{type(self).__name__} takes an addax_ds.AddaxConfig, which has the fields of "
+                f"TrainingArguments and more, not {type(args).__name__}"
+            )
+        if args.method not in self.methods:
             raise UserError(
                 f"{type(self).__name__} trains by {', '.join(self.methods)}, not by --method "
-                f"{addax.method}: AddaxTrainer is for {', '.join(IN_PLACE)}, "
+                f"{args.method}: AddaxTrainer is for {', '.join(IN_PLACE)}, "
                 f"BaselineTrainer for {' and '.join(BASELINES)}"
             )
-        self.settings = addax if isinstance(addax, AddaxSettings) else configure(args, addax)
+        self.settings = args.settings
         # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1

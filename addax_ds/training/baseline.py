@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from addax_ds.checkpoint.resume import Checkpoint
 from addax_ds.config.settings import check_can_resume
 from addax_ds.optim.methods import BASELINES
 from addax_ds.optim.report import NonFiniteSteps
@@ -16,7 +17,7 @@ from addax_ds.training.base import StepTrainer
 class BaselineTrainer(StepTrainer):
     """Trainer with torch's SGD or AdamW in DeepSpeed's ZeRO-3 optimizer.
 
-    `configure` has put it into the JSON. The weights have a master copy in fp32, SGD has no
+    `AddaxConfig` has put it into the JSON. The weights have a master copy in fp32, SGD has no
     momentum, AdamW torch's defaults; clipping and the sum over micro-batches are the engine's.
     Checkpoints hold the weights alone, so a run cannot go on from one. Nothing keeps a loss that is
     NaN or infinite from the weights, but after `MAX_NON_FINITE_STEPS` of them training ends.
@@ -50,7 +51,10 @@ class BaselineTrainer(StepTrainer):
         return mean
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | bool | Checkpoint | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Train from the start.
 

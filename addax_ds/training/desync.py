@@ -92,9 +92,8 @@ class DesyncCheck:
     def _check_values(self) -> None:
         optimizer = self._optimizer
         groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-        own = (optimizer.alpha, optimizer.zo_eps, optimizer.rounding, optimizer.max_grad_norm)
         state = optimizer.state_dict()["addax"]
-        values = everywhere(repr((optimizer.report, groups, own, state)))
+        values = everywhere(repr((optimizer.report, groups, optimizer.hyperparameters, state)))
         for rank, value in enumerate(values):
             if value != values[0]:
                 raise UserError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig, TrainingArguments
 
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
 from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
@@ -50,22 +51,22 @@ def plan_threshold(
     attention: str | None,
     sharding: ShardingName,
     examples: Sequence[Example],
-    args: TrainingArguments,
+    args: AddaxConfig,
     settings: AddaxSettings,
     fixed: int | None = None,
 ) -> AutoThreshold:
     """Find the largest L_T whose step should fit on every rank; all ranks have to call it.
 
     Where not even the shortest sequences fit, micro-batches get fewer rows and become more, so that
-    K0 and K1 stay; `addax_ds.config.configure.divide_batches` does it.
+    K0 and K1 stay; `addax_ds.config.addax_config.divide_batches` does it.
 
     Args:
         config: of the model.
         attention: attention kernel, None for the model's own choice.
         sharding: back end.
         examples: the training data.
-        args: as `addax_ds.config.configure.configure` has left them.
-        settings: what it returned.
+        args: of the run.
+        settings: how it trains.
         fixed: L_T of the checkpoint that the run goes on from: rows alone are to be found.
 
     Returns:
@@ -75,7 +76,7 @@ def plan_threshold(
         UserError: on all ranks, if no step fits, no L_T leaves each stream a batch, memory cannot
             be detected, or the planner cannot follow the model.
     """
-    stated = settings.device_memory
+    stated = args.device_memory
     node = next(node for node in nodes(args) if args.process_index in node)
     with all_ranks_or_none():
         limit = None if stated is None else int(stated * GB)

@@ -41,8 +41,8 @@ def run_inputs(
         sharding: back end.
         streams: the examples that zeroth-order and first-order batches are drawn from; no examples
             for a stream that there is not.
-        args: as `addax_ds.config.configure.configure` has left them.
-        settings: what it returned.
+        args: of the run.
+        settings: how it trains.
 
     Raises:
         UserError: the planner cannot follow the model.

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from addax_ds.checkpoint import atomic, checkpoint, resume
 from addax_ds.checkpoint.identity import Progress, Run, data_digest
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.collectives import all_ranks_or_none, everywhere, limit_waiting
@@ -41,6 +42,7 @@ class SavingTrainer(Trainer):
         resumed_step: how many steps the checkpoint had that the training goes on from, or 0.
     """
 
+    args: AddaxConfig
     settings: AddaxSettings
     partition: Partition | None
     costs: CostMeter
@@ -146,12 +148,16 @@ class SavingTrainer(Trainer):
     # ---- resuming ------------------------------------------------------------------------------
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | bool | resume.Checkpoint | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Train, from the start or from a checkpoint; see `Trainer.train`.
 
         Args:
-            resume_from_checkpoint: a path, or True for the newest intact one in ``output_dir``.
+            resume_from_checkpoint: a path, True for the newest intact one in ``output_dir``, or
+                what `resume.find` has found, whose files are then not read a second time.
             *args: passed on.
             **kwargs: passed on.
 
@@ -159,8 +165,14 @@ class SavingTrainer(Trainer):
             UserError: if the checkpoint is damaged or of another run; see `resume.find`.
         """
         self.resumed_step = 0
-        folder = resume.find(resume_from_checkpoint, self.args, self._run)
-        return super().train(folder, *args, **kwargs)
+        found = resume_from_checkpoint
+        if not isinstance(found, resume.Checkpoint):
+            found = resume.find(found, self.args)
+        if found is None:
+            return super().train(None, *args, **kwargs)
+        with all_ranks_or_none():
+            found.check(self._run)
+        return super().train(str(found.folder), *args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: `_prepare_for_training` fills the shards, once there are any."""

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -82,13 +83,7 @@ class AddaxTrainer(StepTrainer):
             back_end_of(model).free_gathered(model)
             self.optimizer = Addax(
                 [p for p in model.parameters() if p.requires_grad],
-                lr=self.args.learning_rate,
-                alpha=self.settings.alpha,
-                zo_eps=self.settings.zo_eps,
-                weight_decay=self.args.weight_decay,
-                seed=self.settings.seed,
-                rounding=self.settings.rounding,
-                max_grad_norm=self.settings.max_grad_norm,
+                **asdict(self.settings.hyperparameters),
             )
             attach(self.optimizer, model)
         return self.optimizer
@@ -224,7 +219,7 @@ class _EndOfStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Other weights may have been loaded since the last training.
-        addax, every = self._trainer.addax, self._trainer.settings.desync_check_steps
+        addax, every = self._trainer.addax, self._trainer.args.desync_check_steps
         self._trainer._desync = DesyncCheck(addax, every)
         self._trainer.resume_logging()
 

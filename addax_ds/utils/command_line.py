@@ -1,6 +1,9 @@
 """What the commands of this package do alike with their arguments."""
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from addax_ds.utils.errors import UserError
@@ -12,3 +15,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise it."""
         raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+
+@contextmanager
+def mistakes_end_the_program() -> Iterator[None]:
+    """End the program for a `UserError`: its message on standard error, and exit status 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"\naddax_ds: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error

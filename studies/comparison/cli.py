@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.signals import on_sigterm
 from studies.comparison.report import write_report
@@ -40,20 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.accelerator.is_available():
         common["use_cpu"] = "True"
     comparison = Comparison([STUDIES[name] for name in args.study], args.folder, common)
-    try:
+    with mistakes_end_the_program():
         if args.report:
             write_report(comparison, args.report)
             return
         on_sigterm(lambda: sys.exit(1))  # which ends the jobs in progress
         # Two at once would clear each other's folders.
         args.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(args.folder / ".lock", timeout=0):
-            run(comparison.jobs, args.workers)
-            run(comparison.timings, 1)
-    except Timeout:
-        sys.exit(f"compare: another comparison runs in {args.folder}")
-    except UserError as error:
-        sys.exit(f"compare: {error}")
+        try:
+            with FileLock(args.folder / ".lock", timeout=0):
+                run(comparison.jobs, args.workers)
+                run(comparison.timings, 1)
+        except Timeout:
+            raise UserError(f"another comparison runs in {args.folder}") from None
 
 
 def _positive(word: str) -> int:

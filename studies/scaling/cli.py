@@ -11,7 +11,7 @@ from typing import Any
 from addax_ds.config.deepspeed import check_ds_config, load_ds_config
 from addax_ds.optim.methods import IN_PLACE, METHODS, ZEROTH_ORDER
 from addax_ds.planner.units import GB
-from addax_ds.utils.command_line import Parser
+from addax_ds.utils.command_line import Parser, mistakes_end_the_program
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import raise_problems
 from addax_ds.utils.signals import on_sigterm
@@ -34,15 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     on_sigterm(lambda: sys.exit(1))  # which ends the launch in progress
-    try:
+    with mistakes_end_the_program():
         failed = study(_parser().parse_args(argv))
-    except UserError as error:
-        sys.exit(f"scaling: {error}")
-    if failed:
-        names = "\n".join(str(job.folder / "output.log") for job in failed)
-        sys.exit(
-            f"scaling: {len(failed)} launch(es) failed, see\n{names}\nCall again to repeat them"
-        )
+        if failed:
+            names = "\n".join(str(job.folder / "output.log") for job in failed)
+            raise UserError(
+                f"{len(failed)} launch(es) failed, see\n{names}\nCall again to repeat them"
+            )
 
 
 def study(arguments: argparse.Namespace) -> list[Job]:

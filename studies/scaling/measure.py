@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from addax_ds.config.settings import AddaxArguments
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.distributed.collectives import everywhere, leave_together
 from addax_ds.distributed.startup import init_deepspeed
@@ -123,7 +123,7 @@ def measure(
     load_before = os.getloadavg()
     model = random_model(point.config(), point.sharding, torch.bfloat16, args.device)
     trainer = (BaselineTrainer if point.method in BASELINES else AddaxTrainer)(
-        model, args, _addax_arguments(point), _examples(point)
+        model, args, _examples(point)
     )
     shape_of = back_end_of(model).full_shape
     parameters = sum(shape_of(parameter).numel() for parameter in model.parameters())
@@ -167,32 +167,24 @@ def summarise(by_rank: list[Steps]) -> dict[str, Any]:
 
 def _arguments(
     point: Point, max_steps: int, ds_config: dict[str, Any] | None, folder: Path
-) -> TrainingArguments:
-    return TrainingArguments(
+) -> AddaxConfig:
+    return AddaxConfig(
         output_dir=str(folder / "trainer"),
+        method=point.method,
+        length_threshold=point.first_order_length if point.method == "addax" else None,
+        per_device_zo_batch_size=point.zo_rows if point.method in ZEROTH_ORDER else None,
+        per_device_train_batch_size=point.zo_rows if point.method == "mezo" else point.fo_rows,
+        desync_check_steps=0,
         max_steps=max_steps,
-        per_device_train_batch_size=point.fo_rows,
         learning_rate=_SMALL_LEARNING_RATE,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         bf16=True,
         activation_checkpointing=point.activation_checkpointing,
-        use_cpu=not torch.accelerator.is_available(),
         deepspeed=ds_config,
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-    )
-
-
-def _addax_arguments(point: Point) -> AddaxArguments:
-    has_zeroth_order = point.method in ZEROTH_ORDER
-    return AddaxArguments(
-        method=point.method,
-        length_threshold=point.first_order_length if point.method == "addax" else None,
-        per_device_zo_batch_size=point.zo_rows if has_zeroth_order else None,
-        desync_check_steps=0,
     )
 
 

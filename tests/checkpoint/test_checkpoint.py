@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 import addax_ds
 from addax_ds import UserError
 from addax_ds.checkpoint import checkpoint
-from addax_ds.checkpoint.checkpoint import check, load_state, rotate, save_state
+from addax_ds.checkpoint.checkpoint import load_state, read_run, rotate, save_state
 from addax_ds.checkpoint.identity import Progress, Run, data_digest
+from addax_ds.checkpoint.resume import Checkpoint
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
+from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameters
 
 # The schedule is stepped without an optimizer's step, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -27,19 +30,28 @@ RUN = Run(
     ranks=2,
     dtype="bf16",
     method="addax",
-    seed=7,
     data_seed=7,
     drop_last=False,
     zeroth_order_batch=2,
     first_order_batch=4,
-    alpha=0.01,
-    zo_eps=1e-3,
-    weight_decay=0.01,
-    max_grad_norm=0.0,
-    rounding="stochastic",
+    hyperparameters={
+        "alpha": 0.01,
+        "zo_eps": 1e-3,
+        "weight_decay": 0.01,
+        "seed": 7,
+        "rounding": "stochastic",
+        "max_grad_norm": 0.0,
+    },
     length_threshold=12,
     data="0123456789abcdef",
 )
+
+
+def run_with(name: str, value: Any) -> Run:
+    """The run with another field, or another hyperparameter."""
+    if name in RUN.hyperparameters:
+        name, value = "hyperparameters", RUN.hyperparameters | {name: value}
+    return dataclasses.replace(RUN, **{name: value})
 
 
 def optimizer(groups: int = 2, lr: float = 0.1, weight_decay: float = 0.01) -> addax_ds.Addax:
@@ -78,7 +90,7 @@ def test_another_learning_rate_and_weight_decay_are_used(tmp_path, caplog):
     addax = optimizer(lr=0.2, weight_decay=0.5)
     scheduler = schedule(addax)
     with caplog.at_level("WARNING", logger="addax_ds"):
-        load_state(write(tmp_path), addax, scheduler, dataclasses.replace(RUN, weight_decay=0.5))
+        load_state(write(tmp_path), addax, scheduler, run_with("weight_decay", 0.5))
     assert [group["lr"] for group in addax.param_groups] == pytest.approx([0.2 / 4] * 2)
     assert [group["weight_decay"] for group in addax.param_groups] == [0.5, 0.5]
     scheduler.step()
@@ -230,29 +242,35 @@ WARNED = {
 
 
 def test_every_field_is_refused_warned_of_or_free():
-    fields = {field.name for field in dataclasses.fields(Run)}
-    assert fields == REFUSED.keys() | WARNED.keys() | {"sharding", "ranks"}
+    fields = {field.name for field in dataclasses.fields(Run)} - {"hyperparameters"}
+    assert RUN.hyperparameters.keys() == {f.name for f in HYPERPARAMETERS if f.on_resume != "free"}
+    assert fields | RUN.hyperparameters.keys() == REFUSED.keys() | WARNED.keys() | {
+        "sharding",
+        "ranks",
+    }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_another_run_is_refused(name, tmp_path):
     value, message = REFUSED[name]
     with pytest.raises(UserError, match=message) as error:
-        check(write(tmp_path), dataclasses.replace(RUN, **{name: value}))
-    assert str(error.value).startswith(f"{tmp_path}: ")
+        Checkpoint(tmp_path, read_run(write(tmp_path))).check(run_with(name, value))
+    assert str(error.value).startswith(f"--resume_from_checkpoint {tmp_path}: ")
 
 
 @pytest.mark.parametrize("name", ["data", "length_threshold"])
 def test_data_that_is_not_read_yet_is_not_compared(name, tmp_path):
     early = dataclasses.replace(RUN, data=None, length_threshold=None)
-    assert check(write(tmp_path), early) == RUN
+    written = read_run(write(tmp_path))
+    assert written == RUN
+    Checkpoint(tmp_path, written).check(early)
 
 
 @pytest.mark.parametrize("name", WARNED)
 def test_other_hyperparameters_are_named(name, tmp_path, caplog):
     value, message = WARNED[name]
     addax = optimizer()
-    run = dataclasses.replace(RUN, **{name: value})
+    run = run_with(name, value)
     with caplog.at_level("WARNING", logger="addax_ds"):
         load_state(write(tmp_path), addax, schedule(addax), run)
     assert caplog.messages == [f"Resuming: {message} from here on."]
@@ -289,11 +307,11 @@ def test_batches_count_ranks_and_micro_batches(method, batches):
         seed=3,
         data_seed=None,
         dataloader_drop_last=True,
-        weight_decay=0.0,
     )
-    settings = AddaxSettings(
-        method, 0.1, 1e-3, None, "nearest", 5, 0 if method == "ip-sgd" else 2, 3, 0.0
-    )
+    values = Hyperparameters(lr=0.1, rounding="nearest", seed=5)
+    settings = AddaxSettings(method, values, None, 0 if method == "ip-sgd" else 2, 3)
     run = Run.of(args, settings, "fsdp2")
     assert (run.zeroth_order_batch, run.first_order_batch) == batches
-    assert (run.dtype, run.rounding, run.seed, run.data_seed) == ("fp16", "nearest", 5, 3)
+    assert (run.dtype, run.data_seed) == ("fp16", 3)
+    assert run.hyperparameters["rounding"] == "nearest"
+    assert run.hyperparameters["seed"] == 5

@@ -17,7 +17,7 @@ from addax_ds import UserError
 from addax_ds.checkpoint import resume
 from addax_ds.checkpoint.atomic import SEAL, UNFINISHED, appearing
 from addax_ds.checkpoint.identity import Progress
-from tests.checkpoint.test_checkpoint import RUN
+from tests.checkpoint.test_checkpoint import RUN, run_with
 from tests.support.ranks import run_ranks
 
 FILES = {
@@ -250,15 +250,11 @@ def alone(output_dir: Path) -> SimpleNamespace:
 
 def test_a_checkpoint_of_another_run_is_refused_not_skipped(tmp_path):
     write_all(tmp_path)
-    other = dataclasses.replace(RUN, seed=8)
+    found = resume.find(True, alone(tmp_path))
+    assert found == resume.Checkpoint(tmp_path / "checkpoint-10", RUN)
+    found.check(RUN)
     with pytest.raises(UserError, match=r"checkpoint-10: the seed was 7, and is 8 .* --seed 7"):
-        resume.find(True, alone(tmp_path), other)
-
-
-def test_what_was_found_intact_is_not_read_again(tmp_path, monkeypatch):
-    intact = resume.find(True, alone(write_all(tmp_path)), RUN)
-    monkeypatch.setattr(resume.durable, "verify", lambda *_: pytest.fail("read again"))
-    assert resume.find(intact, alone(tmp_path), RUN) == intact
+        found.check(run_with("seed", 8))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +271,7 @@ def test_a_folder_that_is_intact_but_no_checkpoint_of_addax(changed, message, tm
     folder = write(tmp_path / "checkpoint-4", files)
     for wanted in (True, str(folder)):
         with pytest.raises(UserError, match=message) as error:
-            resume.find(wanted, alone(tmp_path), RUN)
+            resume.find(wanted, alone(tmp_path))
         assert str(error.value).startswith(f"--resume_from_checkpoint {folder}")
 
 
@@ -286,4 +282,4 @@ def test_a_checkpoint_without_checksums_is_not_verified(tmp_path):
     with pytest.raises(
         UserError, match="there is no SHA256SUMS: it was not written to the end, or"
     ):
-        resume.find(str(folder), alone(tmp_path), RUN)
+        resume.find(str(folder), alone(tmp_path))

@@ -75,12 +75,12 @@ def test_a_training_is_what_the_planner_was_asked_about(
     training, planning = block
     assert [training[0], training[1], training[3]] == TRAINING
     plan = planned(planning)
-    model, data, addax, args = parse_arguments(training[4:])
+    model, data, args = parse_arguments(training[4:])
     assert model.model_name_or_path == plan.model
     assert int(training[2]) == plan.gpus
-    assert [addax.method] == plan.methods
+    assert [args.method] == plan.methods
     assert args.per_device_train_batch_size == plan.per_device_train_batch_size
-    assert addax.per_device_zo_batch_size == plan.per_device_zo_batch_size
+    assert args.per_device_zo_batch_size == plan.per_device_zo_batch_size
     assert args.deepspeed == (plan.deepspeed or "ds_configs/zero3.json")
     assert args.gradient_checkpointing == plan.activation_checkpointing
     assert args.bf16
@@ -92,11 +92,11 @@ def test_a_training_is_what_the_planner_was_asked_about(
 @pytest.mark.parametrize("command", TRAININGS, ids=lambda command: command[-1])
 def test_batches_and_evaluations_are_the_published_ones(command: list[str], launched: None) -> None:
     gpus = int(command[2])
-    _, _, addax, args = parse_arguments(command[4:])
-    first, zeroth = args.per_device_train_batch_size * gpus, addax.per_device_zo_batch_size
-    if addax.method == "mezo":
+    _, _, args = parse_arguments(command[4:])
+    first, zeroth = args.per_device_train_batch_size * gpus, args.per_device_zo_batch_size
+    if args.method == "mezo":
         assert (first, args.max_steps, args.eval_steps, args.save_steps) == (16, 20000, 4000, 4000)
-    elif addax.method == "addax":
+    elif args.method == "addax":
         assert args.max_steps == 1000
         assert zeroth is not None
         # 6 does not divide over four ranks.

@@ -12,21 +12,19 @@ from accelerate.utils import DummyOptim
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainingArguments
 
-from addax_ds import UserError
+from addax_ds import AddaxConfig, UserError
 from addax_ds.config.arguments import (
     DEMO_GLOBAL_BATCH_SIZE,
     DEMO_PRESET,
-    AddaxArguments,
     parse_arguments,
-    resolve,
 )
-from addax_ds.config.configure import configure
 from addax_ds.config.training_arguments import (
     DEFAULTS,
     RULES,
     check_training_arguments,
     check_values,
 )
+from addax_ds.utils.files import read_regular
 from docs import render_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +37,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def training_args(tmp_path: Path, **kwargs: Any) -> TrainingArguments:
-    defaults = {"output_dir": str(tmp_path), "max_grad_norm": 0.0, "use_cpu": True, "seed": 0}
-    return TrainingArguments(**(defaults | kwargs))
+def config(tmp_path: Path, **kwargs: Any) -> AddaxConfig:
+    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "seed": 0}
+    return AddaxConfig(**(defaults | kwargs))
 
 
 def write_json(tmp_path: Path, **params: Any) -> str:
@@ -147,17 +145,23 @@ def test_values_out_of_range_are_named(flag: str, value: str) -> None:
         parse_arguments([f"--{flag}", value])
 
 
-# ---- configure -----------------------------------------------------------------------------------
+# ---- AddaxConfig ---------------------------------------------------------------------------------
 
 
-def test_configure_fills_the_json_and_is_idempotent(tmp_path: Path) -> None:
-    args = training_args(
-        tmp_path, deepspeed=ZERO3, learning_rate=3e-4, weight_decay=0.1, seed=9, bf16=True
+def test_the_json_is_filled(tmp_path: Path) -> None:
+    args = config(
+        tmp_path,
+        deepspeed=ZERO3,
+        learning_rate=3e-4,
+        weight_decay=0.1,
+        seed=9,
+        bf16=True,
+        alpha=0.25,
+        rounding="nearest",
     )
-    addax = AddaxArguments(alpha=0.25, rounding="nearest")
-    settings = configure(args, addax)
-    config = args.hf_deepspeed_config.config
-    assert config["optimizer"] == {
+    assert args.deepspeed == ZERO3
+    filled = args.hf_deepspeed_config.config
+    assert filled["optimizer"] == {
         "type": "Addax",
         "params": {
             "lr": 3e-4,
@@ -168,47 +172,57 @@ def test_configure_fills_the_json_and_is_idempotent(tmp_path: Path) -> None:
             "rounding": "nearest",
         },
     }
-    assert config["gradient_clipping"] == 0
-    assert config["gradient_accumulation_steps"] == 1
-    before = json.dumps(config, sort_keys=True)
-    assert configure(args, addax) == settings
-    assert json.dumps(config, sort_keys=True) == before
+    assert filled["gradient_clipping"] == 0
+    assert filled["gradient_accumulation_steps"] == 1
+
+
+def test_the_json_is_read_once(
+    tmp_path: Path, launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(Path(ZERO3).read_text())
+
+    def read_and_delete(path: Path, encoding: str) -> str:
+        text = read_regular(path, encoding)
+        path.unlink()
+        return text
+
+    monkeypatch.setattr("addax_ds.config.deepspeed.read_regular", read_and_delete)
+    *_, args = parse_arguments(["--deepspeed", str(path)])
+    assert args.deepspeed == str(path)
+    assert args.hf_deepspeed_config.config["optimizer"]["params"]["alpha"] == 1e-3
 
 
 def test_micro_batches_are_kept_from_the_engine(tmp_path: Path) -> None:
-    args = training_args(
-        tmp_path, deepspeed=ZERO3, gradient_accumulation_steps=4, max_grad_norm=0.5
-    )
-    settings = configure(args, AddaxArguments())
-    assert (settings.gradient_accumulation_steps, settings.max_grad_norm) == (4, 0.5)
-    config = args.hf_deepspeed_config.config
-    assert config["gradient_accumulation_steps"] == 1
-    assert config["train_batch_size"] == args.per_device_train_batch_size
-    assert config["gradient_clipping"] == 0.5
-    assert configure(args, AddaxArguments()) == settings
+    args = config(tmp_path, deepspeed=ZERO3, gradient_accumulation_steps=4, max_grad_norm=0.5)
+    settings = args.settings
+    assert settings.gradient_accumulation_steps == 4
+    assert settings.hyperparameters.max_grad_norm == 0.5
+    filled = args.hf_deepspeed_config.config
+    assert filled["gradient_accumulation_steps"] == 1
+    assert filled["train_batch_size"] == args.per_device_train_batch_size
+    assert filled["gradient_clipping"] == 0.5
 
 
 def test_fp16_where_deepspeed_cannot_train_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = training_args(tmp_path, deepspeed=ZERO3, fp16=True)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(UserError, match="does not train fp16 weights on this device: use --bf16"):
-        configure(args, AddaxArguments())
+        config(tmp_path, deepspeed=ZERO3, fp16=True)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    configure(args, AddaxArguments())
+    args = config(tmp_path, deepspeed=ZERO3, fp16=True)
     assert args.hf_deepspeed_config.config["fp16"]["enabled"] is True
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_json_without_the_block_would_train_fp32(tmp_path: Path, dtype: str) -> None:
-    config = json.loads(Path(ZERO3).read_text())
-    del config[dtype]
+    source = json.loads(Path(ZERO3).read_text())
+    del source[dtype]
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(config))
-    args = training_args(tmp_path, deepspeed=str(path), **{dtype: True})
+    path.write_text(json.dumps(source))
     with pytest.raises(UserError, match=rf'--{dtype} is True, .* "{dtype}": .*"auto"'):
-        configure(args, AddaxArguments())
+        config(tmp_path, deepspeed=str(path), **{dtype: True})
 
 
 def test_accumulation_and_clipping_may_stand_in_the_json_alone(
@@ -227,10 +241,9 @@ def test_accumulation_and_clipping_may_stand_in_the_json_alone(
 def test_configured_values_reach_deepspeed(
     tmp_path: Path, launched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accelerate must hand the very block that `configure` wrote to `deepspeed.initialize`."""
+    """Accelerate must hand the very block that `AddaxConfig` wrote to `deepspeed.initialize`."""
     source = {"zero_optimization": {"stage": 3}}
-    args = training_args(tmp_path, deepspeed=source, learning_rate=3e-4)
-    configure(args, AddaxArguments(method="mezo", zo_eps=2e-3))
+    args = config(tmp_path, deepspeed=source, learning_rate=3e-4, method="mezo", zo_eps=2e-3)
     seen: dict[str, Any] = {}
 
     def initialize(**kwargs: Any) -> Any:
@@ -250,24 +263,25 @@ def test_configured_values_reach_deepspeed(
     assert expected.items() <= seen["optimizer"]["params"].items()
 
 
-def test_configure_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = training_args(tmp_path)
-    assert configure(args, AddaxArguments()).alpha == 1e-3
-    args._n_gpu = 4
+def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AddaxConfig, "n_gpu", 4)
     with pytest.raises(UserError, match="One process sees 4 GPUs: start one a GPU"):
-        configure(args, AddaxArguments())
+        config(tmp_path)
 
 
-def test_configure_refuses_what_trainer_would_find_after_loading(tmp_path: Path) -> None:
-    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
+def test_what_trainer_would_find_after_loading_is_refused(tmp_path: Path) -> None:
+    source: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3},
+    }
     with pytest.raises(UserError, match=r"train_micro_batch_size_per_gpu=4.*batch_size=8"):
-        configure(training_args(tmp_path, deepspeed=config), AddaxArguments())
-    config = {"zero_optimization": {"stage": 2}}
+        config(tmp_path, deepspeed=source)
+    source = {"zero_optimization": {"stage": 2}}
     with pytest.raises(UserError, match=r"zero_optimization\.stage = 2"):
-        configure(training_args(tmp_path, deepspeed=config), AddaxArguments())
-    config = {"optimizer": {"type": "AdamW", "params": {}}, "zero_optimization": {"stage": 3}}
+        config(tmp_path, deepspeed=source)
+    source = {"optimizer": {"type": "AdamW", "params": {}}, "zero_optimization": {"stage": 3}}
     with pytest.raises(UserError, match=r"optimizer\.type"):
-        configure(training_args(tmp_path, deepspeed=config), AddaxArguments())
+        config(tmp_path, deepspeed=source)
 
 
 # ---- parse_arguments -----------------------------------------------------------------------------
@@ -281,19 +295,19 @@ def rows(tmp_path: Path) -> str:
 
 
 def test_demo_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data, addax, training = parse_arguments([])
+    model, data, training = parse_arguments([])
     assert model.model_name_or_path is None
     assert data.train_file is None
     for name, value in DEMO_PRESET.items():
         assert getattr(training, name) == value, name
     assert training.per_device_train_batch_size == DEMO_GLOBAL_BATCH_SIZE
-    assert addax == AddaxArguments()
+    assert training.settings.hyperparameters.alpha == 1e-3
     assert training.output_dir == "output"
     assert training.use_cpu == (not torch.accelerator.is_available())
     # The user's flags win, and the preset never contradicts a method.
-    *_, addax, training = parse_arguments(["--max_steps=3", "--seed", "7", "--method", "mezo"])
+    *_, training = parse_arguments(["--max_steps=3", "--seed", "7", "--method", "mezo"])
     assert (training.max_steps, training.seed) == (3, 7)
-    assert resolve(addax, training, {}).alpha == 1
+    assert training.settings.hyperparameters.alpha == 1
 
 
 def test_demo_batch_is_global(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,20 +348,20 @@ def test_argument_files(tmp_path: Path, rows: str) -> None:
     }
     path = tmp_path / "args.json"
     path.write_text(json.dumps(values, indent="\t"))
-    _, data, addax, training = parse_arguments([str(path)])
+    _, data, training = parse_arguments([str(path)])
     assert data.train_file == rows
     assert data.append_eos is False
     assert training.learning_rate == 1e-4
     assert training.bf16 is True
     assert training.lr_scheduler_kwargs == {"a": 1}
     assert training.report_to == ["tensorboard", "wandb"]
-    assert resolve(addax, training, {}).length_threshold == 30
+    assert training.settings.length_threshold == 30
     # YAML reads 1e-4 as a string; flags win over the file, wherever it stands.
     path = tmp_path / "args.yaml"
     path.write_text(f"train_file: {rows}\nlearning_rate: 1e-4\nalpha: 0.5\nlogging_steps: 3\n")
-    *_, addax, training = parse_arguments(["--local_rank=0", str(path), "--alpha", "0.25"])
+    *_, training = parse_arguments(["--local_rank=0", str(path), "--alpha", "0.25"])
     assert (training.learning_rate, training.logging_steps) == (1e-4, 3)
-    assert addax.alpha == 0.25
+    assert training.settings.hyperparameters.alpha == 0.25
 
 
 @pytest.mark.parametrize(
@@ -380,7 +394,6 @@ def test_bad_argument_files(tmp_path: Path, text: str, message: str) -> None:
         (["absent.yaml"], "no argument file absent.yaml"),
         (["words"], "Not a flag"),
         (["a.yaml", "b.yaml"], "Not a flag"),
-        (["--deepspeed", "absent.json"], "no DeepSpeed config absent.json"),
         (["--deepspeed", ZERO3], "needs a launcher"),
         (["--train_file", "absent.jsonl"], "--train_file absent.jsonl"),
         (["--test_file", __file__], "--test_file needs --train_file"),
@@ -440,12 +453,18 @@ def test_back_ends_that_do_not_fit_the_launcher(
     assert not torch.distributed.is_initialized()
 
 
+def test_a_json_that_is_not_there(launched: None) -> None:
+    with pytest.raises(UserError, match=r"no DeepSpeed config absent\.json"):
+        parse_arguments(["--deepspeed", "absent.json"])
+
+
 def test_json_wins_over_defaults_but_not_over_flags(launched: None, tmp_path: Path) -> None:
     path = write_json(tmp_path, lr=5e-4, seed=11, weight_decay=0.2, alpha=0.5)
-    *_, addax, training = parse_arguments(["--deepspeed", path])
+    *_, training = parse_arguments(["--deepspeed", path])
     assert (training.learning_rate, training.seed, training.weight_decay) == (5e-4, 11, 0.2)
-    assert configure(training, addax).alpha == 0.5
+    assert training.settings.hyperparameters.alpha == 0.5
     for flags, key in (
+        (["--learning_rate", str(DEFAULTS["learning_rate"])], "optimizer.params.lr"),
         (["--learning_rate", "1e-3"], "optimizer.params.lr"),
         (["--seed", "3"], "optimizer.params.seed"),
         (["--weight_decay", "0"], "optimizer.params.weight_decay"),

@@ -1,53 +1,58 @@
 """Settling the arguments of Addax: defaults, methods, ranges, and contradictions with the JSON."""
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from addax_ds import UserError
-from addax_ds.config.settings import AddaxArguments, AddaxSettings, resolve
+from addax_ds import AddaxConfig, UserError
+from addax_ds.config.addax_config import divide_batches
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.optim.hyperparameters import Hyperparameters
 
 
-def training_args(**kwargs: Any) -> Any:
-    """What `resolve` reads of `TrainingArguments`."""
-    values = {
-        "seed": 0,
-        "bf16": False,
-        "fp16": False,
-        "per_device_train_batch_size": 6,
-        "gradient_accumulation_steps": 1,
-        "max_grad_norm": 0.0,
-    }
-    return SimpleNamespace(**(values | kwargs))
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
-def settled(json_params: dict[str, Any] | None = None, **addax: Any) -> Any:
-    return resolve(AddaxArguments(**addax), training_args(), json_params or {}, "ds.json")
+def config(json_params: dict[str, Any] | None = None, **options: Any) -> AddaxConfig:
+    """With ``optimizer.params`` of a DeepSpeed JSON, if there are any."""
+    deepspeed = None
+    if json_params is not None:
+        block = {"type": "Addax", "params": json_params}
+        deepspeed = {"zero_optimization": {"stage": 3}, "optimizer": block}
+    defaults = {"use_cpu": True, "per_device_train_batch_size": 6, "deepspeed": deepspeed}
+    return AddaxConfig(**(defaults | options))
+
+
+def settled(json_params: dict[str, Any] | None = None, **options: Any) -> AddaxSettings:
+    return config(json_params, **options).settings
 
 
 def test_defaults() -> None:
-    assert settled() == AddaxSettings(
+    args = config()
+    assert args.settings == AddaxSettings(
         method="addax",
-        alpha=1e-3,
-        zo_eps=1e-3,
+        hyperparameters=Hyperparameters(lr=args.learning_rate, seed=args.seed),
         length_threshold="median",
-        rounding="stochastic",
-        seed=0,
         per_device_zo_batch_size=6,
         gradient_accumulation_steps=1,
-        max_grad_norm=0.0,
-        desync_check_steps=100,
     )
+    assert args.desync_check_steps == 100
+    assert (args.max_grad_norm, args.output_dir) == (0.0, "output")
 
 
 def test_methods() -> None:
-    mezo = settled(method="mezo", per_device_zo_batch_size=3)
-    assert (mezo.alpha, mezo.length_threshold, mezo.per_device_zo_batch_size) == (1.0, None, 3)
-    sgd = settled(method="ip-sgd", alpha=0.0)
-    assert (sgd.alpha, sgd.length_threshold, sgd.per_device_zo_batch_size) == (0.0, None, 0)
-    whole = settled(method="addax-wa", alpha=0.2)
-    assert (whole.alpha, whole.length_threshold) == (0.2, None)
+    def essence(settings: AddaxSettings) -> tuple[Any, ...]:
+        rows = settings.per_device_zo_batch_size
+        return settings.hyperparameters.alpha, settings.length_threshold, rows
+
+    own_rows = ["per_device_zo_batch_size"]
+    mezo = settled(method="mezo", per_device_zo_batch_size=3, given=own_rows)
+    assert essence(mezo) == (1.0, None, 3)
+    assert essence(settled(method="ip-sgd", alpha=0.0)) == (0.0, None, 0)
+    assert essence(settled(method="addax-wa", alpha=0.2)) == (0.2, None, 6)
     for threshold in (200, "200"):
         assert settled(length_threshold=threshold).length_threshold == 200
 
@@ -72,22 +77,32 @@ def test_methods() -> None:
         ({"method": "ip-sgd", "per_device_zo_batch_size": 2}, "per_device_zo_batch_size has no"),
         ({"method": "mezo", "length_threshold": 9}, "--length_threshold has no effect"),
         ({"method": "addax-wa", "length_threshold": 9}, "--length_threshold has no effect"),
+        ({"weight_decay": -1.0}, "--weight_decay -1"),
+        ({"label_smoothing_factor": 0.1}, r"--label_smoothing_factor 0\.1: "),
+        ({"deepspeed": "absent.json"}, r"no DeepSpeed config absent\.json"),
+        ({"bf16": True, "fp16": True}, "TrainingArguments: At most one of fp16 and bf16"),
+        (
+            {"method": "mezo", "per_device_zo_batch_size": 2},
+            "--per_device_train_batch_size has no effect with --method mezo",
+        ),
     ],
 )
-def test_wrong_addax_arguments(addax: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(addax: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         settled(**addax)
 
 
 def test_json_alone_wins_over_the_default_and_auto_means_the_argument() -> None:
-    alone = settled({"alpha": 0.2, "zo_eps": 1e-2, "rounding": "nearest", "seed": 0})
-    assert (alone.alpha, alone.zo_eps, alone.rounding) == (0.2, 1e-2, "nearest")
+    in_json = {"alpha": 0.2, "zo_eps": 1e-2, "rounding": "nearest", "seed": 5, "lr": 0.1}
+    args = config(in_json)
+    assert args.settings.hyperparameters == Hyperparameters(**in_json)
+    assert (args.seed, args.learning_rate) == (5, 0.1)
     auto = dict.fromkeys(("alpha", "zo_eps", "rounding", "seed", "lr"), "auto")
-    given = settled(auto, alpha=0.3, zo_eps=1e-2, rounding="nearest")
-    assert (given.alpha, given.zo_eps, given.rounding) == (0.3, 1e-2, "nearest")
-    assert settled({"alpha": 0.3}, alpha=0.3).alpha == 0.3
+    given = settled(auto, alpha=0.3, zo_eps=1e-2, rounding="nearest", seed=4).hyperparameters
+    assert (given.alpha, given.zo_eps, given.rounding, given.seed) == (0.3, 1e-2, "nearest", 4)
+    assert settled({"alpha": 0.3}, alpha=0.3).hyperparameters.alpha == 0.3
     # A JSON that is shared between methods may keep its zo_eps.
-    assert settled({"zo_eps": 1e-2}, method="ip-sgd").alpha == 0
+    assert settled({"zo_eps": 1e-2}, method="ip-sgd").hyperparameters.alpha == 0
 
 
 @pytest.mark.parametrize(
@@ -97,7 +112,8 @@ def test_json_alone_wins_over_the_default_and_auto_means_the_argument() -> None:
         ({"zo_eps": 0.2}, {"zo_eps": 0.1}, ["--zo_eps is 0.2", "optimizer.params.zo_eps", "0.1"]),
         ({"rounding": "nearest"}, {"rounding": "stochastic"}, ["--rounding", "'stochastic'"]),
         ({"method": "mezo"}, {"alpha": 0.1}, ["--method mezo", "optimizer.params.alpha", "0.1"]),
-        ({}, {"seed": 5}, ["--seed is 0", "optimizer.params.seed", "5"]),
+        ({"seed": 0}, {"seed": 5}, ["--seed is 0", "optimizer.params.seed", "5"]),
+        ({"given": ["seed"]}, {"seed": 5}, ["--seed is 42", "optimizer.params.seed", "5"]),
     ],
 )
 def test_contradiction_names_both(
@@ -105,5 +121,15 @@ def test_contradiction_names_both(
 ) -> None:
     with pytest.raises(UserError) as caught:
         settled(in_json, **addax)
-    for part in [*parts, "ds.json"]:
+    for part in [*parts, "the DeepSpeed config"]:
         assert part in str(caught.value)
+
+
+def test_batches_are_divided_in_arguments_settings_and_json() -> None:
+    args = config({"alpha": 0.2}, per_device_zo_batch_size=3)
+    divide_batches(args, 3)
+    assert args.per_device_train_batch_size == 2
+    assert args.settings.per_device_zo_batch_size == 1
+    assert args.settings.gradient_accumulation_steps == args.gradient_accumulation_steps == 3
+    assert args.hf_deepspeed_config.config["train_micro_batch_size_per_gpu"] == 2
+    assert args.hf_deepspeed_config.config["gradient_accumulation_steps"] == 1

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
-from addax_ds.config.arguments import AddaxArguments
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import encode_prompts
 from addax_ds.data.records import Record
 from addax_ds.evaluation.generation import Decoder, GenerationSet
@@ -27,14 +26,13 @@ FAMILIES = ("opt", "llama", "qwen3", "mistral", "gemma3")
 
 
 def scores_of(model: nn.Module, dataset: GenerationSet, folder: Path, batch: int) -> Scores:
-    args = TrainingArguments(
+    args = AddaxConfig(
         output_dir=str(folder),
         use_cpu=True,
-        max_grad_norm=0.0,
         report_to=[],
         per_device_eval_batch_size=batch,
     )
-    trainer = AddaxTrainer(model, args, AddaxArguments(), processing_class=tiny_tokenizer())
+    trainer = AddaxTrainer(model, args, processing_class=tiny_tokenizer())
     trainer.evaluate(dataset)
     assert trainer.scores is not None
     return trainer.scores

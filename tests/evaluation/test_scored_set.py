@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainingArguments
 
-from addax_ds.config.arguments import AddaxArguments
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import Example
 from addax_ds.evaluation.scored_set import (
     Choice,
@@ -28,10 +27,8 @@ def model() -> nn.Module:
 
 
 def evaluator(model: nn.Module, folder, **options: Any) -> AddaxTrainer:
-    args = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, max_grad_norm=0.0, report_to=[], **options
-    )
-    return AddaxTrainer(model, args, AddaxArguments(), processing_class=tiny_tokenizer())
+    args = AddaxConfig(output_dir=str(folder), use_cpu=True, report_to=[], **options)
+    return AddaxTrainer(model, args, processing_class=tiny_tokenizer())
 
 
 @torch.no_grad()
@@ -108,13 +105,10 @@ def test_several_data_sets_and_the_mode(model, tmp_path):
 def test_own_compute_metrics(model, tmp_path):
     """Then Trainer's evaluation runs as it does without Addax."""
     data = examples(rows(2, 3))
-    args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, max_grad_norm=0.0, report_to=[]
-    )
+    args = AddaxConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     trainer = AddaxTrainer(
         model,
         args,
-        AddaxArguments(),
         compute_metrics=lambda p: {"rows": float(len(p.predictions))},
         processing_class=tiny_tokenizer(),
     )

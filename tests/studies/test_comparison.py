@@ -25,6 +25,7 @@ from studies.comparison.sources import ArchiveMember
 from studies.comparison.study import STUDIES, Contender, Study, Trial
 from studies.jobs import Launcher
 from tests.support.packages import is_installed
+from tests.support.ranks import ROOT
 
 ADDAX = Contender("addax", (1e-3, 2e-3), 4, 2, first_order=2, zeroth_order=2)
 MEZO = Contender("mezo", (1e-6,), 8, 2, zeroth_order=4)
@@ -219,15 +220,16 @@ def test_an_outcome_of_other_flags_does_not_count(tmp_path):
     assert job.outcome is not None
 
 
-def test_the_flags_are_those_of_the_launcher(tmp_path):
-    """Baselines need --deepspeed, which needs ranks; their flags are otherwise ip-sgd's."""
+def test_the_flags_are_those_of_the_launcher(tmp_path, launched):
+    """Baselines need --deepspeed, which needs ranks."""
+    common = {"deepspeed": str(ROOT / "ds_configs/zero3.json"), "bf16": "True", "use_cpu": "True"}
     for study in STUDIES.values():
-        compared = Comparison([study], tmp_path, {"bf16": "True", "use_cpu": "True"})
+        compared = Comparison([study], tmp_path, common)
         for trial in study.grid:
             flags = compared.training(trial).flags
-            _, data, addax, args = parse_arguments([f"--{k}={v}" for k, v in flags.items()])
+            _, data, args = parse_arguments([f"--{k}={v}" for k, v in flags.items()])
             assert trial.contender is not None
-            assert (addax.method, args.max_steps) == (
+            assert (args.method, args.max_steps) == (
                 trial.contender.method,
                 trial.contender.steps,
             )
@@ -329,5 +331,7 @@ def test_no_workers_are_refused(workers, tmp_path, capsys):
 
 
 def test_one_comparison_at_a_time(tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another comparison"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit) as ended:
         main(["--folder", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "another comparison" in str(ended.value.__cause__)

@@ -1,6 +1,7 @@
 """SGD and AdamW under ZeRO-3 against torch's own in float64, on the batches of IP-SGD."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.arguments import parse_arguments
-from addax_ds.config.settings import AddaxArguments, AddaxSettings, resolve
 from addax_ds.training.base import plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.trainer import AddaxTrainer
@@ -19,7 +20,7 @@ from tests.support.rank_group import ranks_by_size
 from tests.support.tiny import write_model
 from tests.support.trainer_reference import global_loss, linear_schedule
 from tests.workers.baseline_cases import CASES, STEPS
-from tests.workers.trainer_cases import SEED, arguments, gathered
+from tests.workers.trainer_cases import arguments, gathered
 
 TRAINED = [name for name in CASES if name != "best"]
 
@@ -36,9 +37,10 @@ def runs(tmp_path_factory) -> Iterator[tuple[Path, Any]]:
 def reference(name: str, folder: Path) -> tuple[nn.Module, list[float], list[float]]:
     """The model after the same steps in float64; losses, and norms of the gradients."""
     case = CASES[name]
-    args = arguments(case, folder, "none", 1, per_device_train_batch_size=4)
-    settings = AddaxSettings("ip-sgd", 0.0, 1e-3, None, "stochastic", SEED, 0)
+    same_batches = replace(case, addax={"method": "ip-sgd"})
+    args = arguments(same_batches, folder, "none", 1, per_device_train_batch_size=4)
     examples = case.examples()
+    settings = replace(args.settings, gradient_accumulation_steps=1)
     _, schedule = plan_steps(examples, settings, args)
     model = AutoModelForCausalLM.from_pretrained(folder / "model").double().eval()
     peak, decay = args.learning_rate, args.weight_decay
@@ -113,13 +115,22 @@ def test_flags_without_effect(flags, message):
     [(AddaxTrainer, "adamw", "BaselineTrainer"), (BaselineTrainer, "ip-sgd", "AddaxTrainer")],
 )
 def test_a_method_of_the_other_trainer_is_refused(trainer, method, other, tmp_path):
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    deepspeed = {"zero_optimization": {"stage": 3}} if method == "adamw" else None
+    args = AddaxConfig(output_dir=str(tmp_path), use_cpu=True, method=method, deepspeed=deepspeed)
     with pytest.raises(UserError, match=rf"not by --method {method}: .*{other}"):
-        trainer(nn.Linear(1, 1), args, AddaxArguments(method=method))
+        trainer(nn.Linear(1, 1), args)
 
 
-def test_fp16_is_refused_without_the_launcher_too(tmp_path):
+def test_arguments_without_addax_s_own_are_refused(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    args.fp16 = True
-    with pytest.raises(UserError, match="bf16 or fp32"):
-        resolve(AddaxArguments(method="sgd"), args, {})
+    with pytest.raises(UserError, match=r"takes an addax_ds\.AddaxConfig, .* not TrainingArgum"):
+        AddaxTrainer(nn.Linear(1, 1), args)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"fp16": True}, "bf16 or fp32"), ({}, "--method sgd is DeepSpeed's: give --deepspeed")],
+)
+def test_what_does_not_run_is_refused_from_python_too(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        AddaxConfig(output_dir=str(tmp_path), use_cpu=True, method="sgd", **options)

@@ -19,6 +19,7 @@ from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.batches import StepSchedule
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.data.partition import partition
+from addax_ds.optim.hyperparameters import Hyperparameters
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.threshold import batch
@@ -37,6 +38,7 @@ DATA = examples(rows(7, 9))
 LENGTHS = sorted(example.length for example in DATA)
 TARGETS = max(example.target_count for example in DATA)
 K0, K1 = 2, 8
+SETTINGS = AddaxSettings("addax", Hyperparameters(lr=0.1), "auto", K0)
 
 
 # ---- planned -----------------------------------------------------------------------------------
@@ -53,16 +55,15 @@ def training_args(**options: Any) -> Any:
         "fp16": False,
         "per_device_train_batch_size": K1,
         "activation_checkpointing": False,
+        "device_memory": None,
     }
     return SimpleNamespace(**values | options)
 
 
 def planned(device_memory: float | None, fixed: int | None = None, **options: Any) -> AutoThreshold:
-    settings = AddaxSettings(
-        "addax", 0.001, 0.001, "auto", "stochastic", 0, K0, device_memory=device_memory
-    )
     config = tiny_model("opt").config
-    return plan_threshold(config, None, "none", DATA, training_args(**options), settings, fixed)
+    args = training_args(device_memory=device_memory, **options)
+    return plan_threshold(config, None, "none", DATA, args, SETTINGS, fixed)
 
 
 def needed(length: int, parts: int = 1) -> int:
@@ -146,12 +147,10 @@ OFFLOAD = {
 def planned_with_offload(device: str, device_memory: float) -> AutoThreshold:
     args = training_args(
         device=torch.device(device),
+        device_memory=device_memory,
         hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": OFFLOAD}),
     )
-    settings = AddaxSettings(
-        "addax", 0.001, 0.001, "auto", "stochastic", 0, K0, device_memory=device_memory
-    )
-    return plan_threshold(tiny_model("opt").config, None, "zero3", DATA, args, settings)
+    return plan_threshold(tiny_model("opt").config, None, "zero3", DATA, args, SETTINGS)
 
 
 def test_on_a_cpu_offloaded_shards_are_in_the_memory_that_is_divided():
@@ -184,9 +183,8 @@ def test_too_little_memory_says_how_much_is_missing():
 
 def test_a_model_that_cannot_be_planned_is_refused():
     config = SimpleNamespace(to_dict=dict, model_type="unheard-of", name_or_path="model")
-    settings = AddaxSettings("addax", 0.001, 0.001, "auto", "stochastic", 0, K0)
     with pytest.raises(UserError, match=r"cannot build this model .*: give a number of tokens"):
-        plan_threshold(config, None, "none", DATA, training_args(), settings)  # type: ignore[arg-type]
+        plan_threshold(config, None, "none", DATA, training_args(), SETTINGS)  # type: ignore[arg-type]
 
 
 # ---- rehearsed, on every layout ----------------------------------------------------------------

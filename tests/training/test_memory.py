@@ -7,6 +7,7 @@ import torch
 
 from addax_ds import UserError
 from addax_ds.config.settings import AddaxSettings
+from addax_ds.optim.hyperparameters import Hyperparameters
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
@@ -40,7 +41,7 @@ def largest(rows: int, stream: list) -> Batch:
 def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
     config = tiny_model("opt").config
     streams = {"addax": (LONG, SHORT), "mezo": (DATA, []), "ip-sgd": ([], DATA)}[method]
-    settings = AddaxSettings(method, 0.5, 1e-3, None, "stochastic", 0, 3)
+    settings = AddaxSettings(method, Hyperparameters(lr=0.1), None, 3)
     inputs = run_inputs(config, None, "fsdp2", streams, ARGS, settings)
     assert inputs == Inputs(
         shape=shape_of(config, config.name_or_path or "the model", "bf16"),
@@ -55,7 +56,7 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
 
 def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, vocab_size=50000).config
-    settings = AddaxSettings("ip-sgd", 0.0, 1e-3, None, "stochastic", 0, 0)
+    settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
     inputs = run_inputs(config, None, "none", ([], DATA), ARGS, settings)
     memory = step_memory(inputs)
     meminfo = tmp_path / "meminfo"
@@ -77,6 +78,6 @@ def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path)
 def test_a_model_that_cannot_be_planned():
     config = tiny_model("opt").config
     config.num_attention_heads = 5
-    settings = AddaxSettings("ip-sgd", 0.0, 1e-3, None, "stochastic", 0, 0)
+    settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
     with pytest.raises(UserError, match="cannot build this model without its weights"):
         run_inputs(config, None, "none", ([], DATA), ARGS, settings)

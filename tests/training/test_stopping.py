@@ -8,11 +8,11 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from addax_ds import UserError
-from addax_ds.checkpoint import checkpoint
-from addax_ds.config.arguments import AddaxArguments
+from addax_ds.checkpoint import atomic, checkpoint, resume
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.training.trainer import AddaxTrainer
 from tests.support.tiny import choice_set, examples, rows, tiny_tokenizer, write_model
 
@@ -28,8 +28,9 @@ def trainer(model: Path, output: Path, **training: Any) -> AddaxTrainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     values = {
         "output_dir": str(output),
+        "length_threshold": 12,
+        "alpha": 0.01,
         "use_cpu": True,
-        "max_grad_norm": 0.0,
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 4,
@@ -39,8 +40,7 @@ def trainer(model: Path, output: Path, **training: Any) -> AddaxTrainer:
     }
     return AddaxTrainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        TrainingArguments(**(values | training)),
-        AddaxArguments(length_threshold=12, alpha=0.01),
+        AddaxConfig(**(values | training)),
         examples(rows(7, 9)),
         eval_dataset=choice_set(),
         processing_class=tiny_tokenizer(),
@@ -112,3 +112,13 @@ def test_adapters_and_whole_models_are_told_apart(model, tmp_path, saved):
         plain = get_peft_model(plain, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="adapters of PEFT"):
         checkpoint.load_weights(plain, tmp_path)
+
+
+def test_what_was_found_intact_is_not_read_again(model, tmp_path, monkeypatch):
+    whole = trainer(model, tmp_path, save_steps=2)
+    whole.train()
+    again = trainer(model, tmp_path)
+    found = resume.find(str(tmp_path / "checkpoint-2"), again.args)
+    monkeypatch.setattr(atomic, "verify", lambda *_: pytest.fail("read again"))
+    again.train(resume_from_checkpoint=found)
+    assert same(weights(whole), weights(again))

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import addax_ds
-from addax_ds.config.arguments import AddaxArguments
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.batches import pad
 from addax_ds.optim.report import NonFiniteError
 from addax_ds.training.trainer import AddaxTrainer
@@ -28,11 +27,14 @@ both_ties = pytest.mark.parametrize("tied", [True, False])
 
 def trainer(model: nn.Module, folder: Path, **options: Any) -> AddaxTrainer:
     """Addax with a batch of all long rows and a batch of all short ones."""
-    args = TrainingArguments(
+    args = AddaxConfig(
         **{
             "output_dir": str(folder),
+            "alpha": 0.1,
+            "zo_eps": EPS,
+            "length_threshold": 12,
+            "per_device_zo_batch_size": 2,
             "use_cpu": True,
-            "max_grad_norm": 0.0,
             "per_device_train_batch_size": 3,
             "learning_rate": 0.05,
             "max_steps": 1,
@@ -44,8 +46,7 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> AddaxTrainer:
             **options,
         }
     )
-    addax = AddaxArguments(alpha=0.1, zo_eps=EPS, length_threshold=12, per_device_zo_batch_size=2)
-    return AddaxTrainer(model, args, addax, examples(rows(2, 3)), processing_class=tiny_tokenizer())
+    return AddaxTrainer(model, args, examples(rows(2, 3)), processing_class=tiny_tokenizer())
 
 
 @every_family

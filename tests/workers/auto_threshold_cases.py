@@ -19,7 +19,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from addax_ds import UserError
-from addax_ds.config.arguments import AddaxArguments
 from addax_ds.optim.addax import Addax
 from addax_ds.sharding.base import blocks
 from addax_ds.sharding.fsdp2 import shard_model
@@ -27,7 +26,7 @@ from addax_ds.training import rehearsal
 from addax_ds.training.length_threshold import AutoThreshold
 from addax_ds.training.trainer import AddaxTrainer
 from tests.support.tiny import examples, repeatable, rows, tiny_tokenizer
-from tests.workers.trainer_cases import GLOBAL_BATCH, Case, arguments, gathered
+from tests.workers.trainer_cases import Case, arguments, gathered
 
 PLANNED = 28
 FITS = 18
@@ -88,7 +87,7 @@ def train(
 ) -> dict[str, Any]:
     world_size = comm.get_world_size() if comm.is_initialized() else 1
     output = folder / f"{sharding}-{world_size}" / name
-    args = arguments(CASE, output, sharding, world_size)
+    args = arguments(CASE, output, sharding, world_size, length_threshold=threshold, alpha=0.01)
     if args.deepspeed:  # its timers are running when a pass fails
         args.hf_deepspeed_config.config["wall_clock_breakdown"] = True
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -97,11 +96,6 @@ def train(
     trainer = AddaxTrainer(
         model,
         args,
-        AddaxArguments(
-            length_threshold=threshold,
-            alpha=0.01,
-            per_device_zo_batch_size=GLOBAL_BATCH["zo"] // world_size,
-        ),
         examples(rows(7, 9)),
         processing_class=tiny_tokenizer(),
         planned=plan,

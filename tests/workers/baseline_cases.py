@@ -7,7 +7,6 @@ import deepspeed
 from deepspeed import comm
 from transformers import AutoModelForCausalLM
 
-from addax_ds.config.settings import AddaxArguments
 from addax_ds.training.baseline import BaselineTrainer
 from tests.support.tiny import choice_set, repeatable, tiny_tokenizer
 from tests.workers.trainer_cases import Case, arguments, gathered
@@ -50,7 +49,6 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     trainer = BaselineTrainer(
         model,
         args,
-        AddaxArguments(**case.addax),
         case.examples(),
         eval_dataset=choice_set(),
         processing_class=tiny_tokenizer(),

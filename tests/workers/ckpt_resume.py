@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from addax_ds import UserError
 from addax_ds.checkpoint import resume
-from tests.checkpoint.test_checkpoint import RUN
 from tests.workers.teardown import shut_down
 
 
@@ -40,7 +39,8 @@ def main() -> None:
         warnings.clear()
         try:
             wanted = wanted_file.read_text() if wanted_file.exists() else True
-            result = {"found": resume.find(wanted, args, RUN)}
+            checkpoint = resume.find(wanted, args)
+            result = {"found": None if checkpoint is None else str(checkpoint.folder)}
         except UserError as error:
             result = {"error": str(error)}
         found[folder.name] = {**result, "warnings": list(warnings)}

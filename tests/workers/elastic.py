@@ -13,10 +13,10 @@ import deepspeed
 import torch
 from accelerate.state import AcceleratorState
 from deepspeed import comm
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from addax_ds.config.arguments import AddaxArguments
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training.trainer import AddaxTrainer
 from tests.support.tiny import examples, repeatable, rows, tiny_tokenizer
@@ -38,10 +38,11 @@ def train(folder: Path, sharding: str, output: Path, checkpoint: Path | None) ->
         "optimizer": {"type": "Addax", "params": {"lr": "auto", "alpha": "auto"}},
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 5000},
     }
-    args = TrainingArguments(
+    args = AddaxConfig(
+        length_threshold=12,
+        alpha=0.01,
         output_dir=str(output),
         use_cpu=True,
-        max_grad_norm=0.0,
         learning_rate=0.05,
         max_steps=STEPS,
         save_steps=SAVED_AT,
@@ -57,7 +58,6 @@ def train(folder: Path, sharding: str, output: Path, checkpoint: Path | None) ->
     trainer = AddaxTrainer(
         model,
         args,
-        AddaxArguments(length_threshold=12, alpha=0.01),
         examples(rows(9, 10)),
         processing_class=tiny_tokenizer(),
     )

@@ -10,7 +10,6 @@ import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from addax_ds.config.settings import AddaxArguments
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training.trainer import AddaxTrainer
@@ -49,7 +48,10 @@ def evaluate(
     folder: Path, sharding: str, world_size: int, dataset: ScoredSet, steps: int
 ) -> dict[str, Any]:
     """Evaluate by 3 a rank; with ``steps``, after each of them, of which the last changes much."""
-    case = Case(training={"max_steps": steps or 1, "eval_strategy": "steps", "eval_steps": 1})
+    case = Case(
+        addax={"length_threshold": 12},
+        training={"max_steps": steps or 1, "eval_strategy": "steps", "eval_steps": 1},
+    )
     args = arguments(case, folder / "output", sharding, world_size, per_device_eval_batch_size=3)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     if sharding == "fsdp2":
@@ -58,7 +60,6 @@ def evaluate(
     trainer = AddaxTrainer(
         model,
         args,
-        AddaxArguments(length_threshold=12, per_device_zo_batch_size=2 // world_size),
         examples(rows(4, 8)),
         eval_dataset=dataset,
         processing_class=tiny_tokenizer(),

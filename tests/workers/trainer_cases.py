@@ -15,10 +15,10 @@ import torch
 from accelerate.state import AcceleratorState
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from addax_ds import UserError
-from addax_ds.config.arguments import AddaxArguments
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import Example
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.sharding.fsdp2 import shard_model
@@ -214,7 +214,8 @@ def best(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
 def evaluate(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
     """Evaluate 13 candidates of 5 rows, by 4 a rank, without training."""
     output = folder / "evaluation"
-    args = arguments(Case(), output, sharding, world_size, per_device_eval_batch_size=4)
+    case = Case(addax=CASES["addax"].addax)
+    args = arguments(case, output, sharding, world_size, per_device_eval_batch_size=4)
     trainer = make_trainer("addax", folder, sharding, args, choice_set())
     found: dict[str, Any] = {"metrics": trainer.evaluate()}
     try:
@@ -227,7 +228,7 @@ def evaluate(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
 
 def arguments(
     case: Case, output: Path, sharding: str, world_size: int, **options: Any
-) -> TrainingArguments:
+) -> AddaxConfig:
     # Accelerate keeps the DeepSpeed settings of the first run in this process otherwise.
     AcceleratorState._reset_state()
     config = {
@@ -246,7 +247,6 @@ def arguments(
     defaults = {
         "output_dir": str(output),
         "use_cpu": True,
-        "max_grad_norm": 0.0,
         "learning_rate": 0.05,
         "per_device_train_batch_size": GLOBAL_BATCH["train"] // max(world_size, case.shares),
         "gradient_accumulation_steps": max(case.shares // world_size, 1),
@@ -257,11 +257,14 @@ def arguments(
         "disable_tqdm": True,
         "deepspeed": config if sharding == "zero3" else None,
     }
-    return TrainingArguments(**{**defaults, **case.training, **options})
+    if case.addax.get("method", "addax") in ("addax", "addax-wa"):
+        shares = max(world_size, case.shares)
+        defaults["per_device_zo_batch_size"] = GLOBAL_BATCH["zo"] // shares
+    return AddaxConfig(**{**defaults, **case.addax, **case.training, **options})
 
 
 def train(
-    name: str, folder: Path, sharding: str, args: TrainingArguments, checkpoint: str | None = None
+    name: str, folder: Path, sharding: str, args: AddaxConfig, checkpoint: str | None = None
 ) -> dict[str, Any]:
     trainer = make_trainer(name, folder, sharding, args)
     passes = record_passes(trainer.model)
@@ -287,7 +290,7 @@ def make_trainer(
     name: str,
     folder: Path,
     sharding: str,
-    args: TrainingArguments,
+    args: AddaxConfig,
     eval_dataset: EvaluationSet | None = None,
 ) -> AddaxTrainer:
     case, dtype = CASES[name], weights_dtype(args)
@@ -296,13 +299,9 @@ def make_trainer(
         model = with_adapters(model)
     if sharding == "fsdp2":
         shard_model(model)
-    zo_batch = None
-    if case.addax.get("method", "addax") in ("addax", "addax-wa"):
-        zo_batch = GLOBAL_BATCH["zo"] // max(args.world_size, case.shares)
     return AddaxTrainer(
         model,
         args,
-        AddaxArguments(per_device_zo_batch_size=zo_batch, **case.addax),
         case.examples(),
         eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),

@@ -1,0 +1,195 @@
+"""Hyperparameters of the optimizer: for each one its default, its range and where it may be given.
+
+A new one is a field of the three classes below, and the code that uses it. `Addax`, the DeepSpeed
+JSON, the command line, `addax_ds.AddaxConfig`, checkpoints and the comparison of ranks go through
+`HYPERPARAMETERS`.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from numbers import Integral
+from typing import Any, Literal, TypedDict
+
+from addax_ds.optim.update import ROUNDINGS, Rounding
+from addax_ds.utils.messages import raise_problems, shown
+
+OnResume = Literal["fixed", "announced", "free"]
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """Facts about one hyperparameter.
+
+    Attributes:
+        name: keyword argument of `Addax`.
+        default: used where nobody gives a value; `dataclasses.MISSING` if somebody has to.
+        accepts: whether a value lies in the range.
+        expected: the range, in words that follow "it must be".
+        on_resume: a "fixed" value must be that of the checkpoint, a change of an "announced" one is
+            logged, and a "free" one follows a schedule.
+        flag: argument of the command line and of `addax_ds.AddaxConfig`.
+        json_key: dotted key of the DeepSpeed JSON.
+        note: for the table of JSON keys in docs/arguments.md.
+        by_group: whether parameter groups may differ in it, as those of any optimizer.
+    """
+
+    name: str
+    default: Any
+    accepts: Callable[[Any], bool]
+    expected: str
+    on_resume: OnResume
+    flag: str
+    json_key: str
+    note: str
+    by_group: bool
+
+    def problems(self, value: Any, called: str) -> Iterator[str]:
+        """Yield a sentence if a value lies outside the range."""
+        if not self.accepts(value):
+            yield f"{called} = {shown(repr(value))}: it must be {self.expected}."
+
+
+def _number(value: Any, least: float = -math.inf, most: float = sys.float_info.max) -> bool:
+    """Whether a value is a number in a range; NaN, infinities and booleans are not."""
+    number = isinstance(value, int | float | Integral) and not isinstance(value, bool)
+    return number and least <= value <= most
+
+
+def _known(
+    default: Any = MISSING,
+    *,
+    accepts: Callable[[Any], bool],
+    expected: str,
+    on_resume: OnResume = "announced",
+    flag: str = "",
+    json_key: str = "",
+    note: str = "",
+    by_group: bool = False,
+) -> Any:
+    """Declare a field with the facts of `Hyperparameter`; flag and key default to its name."""
+    facts = {"accepts": accepts, "expected": expected, "on_resume": on_resume, "note": note}
+    facts |= {"flag": flag, "json_key": json_key, "by_group": by_group}
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Values of all hyperparameters, each in its range.
+
+    Raises:
+        UserError: lists every value outside its range.
+    """
+
+    lr: float = _known(
+        accepts=lambda value: _number(value, 0),
+        expected="a number of at least 0",
+        on_resume="free",
+        flag="learning_rate",
+        note='"auto" becomes learning_rate.',
+        by_group=True,
+    )
+    alpha: float = _known(
+        1e-3,
+        accepts=lambda value: _number(value, 0, 1),
+        expected="a number from 0 to 1",
+        note='Default and "auto": 1e-3 (1 for mezo, 0 for ip-sgd).',
+    )
+    zo_eps: float = _known(
+        1e-3,
+        accepts=lambda value: _number(value) and value > 0,
+        expected="a number above 0",
+        note='Default and "auto": 1e-3.',
+    )
+    weight_decay: float = _known(
+        0.0,
+        accepts=lambda value: _number(value, 0),
+        expected="a number of at least 0",
+        note='"auto" becomes weight_decay.',
+        by_group=True,
+    )
+    seed: int = _known(
+        0,
+        accepts=lambda value: isinstance(value, Integral) and _number(value, 0, 2**64 - 1),
+        expected="an integer from 0 to 2**64 - 1",
+        on_resume="fixed",
+        note='"auto" becomes seed.',
+    )
+    rounding: Rounding = _known(  # noqa: RUF009 - a field, as the others are
+        "stochastic",
+        accepts=lambda value: value in ROUNDINGS,
+        expected="'stochastic' or 'nearest'",
+        note='"stochastic" or "nearest". Default and "auto": stochastic.',
+    )
+    max_grad_norm: float = _known(
+        0.0,
+        accepts=lambda value: _number(value, 0),
+        expected="a number of at least 0",
+        json_key="gradient_clipping",
+    )
+
+    def __post_init__(self) -> None:
+        raise_problems("Addax cannot have these values:", list(problems(asdict(self))))
+
+
+@dataclass
+class HyperparameterFlags:
+    """Hyperparameters that have no argument in `transformers.TrainingArguments`.
+
+    `None` means not given: the DeepSpeed JSON or the default decides.
+    """
+
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the zeroth-order gradient, between 0 and 1 (default 1e-3; mezo is "
+            "1, methods without zeroth-order steps are 0)."
+        },
+    )
+    zo_eps: float | None = field(
+        default=None, metadata={"help": "Perturbation scale of the zeroth-order passes (1e-3)."}
+    )
+    rounding: Rounding | None = field(
+        default=None,
+        metadata={"help": "Rounding of bf16 and fp16 weight updates (default stochastic)."},
+    )
+
+
+class HyperparameterKwargs(TypedDict, total=False):
+    """Keyword arguments of `Addax` and `addax_ds.ds_config` beside ``lr``."""
+
+    alpha: float
+    zo_eps: float
+    weight_decay: float
+    seed: int
+    rounding: Rounding
+    max_grad_norm: float
+
+
+def _facts_of_all() -> Iterator[Hyperparameter]:
+    for item in fields(Hyperparameters):
+        facts = dict(item.metadata)
+        facts["flag"] = facts["flag"] or item.name
+        facts["json_key"] = facts["json_key"] or f"optimizer.params.{item.name}"
+        yield Hyperparameter(name=item.name, default=item.default, **facts)
+
+
+HYPERPARAMETERS: tuple[Hyperparameter, ...] = tuple(_facts_of_all())
+BY_NAME: dict[str, Hyperparameter] = {known.name: known for known in HYPERPARAMETERS}
+IN_JSON_PARAMS: tuple[Hyperparameter, ...] = tuple(
+    known for known in HYPERPARAMETERS if known.json_key == f"optimizer.params.{known.name}"
+)
+"""Those that DeepSpeed hands to `Addax` from the ``optimizer`` block of its JSON."""
+
+
+def problems(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a sentence for each value outside its range; other names than ours are left alone.
+
+    Args:
+        values: by the names of hyperparameters.
+        prefix: of the names in the sentences.
+    """
+    for known in HYPERPARAMETERS:
+        if known.name in values:
+            yield from known.problems(values[known.name], f"{prefix}{known.name}")
