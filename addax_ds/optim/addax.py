@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from addax_ds.optim.estimator import Estimator, TwoSidedDifference
 from addax_ds.optim.gradients import KeptWeights
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
 from addax_ds.optim.report import NonFiniteSteps, StepReport
@@ -50,7 +51,12 @@ class Addax(torch.optim.Optimizer):
     :math:`\lambda`     ``weight_decay``       decoupled; parameters with one dimension (biases,
                                                norm gains) are exempt
     :math:`z`           ``seed``               `addax_ds.gaussian` of (seed, step, parameter)
+    :math:`q`           ``zo_directions``      number of independent z in a step
     ==================  =====================  ================================================
+
+    With several directions :math:`g^0 z` is the mean of :math:`g^0_k z_k`, each measured like the
+    one of the paper on the same batch: its variance falls with q, and a step takes 2 q
+    zeroth-order passes (`addax_ds.optim.estimator`).
 
     For bf16 weights the update credits, in place of z, what the passes saw of it after rounding
     (`addax_ds.optim.update`).
@@ -69,9 +75,11 @@ class Addax(torch.optim.Optimizer):
 
     Attributes:
         index: number of the next step.
+        estimator: the zeroth-order part of steps, at first that of ``zo_directions``; another one
+            may be assigned between two steps.
         track_norm: whether steps measure the norm of the first-order gradient, which costs one more
             read of it.
-        zeroth_order_loss: mean over ranks of the two losses that `measure` computed last.
+        zeroth_order_loss: mean over ranks and zeroth-order passes that `measure` computed last.
         first_order_loss: mean over ranks of the first-order loss that `measure` computed last.
         loss_scale: factor of the first-order loss in this step; constant 1 but for fp16 weights.
         stop_requested: set it, on any rank, and `report` says so on all ranks after the same step.
@@ -91,6 +99,8 @@ class Addax(torch.optim.Optimizer):
             parameters; 0 never does. With one micro-batch the norm is found by a backward of its
             own, so a step runs its first-order forward and backward twice; with several, the step
             is applied from their sum.
+        zo_directions: number of independent directions z in a step, >= 1; each costs two
+            zeroth-order passes, and no memory.
         loss_scale: for fp16 weights (default: `LossScale`'s own, which adjusts itself).
 
     Raises:
@@ -107,6 +117,7 @@ class Addax(torch.optim.Optimizer):
         seed: int = 0,
         rounding: Rounding = "stochastic",
         max_grad_norm: float = 0.0,
+        zo_directions: int = 1,
         loss_scale: LossScale | None = None,
     ) -> None:
         _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
@@ -114,6 +125,8 @@ class Addax(torch.optim.Optimizer):
         _check("seed", seed, 0 <= seed < 1 << 64, "in [0, 2**64)")
         _check("rounding", rounding, rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
         _check("max_grad_norm", max_grad_norm, 0 <= max_grad_norm < math.inf, ">= 0")
+        whole = isinstance(zo_directions, int) and not isinstance(zo_directions, bool)
+        _check("zo_directions", zo_directions, whole and zo_directions >= 1, "an integer >= 1")
         self._sharding: Sharding | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.alpha = alpha
@@ -121,6 +134,8 @@ class Addax(torch.optim.Optimizer):
         self.seed = seed
         self.rounding: Rounding = rounding
         self.max_grad_norm = max_grad_norm
+        self.zo_directions = zo_directions
+        self.estimator: Estimator = TwoSidedDifference(zo_directions)
         self.loss_scale = loss_scale or UNSCALED
         self.index = 0
         self.track_norm = False
@@ -135,14 +150,15 @@ class Addax(torch.optim.Optimizer):
     # ---- the step ------------------------------------------------------------------------------
 
     def zeroth_order(self, closure: Closure) -> float:
-        """Measure g0 with two forward passes; the update itself follows during backward and step.
+        """Measure g0 with forward passes alone; the update itself follows during backward and step.
 
         For training loops that compute the first-order loss themselves; see `measure` for the
         passes, the errors and a step that is also safe from a first-order loss that is NaN.
 
         Returns:
-            g0, the same number on every rank; 0 if alpha is 0 (the closure is then not called) or
-            if a loss was NaN or infinite (the step then has no zeroth-order part).
+            g0 (`StepReport.g0`), the same number on every rank; 0 if alpha is 0 (the closure is
+            then not called) or if a loss was NaN or infinite (the step then has no zeroth-order
+            part).
         """
         self.measure(closure, None)
         return self._running.g0 if self._running else 0.0
@@ -154,7 +170,7 @@ class Addax(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Run the forward passes of a step and average their losses with one all-reduce.
 
-        The zeroth-order passes run in eval mode (as in MeZO), so that both see the same
+        The zeroth-order passes run in eval mode (as in MeZO), so that all see the same
         randomness, and without autograd. The stored weights are bit-identical before and after,
         also if a closure raises.
 
@@ -163,8 +179,8 @@ class Addax(torch.optim.Optimizer):
         fp32, 4 bytes for each element of this rank's shards.
 
         Args:
-            zeroth_order: each returns this rank's loss of a zeroth-order micro-batch; not called if
-                alpha is 0.
+            zeroth_order: each returns this rank's loss of a zeroth-order micro-batch, in every
+                pass of `estimator`; not called if alpha is 0.
             first_order: each returns this rank's loss of a first-order micro-batch; not called if
                 alpha is 1, and None if the caller computes that loss. To clip a single micro-batch
                 its closure is called twice, with the same state of torch's random generators.
@@ -300,7 +316,9 @@ class Addax(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         limits = self.loss_scale.value, self.max_grad_norm
-        return RunningStep(self.sharding, steps, self._kept, *limits, self.track_norm)
+        return RunningStep(
+            self.sharding, steps, self.estimator, self._kept, *limits, self.track_norm
+        )
 
     def _check_comes_first(self) -> None:
         if self._running is not None:
