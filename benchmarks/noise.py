@@ -31,8 +31,8 @@ START = 5  # not at the border of a tile
 C = 1e-9  # small, since the weights are updated over and over
 ZO_EPS = 1e-3
 # What training computes for bf16 weights.
-PERTURB = Operation(DRAW, c2=C)
-UPDATE = Operation(DRAW, c1=C, c2=C / (2 * ZO_EPS), zo_eps=ZO_EPS, stochastic=True)
+PERTURB = Operation(DRAW, c2=(C,))
+UPDATE = Operation(DRAW, c1=C, c2=(C / (2 * ZO_EPS),), zo_eps=ZO_EPS, stochastic=True)
 
 # By operation and implementation.
 Contenders = dict[tuple[str, str], Callable[[], object]]

@@ -128,7 +128,7 @@ class Experiment:
             draw = Draw(self.seed, number, addax_ds.parameter_id(name))
             plus, minus = (self.perturbed[sign][name] for sign in (+1, -1))
             for out, c2 in ((plus, -self.zo_eps), (minus, self.zo_eps)):
-                operation = Operation(draw, c2=c2, stochastic=rounding == "stochastic")
+                operation = Operation(draw, c2=(c2,), stochastic=rounding == "stochastic")
                 kernels.fused(out, weight, None, operation, 0)
             z = addax_ds.gaussian(self.seed, number, name, 0, weight.numel())
             sums = self._sums(z, plus, minus, self.gradients[name])

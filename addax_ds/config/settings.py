@@ -23,14 +23,16 @@ logger = logging.getLogger(__name__)
 _FIXED_ALPHA: dict[Method, float] = {"mezo": 1.0, "ip-sgd": 0.0, **dict.fromkeys(BASELINES, 0.0)}
 
 # Arguments that a method does not heed.
+_OF_ZEROTH_ORDER = (
+    "per_device_zo_batch_size",
+    *(known.flag for known in HYPERPARAMETERS if known.zeroth_order),
+)
 _IGNORED: dict[Method, tuple[str, ...]] = {
     "addax": (),
     "addax-wa": ("length_threshold",),
     "mezo": ("length_threshold",),
-    "ip-sgd": ("length_threshold", "zo_eps", "per_device_zo_batch_size"),
-    **dict.fromkeys(
-        BASELINES, ("length_threshold", "zo_eps", "per_device_zo_batch_size", "rounding")
-    ),
+    "ip-sgd": ("length_threshold", *_OF_ZEROTH_ORDER),
+    **dict.fromkeys(BASELINES, ("length_threshold", *_OF_ZEROTH_ORDER, "rounding")),
 }
 
 

@@ -132,7 +132,7 @@ def _agrees(module: ModuleType, device_type: str) -> bool:
             weight, kept = z.to(dtype), torch.zeros(1, dtype=torch.int32, device=device)
             weight.view(torch.int16)[0] = -1  # a NaN with sign and payload, which is kept
             for zo_eps in (0.0, 0.01):
-                operation = Operation(draw, 0.875, 0.5, 0.25, zo_eps, stochastic=True)
+                operation = Operation(draw, 0.875, 0.5, (0.25, -0.5), zo_eps, stochastic=True)
                 kernels.fused(weight, weight, z, operation, start, kept)
             result += [weight.view(torch.int16).cpu(), kept.cpu()]
         results.append(result)

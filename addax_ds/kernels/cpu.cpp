@@ -357,42 +357,68 @@ void gaussian(float* out, const Slice& slice, const Counter& counter) {
 }
 
 struct Coefficients {
-  float c0, c1, c2, zo_eps;
+  float c0, c1;
+  const float* c2;
+  int directions;
+  float zo_eps;
 };
 
-enum class Direction { NONE, Z, REALISED };  // what d is
+// What a forward pass sees of a shifted weight.
+template <class Weight>
+INLINE F32 seen(F32 weight, F32 shifted) {
+  const Rounded rounded = Weight::nearest(shifted);
+  return rounded.finite ? Weight::widen(rounded.bits) : weight;
+}
 
-template <class Weight, class Gradient, bool HAS_GRADIENT, Direction D, bool STOCHASTIC>
+// Writes d[0] * c2[0] + d[1] * c2[1] + ... for the elements of a block; weight points to its first.
+// Both arrays are longer than a block by LANES, since whole vectors are read and written.
+template <class Weight, bool REALISED>
+__attribute__((noinline)) void sum_directions(float* sum, const typename Weight::T* weight,
+                                              const Block& block, Counter counter,
+                                              const Coefficients& c) {
+  alignas(64) float further[BLOCK + LANES];
+  for (int i = 0; i < c.directions; i++) {
+    float* const scaled = i == 0 ? sum : further;
+    const float scale = REALISED ? c.zo_eps : c.c2[i];
+    fill<F32>(scaled, block, counter, [scale](U32 word, F32* pair) INLINE_LAMBDA {
+      normals(word, pair);
+      pair[0] *= scale;
+      pair[1] *= scale;
+    });
+    counter.probe_and_stream += 2;
+    if (!REALISED && i == 0) continue;
+    for (int k = block.low; k < block.high; k += LANES) {
+      F32 term = load<F32>(scaled + k);
+      if constexpr (REALISED) {
+        typename Weight::T padded[LANES] = {};
+        const bool whole = k + LANES <= block.high;
+        if (!whole) std::memcpy(padded, weight + k, (block.high - k) * sizeof *weight);
+        const F32 wide = Weight::widen(Weight::read(whole ? weight + k : padded));
+        term = (seen<Weight>(wide, wide + term) - seen<Weight>(wide, wide - term)) * c.c2[i];
+      }
+      store(sum + k, i == 0 ? term : load<F32>(sum + k) + term);
+    }
+  }
+}
+
+template <class Weight, class Gradient, bool HAS_GRADIENT, bool HAS_D, bool STOCHASTIC>
 struct Fused {
   typedef typename Weight::T W;
   typedef typename Gradient::T G;
-  static constexpr bool HAS_D = D != Direction::NONE;
 
-  // What a forward pass sees of a shifted weight.
-  INLINE F32 seen(F32 weight, F32 shifted) {
-    const Rounded rounded = Weight::nearest(shifted);
-    return rounded.finite ? Weight::widen(rounded.bits) : weight;
-  }
-
-  INLINE F32 direction(F32 weight, F32 z, const Coefficients& c) {
-    if constexpr (D == Direction::Z) return z;
-    const F32 shift = z * c.zo_eps;
-    return seen(weight, weight + shift) - seen(weight, weight - shift);
-  }
-
-  // out = weight * c0 - (gradient * c1 + d * c2) on LANES elements, or the weight where that is not
+  // out = weight * c0 - (gradient * c1 + sum) on LANES elements, or the weight where that is not
   // finite; there all_finite is cleared.
-  INLINE void lanes(W* out, const W* weight_, const G* gradient, const float* z,
+  INLINE void lanes(W* out, const W* weight_, const G* gradient, const float* sum,
                     const uint32_t* bits, const Coefficients& c, I32& all_finite) {
     const U32 stored = Weight::read(weight_);
     const F32 weight = Weight::widen(stored);
     F32 value = weight * c.c0;
     if constexpr (HAS_GRADIENT) {
       F32 decrement = Gradient::widen(Gradient::read(gradient)) * c.c1;
-      if constexpr (HAS_D) decrement += direction(weight, load<F32>(z), c) * c.c2;
+      if constexpr (HAS_D) decrement += load<F32>(sum);
       value -= decrement;
     } else if constexpr (HAS_D) {
-      value -= direction(weight, load<F32>(z), c) * c.c2;
+      value -= load<F32>(sum);
     }
     Rounded rounded;
     if constexpr (STOCHASTIC) {
@@ -405,18 +431,18 @@ struct Fused {
   }
 
   // The same on fewer than LANES elements: in copies that may be read and written whole.
-  INLINE void rest(W* out, const W* weight, const G* gradient, const float* z,
+  INLINE void rest(W* out, const W* weight, const G* gradient, const float* sum,
                    const uint32_t* bits, const Coefficients& c, int count,
                    I32& all_finite) {
     W padded[LANES] = {};
     G padded_gradient[LANES] = {};
-    float padded_z[LANES] = {};
+    float padded_sum[LANES] = {};
     uint32_t padded_bits[LANES] = {};
     std::memcpy(padded, weight, count * sizeof *weight);
     if constexpr (HAS_GRADIENT) std::memcpy(padded_gradient, gradient, count * sizeof *gradient);
-    if constexpr (HAS_D) std::memcpy(padded_z, z, count * sizeof *z);
+    if constexpr (HAS_D) std::memcpy(padded_sum, sum, count * sizeof *sum);
     if constexpr (STOCHASTIC) std::memcpy(padded_bits, bits, count * sizeof *bits);
-    lanes(padded, padded, padded_gradient, padded_z, padded_bits, c, all_finite);
+    lanes(padded, padded, padded_gradient, padded_sum, padded_bits, c, all_finite);
     std::memcpy(out, padded, count * sizeof *out);
   }
 
@@ -431,19 +457,23 @@ struct Fused {
         prefetch(weight + base + block.low, block.high - block.low);
         prefetch(gradient + base + block.low, block.high - block.low);
       }
-      alignas(64) float z[BLOCK];
+      alignas(64) float sum[BLOCK + LANES];
       alignas(64) uint32_t bits[BLOCK];
-      if constexpr (HAS_D) fill_z(z, block, counter);
+      if constexpr (HAS_D) {
+        const auto fill_sum = c.zo_eps == 0.0f ? sum_directions<Weight, false>
+                                               : sum_directions<Weight, true>;
+        fill_sum(sum, weight + base, block, counter, c);
+      }
       if constexpr (STOCHASTIC) fill_rounding_bits(bits, block, counter);
       const auto gradient_at = [&](int64_t i) { return HAS_GRADIENT ? gradient + i : nullptr; };
       I32 all_finite = broadcast<I32>(-1);
       int k = block.low;
       for (; k + LANES <= block.high; k += LANES) {
-        lanes(out + base + k, weight + base + k, gradient_at(base + k), z + k, bits + k, c,
+        lanes(out + base + k, weight + base + k, gradient_at(base + k), sum + k, bits + k, c,
               all_finite);
       }
       if (k < block.high) {
-        rest(out + base + k, weight + base + k, gradient_at(base + k), z + k, bits + k, c,
+        rest(out + base + k, weight + base + k, gradient_at(base + k), sum + k, bits + k, c,
              block.high - k, all_finite);
       }
       if (kept != nullptr && !all(all_finite)) __atomic_store_n(kept, 1, __ATOMIC_RELAXED);
@@ -455,28 +485,22 @@ typedef void (*Run)(void*, const void*, const void*, int32_t*, Coefficients, con
                     const Counter&);
 
 template <class Weight, class Gradient, bool HAS_GRADIENT, bool STOCHASTIC>
-Run choose(Direction d) {
-  switch (d) {
-    case Direction::NONE:
-      return Fused<Weight, Gradient, HAS_GRADIENT, Direction::NONE, STOCHASTIC>::run;
-    case Direction::Z:
-      return Fused<Weight, Gradient, HAS_GRADIENT, Direction::Z, STOCHASTIC>::run;
-    default:
-      return Fused<Weight, Gradient, HAS_GRADIENT, Direction::REALISED, STOCHASTIC>::run;
-  }
+Run choose(bool has_d) {
+  return has_d ? Fused<Weight, Gradient, HAS_GRADIENT, true, STOCHASTIC>::run
+               : Fused<Weight, Gradient, HAS_GRADIENT, false, STOCHASTIC>::run;
 }
 
 template <class Weight, bool STOCHASTIC>
-Run choose(bool has_gradient, bool same_type, Direction d) {
-  if (!has_gradient) return choose<Weight, Weight, false, STOCHASTIC>(d);
-  return same_type ? choose<Weight, Weight, true, STOCHASTIC>(d)
-                   : choose<Weight, Float32, true, STOCHASTIC>(d);
+Run choose(bool has_gradient, bool same_type, bool has_d) {
+  if (!has_gradient) return choose<Weight, Weight, false, STOCHASTIC>(has_d);
+  return same_type ? choose<Weight, Weight, true, STOCHASTIC>(has_d)
+                   : choose<Weight, Float32, true, STOCHASTIC>(has_d);
 }
 
 template <class Weight>
-Run choose(bool stochastic, bool has_gradient, bool same_type, Direction d) {
-  return stochastic ? choose<Weight, true>(has_gradient, same_type, d)
-                    : choose<Weight, false>(has_gradient, same_type, d);
+Run choose(bool stochastic, bool has_gradient, bool same_type, bool has_d) {
+  return stochastic ? choose<Weight, true>(has_gradient, same_type, has_d)
+                    : choose<Weight, false>(has_gradient, same_type, has_d);
 }
 
 }  // namespace
@@ -491,17 +515,14 @@ void addax_gaussian(float* out, int64_t start, int64_t count, uint64_t seed, uin
 
 // type: 0 fp32, 1 bf16, 2 fp16. same_type: the gradient has the type of the weights, else fp32.
 void addax_fused(void* out, const void* weight, const void* gradient, int32_t* kept, int type,
-                 int same_type, int stochastic, float c0, float c1, float c2, float zo_eps,
-                 int64_t start, int64_t count, uint64_t seed, uint32_t step, uint32_t parameter_id,
-                 uint32_t probe, int threads) {
-  const bool has_gradient = gradient != nullptr;
-  const Direction d = c2 == 0.0f       ? Direction::NONE
-                      : zo_eps == 0.0f ? Direction::Z
-                                       : Direction::REALISED;
-  const Run run = type == 0   ? choose<Float32, false>(has_gradient, same_type, d)
-                  : type == 1 ? choose<BFloat16>(stochastic, has_gradient, same_type, d)
-                              : choose<Float16>(stochastic, has_gradient, same_type, d);
-  run(out, weight, gradient, kept, {c0, c1, c2, zo_eps}, {start, count, threads},
+                 int same_type, int stochastic, float c0, float c1, const float* c2,
+                 int directions, float zo_eps, int64_t start, int64_t count, uint64_t seed,
+                 uint32_t step, uint32_t parameter_id, uint32_t probe, int threads) {
+  const bool has_gradient = gradient != nullptr, has_d = directions > 0;
+  const Run run = type == 0   ? choose<Float32, false>(has_gradient, same_type, has_d)
+                  : type == 1 ? choose<BFloat16>(stochastic, has_gradient, same_type, has_d)
+                              : choose<Float16>(stochastic, has_gradient, same_type, has_d);
+  run(out, weight, gradient, kept, {c0, c1, c2, directions, zo_eps}, {start, count, threads},
       {seed, parameter_id, step, probe << 1});
 }
 

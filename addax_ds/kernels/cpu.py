@@ -54,6 +54,7 @@ def fused(
     kept: Tensor | None = None,
 ) -> None:
     """See `addax_ds.kernels.fused`."""
+    directions = len(operation.c2)
     load().addax_fused(
         out.data_ptr(),
         weight.data_ptr(),
@@ -62,7 +63,8 @@ def fused(
         _TYPES[weight.dtype],
         gradient is not None and gradient.dtype == weight.dtype,
         operation.stochastic,
-        *(operation.c0, operation.c1, operation.c2, operation.zo_eps),
+        *(operation.c0, operation.c1, (ctypes.c_float * directions)(*operation.c2), directions),
+        operation.zo_eps,
         *(start, weight.numel()),
         *_draw(operation.draw),
         torch.get_num_threads(),
@@ -95,7 +97,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.addax_fused.argtypes = [
         *(pointer, pointer, pointer, pointer),
         *(i32, i32, i32),
-        *(ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_float),
+        *(ctypes.c_float, ctypes.c_float, ctypes.POINTER(ctypes.c_float), i32, ctypes.c_float),
         *(i64, i64),
         *draw,
         i32,

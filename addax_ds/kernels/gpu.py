@@ -52,10 +52,10 @@ def fused(
             _as_integers(weight),
             None if gradient is None else _as_integers(gradient),
             kept,
-            *(operation.c0, operation.c1, operation.c2, operation.zo_eps),
+            *(operation.c0, operation.c1, operation.c2 or (0.0,), operation.zo_eps),
             *_slice(start, weight.numel()),
             *_counter(operation.draw, STREAM_Z),
-            *(STREAM_ROUNDING, operation.c2 != 0.0, operation.zo_eps != 0.0),
+            *(STREAM_ROUNDING, len(operation.c2), operation.zo_eps != 0.0),
             *(operation.stochastic, BLOCK),
             **OPTIONS,
         )
@@ -127,7 +127,7 @@ def fused_kernel(
     kept: tl.tensor | None,
     c0: tl.tensor,
     c1: tl.tensor,
-    c2: tl.tensor,
+    c2: tl.tuple,
     zo_eps: tl.tensor,
     first_tile: tl.tensor,
     skipped: tl.tensor,
@@ -138,7 +138,7 @@ def fused_kernel(
     step: tl.tensor,
     probe_and_stream: tl.tensor,
     STREAM_ROUNDING: tl.constexpr,
-    HAS_D: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     REALISED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,7 +146,11 @@ def fused_kernel(
     """An `Operation` over a slice; see `_slice` and `_counter`."""
     local = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     element = (local // 16) * 128 + local % 16 - skipped
-    z_words = _words(local, first_tile, seed_low, seed_high, parameter_id, step, probe_and_stream)
+    z_words = ()  # of all directions: static loops are unrolled, so tuples may grow in them
+    for k in tl.static_range(DIRECTIONS):
+        probe = probe_and_stream + 2 * k
+        words = _words(local, first_tile, seed_low, seed_high, parameter_id, step, probe)
+        z_words += (words,)  # type: ignore[assignment]
     random_words = _words(
         local,
         first_tile,
@@ -158,24 +162,30 @@ def fused_kernel(
     )
     keeping = tl.zeros((BLOCK,), tl.int1)
     for i in tl.static_range(4):
-        even, odd = _normals(z_words[i])
+        z = ()
+        for k in tl.static_range(DIRECTIONS):
+            z += (_normals(z_words[k][i]),)  # type: ignore[assignment]
         for half in tl.static_range(2):
             at = element + 32 * i + 16 * half
             mask = (at >= 0) & (at < count)
             stored = tl.load(weight + at, mask=mask, other=0)
             wide = _widen(stored)
             value = wide * c0
-            if HAS_D:
-                d = odd if half else even
+            for k in tl.static_range(DIRECTIONS):
+                d = z[k][half]  # type: ignore[var-annotated]
                 if REALISED:
                     d = _realised_difference(wide, d * zo_eps, stored.dtype)
+                if k == 0:  # noqa: SIM108 (there is no decrement yet)
+                    decrement = d * c2[k]
+                else:
+                    decrement = decrement + d * c2[k]
             if gradient is not None:
-                decrement = _widen(tl.load(gradient + at, mask=mask, other=0)) * c1
-                if HAS_D:
-                    decrement = decrement + d * c2
+                part = _widen(tl.load(gradient + at, mask=mask, other=0)) * c1
+                if DIRECTIONS > 0:
+                    part = part + decrement
+                value = value - part
+            elif DIRECTIONS > 0:
                 value = value - decrement
-            elif HAS_D:
-                value = value - d * c2
             if STOCHASTIC:
                 random = (random_words[i] >> 16) if half else (random_words[i] & 0xFFFF)
                 rounded = _round_stochastically(value, random, stored.dtype)

@@ -49,7 +49,7 @@ def gaussian(
         parameter: canonical name of the parameter, or its id (see `parameter_id`).
         start: flat index, in the unsharded parameter, of the first element.
         count: number of elements.
-        probe: index of the direction within the step; Addax uses one, number 0.
+        probe: index of the direction within the step; all but one are of ``zo_directions`` above 1.
         device: where the result is made.
 
     Returns:

@@ -16,7 +16,7 @@ class Draw:
         seed: 64-bit key.
         step: index of the step, 32 bits.
         parameter_id: 32 bits.
-        probe: index of the direction within the step, 31 bits; Addax uses number 0 alone.
+        probe: index of the direction within the step, 31 bits.
     """
 
     seed: int
@@ -29,40 +29,44 @@ class Draw:
 class Operation:
     """The one operation, which perturbs and updates, besides its tensors and the place of a slice.
 
-        out = round(weight * c0 - (gradient * c1 + d * c2))
+        out = round(weight * c0 - (gradient * c1 + (d[0] * c2[0] + d[1] * c2[1] + ...)))
 
-        d = z                                                          if zo_eps is 0, else
-        d = round(weight + z * zo_eps) - round(weight - z * zo_eps)    the realised difference
+        d[k] = z[k]                                                          if zo_eps is 0, else
+        d[k] = round(weight + z[k] * zo_eps) - round(weight - z[k] * zo_eps)
 
+    The latter is the realised difference. ``z[k]`` is the z of probe ``draw.probe + k``.
     ``round`` is to the weights' type, and an element that it would make NaN or infinite keeps its
     weight instead, bit for bit: no operation brings a number that is not finite into weights that
     hold none. The realised difference is what two forward passes saw of z, as weights are perturbed
     by this same operation. It is not divided by 2 ``zo_eps``; that belongs into ``c2``.
 
-    Computed in fp32 in exactly this order without fused multiply-add. A term whose coefficient is 0
-    (for ``c0``: 1) is left out. Within d, ``round`` is always to nearest.
+    Computed in fp32 without fused multiply-add, in exactly this order: directions are summed from
+    the first to the last. A term whose coefficient is 0 (for ``c0``: 1; for the sum over
+    directions: all of ``c2``) is left out. Within d, ``round`` is always to nearest.
 
     Attributes:
-        draw: which z and rounding bits.
+        draw: which rounding bits, and the z of the first direction.
         c0: coefficient of the weight.
         c1: coefficient of the gradient.
-        c2: coefficient of d.
+        c2: coefficients of d, one for each direction; empty if that term is left out.
         zo_eps: scale of the perturbations whose difference d is; 0 if d is z.
         stochastic: round the result stochastically instead of to nearest; bf16 and fp16 only. Of
             its two neighbours in that type the one farther from zero is taken if 2**16 f, cut to an
             integer, plus 16 random bits reach 2**16, where f is the distance from the other one in
             units of the last place. Without bias, save that fp16 below 2**-17 has more bits to cut.
 
-    The four numbers are rounded to fp32 when an operation is made.
+    All numbers are rounded to fp32 when an operation is made.
     """
 
     draw: Draw
     c0: float = 1.0
     c1: float = 0.0
-    c2: float = 0.0
+    c2: tuple[float, ...] = ()
     zo_eps: float = 0.0
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("c0", "c1", "c2", "zo_eps"):
+        for name in ("c0", "c1", "zo_eps"):
             object.__setattr__(self, name, float(np.float32(getattr(self, name))))
+        c2 = tuple(float(np.float32(coefficient)) for coefficient in self.c2)
+        object.__setattr__(self, "c2", c2 if any(c2) else ())

@@ -8,6 +8,8 @@ bit-identical on every device that rounds as IEEE 754 asks.
 Source of the generator: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -69,13 +71,7 @@ def fused(
     device = weight.device
     for low, high, first in chunks(start, weight.numel(), device):
         count = high - low
-        decrement = None
-        if operation.c2 != 0.0:
-            words = random_words(operation.draw, first, count, STREAM_Z, device)
-            d = normals(words, first, count)
-            if operation.zo_eps != 0.0:
-                d = _realised_difference(weight[low:high], d.mul_(operation.zo_eps))
-            decrement = d.mul_(operation.c2)
+        decrement = _sum_of_directions(weight[low:high], operation, first)
         if gradient is not None:
             part = gradient[low:high].to(torch.float32, copy=True).mul_(operation.c1)
             decrement = part if decrement is None else part.add_(decrement)
@@ -203,6 +199,20 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     for coefficient in coefficients[1:-1]:
         value.add_(coefficient).mul_(x)
     return value.add_(coefficients[-1])
+
+
+def _sum_of_directions(weight: Tensor, operation: Operation, start: int) -> Tensor | None:
+    """Return ``d[0] * c2[0] + d[1] * c2[1] + ...``, fp32; None without directions."""
+    total = None
+    for k, coefficient in enumerate(operation.c2):
+        draw = replace(operation.draw, probe=operation.draw.probe + k)
+        words = random_words(draw, start, weight.numel(), STREAM_Z, weight.device)
+        d = normals(words, start, weight.numel())
+        if operation.zo_eps != 0.0:
+            d = _realised_difference(weight, d.mul_(operation.zo_eps))
+        d.mul_(coefficient)
+        total = d if total is None else total.add_(d)
+    return total
 
 
 def _realised_difference(weight: Tensor, shift: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from addax_ds.optim.estimator import Estimator, TwoSidedDifference
 from addax_ds.optim.gradients import KeptWeights
 from addax_ds.optim.hyperparameters import (
     HYPERPARAMETERS,
@@ -60,7 +61,12 @@ class Addax(torch.optim.Optimizer):
     :math:`\lambda`     ``weight_decay``       decoupled; parameters with one dimension (biases,
                                                norm gains) are exempt
     :math:`z`           ``seed``               `addax_ds.gaussian` of (seed, step, parameter)
+    :math:`q`           ``zo_directions``      number of independent z in a step
     ==================  =====================  ================================================
+
+    With several directions :math:`g^0 z` is the mean of :math:`g^0_k z_k`, each measured like the
+    one of the paper on the same batch: its variance falls with q, and a step takes 2 q
+    zeroth-order passes (`addax_ds.optim.estimator`).
 
     For bf16 weights the update credits, in place of z, what the passes saw of it after rounding
     (`addax_ds.optim.update`).
@@ -79,9 +85,11 @@ class Addax(torch.optim.Optimizer):
 
     Attributes:
         index: number of the next step.
+        estimator: the zeroth-order part of steps, at first that of ``zo_directions``; another one
+            may be assigned between two steps.
         track_norm: whether steps measure the norm of the first-order gradient, which costs one more
             read of it.
-        zeroth_order_loss: mean over ranks of the two losses that `measure` computed last.
+        zeroth_order_loss: mean over ranks and zeroth-order passes that `measure` computed last.
         first_order_loss: mean over ranks of the first-order loss that `measure` computed last.
         loss_scale: factor of the first-order loss in this step; constant 1 but for fp16 weights.
         stop_requested: set it, on any rank, and `report` says so on all ranks after the same step.
@@ -105,6 +113,8 @@ class Addax(torch.optim.Optimizer):
               parameters; 0, the default, never does. With one micro-batch the norm is found by a
               backward of its own, so a step runs its first-order forward and backward twice; with
               several, the step is applied from their sum.
+            - ``zo_directions``: number of independent directions z in a step, >= 1 (default 1).
+              Each costs two zeroth-order passes, and no memory.
 
     Raises:
         UserError: for a value outside its range.
@@ -115,6 +125,7 @@ class Addax(torch.optim.Optimizer):
     seed: int
     rounding: Rounding
     max_grad_norm: float
+    zo_directions: int
 
     def __init__(
         self,
@@ -129,6 +140,7 @@ class Addax(torch.optim.Optimizer):
         super().__init__(params, {known.name: values.pop(known.name) for known in _BY_GROUP})
         for name, value in values.items():
             setattr(self, name, value)
+        self.estimator: Estimator = TwoSidedDifference(self.zo_directions)
         self.loss_scale = loss_scale or UNSCALED
         self.index = 0
         self.track_norm = False
@@ -148,14 +160,15 @@ class Addax(torch.optim.Optimizer):
     # ---- the step ------------------------------------------------------------------------------
 
     def zeroth_order(self, closure: Closure) -> float:
-        """Measure g0 with two forward passes; the update itself follows during backward and step.
+        """Measure g0 with forward passes alone; the update itself follows during backward and step.
 
         For training loops that compute the first-order loss themselves; see `measure` for the
         passes, the errors and a step that is also safe from a first-order loss that is NaN.
 
         Returns:
-            g0, the same number on every rank; 0 if alpha is 0 (the closure is then not called) or
-            if a loss was NaN or infinite (the step then has no zeroth-order part).
+            g0 (`StepReport.g0`), the same number on every rank; 0 if alpha is 0 (the closure is
+            then not called) or if a loss was NaN or infinite (the step then has no zeroth-order
+            part).
         """
         self.measure(closure, None)
         return self._running.g0 if self._running else 0.0
@@ -167,7 +180,7 @@ class Addax(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Run the forward passes of a step and average their losses with one all-reduce.
 
-        The zeroth-order passes run in eval mode (as in MeZO), so that both see the same
+        The zeroth-order passes run in eval mode (as in MeZO), so that all see the same
         randomness, and without autograd. The stored weights are bit-identical before and after,
         also if a closure raises.
 
@@ -176,8 +189,8 @@ class Addax(torch.optim.Optimizer):
         fp32, 4 bytes for each element of this rank's shards.
 
         Args:
-            zeroth_order: each returns this rank's loss of a zeroth-order micro-batch; not called if
-                alpha is 0.
+            zeroth_order: each returns this rank's loss of a zeroth-order micro-batch, in every
+                pass of `estimator`; not called if alpha is 0.
             first_order: each returns this rank's loss of a first-order micro-batch; not called if
                 alpha is 1, and None if the caller computes that loss. To clip a single micro-batch
                 its closure is called twice, with the same state of torch's random generators.
@@ -313,7 +326,9 @@ class Addax(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         limits = self.loss_scale.value, self.max_grad_norm
-        return RunningStep(self.sharding, steps, self._kept, *limits, self.track_norm)
+        return RunningStep(
+            self.sharding, steps, self.estimator, self._kept, *limits, self.track_norm
+        )
 
     def _check_comes_first(self) -> None:
         if self._running is not None:

@@ -33,6 +33,7 @@ class Hyperparameter:
         json_key: dotted key of the DeepSpeed JSON.
         note: for the table of JSON keys in docs/arguments.md.
         by_group: whether parameter groups may differ in it, as those of any optimizer.
+        zeroth_order: whether it has an effect on the zeroth-order part alone.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Hyperparameter:
     json_key: str
     note: str
     by_group: bool
+    zeroth_order: bool
 
     def problems(self, value: Any, called: str) -> Iterator[str]:
         """Yield a sentence if a value lies outside the range."""
@@ -67,10 +69,12 @@ def _known(
     json_key: str = "",
     note: str = "",
     by_group: bool = False,
+    zeroth_order: bool = False,
 ) -> Any:
     """Declare a field with the facts of `Hyperparameter`; flag and key default to its name."""
     facts = {"accepts": accepts, "expected": expected, "on_resume": on_resume, "note": note}
     facts |= {"flag": flag, "json_key": json_key, "by_group": by_group}
+    facts["zeroth_order"] = zeroth_order
     return field(default=default, metadata=facts)
 
 
@@ -101,6 +105,7 @@ class Hyperparameters:
         accepts=lambda value: _number(value) and value > 0,
         expected="a number above 0",
         note='Default and "auto": 1e-3.',
+        zeroth_order=True,
     )
     weight_decay: float = _known(
         0.0,
@@ -128,6 +133,13 @@ class Hyperparameters:
         expected="a number of at least 0",
         json_key="gradient_clipping",
     )
+    zo_directions: int = _known(
+        1,
+        accepts=lambda value: isinstance(value, Integral) and _number(value, 1),
+        expected="an integer of at least 1",
+        note='Default and "auto": 1.',
+        zeroth_order=True,
+    )
 
     def __post_init__(self) -> None:
         raise_problems("Addax cannot have these values:", list(problems(asdict(self))))
@@ -154,6 +166,13 @@ class HyperparameterFlags:
         default=None,
         metadata={"help": "Rounding of bf16 and fp16 weight updates (default stochastic)."},
     )
+    zo_directions: int | None = field(
+        default=None,
+        metadata={
+            "help": "Independent directions z of a step, whose two-sided differences are averaged "
+            "(default 1). Each costs two forward passes, and no memory."
+        },
+    )
 
 
 class HyperparameterKwargs(TypedDict, total=False):
@@ -165,6 +184,7 @@ class HyperparameterKwargs(TypedDict, total=False):
     seed: int
     rounding: Rounding
     max_grad_norm: float
+    zo_directions: int
 
 
 def _facts_of_all() -> Iterator[Hyperparameter]:

@@ -17,13 +17,16 @@ class StepReport:
 
     Attributes:
         index: number of the step.
-        g0: zeroth-order projected gradient; None if alpha is 0.
-        zeroth_order_loss: mean of the losses at theta + zo_eps z and theta - zo_eps z, or None.
+        g0: zeroth-order projected gradient, of several directions their root mean square; 0 if that
+            part was left out, None if alpha is 0.
+        zeroth_order_loss: mean of the losses at theta + zo_eps z and theta - zo_eps z over all
+            directions z, or None.
         first_order_loss: mean over ranks and micro-batches of the first-order loss; None if
             `Addax.measure` did not compute it.
         zeroth_order_norm: norm of the zeroth-order part of the update, lr * alpha * |g0| * sqrt(d)
-            for d trainable elements; ||z|| is sqrt(d) to a relative 1 / sqrt(2 d) (weights narrower
-            than fp32 were perturbed by rounded multiples of z, whose norm differs a little).
+            for d trainable elements, over sqrt(q) for q directions; ||z|| is sqrt(d) to a relative
+            1 / sqrt(2 d), and directions are as good as orthogonal (weights narrower than fp32 were
+            perturbed by rounded multiples of z, whose norm differs a little).
         first_order_norm: norm of the first-order part, lr * (1 - alpha) * ||g1||, after clipping;
             None unless `Addax.track_norm` was set or the gradient is clipped.
         gradient_norm: ||g1|| over all parameters, before weighting and clipping; None likewise.
@@ -31,6 +34,7 @@ class StepReport:
         partial: whether something was NaN or infinite: a loss, whose part of the step was left out,
             or elements of an update, which kept their weights.
         stop_requested: whether `Addax.stop_requested` was set on any rank.
+        projected_gradients: those of all directions; empty where there is none.
     """
 
     index: int
@@ -43,6 +47,7 @@ class StepReport:
     loss_scale: float = 1.0
     partial: bool = False
     stop_requested: bool = False
+    projected_gradients: tuple[float, ...] = ()
 
 
 class NonFiniteError(UserError, ArithmeticError):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from addax_ds.distributed.collectives import everywhere
+from addax_ds.optim.estimator import Estimate, Estimator
 from addax_ds.optim.gradients import GradientSums, KeptWeights, SquaredNorms
 from addax_ds.optim.report import StepReport
 from addax_ds.optim.update import Step, apply_update, perturb
@@ -36,14 +37,15 @@ class RunningStep:
 
     Args:
         sharding: the back end.
-        steps: the values of the step, by parameter group; g0 is not known yet.
+        steps: the values of the step, by parameter group; the coefficients are not known yet.
+        estimator: the zeroth-order part.
         kept: flags of the weights, which are unset here.
         loss_scale: factor of the first-order loss.
         max_grad_norm: see `Addax`.
         track_norm: see `Addax`.
 
     Attributes:
-        zeroth_order_loss: mean over ranks and both perturbations, once it is known.
+        zeroth_order_loss: mean over ranks, as the estimator has it, once it is known.
         first_order_loss: mean over ranks and micro-batches, once it is known.
         problems: what was NaN or infinite, in words.
         overflow: the same, of what a smaller loss scale may mend: nothing, or one entry.
@@ -53,6 +55,7 @@ class RunningStep:
         self,
         sharding: Sharding,
         steps: list[Step],
+        estimator: Estimator,
         kept: KeptWeights,
         loss_scale: float,
         max_grad_norm: float,
@@ -67,6 +70,8 @@ class RunningStep:
         self._max_grad_norm = max_grad_norm
         self._track_norm = track_norm
         self._steps = steps
+        self._estimator = estimator
+        self._estimate: Estimate | None = None
         self._mode = _Mode.APPLY
         self._updated: set[int] = set()
         self._applied_first_order = steps[0].alpha < 1.0
@@ -78,8 +83,8 @@ class RunningStep:
 
     @property
     def g0(self) -> float:
-        """The projected gradient; 0 if there is none."""
-        return self._steps[0].g0
+        """The projected gradient (`Estimate.g0`); 0 if there is none."""
+        return self._estimate.g0 if self._estimate else 0.0
 
     # ---- forward passes ------------------------------------------------------------------------
 
@@ -117,15 +122,16 @@ class RunningStep:
 
     @torch.no_grad()
     def _perturbed_losses(self, closures: list[Closure]) -> list[Tensor]:
-        """Return this rank's mean losses at theta + zo_eps z and at theta - zo_eps z."""
+        """Return this rank's mean loss of each pass of the estimator."""
+        step = self._steps[0]
 
-        def perturbed(sign: int, shard: Shard) -> Tensor:
-            return perturb(shard.data, shard.parameter_id, shard.start, self._steps[0], sign)
+        def perturbed(sign: int, probe: int, shard: Shard) -> Tensor:
+            return perturb(shard.data, shard.parameter_id, shard.start, step, sign, probe)
 
         means = []
         with evaluation_mode(self._sharding.model), self._sharding.forward_only():
-            for sign in (+1, -1):
-                with self._sharding.perturbed(partial(perturbed, sign)):
+            for each in self._estimator.passes:
+                with self._sharding.perturbed(partial(perturbed, each.sign, each.probe)):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())
         return means
@@ -221,7 +227,7 @@ class RunningStep:
     # ---- what all ranks agree on ---------------------------------------------------------------
 
     def _agree(self, zeroth_order: list[Tensor], first_order: Tensor | None) -> bool:
-        """Average the losses over ranks, in fp64 and with one all-reduce, and set g0.
+        """Average the losses over ranks, in fp64 and with one all-reduce, and fix the estimate.
 
         Returns:
             Whether the first-order loss, if there is one, is finite.
@@ -234,8 +240,7 @@ class RunningStep:
         if first_order is not None:
             self.first_order_loss = means.pop()
         if means:
-            g0 = self._projected_gradient(*means)
-            self._steps = [replace(step, g0=g0) for step in self._steps]
+            self._take_estimate(means)
         if self.first_order_loss is None or math.isfinite(self.first_order_loss):
             return True
         self._leave_out(f"first-order loss {self.first_order_loss}", self.problems)
@@ -243,14 +248,16 @@ class RunningStep:
         self._sums.clear()
         return False
 
-    def _projected_gradient(self, loss_plus: float, loss_minus: float) -> float:
-        """Return g0; 0, with a note that this part is left out, where it is NaN or infinite."""
-        self.zeroth_order_loss = (loss_plus + loss_minus) / 2
-        g0 = (loss_plus - loss_minus) / (2 * self._steps[0].zo_eps)
-        if math.isfinite(g0):
-            return g0
-        self._leave_out(f"zeroth-order losses {loss_plus} and {loss_minus}", self.problems)
-        return 0.0
+    def _take_estimate(self, losses: list[float]) -> None:
+        """Complete the step by its coefficients, or leave that part out if they are not finite."""
+        estimate = self._estimator.estimate(losses, self._steps[0].zo_eps)
+        self.zeroth_order_loss = estimate.loss
+        if not all(map(math.isfinite, estimate.coefficients)):
+            said = " and ".join(map(str, losses))
+            self._leave_out(f"zeroth-order losses {said}", self.problems)
+            return
+        self._estimate = estimate
+        self._steps = [replace(step, coefficients=estimate.coefficients) for step in self._steps]
 
     def finish(self, stop_requested: bool) -> StepReport:
         """Update what got no gradient, and report, with one all-reduce.
@@ -301,17 +308,19 @@ class RunningStep:
         step, norms = self._steps[0], self._norms
         lrs = [group.lr for group in self._steps]
         sizes = [math.sqrt(elements) for elements in self._sharding.group_elements]
+        zeroth_order_norm = step.alpha * math.hypot(*step.coefficients)
         return StepReport(
             index=step.index,
-            g0=step.g0 if step.alpha > 0 else None,
+            g0=self.g0 if step.alpha > 0 else None,
             zeroth_order_loss=self.zeroth_order_loss,
             first_order_loss=self.first_order_loss,
-            zeroth_order_norm=step.alpha * abs(step.g0) * math.hypot(*map(mul, lrs, sizes)),
+            zeroth_order_norm=zeroth_order_norm * math.hypot(*map(mul, lrs, sizes)),
             first_order_norm=self._first_order_norm(lrs) if norms else None,
             gradient_norm=math.hypot(*norms) if norms else None,
             loss_scale=self._loss_scale,
             partial=bool(self.problems or self.overflow),
             stop_requested=stop_requested,
+            projected_gradients=self._estimate.projected_gradients if self._estimate else (),
         )
 
     def _first_order_norm(self, lrs: list[float]) -> float:

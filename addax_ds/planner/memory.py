@@ -30,7 +30,8 @@ class Inputs:
         method: "sgd" and "adamw" are torch's, in DeepSpeed's ZeRO-3 optimizer.
         sharding: where the weights live.
         ranks: number of GPUs over which they are sharded.
-        zeroth_order: batch of the two passes without a backward; None without such passes.
+        zeroth_order: batch of the passes without a backward, which follow each other, so that their
+            number does not matter; None without such passes.
         first_order: batch of the pass with a backward; None without it.
         checkpointing: whether blocks are recomputed in backward.
         attention: "eager", "sdpa" or a flash implementation; None for the model's own choice.

@@ -16,7 +16,7 @@ class Costs:
         train_seconds: wall-clock time of steps; loading, evaluations and checkpoints are not in it.
         train_cpu_seconds: time that the processors spent on this rank's steps, all threads.
         train_tokens: tokens of the global batches, zeroth- and first-order, padding left out; those
-            of a zeroth-order batch count once, though two passes see them.
+            of a zeroth-order batch count once, though several passes see them.
     """
 
     train_seconds: float = 0.0

@@ -160,8 +160,9 @@ class AddaxTrainer(StepTrainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a step: 4 a parameter and token zeroth-order, 6 first-order."""
-        weights = {"zeroth_order": 4 * (self.addax.alpha > 0), "first_order": 6}
+        """Operations of a step, a parameter and token: 2 in a pass, 4 more in a backward."""
+        passes = len(self.addax.estimator.passes) if self.addax.alpha > 0 else 0
+        weights = {"zeroth_order": 2 * passes, "first_order": 6}
         tokens = sum(
             weight * batch["input_ids"].numel()
             for stream, weight in weights.items()

@@ -40,7 +40,7 @@ def test_a_thousand_random_slices(dtype):
             Draw(rng.randrange(2**64), rng.randrange(2**32), rng.randrange(2**32)),
             c0=rng.choice((1.0, 0.99)),
             c1=rng.choice((0.0, 1e-3)),
-            c2=rng.choice((0.0, 1e-3)),
+            c2=rng.choice(((), (1e-3,), (1e-3, -2e-3, 0.0))),
             zo_eps=rng.choice((0.0, 1e-3)),
             stochastic=dtype != torch.float32 and rng.random() < 0.5,
         )

@@ -139,6 +139,9 @@ def test_not_attached():
         ({"seed": -1}, "seed = "),
         ({"seed": 1 << 64}, "seed = "),
         ({"rounding": "up"}, "rounding = 'up': it must be 'stochastic' or 'nearest'"),
+        ({"zo_directions": 0}, "zo_directions = 0: it must be an integer of at least 1"),
+        ({"zo_directions": 1.0}, "zo_directions = 1.0"),
+        ({"zo_directions": True}, "zo_directions = True"),
     ],
 )
 def test_hyperparameters_out_of_range(options, message):
@@ -192,13 +195,14 @@ def test_groups_have_their_own_learning_rate_and_decay():
     assert torch.allclose(model.head.weight, head * (1 - 0.1 * 0.5) - 0.1 * g0 * z, atol=1e-7)
 
 
-def test_state_continues_the_run():
-    model, optimizer = toy()
+@pytest.mark.parametrize("zo_directions", [1, 2])
+def test_state_continues_the_run(zo_directions):
+    model, optimizer = toy(zo_directions=zo_directions)
     one_step(model, optimizer)
     state, saved = optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
     wanted = [one_step(model, optimizer) for _ in range(2)]
 
-    other, resumed = toy(lr=0.7)
+    other, resumed = toy(lr=0.7, zo_directions=zo_directions)
     other.load_state_dict(saved)
     resumed.load_state_dict(state)
     assert resumed.param_groups[0]["lr"] == 0.1

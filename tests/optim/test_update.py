@@ -10,7 +10,9 @@ import addax_ds
 from addax_ds.optim.update import Step, apply_update, perturb
 
 NARROW = [torch.bfloat16, torch.float16]
-STEP = Step(seed=9, index=3, lr=0.1, alpha=0.25, zo_eps=1e-2, g0=1.5, rounding="nearest")
+STEP = Step(
+    seed=9, index=3, lr=0.1, alpha=0.25, zo_eps=1e-2, coefficients=(1.5,), rounding="nearest"
+)
 
 
 def random(shape, dtype=torch.float32, seed=0) -> torch.Tensor:
@@ -23,10 +25,10 @@ def gains(count: int, dtype=torch.bfloat16) -> torch.Tensor:
 
 
 def realised_difference(
-    weight: torch.Tensor, parameter_id: int, start: int, step: Step
+    weight: torch.Tensor, parameter_id: int, start: int, step: Step, probe: int
 ) -> torch.Tensor:
-    """What the two passes saw of z, in float64."""
-    plus, minus = (perturb(weight, parameter_id, start, step, sign) for sign in (1, -1))
+    """What the two passes saw of a z, in float64."""
+    plus, minus = (perturb(weight, parameter_id, start, step, sign, probe) for sign in (1, -1))
     return (plus.double() - minus.double()) / (2 * step.zo_eps)
 
 
@@ -34,16 +36,22 @@ def realised_difference(
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, None])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("zo_eps", [1e-2, 1e-3])
-def test_update_is_the_equation_rounded_once(dtype, gradient_dtype, weight_decay, zo_eps):
-    step = replace(STEP, weight_decay=weight_decay, zo_eps=zo_eps)
+@pytest.mark.parametrize("coefficients", [(1.5,), (1.5, -0.5), (0.25, -1.0, 0.0, 0.75)])
+def test_update_is_the_equation_rounded_once(
+    dtype, gradient_dtype, weight_decay, zo_eps, coefficients
+):
+    step = replace(STEP, weight_decay=weight_decay, zo_eps=zo_eps, coefficients=coefficients)
     weight = torch.cat([random(5000, dtype), gains(5000, dtype)])
     gradient = None if gradient_dtype is None else random(10_000, gradient_dtype, seed=1)
-    if dtype == torch.float32:
-        d = addax_ds.gaussian(9, 3, 77, 123, 10_000).double()
-    else:
-        d = realised_difference(weight, 77, 123, step)
+    zeroth = torch.zeros(10_000, dtype=torch.float64)
+    for probe, coefficient in enumerate(coefficients):
+        if dtype == torch.float32:
+            d = addax_ds.gaussian(9, 3, 77, 123, 10_000, probe=probe).double()
+        else:
+            d = realised_difference(weight, 77, 123, step, probe)
+        zeroth += coefficient * d
     g1 = 0 if gradient is None else gradient.double()
-    exact = weight.double() * (1 - 0.1 * weight_decay) - 0.1 * (0.25 * 1.5 * d + 0.75 * g1)
+    exact = weight.double() * (1 - 0.1 * weight_decay) - 0.1 * (0.25 * zeroth + 0.75 * g1)
     apply_update(weight, gradient, 77, 123, step, decayed=True)
     unit = torch.finfo(dtype).eps
     assert weight.dtype == dtype
@@ -65,7 +73,7 @@ def test_what_neither_pass_moved_gets_no_zeroth_order_update(rounding):
 
     both, first = weight.clone(), weight.clone()
     apply_update(both, gradient, 5, 7, step, decayed=False)
-    apply_update(first, gradient, 5, 7, replace(step, g0=0.0), decayed=False)
+    apply_update(first, gradient, 5, 7, replace(step, coefficients=(0.0,)), decayed=False)
     assert torch.equal(both[unmoved], first[unmoved])
     assert (both[~unmoved] != first[~unmoved]).double().mean() > 0.9
 
@@ -88,17 +96,18 @@ def test_alpha_1_ignores_a_gradient_even_if_it_is_infinite():
 def test_perturb_adds_z_and_leaves_the_weight(dtype):
     weight = random(1000, dtype)
     before = weight.clone()
-    for sign in (1, -1):
-        z = addax_ds.gaussian(9, 3, 5, 7, 1000)
-        expected = (weight.float() + sign * torch.tensor(1e-2) * z).to(dtype)
-        assert torch.equal(perturb(weight, 5, 7, STEP, sign), expected)
+    for probe in (0, 3):
+        z = addax_ds.gaussian(9, 3, 5, 7, 1000, probe=probe)
+        for sign in (1, 0, -1):
+            expected = (weight.float() + sign * torch.tensor(1e-2) * z).to(dtype)
+            assert torch.equal(perturb(weight, 5, 7, STEP, sign, probe), expected)
     assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_slicing_does_not_change_a_bit(rounding, dtype):
-    step = replace(STEP, rounding=rounding)
+    step = replace(STEP, rounding=rounding, coefficients=(1.5, -0.5))
     whole, gradient = random(300_000, dtype), random(300_000, seed=1)
     parts = whole.clone()
     apply_update(whole, gradient, 5, 1000, step, decayed=True)
@@ -171,9 +180,10 @@ def test_no_update_makes_a_weight_nan_or_infinite(dtype, rounding):
     assert weight[4] == 0.5
     assert kept.item() == 1
 
-    for bad in (replace(step, alpha=0.5, g0=math.nan), replace(step, alpha=0.5, g0=math.inf)):
+    for bad in (math.nan, math.inf):
         weight, kept = before.clone(), torch.zeros(1, dtype=torch.int32)
-        apply_update(weight, None, 5, 0, bad, decayed=False, kept=kept)
+        spoilt = replace(step, alpha=0.5, coefficients=(bad,))
+        apply_update(weight, None, 5, 0, spoilt, decayed=False, kept=kept)
         assert torch.equal(weight, before)
         assert kept.item() == 1
 

@@ -65,7 +65,7 @@ def devices(monkeypatch) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize(("home", "calls"), [("cpu", "cpu"), ("cuda", "cuda")])
 def test_a_shard_is_perturbed_and_updated_where_it_lives(devices, home, calls):
     """With tensors that have a device and no memory: the gradient comes to the shard."""
-    step = Step(seed=1, index=2, lr=0.1, alpha=0.5, zo_eps=1e-3, g0=1.0)
+    step = Step(seed=1, index=2, lr=0.1, alpha=0.5, zo_eps=1e-3, coefficients=(1.0,))
     with FakeTensorMode():
         weight = torch.empty(64, dtype=torch.bfloat16, device=home)
         gradient = torch.empty(64, dtype=torch.bfloat16, device="cuda")

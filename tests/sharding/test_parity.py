@@ -47,7 +47,10 @@ def test_replayed_steps_are_equal_to_the_bit(results, layout, dtype, method):
             assert torch.equal(found["weights"][name], weight), name
 
 
-@pytest.mark.parametrize(("method", "passes"), [("addax", 3), ("mezo", 2), ("ip-sgd", 1)])
+PASSES = {"addax": 3, "mezo": 2, "ip-sgd": 1, "addax, q = 2": 5, "mezo, q = 4": 8}
+
+
+@pytest.mark.parametrize(("method", "passes"), PASSES.items())
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_replayed_steps_move_what_they_should(results, dtype, method, passes):
     run = results[FIRST][0]["replayed", method, dtype]

@@ -18,6 +18,7 @@ class Hyperparameters:
     weight_decay: float = 0.0
     seed: int = 1234
     max_grad_norm: float = 0.0
+    zo_directions: int = 1
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,11 +40,10 @@ def float64_loop(
 
     history = []
     for step, (long, short) in enumerate(batches):
-        z = {
-            n: addax_ds.gaussian(h.seed, step, n, 0, p.numel()).view(p.shape).double()
-            for n, p in parameters.items()
-        }
-        g0 = two_point(loss, parameters, z, long, h.zo_eps) if h.alpha > 0 else 0.0
+        directions = [directions_of(h, step, probe, parameters) for probe in range(h.zo_directions)]
+        projected = [two_point(loss, parameters, z, long, h.zo_eps) for z in directions]
+        if h.alpha == 0:
+            projected = [0.0] * h.zo_directions
         gradients = dict.fromkeys(parameters)
         if h.alpha < 1:
             grads = torch.autograd.grad(loss(short), list(parameters.values()), allow_unused=True)
@@ -52,9 +52,28 @@ def float64_loop(
             for n, p in parameters.items():
                 decay = h.lr * h.weight_decay if p.ndim >= 2 else 0.0
                 g1 = gradients[n] if gradients[n] is not None else torch.zeros_like(p)
-                p.copy_(p * (1 - decay) - h.lr * (h.alpha * g0 * z[n] + (1 - h.alpha) * g1))
-        history.append(g0)
+                g0_z = sum(g0 * z[n] for g0, z in zip(projected, directions, strict=True))
+                gradient = h.alpha * g0_z / h.zo_directions + (1 - h.alpha) * g1
+                p.copy_(p * (1 - decay) - h.lr * gradient)
+        history.append(summary(projected))
     return history
+
+
+def directions_of(
+    h: Hyperparameters, step: int, probe: int, parameters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """One z for all parameters."""
+    return {
+        n: addax_ds.gaussian(h.seed, step, n, 0, p.numel(), probe=probe).view(p.shape).double()
+        for n, p in parameters.items()
+    }
+
+
+def summary(projected: list[float]) -> float:
+    """The g0 of a step: of several directions the root mean square."""
+    if len(projected) == 1:
+        return projected[0]
+    return (sum(g0**2 for g0 in projected) / len(projected)) ** 0.5
 
 
 def clipped(gradients: tuple[Tensor | None, ...], max_norm: float) -> list[Tensor | None]:

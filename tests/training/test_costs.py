@@ -2,14 +2,17 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import addax_ds
 from addax_ds.data.batches import StepBatches, StepSchedule
 from addax_ds.data.encoding import Example
 from addax_ds.training.costs import CostMeter, Costs, peak_memory
+from addax_ds.training.trainer import AddaxTrainer
 
 
 def examples(lengths: list[int]) -> list[Example]:
@@ -63,3 +66,27 @@ def test_the_peak_of_memory_on_a_cpu():
     lines = Path("/proc/self/status").read_text().splitlines()
     (high_water,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     assert peak_memory(torch.device("cpu")) == pytest.approx(1024 * high_water, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "streams", "operations"),
+    [
+        ({"alpha": 0.5}, ("zeroth_order", "first_order"), 4 * 30 + 6 * 10),
+        ({"alpha": 0.5, "zo_directions": 3}, ("zeroth_order", "first_order"), 12 * 30 + 6 * 10),
+        ({"alpha": 1.0}, ("zeroth_order",), 4 * 30),
+        ({"alpha": 0.0}, ("first_order",), 6 * 10),
+        ({"alpha": 0.0}, ("zeroth_order", "first_order"), 6 * 10),
+    ],
+)
+def test_operations_are_those_of_forwards_and_backwards(options, streams, operations):
+    """A parameter and token: 2 in each zeroth-order pass, 6 in a forward and its backward."""
+    model = torch.nn.Linear(3, 2)  # 8 parameters
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, **options)
+    addax_ds.attach(optimizer, model)
+    tokens = {"zeroth_order": [(3, 6), (2, 6)], "first_order": [(5, 2)]}
+    inputs = {
+        name: [{"input_ids": torch.zeros(shape, dtype=torch.long)} for shape in tokens[name]]
+        for name in streams
+    }
+    trainer = SimpleNamespace(addax=optimizer)
+    assert AddaxTrainer.floating_point_ops(trainer, inputs) == 8 * operations

@@ -8,6 +8,7 @@ what was recorded.
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ METHODS = {
     "addax": Hyperparameters(weight_decay=0.1),
     "mezo": Hyperparameters(alpha=1.0, lr=1e-4),
     "ip-sgd": Hyperparameters(alpha=0.0),
+    "addax, q = 2": Hyperparameters(weight_decay=0.1, zo_directions=2),
+    "mezo, q = 4": Hyperparameters(alpha=1.0, lr=2e-4, zo_directions=4),
 }
 LIVE = {
     name: Case(model={"activation": "gelu"}, hyperparameters=hyperparameters)
@@ -32,6 +35,10 @@ REPLAYED = {
     "addax": Hyperparameters(lr=0.05, alpha=0.01, zo_eps=2.0**-7, weight_decay=0.1),
     "mezo": Hyperparameters(lr=0.05, alpha=1.0, zo_eps=2.0**-7, weight_decay=0.1),
     "ip-sgd": Hyperparameters(lr=0.05, alpha=0.0, weight_decay=0.1),
+}
+REPLAYED |= {
+    "addax, q = 2": replace(REPLAYED["addax"], zo_directions=2),
+    "mezo, q = 4": replace(REPLAYED["mezo"], zo_directions=4),
 }
 REPLAYED_STEPS = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -102,9 +109,9 @@ def part_of(draws: Tensor) -> Tensor:
     return parts[dist.get_world_size()][dist.get_rank()]
 
 
-def recorded_losses(step: int) -> Iterator[Tensor]:
+def recorded_losses(step: int, passes: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
-    for draws in torch.randint(1, 200, (2, 3), generator=generator):
+    for draws in torch.randint(1, 200, (passes, 3), generator=generator):
         yield part_of(draws) / 1024
 
 
@@ -116,7 +123,7 @@ def replay(layout: Layout, dtype: torch.dtype, h: Hyperparameters) -> dict[str, 
     g0 = []
     for step in range(REPLAYED_STEPS):
         model.replay(shapes, step)
-        losses = recorded_losses(step)
+        losses = recorded_losses(step, 2 * h.zo_directions)
 
         def zeroth_order(losses=losses) -> Tensor:
             run.model()
