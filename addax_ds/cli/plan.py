@@ -11,7 +11,8 @@ from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_
 from addax_ds.config.deepspeed_values import AUTO
 from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
 from addax_ds.planner.memory import Inputs
-from addax_ds.planner.report import Request, as_json, as_table, make_plans, runs
+from addax_ds.planner.report import Request, as_json, as_table, make_plans
+from addax_ds.planner.rules import RULES, rules_of
 from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
 from addax_ds.planner.units import GB, GRAIN, RESERVE
 from addax_ds.planner.zero3 import Zero3Settings
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--target_tokens", type=int, help="predicted tokens of a sequence (default: all)")
     add("--deepspeed", help="DeepSpeed JSON (default: bucket sizes of ds_configs/zero3.json)")
-    add("--sharding", choices=("zero3", "fsdp2", "none"), default="zero3", help="back end")
+    add("--sharding", choices=tuple(RULES), default="zero3", help="back end")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="type of the weights")
     add(
         "--attn_implementation",
@@ -194,12 +195,13 @@ def _out_of_range(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
     given, sharding = dict.fromkeys(arguments.methods), arguments.sharding
-    methods = [method for method in given if runs(method, sharding)]
+    rules = rules_of(sharding)
+    methods = [method for method in given if rules.runs(method)]
     named = " ".join(methods)
     if not methods:
         yield f"--methods {' '.join(given)} run with --sharding zero3 alone, and it is {sharding}."
         return
-    if arguments.deepspeed and sharding != "zero3":
+    if arguments.deepspeed and not rules.uses_deepspeed:
         yield f"--deepspeed has no effect with --sharding {sharding}."
     for name, effective in _ONLY_FOR.items():
         if getattr(arguments, name) not in (None, False) and effective.isdisjoint(methods):

@@ -49,7 +49,7 @@ from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import BASELINES
-from addax_ds.sharding.base import ShardingName
+from addax_ds.sharding.registry import back_end
 from addax_ds.training.base import StepTrainer, plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
@@ -82,7 +82,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     _set_up(args, model_args)
     with all_ranks_or_none():
         settings = configure(args, addax_args)
-        sharding = model_args.sharding or ("zero3" if args.deepspeed else "none")
+        sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     run = Run.of(args, settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args, run)
     with all_ranks_or_none():
@@ -172,7 +172,7 @@ def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> 
 
 def _plan_threshold(
     source: ModelSource,
-    sharding: ShardingName,
+    sharding: str,
     data: Data,
     args: TrainingArguments,
     settings: AddaxSettings,

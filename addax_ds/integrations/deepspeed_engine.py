@@ -13,8 +13,8 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from addax_ds.config.deepspeed import check_ds_config
+from addax_ds.integrations.stage3 import Stage3
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
-from addax_ds.sharding.zero3 import Stage3
 from addax_ds.utils.errors import UserError
 
 
