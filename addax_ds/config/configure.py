@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from deepspeed.accelerator import get_accelerator
 from transformers import TrainingArguments
 
 from addax_ds.config.deepspeed import check_ds_config, load_ds_config, warn_without_effect
@@ -124,6 +123,8 @@ def _check_dtypes(config: Mapping[str, Any], args: TrainingArguments, where: str
                 f"--{name} is {getattr(args, name)}, but {where} has {name}.enabled "
                 f'{block.get("enabled", "not at all")}: write "{name}": {{"enabled": "auto"}} there'
             )
+    from deepspeed.accelerator import get_accelerator  # users of other back ends have none
+
     if args.fp16 and not get_accelerator().is_fp16_supported():
         raise UserError(
             "DeepSpeed does not train fp16 weights on this device: use --bf16, or --sharding fsdp2 "

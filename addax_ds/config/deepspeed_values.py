@@ -2,7 +2,7 @@
 
 DeepSpeed reads many of them unseen and dies of a wrong one after the model is loaded, or in the
 middle of a run. Here its own classes are asked beforehand, and what they take without looking is
-checked against a table.
+checked against a table. DeepSpeed is imported when there is a JSON to check.
 """
 
 import logging
@@ -13,13 +13,8 @@ from itertools import count
 from typing import Any, get_args
 
 import torch
-from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
-from deepspeed.utils import logger as deepspeed_logger
-from pydantic import ValidationError
 
+from addax_ds.utils.extras import naming_extras
 from addax_ds.utils.messages import did_you_mean, shown
 
 AUTO = "auto"
@@ -125,7 +120,13 @@ def value_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
     Args:
         config: keys and refused values have been checked.
+
+    Raises:
+        MissingExtraError: DeepSpeed is not installed.
     """
+    with naming_extras():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
     for path, (accepts, expected) in _CHECKS.items():
         parent, _, name = path.rpartition(".")
         block = config.get(parent) if parent else config
@@ -170,6 +171,10 @@ def _kind_problems(model: Any, config: Mapping[str, Any], name: str) -> Iterator
 
 def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Let DeepSpeed parse one top-level entry after the other."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
     fixed = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     for key, value in config.items():
         if key in (*fixed, "train_batch_size", "optimizer", "scheduler") or value == AUTO:
@@ -192,6 +197,8 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _schedule_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Make the schedule that the JSON asks for, for an optimizer of no consequence."""
+    from deepspeed.runtime import lr_schedules
+
     if "scheduler" not in config:
         return
     block = config["scheduler"]
@@ -231,6 +238,8 @@ def _without_auto(value: Any) -> Any:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Keep DeepSpeed from announcing each configuration that it is asked about."""
+    from deepspeed.utils import logger as deepspeed_logger
+
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(logging.CRITICAL)
     try:

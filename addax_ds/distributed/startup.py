@@ -8,10 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-import deepspeed
-import psutil
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
 from addax_ds.distributed.collectives import raise_any
@@ -107,6 +104,9 @@ def init_deepspeed() -> None:
         UserError: a lock is more than two minutes old, and no process that can be seen from here
             has it open.
     """
+    import deepspeed  # users of other back ends have none
+    from deepspeed.accelerator import get_accelerator
+
     if get_accelerator().device_name() == "cpu":
         folder = cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)
         wait_for_compilation(Path(folder).resolve() / "lock")
@@ -148,6 +148,8 @@ def _is_abandoned(lock: Path) -> bool:
 
 def _is_open(path: Path) -> bool:
     """Say whether a process of this machine, of those that we may look into, has a file open."""
+    import psutil
+
     for process in psutil.process_iter():
         try:
             if any(Path(file.path) == path for file in process.open_files()):

@@ -1,8 +1,7 @@
 """What the kernels compute, apart from how."""
 
+from ctypes import c_float
 from dataclasses import dataclass
-
-import numpy as np
 
 STREAM_Z = 0
 STREAM_ROUNDING = 1
@@ -65,4 +64,4 @@ class Operation:
 
     def __post_init__(self) -> None:
         for name in ("c0", "c1", "c2", "zo_eps"):
-            object.__setattr__(self, name, float(np.float32(getattr(self, name))))
+            object.__setattr__(self, name, c_float(getattr(self, name)).value)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from addax_ds.sharding.base import Sharding
+from addax_ds.utils.extras import naming_extras
 
 
 class Entry(NamedTuple):
@@ -42,12 +43,17 @@ def back_end(name: str | None = None, deepspeed: bool = False) -> type[Sharding]
     Args:
         name: value of ``--sharding``; None for the default.
         deepspeed: whether ``--deepspeed`` is given, which decides on the default.
+
+    Raises:
+        MissingExtraError: its engine is not installed.
     """
     entry = BACK_ENDS[name or ("zero3" if deepspeed else "none")]
-    return getattr(import_module(entry.module), entry.class_name)
+    with naming_extras():
+        return getattr(import_module(entry.module), entry.class_name)
 
 
 def back_end_of(model: nn.Module) -> type[Sharding]:
     """Return the back end that holds the weights of a model, attached or not."""
-    possible = (back_end(name) for name, entry in BACK_ENDS.items() if entry.engine in sys.modules)
+    imported = [name for name, e in BACK_ENDS.items() if sys.modules.get(e.engine) is not None]
+    possible = map(back_end, imported)
     return next(each for each in possible if each.accepts(model))
