@@ -259,3 +259,7 @@ def _check_dtype(config: Mapping[str, Any], where: str, dtype: str) -> None:
                 f"--dtype is {dtype}, but {where} has {name}.enabled {found}: write "
                 f'"{name}": {{"enabled": "auto"}} there, or give another --dtype'
             )
+
+
+if __name__ == "__main__":
+    main()

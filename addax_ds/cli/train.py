@@ -286,3 +286,7 @@ def _save_predictions(trainer: StepTrainer, test: ScoredSet) -> None:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = _folder(trainer.args) / "predictions_test.jsonl"
         path.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from addax_ds.config.deepspeed import check_ds_config, load_ds_config, pick
+from addax_ds.config.presets import find_preset
 from addax_ds.config.settings import (
     AddaxArguments,
     AddaxSettings,
@@ -223,6 +224,8 @@ def _values(parser: "_Parser", argv: list[str]) -> dict[str, Any]:
     params: Mapping[str, Any] = {}
     where = "the DeepSpeed config"
     if values.get("deepspeed"):
+        if isinstance(values["deepspeed"], str):
+            values["deepspeed"] = find_preset(values["deepspeed"])
         config, where = load_ds_config(values["deepspeed"])
         check_ds_config(config, where)
         params = config.get("optimizer", {}).get("params", {})

@@ -16,6 +16,7 @@ from typing import Any
 
 from addax_ds.config.deepspeed_keys import AUTO_KEYS, DS_KEYS, OPTIMIZER_PARAMS
 from addax_ds.config.deepspeed_values import AUTO, json_problems, value_problems
+from addax_ds.config.presets import find_preset
 from addax_ds.config.support import Status
 from addax_ds.optim.update import ROUNDINGS
 from addax_ds.utils.errors import UserError
@@ -53,7 +54,8 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
     """Read a DeepSpeed configuration.
 
     Args:
-        source: the path of a JSON file, a string that is a JSON object, or a mapping.
+        source: the path of a JSON file, the name of a ready one such as "zero3", a string that is
+            a JSON object, or a mapping.
 
     Returns:
         The configuration as a new `dict`, "auto" values included, and how to name it in messages.
@@ -69,7 +71,8 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
     elif isinstance(source, str) and source.lstrip().startswith("{"):
         config, where = _parse(source, "the DeepSpeed config"), "the DeepSpeed config"
     else:
-        config, where = _parse(_read(Path(source)), str(source)), str(source)
+        where = find_preset(str(source))
+        config = _parse(_read(Path(where)), where)
     if not isinstance(config, Mapping):
         raise UserError(f"{where} must hold a JSON object, not {type(config).__name__}.")
     raise_problems(f"{where} cannot be used:", list(json_problems(config)))
