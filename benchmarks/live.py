@@ -30,6 +30,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from addax_ds import Addax, attach
 from addax_ds.data.encoding import NO_LOSS
 from addax_ds.evaluation.likelihood import positions_of, target_scores, targets_of
+from addax_ds.integrations.stage3 import Stage3
 from addax_ds.optim import step
 from addax_ds.optim.gradients import GradientSums
 from addax_ds.optim.methods import ZEROTH_ORDER, Method
@@ -37,7 +38,7 @@ from addax_ds.planner.shapes import OPT_FAMILY
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import category_of
 from addax_ds.sharding.fsdp2 import shard_model
-from addax_ds.sharding.zero3 import Stage3, Zero3Sharding
+from addax_ds.sharding.zero3 import Zero3Sharding
 from addax_ds.utils.dtypes import DTYPES
 from benchmarks.common import SHAPES, all_live_tensors
 

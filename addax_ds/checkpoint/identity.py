@@ -16,7 +16,6 @@ from transformers import TrainingArguments
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
 from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameter
-from addax_ds.sharding.base import ShardingName
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
 
@@ -53,7 +52,7 @@ class Run:
         data: digest of the training data in its order; None if it has not been read yet.
     """
 
-    sharding: ShardingName
+    sharding: str
     ranks: int
     dtype: str
     method: str
@@ -66,7 +65,7 @@ class Run:
     data: str | None = None
 
     @classmethod
-    def of(cls, args: TrainingArguments, settings: AddaxSettings, sharding: ShardingName) -> "Run":
+    def of(cls, args: TrainingArguments, settings: AddaxSettings, sharding: str) -> "Run":
         """Describe the run that has these arguments; `with_data` adds what it trains on."""
         in_global_batch = args.world_size * settings.gradient_accumulation_steps
         first_order = 0 if settings.method == "mezo" else args.per_device_train_batch_size

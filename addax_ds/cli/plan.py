@@ -8,20 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
-# DeepSpeed logs to what standard output is when it is imported, and that is for the plan.
-with redirect_stdout(sys.stderr):
-    from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
-    from addax_ds.config.deepspeed_values import AUTO
-    from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
-    from addax_ds.planner.memory import Inputs
-    from addax_ds.planner.report import Request, as_json, as_table, make_plans, runs
-    from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
-    from addax_ds.planner.units import GB, GRAIN, RESERVE
-    from addax_ds.planner.zero3 import Zero3Settings
-    from addax_ds.utils.command_line import Parser, mistakes_end_the_program
-    from addax_ds.utils.dtypes import DTYPES
-    from addax_ds.utils.errors import UserError
-    from addax_ds.utils.messages import raise_problems
+from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
+from addax_ds.config.deepspeed_values import AUTO
+from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
+from addax_ds.planner.memory import Inputs
+from addax_ds.planner.report import Request, as_json, as_table, make_plans
+from addax_ds.planner.rules import RULES, rules_of
+from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
+from addax_ds.planner.units import GB, GRAIN, RESERVE
+from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.utils.command_line import Parser, mistakes_end_the_program
+from addax_ds.utils.dtypes import DTYPES
+from addax_ds.utils.errors import UserError
+from addax_ds.utils.messages import raise_problems
 
 _LEAST = {
     "gpus": 1,
@@ -151,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--target_tokens", type=int, help="predicted tokens of a sequence (default: all)")
     add("--deepspeed", help="DeepSpeed JSON (default: bucket sizes of ds_configs/zero3.json)")
-    add("--sharding", choices=("zero3", "fsdp2", "none"), default="zero3", help="back end")
+    add("--sharding", choices=tuple(RULES), default="zero3", help="back end")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="type of the weights")
     add(
         "--attn_implementation",
@@ -195,12 +194,13 @@ def _out_of_range(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
     given, sharding = dict.fromkeys(arguments.methods), arguments.sharding
-    methods = [method for method in given if runs(method, sharding)]
+    rules = rules_of(sharding)
+    methods = [method for method in given if rules.runs(method)]
     named = " ".join(methods)
     if not methods:
         yield f"--methods {' '.join(given)} run with --sharding zero3 alone, and it is {sharding}."
         return
-    if arguments.deepspeed and sharding != "zero3":
+    if arguments.deepspeed and not rules.uses_deepspeed:
         yield f"--deepspeed has no effect with --sharding {sharding}."
     for name, effective in _ONLY_FOR.items():
         if getattr(arguments, name) not in (None, False) and effective.isdisjoint(methods):
@@ -258,3 +258,7 @@ def _check_dtype(config: Mapping[str, Any], where: str, dtype: str) -> None:
                 f"--dtype is {dtype}, but {where} has {name}.enabled {found}: write "
                 f'"{name}": {{"enabled": "auto"}} there, or give another --dtype'
             )
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.checkpoint.identity import Run
-from addax_ds.cli import plotting
 from addax_ds.cli.data import Data
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.batches import StepSchedule
@@ -20,6 +19,7 @@ from addax_ds.training.base import StepTrainer
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.memory import describe, run_inputs
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.extras import MissingExtraError, naming_extras
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +133,13 @@ def report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
             change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
             logger.info("Test %s: %s", name, change)
     if "train_runtime" in results:
-        plotting.training_curves(trainer.state.log_history, folder / "training.png", title, metric)
+        curves = _draw(trainer, folder / "training.png", title, metric)
         logger.info(
             "%s; the most memory of a rank: %.2f GB\nModel:   %s\nCurves:  %s",
             _duration(results, trainer.resumed_step, trainer.costs.before.train_seconds),
             results["peak_memory_bytes"] / 1e9,
             (folder / "model").resolve(),
-            (folder / "training.png").resolve(),
+            curves,
         )
     logger.info("Results: %s", (folder / "all_results.json").resolve())
     return results
@@ -153,6 +153,17 @@ def _duration(results: dict[str, float], resumed_step: int, seconds_before: floa
         new = steps - resumed_step
         trained += f"; {new} of them since the resume in {seconds - seconds_before:.0f} s"
     return f"{trained}, {results['train_runtime']:.0f} s with evaluations and checkpoints"
+
+
+def _draw(trainer: StepTrainer, path: Path, title: str, metric: str) -> str:
+    """Draw the training curves; return where they are, or why there are none."""
+    try:
+        with naming_extras():
+            from addax_ds.cli import plotting
+    except MissingExtraError as error:
+        return f"not drawn, {error}"
+    plotting.training_curves(trainer.state.log_history, path, title, metric)
+    return str(path.resolve())
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -49,7 +49,7 @@ from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import BASELINES
-from addax_ds.sharding.base import ShardingName
+from addax_ds.sharding.registry import back_end
 from addax_ds.training.base import StepTrainer, plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
@@ -79,7 +79,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     _start_logging()
     model_args, data_args, args = parse_arguments(argv)
     _set_up(args, model_args)
-    sharding = model_args.sharding or ("zero3" if args.deepspeed else "none")
+    sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     run = Run.of(args, args.settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
     with all_ranks_or_none():
@@ -175,7 +175,7 @@ def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> 
 
 def _plan_threshold(
     source: ModelSource,
-    sharding: ShardingName,
+    sharding: str,
     data: Data,
     args: AddaxConfig,
     resumed: resume.Checkpoint | None,
@@ -284,3 +284,7 @@ def _save_predictions(trainer: StepTrainer, test: ScoredSet) -> None:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = _folder(trainer.args) / "predictions_test.jsonl"
         path.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,6 @@ from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from transformers import TrainingArguments
 
 from addax_ds.config.deepspeed import check_ds_config, load_ds_config, warn_without_effect
@@ -173,6 +172,8 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
                     f'{block.get("enabled", "not at all")}: write "{name}": {{"enabled": "auto"}} '
                     "there"
                 )
+        from deepspeed.accelerator import get_accelerator  # users of other back ends have none
+
         if self.fp16 and not get_accelerator().is_fp16_supported():
             raise UserError(
                 "DeepSpeed does not train fp16 weights on this device: use --bf16, or --sharding "

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.values import read_argument_file, type_problems, value_problems
 from addax_ds.distributed.startup import starting_together
-from addax_ds.sharding.base import ShardingName
+from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems
@@ -68,11 +68,12 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel: eager, sdpa, flash_attention_2, ..."}
     )
-    sharding: ShardingName | None = field(
+    sharding: str | None = field(
         default=None,
         metadata={
+            "choices": tuple(BACK_ENDS),
             "help": "Where the weights live: zero3 (needs, and is the default with, --deepspeed), "
-            "fsdp2, or none: whole on each rank (default without --deepspeed)."
+            "fsdp2, or none: whole on each rank (default without --deepspeed).",
         },
     )
     cpu_threads: int = field(
@@ -268,21 +269,18 @@ def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
 def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
     """Raise `UserError` if the back end does not fit the launcher or --deepspeed."""
     launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
-    if deepspeed and sharding not in (None, "zero3"):
+    chosen = back_end(sharding, deepspeed)
+    if deepspeed and not chosen.uses_deepspeed:
         raise UserError(
             f"--sharding {sharding} contradicts --deepspeed, which is --sharding zero3: remove one."
         )
-    if sharding == "zero3" and not deepspeed:
-        raise UserError("--sharding zero3 needs --deepspeed ds_configs/zero3.json.")
-    if deepspeed and not launched:
+    if chosen.uses_deepspeed and not deepspeed:
+        raise UserError(f"--sharding {sharding} needs --deepspeed ds_configs/zero3.json.")
+    if chosen.launch_command is not None and not launched:
+        flag = "--deepspeed" if deepspeed else f"--sharding {sharding}"
         raise UserError(
-            "--deepspeed needs a launcher, which tells each process its rank: start with "
-            "`deepspeed launch/train.py --deepspeed ...` (or torchrun)."
-        )
-    if sharding == "fsdp2" and not launched:
-        raise UserError(
-            "--sharding fsdp2 needs a launcher, which tells each process its rank: start with "
-            "`torchrun --nproc_per_node N launch/train.py --sharding fsdp2 ...`."
+            f"{flag} needs a launcher, which tells each process its rank: start with "
+            f"{chosen.launch_command}."
         )
     for variable, flag in (
         ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 from addax_ds.config.deepspeed_keys import AUTO_KEYS, DS_KEYS
 from addax_ds.config.deepspeed_values import AUTO, value_problems
+from addax_ds.config.presets import find_preset
 from addax_ds.config.support import Status
 from addax_ds.optim.hyperparameters import BY_NAME, HYPERPARAMETERS, HyperparameterKwargs
 from addax_ds.optim.hyperparameters import problems as hyperparameter_problems
@@ -43,7 +44,8 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
     """Read a DeepSpeed configuration.
 
     Args:
-        source: the path of a JSON file, a string that is a JSON object, or a mapping.
+        source: the path of a JSON file, the name of a ready one such as "zero3", a string that is
+            a JSON object, or a mapping.
 
     Returns:
         The configuration as a new `dict`, "auto" values included, and how to name it in messages.
@@ -60,7 +62,8 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
         elif isinstance(source, str) and source.lstrip().startswith("{"):
             text = source
         else:
-            text, where = _read(Path(source)), str(source)
+            where = find_preset(str(source))
+            text = _read(Path(where))
         config = parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(

@@ -2,7 +2,7 @@
 
 DeepSpeed reads many of them unseen and dies of a wrong one after the model is loaded, or in the
 middle of a run. Here its own classes are asked beforehand, and what they take without looking is
-checked by a class of the same kind.
+checked by a class of the same kind. DeepSpeed is imported when there is a JSON to check.
 """
 
 import logging
@@ -12,13 +12,9 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
-from deepspeed.utils import logger as deepspeed_logger
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from addax_ds.utils.extras import naming_extras
 from addax_ds.utils.messages import shown
 
 AUTO = "auto"
@@ -83,7 +79,13 @@ def value_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
     Args:
         config: keys and refused values have been checked.
+
+    Raises:
+        MissingExtraError: DeepSpeed is not installed.
     """
+    with naming_extras():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
     try:
         _Unseen.model_validate(_without_auto(config))
     except ValidationError as error:
@@ -129,6 +131,9 @@ def _kind_problems(model: Any, block: Mapping[str, Any], path: str) -> Iterator[
 
 def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Let DeepSpeed parse one top-level entry after the other."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     fixed = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     for key, value in config.items():
         if key in (*fixed, "train_batch_size", "optimizer", "scheduler") or value == AUTO:
@@ -149,6 +154,8 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _schedule_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Make the schedule that the JSON asks for, for an optimizer of no consequence."""
+    from deepspeed.runtime import lr_schedules
+
     if "scheduler" not in config:
         return
     block = config["scheduler"]
@@ -188,6 +195,8 @@ def _without_auto(value: Any) -> Any:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Keep DeepSpeed from announcing each configuration that it is asked about."""
+    from deepspeed.utils import logger as deepspeed_logger
+
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(logging.CRITICAL)
     try:

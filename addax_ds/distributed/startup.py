@@ -8,10 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-import deepspeed
-import psutil
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
 from torch.utils import cpp_extension
 
@@ -107,6 +104,9 @@ def init_deepspeed() -> None:
     Raises:
         UserError: the folder of the extension is on a file system that has no locks.
     """
+    import deepspeed  # users of other back ends have none
+    from deepspeed.accelerator import get_accelerator
+
     if get_accelerator().device_name() == "cpu":
         _compile_collectives()
     deepspeed.init_distributed()
@@ -114,6 +114,9 @@ def init_deepspeed() -> None:
 
 def _compile_collectives() -> None:
     """Compile or load what ``init_distributed`` finds loaded; it waits for ranks, this does not."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         folder = cpp_extension._get_build_directory(builder.name, verbose=False)
@@ -192,6 +195,8 @@ def _is_abandoned(lock: Path) -> bool:
 
 def _is_open(path: Path) -> bool:
     """Say whether a process of this machine, of those that we may look into, has a file open."""
+    import psutil
+
     for process in psutil.process_iter():
         try:
             if any(Path(file.path) == path for file in process.open_files()):

@@ -1,49 +1,46 @@
-"""Makes ``"optimizer": {"type": "Addax"}`` known to `deepspeed.initialize`.
+"""Puts Addax into DeepSpeed's engine, by private names of it (0.19.8)."""
 
-A private name of DeepSpeed's engine (0.19.8) is replaced: the method that makes its ZeRO optimizer.
-"""
-
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import stage3
-from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from addax_ds.config.deepspeed import check_ds_config
+from addax_ds.integrations.stage3 import Stage3
+from addax_ds.optim.addax import Addax
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
-from addax_ds.sharding.zero3 import Stage3
 from addax_ds.utils.errors import UserError
 
 
-def register(optimizer_class: type[torch.optim.Optimizer]) -> None:
-    """Teach DeepSpeed the optimizer type "Addax"; importing `addax_ds` does it, once."""
-    if getattr(torch.optim, "Addax", None) is optimizer_class:
-        return
-    configure = DeepSpeedEngine._configure_zero_optimizer
+def make_zero_optimizer(
+    engine: DeepSpeedEngine, optimizer: Addax, configure: Callable[[DeepSpeedEngine, Any], Any]
+) -> Stage3:
+    """Make the ZeRO-3 optimizer of an engine that trains with Addax.
 
-    def configure_addax(engine: DeepSpeedEngine, optimizer: Any) -> Any:
-        if not isinstance(optimizer, optimizer_class):
-            return configure(engine, optimizer)
-        check_ds_config(engine._config._param_dict, "the DeepSpeed configuration")
-        _check_accumulation(engine)
-        _take_settings(engine, optimizer)
-        # The engine looks the class up in its module at each call.
-        stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3
-        try:
-            zero = configure(engine, optimizer)
-        finally:
-            stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
-        zero.loss_scaler = LossScaler(1.0)  # the loss that `measure` returns is scaled
-        zero.dynamic_loss_scale = False
-        zero.sharding.engine = engine
-        return zero
+    Args:
+        engine: with its configuration.
+        optimizer: what the engine has made of the JSON's block, or was given.
+        configure: DeepSpeed's own method.
 
-    DeepSpeedEngine._configure_zero_optimizer = configure_addax
-    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
-    torch.optim.Addax = optimizer_class  # type: ignore[attr-defined]
+    Raises:
+        UserError: for a configuration that Addax cannot honour.
+    """
+    check_ds_config(engine._config._param_dict, "the DeepSpeed configuration")
+    _check_accumulation(engine)
+    _take_settings(engine, optimizer)
+    # The engine looks the class up in its module at each call.
+    stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3
+    try:
+        zero = configure(engine, optimizer)
+    finally:
+        stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
+    zero.loss_scaler = LossScaler(1.0)  # the loss that `measure` returns is scaled
+    zero.dynamic_loss_scale = False
+    zero.sharding.engine = engine
+    return zero
 
 
 def _check_accumulation(engine: DeepSpeedEngine) -> None:
@@ -55,7 +52,7 @@ def _check_accumulation(engine: DeepSpeedEngine) -> None:
         )
 
 
-def _take_settings(engine: DeepSpeedEngine, optimizer: Any) -> None:
+def _take_settings(engine: DeepSpeedEngine, optimizer: Addax) -> None:
     """Give the optimizer what stands outside of its block in the JSON.
 
     Raises:

@@ -1,8 +1,7 @@
 """What the kernels compute, apart from how."""
 
+from ctypes import c_float
 from dataclasses import dataclass
-
-import numpy as np
 
 STREAM_Z = 0
 STREAM_ROUNDING = 1
@@ -67,6 +66,6 @@ class Operation:
 
     def __post_init__(self) -> None:
         for name in ("c0", "c1", "zo_eps"):
-            object.__setattr__(self, name, float(np.float32(getattr(self, name))))
-        c2 = tuple(float(np.float32(coefficient)) for coefficient in self.c2)
+            object.__setattr__(self, name, c_float(getattr(self, name)).value)
+        c2 = tuple(c_float(coefficient).value for coefficient in self.c2)
         object.__setattr__(self, "c2", c2 if any(c2) else ())

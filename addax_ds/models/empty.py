@@ -1,4 +1,4 @@
-"""A model of which a rank holds its part and no more, before there are any values in it."""
+"""Models on the meta device, of which a back end then allocates this rank's part."""
 
 from typing import Any
 
@@ -6,11 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
-from transformers.integrations import deepspeed_config
 from transformers.modeling_utils import set_zero3_state
-
-from addax_ds.sharding.fsdp2 import materialize, shard_model
-from addax_ds.sharding.zero3 import partition_empty
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> Any:
@@ -31,22 +27,3 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, **options: Any) ->
     model.initialize_weights()
     model.tie_weights()  # moving them to the meta device one by one has cut the ties
     return model
-
-
-def lay_out(model: Any, sharding: str, device: torch.device) -> None:
-    """Give memory to what this rank holds of an `empty_model`.
-
-    Values of parameters are undefined afterwards; buffers keep theirs.
-
-    Args:
-        model: changed in place.
-        sharding: "fsdp2", "none", or "zero3", for which Transformers has the live JSON.
-        device: where it goes.
-    """
-    if sharding == "fsdp2":
-        shard_model(model)
-    elif sharding == "zero3":
-        partition_empty(model, deepspeed_config())
-    materialize(model, device)
-    if sharding == "none":
-        model.tie_weights()  # giving them memory one by one has cut the ties

@@ -35,8 +35,9 @@ from addax_ds.checkpoint.weights import local_slices
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
 from addax_ds.models import demo
-from addax_ds.models.empty import empty_model, lay_out
-from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.models.empty import empty_model
+from addax_ds.sharding.base import Sharding
+from addax_ds.sharding.registry import back_end
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import shown
 
@@ -125,14 +126,15 @@ class ModelSource:
 
         Args:
             dtype: of the weights.
-            sharding: what `Sharding.name` calls the back end; "zero3" takes the DeepSpeed
-                configuration of the live `TrainingArguments`.
+            sharding: name of the back end (`addax_ds.sharding.registry`); ZeRO-3 takes the
+                DeepSpeed configuration of the live `TrainingArguments`.
             device: where the weights go; under ZeRO-3 that configuration says it.
             progress: whether to show a bar if it takes long.
 
         Raises:
             UserError: on all ranks, if one cannot load it, or some of its weights are in no file.
         """
+        chosen = back_end(sharding)
         where = f"cannot load the model from {self.path}"
         other_form: str | None = None
         with all_ranks_or_none(), _refused(where):
@@ -145,30 +147,30 @@ class ModelSource:
                 other_form = str(error)
         other_form = next(filter(None, everywhere(other_form)), None)
         if other_form is not None:
-            return self._load_whole(dtype, sharding, other_form)
-        lay_out(model, sharding, torch.device(device))
+            return self._load_whole(dtype, chosen, other_form)
+        chosen.lay_out(model, torch.device(device))
         with all_ranks_or_none(), _refused(where):
             files.fill(local_slices(model), progress)
         return model
 
-    def _load_whole(self, dtype: torch.dtype, sharding: str, why: str) -> nn.Module:
+    def _load_whole(self, dtype: torch.dtype, sharding: type[Sharding], why: str) -> nn.Module:
         """Let Transformers load the model; under ZeRO-3 it partitions it on the way.
 
         Raises:
             UserError: see `load`. Under ZeRO-3, which loads with collectives, a rank that alone
                 cannot go on leaves the others to ``--ddp_timeout``.
         """
-        if sharding != "none":
+        if sharding.loads_whole_on is not None:
             logger.warning(
                 "Loading takes memory for the whole model on %s, because its weights cannot be "
                 "read one by one from the files of %s: %s. From safetensors files they can, as "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) writes them for "
                 "most models",
-                "rank 0" if sharding == "zero3" else "every rank",
+                sharding.loads_whole_on,
                 self.path,
                 why,
             )
-        together = contextlib.nullcontext if sharding == "zero3" else all_ranks_or_none
+        together = contextlib.nullcontext if sharding.loads_with_collectives else all_ranks_or_none
         with together(), _refused(f"cannot load the model from {self.path}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -184,8 +186,7 @@ class ModelSource:
                     f"its files lack {len(missing)} weights that config.json asks for, such as "
                     f"{missing[0]}; training would start from random ones"
                 )
-        if sharding == "fsdp2":
-            shard_model(model)
+        sharding.shard_loaded(model)
         return model
 
     def _empty(self, dtype: torch.dtype) -> Any:

@@ -5,8 +5,6 @@ from torch import nn
 from addax_ds.optim.addax import Addax
 from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end_of
-from addax_ds.sharding.zero3 import Zero3Sharding
-from addax_ds.utils.errors import UserError
 
 
 def attach(optimizer: Addax, model: nn.Module) -> Sharding:
@@ -27,12 +25,6 @@ def attach(optimizer: Addax, model: nn.Module) -> Sharding:
         UserError: if the optimizer's parameters are not the model's, or for a model that is
             sharded or wrapped in another way.
     """
-    back_end = back_end_of(model)
-    if back_end is Zero3Sharding:
-        raise UserError(
-            "the model is partitioned by DeepSpeed: use deepspeed.initialize with the optimizer "
-            'type "Addax" instead of addax_ds.attach'
-        )
-    sharding = back_end(model, optimizer.param_groups)
+    sharding = back_end_of(model).from_model(model, optimizer.param_groups)
     optimizer.bind(sharding)
     return sharding

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from addax_ds.optim.methods import BASELINES, Method
-from addax_ds.planner.replay import Engine, Ledger, replay
+from addax_ds.planner.replay import Ledger, replay
+from addax_ds.planner.rules import rules_of
 from addax_ds.planner.shapes import ModelShape
-from addax_ds.planner.trace import Batch, Trace, trace
-from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
-from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
-from addax_ds.sharding.base import ShardingName
+from addax_ds.planner.trace import Batch, trace
+from addax_ds.planner.zero3 import Zero3Settings
 
 _FP32 = 4
 
@@ -28,21 +27,21 @@ class Inputs:
     Attributes:
         shape: of the model.
         method: "sgd" and "adamw" are torch's, in DeepSpeed's ZeRO-3 optimizer.
-        sharding: where the weights live.
+        sharding: name of the back end (`addax_ds.planner.rules`).
         ranks: number of GPUs over which they are sharded.
         zeroth_order: batch of the passes without a backward, which follow each other, so that their
             number does not matter; None without such passes.
         first_order: batch of the pass with a backward; None without it.
         checkpointing: whether blocks are recomputed in backward.
         attention: "eager", "sdpa" or a flash implementation; None for the model's own choice.
-        zero3: settings of DeepSpeed; only read for "zero3".
+        zero3: settings of DeepSpeed; only read for a back end that it configures.
         accumulation: micro-batches of a step.
         cuda: whether the device is a GPU.
     """
 
     shape: ModelShape
     method: Method
-    sharding: ShardingName
+    sharding: str
     ranks: int
     zeroth_order: Batch | None
     first_order: Batch | None
@@ -108,8 +107,8 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
     """
     shape, elements = inputs.shape, sum(_shards(inputs))
     standing = {"weights": 0 if _is_offloaded(inputs) else elements * shape.itemsize}
-    if inputs.sharding == "zero3" and inputs.zero3.contiguous_gradients:
-        standing["buckets"] = inputs.zero3.reduce_bucket_size * shape.itemsize
+    if bucket := rules_of(inputs.sharding).bucket_elements(inputs.zero3):
+        standing["buckets"] = bucket * shape.itemsize
     if inputs.method in BASELINES:
         master_and_moments = _FP32 * (3 if inputs.method == "adamw" else 1)
         standing["optimizer"] = elements * (master_and_moments + shape.itemsize)
@@ -122,7 +121,7 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
 
 
 def _is_offloaded(inputs: Inputs) -> bool:
-    return inputs.sharding == "zero3" and inputs.zero3.offload
+    return rules_of(inputs.sharding).is_offloaded(inputs.zero3)
 
 
 def _sum_bytes(inputs: Inputs) -> int:
@@ -133,13 +132,7 @@ def _sum_bytes(inputs: Inputs) -> int:
 
 def _shards(inputs: Inputs) -> list[int]:
     """Return the elements of each parameter that a rank holds, padding included."""
-    shape, ranks = inputs.shape, inputs.ranks
-    if inputs.sharding == "none":
-        return list(shape.numels)
-    if inputs.sharding == "fsdp2":
-        parameters = range(len(shape.sizes))
-        return [fsdp2_shard(shape, ranks, (p,)) // shape.itemsize for p in parameters]
-    return [math.ceil(numel / ranks) for numel in shape.numels]
+    return rules_of(inputs.sharding).shards(inputs.shape, inputs.ranks)
 
 
 def _sums(inputs: Inputs) -> dict[int, int]:
@@ -156,6 +149,7 @@ def _pass(
 ) -> Ledger:
     """Replay one pass; a zeroth-order one is perturbed. For ``sums`` see `Engine`."""
     backward = batch is inputs.first_order
+    rules = rules_of(inputs.sharding)
     events = trace(
         inputs.shape,
         batch,
@@ -163,23 +157,13 @@ def _pass(
         checkpointing=inputs.checkpointing,
         attention=inputs.attention,
         cuda=inputs.cuda,
-        zero3_linear=inputs.sharding == "zero3" and inputs.zero3.memory_efficient_linear,
+        zero3_linear=rules.has_zero3_linear(inputs.zero3),
     )
     ledger = Ledger(standing)
-    engine = _engine(inputs, ledger, events, perturbed=not backward)
+    engine = rules.make_engine(inputs, ledger, events, perturbed=not backward)
     engine.sums = sums
     replay(events, engine)
     return ledger
-
-
-def _engine(inputs: Inputs, ledger: Ledger, events: Trace, perturbed: bool) -> Engine:
-    shape, ranks, gloo = inputs.shape, inputs.ranks, not inputs.cuda
-    if inputs.sharding == "none":
-        return UnshardedPass(ledger, shape, perturbed)
-    if inputs.sharding == "fsdp2":
-        return Fsdp2Pass(ledger, shape, ranks, perturbed, gloo)
-    stock = inputs.method in BASELINES
-    return Zero3Pass(ledger, shape, inputs.zero3, ranks, events, perturbed, stock, gloo)
 
 
 def _update(inputs: Inputs, standing: Mapping[str, int]) -> Ledger:

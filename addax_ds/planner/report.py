@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from addax_ds.optim.methods import BASELINES, ZEROTH_ORDER, Method
+from addax_ds.optim.methods import ZEROTH_ORDER, Method
 from addax_ds.planner.memory import Inputs, Memory, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
+from addax_ds.planner.rules import rules_of
 from addax_ds.planner.threshold import batch, largest_threshold
 from addax_ds.planner.units import GB, GRAIN
-from addax_ds.sharding.base import ShardingName
 from addax_ds.utils.versions import versions
 
 MOST_GPUS = 1024
@@ -58,8 +58,8 @@ class Request:
     @property
     def left_out(self) -> dict[Method, str]:
         """The methods that do not run on the back end, and why."""
-        sharding = self.inputs.sharding
-        return {method: _OF_ZERO3 for method in self.methods if not runs(method, sharding)}
+        rules = rules_of(self.inputs.sharding)
+        return {method: _OF_ZERO3 for method in self.methods if not rules.runs(method)}
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,6 @@ class Plan:
     fits: bool
     gpus_needed: int | None
     needed_for: int | None
-
-
-def runs(method: Method, sharding: ShardingName) -> bool:
-    """Whether a method runs on a back end."""
-    return sharding == "zero3" or method not in BASELINES
 
 
 def make_plans(request: Request) -> list[Plan]:
@@ -171,7 +166,7 @@ def gpus_needed(
 
     if in_gpu(1) and in_host(1):
         return 1
-    if inputs.sharding == "none":
+    if not rules_of(inputs.sharding).is_sharded:
         return None
     counts = [*range(2, 8), *range(8, MOST_GPUS + 1, 8)]
     # From below by doubling: of a tiny model on very many GPUs most is padding.
@@ -205,7 +200,9 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
         "target_tokens": request.targets,
         "attn_implementation": inputs.attention,
         "activation_checkpointing": inputs.checkpointing,
-        "zero_optimization": asdict(inputs.zero3) if inputs.sharding == "zero3" else None,
+        "zero_optimization": (
+            asdict(inputs.zero3) if rules_of(inputs.sharding).uses_deepspeed else None
+        ),
         "embedding_gradient": embedding_gradient(request),
         "methods": [
             {
@@ -302,7 +299,7 @@ def _notes(request: Request, plans: list[Plan], unit: str) -> Iterator[str]:
             )
     if any(plan.first_order_length is not None for plan in plans):
         yield from _of_gradients(request, unit)
-    if request.inputs.sharding == "zero3" and request.inputs.zero3.offload:
+    if rules_of(request.inputs.sharding).is_offloaded(request.inputs.zero3):
         yield from _of_host(request, unit)
     for method, why in request.left_out.items():
         yield f"Not planned: {method}, {why}."

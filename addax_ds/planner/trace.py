@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
@@ -32,6 +31,7 @@ from addax_ds.evaluation.likelihood import takes_positions
 from addax_ds.planner.shapes import ModelShape, reason
 from addax_ds.planner.tape import Event, Tape
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.extras import naming_extras
 
 
 @dataclass(frozen=True)
@@ -304,10 +304,15 @@ def _stand_ins(
     batch: Batch, attention: str | None, cuda: bool, zero3_linear: bool
 ) -> Iterator[None]:
     """Replace functions whose meta version keeps something else than the real one."""
+    linear = torch._C._nn.linear
+    if zero3_linear:
+        with naming_extras():
+            from deepspeed.runtime.zero.linear import zero3_linear_wrap
+        linear = zero3_linear_wrap
     patches: list[Any] = [
         mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, cuda)),
         # zero.Init leaves its own in place for good, also for models without ZeRO-3.
-        mock.patch.object(F, "linear", zero3_linear_wrap if zero3_linear else torch._C._nn.linear),
+        mock.patch.object(F, "linear", linear),
         # Whether there is padding cannot be read off a mask without values.
         mock.patch.object(masking_utils, "fast_all", return_value=not batch.padded),
     ]

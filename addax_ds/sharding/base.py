@@ -1,15 +1,15 @@
-"""What the optimizer may ask of a sharding back end, and nothing more.
+"""The interface of a sharding back end.
 
 A back end knows where the weights live and which slice of which parameter a rank holds. It is the
-only code that touches private names of the engine it serves, in one module each. The optimizer does
-not know which back end it runs on.
+only code that touches private names of the engine it serves, in one module each. The optimizer,
+the trainer and the loading of models do not know which back end they run on.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Self
 from weakref import WeakSet
 
 import torch
@@ -20,8 +20,6 @@ from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
 from addax_ds.utils.errors import UserError
 
 _WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
-
-ShardingName = Literal["zero3", "fsdp2", "none"]
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models whose gradients an optimizer applies."""
@@ -68,19 +66,32 @@ class ParameterInfo:
 
 
 class Sharding(ABC):
-    """A sharding back end, bound to one model and one optimizer.
+    """A sharding back end.
 
-    The static methods serve where no optimizer is bound, too.
+    The class itself answers what is asked of any model, before there is an optimizer: how a model
+    is laid out and loaded, and which slice of a parameter a rank holds. An instance is bound to one
+    model and one optimizer. `addax_ds.sharding.registry` lists the classes.
 
     Attributes:
-        name: what ``--sharding`` calls it.
+        name: value of ``--sharding``.
+        launch_command: what to start the ranks with; None if one process alone will do.
+        uses_deepspeed: whether ``--deepspeed`` configures it.
+        is_placed: whether the shards stay on the device where `lay_out` has put them.
+        loads_whole_on: ranks that need memory for the whole model where Transformers loads it;
+            None if they hold the whole model anyway.
+        loads_with_collectives: whether Transformers partitions a model as it loads it.
         model: the model, whose stored weights are the shards.
         infos: the trainable parameters.
         group_elements: number of trainable elements of the whole model, by parameter group.
         awaiting_backward: whether a forward with autograd ran since the last step.
     """
 
-    name: ClassVar[ShardingName]
+    name: ClassVar[str]
+    launch_command: ClassVar[str | None] = None
+    uses_deepspeed: ClassVar[bool] = False
+    is_placed: ClassVar[bool] = True
+    loads_whole_on: ClassVar[str | None] = "every rank"
+    loads_with_collectives: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
@@ -91,6 +102,63 @@ class Sharding(ABC):
         self._held = [(p, p.requires_grad) for group in param_groups for p in group["params"]]
         self.awaiting_backward = False
         self._hooks: list[RemovableHandle] = []
+
+    # ---- any model -----------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Return whether this back end holds the weights of a model, attached or not."""
+
+    @classmethod
+    @abstractmethod
+    def lay_out(cls, model: Any, device: torch.device) -> None:
+        """Allocate this rank's part of a model that was built on the meta device, in place.
+
+        Values of parameters are undefined afterwards; buffers keep theirs.
+
+        Args:
+            model: of Transformers, from `addax_ds.models.empty.empty_model`.
+            device: where it goes.
+        """
+
+    @classmethod  # noqa: B027
+    def shard_loaded(cls, model: nn.Module) -> None:
+        """Take over, in place, a model that Transformers has loaded."""
+
+    @classmethod  # noqa: B027
+    def free_gathered(cls, model: Any) -> None:
+        """Free what a pass has left gathered, so that the parameters are the shards.
+
+        Args:
+            model: or the engine around it, where there is one.
+        """
+
+    @classmethod
+    def from_model(cls, model: nn.Module, param_groups: list[dict]) -> Self:
+        """Bind the back end to a model and the groups of an optimizer over its parameters.
+
+        Raises:
+            UserError: if an engine has to do it, or for ways to shard that are not served.
+        """
+        return cls(model, param_groups)
+
+    @staticmethod
+    def full_shape(parameter: Tensor) -> torch.Size:
+        """Shape of the unsharded parameter."""
+        return parameter.shape
+
+    @staticmethod
+    def local_slice(parameter: Tensor) -> tuple[int, Tensor]:
+        """Return the slice of a parameter that this rank holds.
+
+        Returns:
+            Flat index of its first element in the unsharded parameter, and its stored elements
+            without padding, flat where it is a part: writing to them writes the weights.
+        """
+        return 0, parameter.detach()
+
+    # ---- the model and optimizer of an instance ------------------------------------------------
 
     @property
     def trainable_elements(self) -> int:
@@ -117,26 +185,6 @@ class Sharding(ABC):
     def unapplied_gradient(self) -> str | None:
         """Name a parameter with a gradient that was not handed to ``on_gradient``, or None."""
         return next((info.name for info in self.infos if info.parameter.grad is not None), None)
-
-    @staticmethod
-    def full_shape(parameter: Tensor) -> torch.Size:
-        """Shape of the unsharded parameter."""
-        return parameter.shape
-
-    @staticmethod
-    def local_slice(parameter: Tensor) -> tuple[int, Tensor]:
-        """Return the slice of a parameter that this rank holds.
-
-        Returns:
-            Flat index of its first element in the unsharded parameter, and its stored elements
-            without padding, flat where it is a part: writing to them writes the weights.
-        """
-        return 0, parameter.detach()
-
-    @staticmethod
-    @abstractmethod
-    def free_gathered(model: nn.Module) -> None:
-        """Free what a forward pass has left gathered, so that the parameters are the shards."""
 
     def shards(self) -> Iterator[Shard]:
         """Yield this rank's part of every trainable parameter, empty ones left out."""
@@ -195,16 +243,14 @@ class Sharding(ABC):
         collectives that only some of them began are still waited for.
         """
 
-    @abstractmethod
-    def step_without_backward(self) -> None:
+    def step_without_backward(self) -> None:  # noqa: B027
         """Complete a step that ran no backward.
 
         Engines that call the optimizer themselves do it from their own ``step``; where the training
         loop calls the optimizer, there is nothing to do.
         """
 
-    @abstractmethod
-    def resume_at(self, step: int) -> None:
+    def resume_at(self, step: int) -> None:  # noqa: B027
         """Let an engine that counts steps itself go on after ``step`` of them."""
 
     @property
@@ -261,6 +307,14 @@ def describe_parameters(
                 )
             infos.append(ParameterInfo(parameter, name, pid, len(shape) >= 2, group))
     return infos
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give memory to the parameters of a model, or to their shards, that are on the meta device.
+
+    Values of parameters are undefined afterwards. Buffers keep theirs and move to the device.
+    """
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
 
 def padded(data: Tensor, numel: int) -> Tensor:

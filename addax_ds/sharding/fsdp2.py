@@ -28,6 +28,7 @@ from addax_ds.sharding.base import (
     Shard,
     Sharding,
     blocks,
+    materialize,
     padded,
 )
 from addax_ds.utils.errors import UserError
@@ -45,14 +46,6 @@ def shard_model(model: nn.Module, **options: Any) -> None:
     for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
-
-
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give memory to the shards of a sharded model that was built on the meta device.
-
-    The shards' values are undefined. Buffers keep theirs and move to the device.
-    """
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
 
 class _PerturbableParam(FSDPParam):
@@ -83,6 +76,7 @@ class Fsdp2(Sharding):
     """
 
     name = "fsdp2"
+    launch_command = "`torchrun --nproc_per_node N launch/train.py --sharding fsdp2 ...`"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         if not isinstance(model, FSDPModule):
@@ -106,14 +100,27 @@ class Fsdp2(Sharding):
         _warn_of_narrow_passes(self._fsdp_params.values())
         self._starts = {info.parameter: _start(info.parameter) for info in self.infos}
 
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
+        return any(isinstance(module, FSDPModule) for module in model.modules())
+
+    @classmethod
+    def lay_out(cls, model: Any, device: torch.device) -> None:  # noqa: D102
+        shard_model(model)
+        materialize(model, device)
+
+    @classmethod
+    def shard_loaded(cls, model: nn.Module) -> None:  # noqa: D102
+        shard_model(model)
+
     @staticmethod
     def local_slice(parameter: Tensor) -> tuple[int, Tensor]:  # noqa: D102
         if not isinstance(parameter, DTensor):
             return Sharding.local_slice(parameter)
         return _start(parameter), _local(parameter).detach().view(-1)
 
-    @staticmethod
-    def free_gathered(model: nn.Module) -> None:  # noqa: D102
+    @classmethod
+    def free_gathered(cls, model: Any) -> None:  # noqa: D102
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -158,12 +165,6 @@ class Fsdp2(Sharding):
             if hasattr(fsdp_param, "_unsharded_param"):
                 fsdp_param._unsharded_param.grad = None
                 fsdp_param.free_unsharded_param()  # a gather may have ended before it counted
-
-    def step_without_backward(self) -> None:  # noqa: D102
-        pass  # the training loop calls the optimizer's step
-
-    def resume_at(self, step: int) -> None:  # noqa: D102
-        pass  # nobody but the optimizer and the training loop counts
 
     def unapplied_gradient(self) -> str | None:  # noqa: D102
         # With replicas, what is reduced over shards waits here to be reduced over replicas.

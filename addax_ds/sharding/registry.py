@@ -1,18 +1,59 @@
-"""The back ends."""
+"""The one list of sharding back ends.
+
+A module is imported when its back end is asked for by name, or when a model may be laid out by it:
+nobody needs DeepSpeed who does not use it.
+"""
+
+import sys
+from importlib import import_module
+from typing import NamedTuple
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from addax_ds.sharding.base import Sharding
-from addax_ds.sharding.fsdp2 import Fsdp2
-from addax_ds.sharding.unsharded import Unsharded
-from addax_ds.sharding.zero3 import Zero3Sharding
+from addax_ds.utils.extras import naming_extras
+
+
+class Entry(NamedTuple):
+    """Where a back end is.
+
+    Attributes:
+        module: to import.
+        class_name: of the `Sharding` in it.
+        engine: package that has been imported if any model is laid out by this back end.
+    """
+
+    module: str
+    class_name: str
+    engine: str = "torch"
+
+
+BACK_ENDS: dict[str, Entry] = {
+    "zero3": Entry("addax_ds.sharding.zero3", "Zero3Sharding", engine="deepspeed"),
+    "fsdp2": Entry("addax_ds.sharding.fsdp2", "Fsdp2"),
+    # The last one, which accepts every model.
+    "none": Entry("addax_ds.sharding.unsharded", "Unsharded"),
+}
+"""By value of ``--sharding``. The first that accepts a model is the model's."""
+
+
+def back_end(name: str | None = None, deepspeed: bool = False) -> type[Sharding]:
+    """Return a back end by its name.
+
+    Args:
+        name: value of ``--sharding``; None for the default.
+        deepspeed: whether ``--deepspeed`` is given, which decides on the default.
+
+    Raises:
+        MissingExtraError: its engine is not installed.
+    """
+    entry = BACK_ENDS[name or ("zero3" if deepspeed else "none")]
+    with naming_extras():
+        return getattr(import_module(entry.module), entry.class_name)
 
 
 def back_end_of(model: nn.Module) -> type[Sharding]:
-    """Say which back end holds the weights of a model, attached or not."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return Zero3Sharding
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        return Fsdp2
-    return Unsharded
+    """Return the back end that holds the weights of a model, attached or not."""
+    imported = [name for name, e in BACK_ENDS.items() if sys.modules.get(e.engine) is not None]
+    possible = map(back_end, imported)
+    return next(each for each in possible if each.accepts(model))

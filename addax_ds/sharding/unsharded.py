@@ -17,13 +17,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, blocks
+from addax_ds.sharding.base import (
+    OnGradient,
+    ParameterInfo,
+    Perturb,
+    Shard,
+    Sharding,
+    blocks,
+    materialize,
+)
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +46,8 @@ class Unsharded(Sharding):
     """
 
     name = "none"
+    is_placed = False
+    loads_whole_on = None
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         _check_whole(model)
@@ -48,9 +59,14 @@ class Unsharded(Sharding):
         self._warned_of_blocks = False
         self._blocks, self._outside = _split_into_blocks(model, self.infos)
 
-    @staticmethod
-    def free_gathered(model: nn.Module) -> None:  # noqa: D102
-        pass  # nothing ever is
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
+        return True  # what no other back end has accepted is a plain model, or wrongly wrapped
+
+    @classmethod
+    def lay_out(cls, model: Any, device: torch.device) -> None:  # noqa: D102
+        materialize(model, device)
+        model.tie_weights()  # giving them memory one by one has cut the ties
 
     def _shard(self, info: ParameterInfo) -> Shard:
         return _shard(info)
@@ -100,12 +116,6 @@ class Unsharded(Sharding):
         self.awaiting_backward = False
         for info in self.infos:
             info.parameter.grad = None
-
-    def step_without_backward(self) -> None:  # noqa: D102
-        pass  # the training loop calls the optimizer's step
-
-    def resume_at(self, step: int) -> None:  # noqa: D102
-        pass  # nobody but the optimizer and the training loop counts
 
     def check_unchanged(self) -> None:  # noqa: D102
         super().check_unchanged()

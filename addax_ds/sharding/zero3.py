@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO-3, by private names of DeepSpeed (0.19.8); `zero3_engine` alone knows others.
+"""DeepSpeed ZeRO-3, by private names of DeepSpeed (0.19.8).
 
-- `Stage3` is DeepSpeed's own ZeRO-3 optimizer without master weights and gradient partitions:
-  buckets, streams, hooks and reduce-scatter stay as they are, and each reduced gradient shard is
-  applied to ``param.ds_tensor`` as soon as it exists.
+`addax_ds.integrations` alone knows others: it puts an optimizer into DeepSpeed's engine, which
+hands each reduced gradient shard to `Zero3Sharding.deliver`.
+
 - `Zero3Sharding` perturbs what travels. A parameter is gathered through its instance attributes
   ``all_gather_coalesced`` and ``all_gather``; both are wrapped to gather from perturbed copies of
   the shards, so the stored shards are never written.
@@ -10,10 +10,9 @@
   into the partitions.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import deepspeed.comm as dist
 import torch
@@ -22,101 +21,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from addax_ds.sharding.base import OnGradient, ParameterInfo, Perturb, Shard, Sharding, padded
+from addax_ds.sharding.base import (
+    OnGradient,
+    ParameterInfo,
+    Perturb,
+    Shard,
+    Sharding,
+    materialize,
+    padded,
+)
 from addax_ds.utils.errors import UserError
 
-Closure = Callable[[], Tensor]
-
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
-
-
-class Stage3(DeepSpeedZeroOptimizer_Stage3):
-    """ZeRO-3 whose only model state is the partitioned weights.
-
-    `deepspeed.initialize` returns it as the optimizer, hence the two methods of `Addax`.
-    """
-
-    sharding: "Zero3Sharding"
-
-    def _create_param_groups_fp16_flat_cpu_memory(self) -> None:
-        # The base class copies offloaded shards into pinned buffers of the same size: for a while
-        # the host would hold the model twice. They are good where `zero.Init` has put them.
-        for group in self.trainable_param_groups:
-            count = sum(parameter.partition_numel() for parameter in group["params"])
-            placeholder = torch.empty(count, dtype=self.dtype, device="meta")
-            self.param_groups_fp16_flat_cpu_memory.append(placeholder)
-
-    def _move_to_flat_buffer(self, *_: Any, **__: Any) -> None:
-        """Nothing: there is no buffer (above)."""
-
-    def _setup_for_real_optimizer(self) -> None:
-        self.gradient_accumulation_dtype = self.communication_data_type
-        if self.contiguous_gradients:
-            for dtype, bucket in self.ipg_buckets.items():
-                bucket.buffer = torch.empty(
-                    self.reduce_bucket_size, dtype=dtype, device=_current_device()
-                )
-        # The base class looks up gradient partitions here after each backward; there are none.
-        nothing = torch.empty(0)
-        self.grad_partitions_flat_buffer = nothing
-        trainable = itertools.chain.from_iterable(self.fp16_groups)
-        partitions = {parameter.ds_id: nothing for parameter in trainable}
-        setattr(
-            self,
-            _mangled(DeepSpeedZeroOptimizer_Stage3, "__param_id_to_grad_partition"),
-            partitions,
-        )
-        self.sharding = Zero3Sharding(self)
-        self.optimizer.bind(self.sharding)
-
-    def measure(
-        self,
-        zeroth_order: Closure | Sequence[Closure] | None,
-        first_order: Closure | Sequence[Closure] | None,
-    ) -> Tensor | None:
-        """See `Addax.measure`."""
-        return self.optimizer.measure(zeroth_order, first_order)
-
-    def zeroth_order(self, closure: Closure) -> float:
-        """See `Addax.zeroth_order`."""
-        return self.optimizer.zeroth_order(closure)
-
-    def partition_grads(
-        self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]
-    ) -> None:
-        """Apply the step to each shard whose gradient a bucket's reduce-scatter delivered."""
-        for parameter, gradient in zip(params_to_release, grad_partitions, strict=True):
-            self.sharding.deliver(parameter, gradient)
-            if parameter.grad is not None and not get_accelerator().is_synchronized_device():
-                # A gradient too large for the bucket is read where it lies, on this stream.
-                parameter.grad.record_stream(get_accelerator().current_stream())
-            parameter.grad = None
-
-    def step(self, closure: None = None) -> None:
-        """Finish the step; most of it has happened during backward."""
-        self._pre_step()
-        self._global_grad_norm = 0.0
-        self.optimizer.step(closure)
-
-    def destroy(self) -> None:
-        """Remove DeepSpeed's hooks and ours."""
-        self.sharding.detach()
-        super().destroy()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Refuse, as DeepSpeed's checkpoints are of fp32 partitions, and there are none.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "DeepSpeed's save_checkpoint does not hold what Addax trains: write the weights with "
-            "addax_ds.save_weights, and the state_dict() of the Addax optimizer, or "
-            "train with AddaxTrainer, which does both"
-        )
 
 
 def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
@@ -139,12 +57,20 @@ def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 class Zero3Sharding(Sharding):
-    """Sharding back end over the partitions of a `Stage3` optimizer."""
+    """Sharding back end over the partitions of DeepSpeed's ZeRO-3 optimizer.
+
+    Args:
+        zero: the engine's optimizer, an `addax_ds.integrations.stage3.Stage3`.
+    """
 
     name = "zero3"
+    launch_command = "`deepspeed launch/train.py --deepspeed ...` (or torchrun)"
+    uses_deepspeed = True
+    loads_whole_on = "rank 0"
+    loads_with_collectives = True
     engine: DeepSpeedEngine
 
-    def __init__(self, zero: Stage3) -> None:
+    def __init__(self, zero: Any) -> None:
         super().__init__(zero.module, zero.optimizer.param_groups)
         self._zero = zero
         self._infos_by_parameter = {info.parameter: info for info in self.infos}
@@ -165,6 +91,30 @@ class Zero3Sharding(Sharding):
             parameter.all_gather_coalesced = self._gather_perturbed(coalesced)
             parameter.all_gather = self._gather_perturbed(single, parameter)
 
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
+        return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+    @classmethod
+    def lay_out(cls, model: Any, device: torch.device) -> None:
+        """See `Sharding.lay_out`; the live `TrainingArguments` hold the JSON that configures it."""
+        from transformers.integrations import deepspeed_config
+
+        partition_empty(model, deepspeed_config())
+        materialize(model, device)
+
+    @classmethod
+    def free_gathered(cls, model: Any) -> None:  # noqa: D102
+        if isinstance(model, DeepSpeedEngine):
+            model.optimizer.parameter_offload.partition_all_parameters()
+
+    @classmethod
+    def from_model(cls, model: nn.Module, param_groups: list[dict]) -> Self:  # noqa: D102
+        raise UserError(
+            "the model is partitioned by DeepSpeed: use deepspeed.initialize with the optimizer "
+            'type "Addax" instead of addax_ds.attach'
+        )
+
     @staticmethod
     def full_shape(parameter: Any) -> torch.Size:  # noqa: D102
         return getattr(parameter, "ds_shape", parameter.shape)  # a buffer has none
@@ -178,10 +128,6 @@ class Zero3Sharding(Sharding):
         start = partition.ds_numel * dist.get_rank(group=parameter.ds_process_group)
         held = min(max(parameter.ds_numel - start, 0), partition.ds_numel)
         return start, partition.data.view(-1)[:held]
-
-    @staticmethod
-    def free_gathered(model: nn.Module) -> None:  # noqa: D102
-        pass  # the shards are what they are, gathered or not
 
     def _shard(self, info: ParameterInfo) -> Shard:
         start, held = self._ranges[info.parameter]
@@ -369,15 +315,15 @@ def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
 
 def _inflight(offload: Any) -> Any:
     """Return the registry of parameters that are being gathered."""
-    return getattr(offload, _mangled(type(offload), "__inflight_param_registry"))
+    return getattr(offload, mangled(type(offload), "__inflight_param_registry"))
 
 
 def _gather_stream(offload: Any) -> Any:
     """Return the stream on which DeepSpeed gathers; None where streams do not exist."""
-    return getattr(offload, _mangled(type(offload), "__allgather_stream"))
+    return getattr(offload, mangled(type(offload), "__allgather_stream"))
 
 
-def _mangled(cls: type, name: str) -> str:
+def mangled(cls: type, name: str) -> str:
     """Return the name under which Python stores a double-underscore attribute of a class."""
     return f"_{cls.__name__}{name}"
 

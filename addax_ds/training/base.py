@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -25,6 +24,7 @@ from addax_ds.evaluation.likelihood import (
 )
 from addax_ds.evaluation.scored_set import EvaluationCollator, ScoredSet
 from addax_ds.optim.methods import BASELINES, IN_PLACE, Method
+from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.evaluating import ScoringTrainer
 from addax_ds.training.saving import SavingTrainer
@@ -175,8 +175,8 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
         super().log(logs, start_time)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        # Shards of FSDP2 are where they belong, which with CPU offload is another device.
-        if not isinstance(model, FSDPModule):
+        # Shards are where they belong, which with CPU offload is another device.
+        if not back_end_of(model).is_placed:
             super()._move_model_to_device(model, device)
 
     def _micro_batches(

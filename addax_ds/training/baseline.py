@@ -11,6 +11,7 @@ from addax_ds.checkpoint.resume import Checkpoint
 from addax_ds.config.settings import check_can_resume
 from addax_ds.optim.methods import BASELINES
 from addax_ds.optim.report import NonFiniteSteps
+from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.base import StepTrainer
 
 
@@ -69,5 +70,5 @@ class BaselineTrainer(StepTrainer):
         """Nothing: checkpoints are for choosing the best one, not for going on."""
 
     def _free_gathered(self) -> None:
-        engine: Any = self.model_wrapped
-        engine.optimizer.parameter_offload.partition_all_parameters()
+        assert self.model is not None
+        back_end_of(self.model).free_gathered(self.model_wrapped)

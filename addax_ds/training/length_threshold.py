@@ -18,7 +18,6 @@ from addax_ds.distributed.nodes import nodes
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.threshold import batch, largest_threshold
 from addax_ds.planner.units import GB
-from addax_ds.sharding.base import ShardingName
 from addax_ds.training.memory import free_memory, run_inputs
 from addax_ds.utils.errors import UserError
 
@@ -49,7 +48,7 @@ class AutoThreshold:
 def plan_threshold(
     config: PreTrainedConfig,
     attention: str | None,
-    sharding: ShardingName,
+    sharding: str,
     examples: Sequence[Example],
     args: AddaxConfig,
     settings: AddaxSettings,

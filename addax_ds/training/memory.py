@@ -15,7 +15,6 @@ from addax_ds.planner.threshold import batch
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.units import GB, RESERVE
 from addax_ds.planner.zero3 import Zero3Settings
-from addax_ds.sharding.base import ShardingName
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
 
@@ -28,7 +27,7 @@ _MEMINFO = Path("/proc/meminfo")
 def run_inputs(
     config: PreTrainedConfig,
     attention: str | None,
-    sharding: ShardingName,
+    sharding: str,
     streams: tuple[Sequence[Example], Sequence[Example]],
     args: TrainingArguments,
     settings: AddaxSettings,

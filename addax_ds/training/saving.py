@@ -23,8 +23,7 @@ from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.collectives import all_ranks_or_none, everywhere, limit_waiting
 from addax_ds.optim.addax import Addax, unwrap
-from addax_ds.sharding.base import ShardingName
-from addax_ds.sharding.registry import back_end_of
+from addax_ds.sharding.registry import back_end, back_end_of
 from addax_ds.training.costs import CostMeter, Costs
 
 logger = logging.getLogger(__name__)
@@ -247,10 +246,9 @@ class SavingTrainer(Trainer):
     def _run(self) -> Run:
         """What checkpoints note, and have to agree with."""
         assert self.model is not None
-        sharding: ShardingName = "zero3"
-        if not self.is_deepspeed_enabled:
-            sharding = back_end_of(self.model).name
-        run = Run.of(self.args, self.settings, sharding)
+        # DeepSpeed's engine may not have partitioned the model yet.
+        engine = back_end(deepspeed=True) if self.is_deepspeed_enabled else None
+        run = Run.of(self.args, self.settings, (engine or back_end_of(self.model)).name)
         if self.partition is None:
             return run
         return run.with_data(self._data_digest, self.partition.threshold)

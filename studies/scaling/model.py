@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from addax_ds.models.empty import empty_model, lay_out
-from addax_ds.sharding.registry import back_end_of
+from addax_ds.models.empty import empty_model
+from addax_ds.sharding.registry import back_end
 
 _STANDARD_DEVIATION = 0.02
 
@@ -20,16 +20,16 @@ def random_model(
 
     Args:
         config: of the model.
-        sharding: see `lay_out`.
+        sharding: name of the back end.
         dtype: of the weights.
         device: where the weights go.
     """
     model = empty_model(config, dtype)
-    lay_out(model, sharding, device)
-    back_end = back_end_of(model)
+    chosen = back_end(sharding)
+    chosen.lay_out(model, device)
     for name, parameter in model.named_parameters():
-        _, data = back_end.local_slice(parameter)
-        if len(back_end.full_shape(parameter)) >= 2:
+        _, data = chosen.local_slice(parameter)
+        if len(chosen.full_shape(parameter)) >= 2:
             data.normal_(0.0, _STANDARD_DEVIATION)
         else:
             data.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -49,13 +49,19 @@ class Started:
         return _running(self.mark)
 
 
-def start(command: list[str], port: int, environment: dict[str, str] | None = None) -> Started:
+def start(
+    command: list[str],
+    port: int,
+    environment: dict[str, str] | None = None,
+    folder: Path = ROOT,
+) -> Started:
     """Start a program of this environment, as on a machine without a GPU.
 
     Args:
         command: the program, by name, and its arguments.
         port: on which its ranks meet.
         environment: variables that it gets beside this process's own.
+        folder: in which it runs.
     """
     require_permission()
     mark = uuid.uuid4().hex
@@ -65,7 +71,7 @@ def start(command: list[str], port: int, environment: dict[str, str] | None = No
     }
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=folder,
         env={
             **inherited,
             "DS_ACCELERATOR": "cpu",

@@ -1,0 +1,105 @@
+"""The planner's rules for each back end, by its name."""
+
+import math
+from typing import TYPE_CHECKING
+
+from addax_ds.optim.methods import BASELINES, Method
+from addax_ds.planner.replay import Engine, Ledger
+from addax_ds.planner.shapes import ModelShape
+from addax_ds.planner.trace import Trace
+from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
+from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
+from addax_ds.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from addax_ds.planner.memory import Inputs
+
+
+class Rules:
+    """Rules of one back end; the defaults are those of a whole model on each rank.
+
+    Attributes:
+        is_sharded: whether a rank needs less memory if there are more of them.
+        uses_deepspeed: whether the settings of a DeepSpeed JSON apply.
+    """
+
+    is_sharded = False
+    uses_deepspeed = False
+
+    def runs(self, method: Method) -> bool:
+        """Return whether a method runs: torch's optimizers need DeepSpeed's."""
+        return self.uses_deepspeed or method not in BASELINES
+
+    def shards(self, shape: ModelShape, ranks: int) -> list[int]:
+        """Return the elements of each parameter that a rank holds, padding included."""
+        return list(shape.numels)
+
+    def bucket_elements(self, zero3: Zero3Settings) -> int:
+        """Return the elements of the buffer that gradients are reduced from."""
+        return 0
+
+    def is_offloaded(self, zero3: Zero3Settings) -> bool:
+        """Return whether the shards are in host memory."""
+        return False
+
+    def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
+        """Return whether linear layers are DeepSpeed's."""
+        return False
+
+    def make_engine(
+        self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
+    ) -> Engine:
+        """Return the back end during one pass, over the tape of it."""
+        return UnshardedPass(ledger, inputs.shape, perturbed)
+
+
+class _Fsdp2(Rules):
+    is_sharded = True
+
+    def shards(self, shape: ModelShape, ranks: int) -> list[int]:
+        parameters = range(len(shape.sizes))
+        return [fsdp2_shard(shape, ranks, (p,)) // shape.itemsize for p in parameters]
+
+    def make_engine(
+        self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
+    ) -> Engine:
+        return Fsdp2Pass(ledger, inputs.shape, inputs.ranks, perturbed, gloo=not inputs.cuda)
+
+
+class _Zero3(Rules):
+    is_sharded = True
+    uses_deepspeed = True
+
+    def shards(self, shape: ModelShape, ranks: int) -> list[int]:
+        return [math.ceil(numel / ranks) for numel in shape.numels]
+
+    def bucket_elements(self, zero3: Zero3Settings) -> int:
+        return zero3.reduce_bucket_size if zero3.contiguous_gradients else 0
+
+    def is_offloaded(self, zero3: Zero3Settings) -> bool:
+        return zero3.offload
+
+    def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
+        return zero3.memory_efficient_linear
+
+    def make_engine(
+        self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
+    ) -> Engine:
+        shape, settings, ranks = inputs.shape, inputs.zero3, inputs.ranks
+        stock, gloo = inputs.method in BASELINES, not inputs.cuda
+        return Zero3Pass(ledger, shape, settings, ranks, events, perturbed, stock, gloo)
+
+
+RULES: dict[str, Rules] = {"zero3": _Zero3(), "fsdp2": _Fsdp2(), "none": Rules()}
+"""By the name of the back end, its ``--sharding``."""
+
+
+def rules_of(sharding: str) -> Rules:
+    """Return the rules of a back end.
+
+    Raises:
+        UserError: the planner has none.
+    """
+    if sharding not in RULES:
+        raise UserError(f"the planner has no rules for --sharding {sharding}")
+    return RULES[sharding]
