@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a shape, live tensors, collectives, circumstances."""
+"""What the benchmarks share: models of a shape, live tensors, circumstances."""
 
 import gc
 import os
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from addax_ds.planner.shapes import OPT_FAMILY
@@ -58,30 +57,3 @@ def all_live_tensors() -> list[Tensor]:
     gc.collect()
     # isinstance would ask lazy proxies for their class, and some warn that they are deprecated.
     return [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Collects ``(operation, bytes of its largest tensor)`` of every collective.
-
-    The largest tensor is the gathered one, the one to be reduce-scattered, or the reduced one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.namespace == "c10d":
-            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
-            self.calls.append((function._schema.name.removeprefix("c10d::"), max(sizes, default=0)))
-        return function(*args, **(kwargs or {}))
-
-
-def _tensors(arguments: Any) -> list[Tensor]:
-    if isinstance(arguments, Tensor):
-        return [arguments]
-    if isinstance(arguments, list | tuple):
-        return [tensor for argument in arguments for tensor in _tensors(argument)]
-    return []

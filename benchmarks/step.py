@@ -40,13 +40,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 from addax_ds.distributed.collectives import leave_together
 from benchmarks.common import (
     SHAPES,
-    CollectiveCounter,
     all_live_tensors,
     circumstances,
     live_bytes,
     parameter_count,
 )
 from benchmarks.contenders import CONTENDERS, USUAL, Contender, zero_configuration
+from studies.collectives import CollectiveCounter, ring_bytes
 from studies.jobs import free_port
 
 LENGTHS = {"tiny": (32, 16)}
@@ -180,11 +180,11 @@ def communication(contender: Contender) -> dict[str, Any]:
         calls[kind] += 1
         sizes[kind] += size
     # In a ring a tensor goes round once for a gather or a reduce-scatter, twice for an all-reduce.
-    rounds = sum((2 if "allreduce" in kind else 1) * sizes[kind] for kind in sizes)
+    payload = sum((2 if "allreduce" in kind else 1) * sizes[kind] for kind in sizes)
     ranks = dist.get_world_size()
     return {
         "collectives": {kind: {"calls": calls[kind], "bytes": sizes[kind]} for kind in calls},
-        "sent_bytes_per_rank": rounds * (ranks - 1) // ranks,
+        "sent_bytes_per_rank": int(ring_bytes(1, payload, ranks)),
     }
 
 

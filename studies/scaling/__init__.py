@@ -1,7 +1,7 @@
 """What a step costs over ranks, sizes, lengths and methods, and what a model of it says of more.
 
 `cli` is the command of ``launch/scaling.py``. `runner` starts each point (`point`) as processes of
-its own, which run `measure`: real trainers, whose phases (`phases`) and collectives (`traffic`) are
-watched by `instruments`. `projection` is arithmetic over what was measured, `results` and `figures`
-write both down.
+its own, which run `measure`: real trainers, whose phases (`phases`) and collectives
+(`studies.collectives`) are watched by `instruments`. `projection` is arithmetic over what was
+measured, `results` and `figures` write both down.
 """

@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup, Work
 
 from addax_ds.optim import step
 from addax_ds.training.base import StepTrainer
+from studies.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Traffic
 from studies.scaling import phases
 from studies.scaling.phases import PhaseTimer
-from studies.scaling.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Traffic
 
 _PHASES = {
     ALL_GATHER: phases.GATHER,

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from addax_ds.distributed.collectives import everywhere, leave_together
 from addax_ds.distributed.startup import init_deepspeed
+from studies.collectives import ring_bytes
 from studies.provenance import circumstances
 from studies.scaling.measure import MEASURED
-from studies.scaling.traffic import ring_bytes
 
 GATHERED_BYTES = 1 << 24
 _TURNS = 15

@@ -34,12 +34,12 @@ from addax_ds.training.base import StepTrainer
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.costs import peak_memory
 from addax_ds.training.trainer import AddaxTrainer
+from studies.collectives import Collectives, Traffic
 from studies.provenance import circumstances
 from studies.scaling.instruments import instrumented
 from studies.scaling.model import random_model
 from studies.scaling.phases import PhaseTimer
 from studies.scaling.point import Point
-from studies.scaling.traffic import Collectives, Traffic
 
 WARM_UP_STEPS = 3
 """DeepSpeed follows its recorded order of modules from the third step on."""

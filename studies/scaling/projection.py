@@ -6,7 +6,7 @@ part of them shrinks with their number N:
 
     compute(N) = forward + backward + other + (perturb + update) n / N      measured on n ranks
 
-Communication is that of rings over all ranks (`studies.scaling.traffic`). Ranks are numbered node
+Communication is that of rings over all ranks (`studies.collectives`). Ranks are numbered node
 by node, so a ring crosses from one node to the next once, with the bandwidth of the node, and else
 stays inside. Each link carries the same, and the slowest one sets the pace:
 
@@ -21,7 +21,7 @@ out.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from studies.scaling.traffic import Collectives, ring_bytes
+from studies.collectives import Collectives, ring_bytes
 
 LABEL = "model, not measured"
 """Stands in every output beside what this module computes."""

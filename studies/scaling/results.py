@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from studies.collectives import KINDS, Collectives
 from studies.scaling import phases
 from studies.scaling.point import Point
 from studies.scaling.projection import LABEL, Network, Projection, Work, project
-from studies.scaling.traffic import KINDS, Collectives
 
 Row = dict[str, Any]
 

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
+from studies.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Collectives
 from studies.scaling import results
 from studies.scaling.phases import PHASES, PhaseTimer
 from studies.scaling.point import Point
 from studies.scaling.projection import LABEL, Network, Work, communication_seconds, project
-from studies.scaling.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Collectives
 from tests.support.scaling_records import outcome
 
 # ---- phases --------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from studies.collectives import ALL_GATHER
 from studies.scaling.phases import PHASES
-from studies.scaling.traffic import ALL_GATHER
 
 
 def outcome(seconds: list[float], ranks: int, scale: float = 1.0) -> dict[str, Any]:

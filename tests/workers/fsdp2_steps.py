@@ -11,13 +11,13 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from addax_ds.sharding.fsdp2 import shard_model
+from studies.collectives import CollectiveCounter
 from tests.support.cases import CASES, batches, mean_loss
 from tests.support.layouts import Attached, Run, flat_mesh
 from tests.support.models import tiny_opt
 from tests.support.reference import Hyperparameters
 from tests.workers.attached_cases import LAYOUTS, train
 from tests.workers.fsdp2_passes import copies_between_devices
-from tests.workers.zero3_collectives import CollectiveCounter
 
 CASES_BY_LAYOUT = {
     "fsdp2": ("checkpointing", "untied", "frozen", "unused", "weight-decay"),

@@ -1,7 +1,7 @@
 """Measures points of the scaling study on 2 ranks, and counts their collectives a second time.
 
 ``python -m tests.workers.scaling_cases FOLDER``; ``FOLDER/model`` holds a configuration. The second
-count is by torch's dispatcher (`benchmarks.common.CollectiveCounter`), over the same steps.
+count is by torch's dispatcher (`studies.collectives.CollectiveCounter`), over the same steps.
 """
 
 import json
@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed import ProcessGroup, Work
 
 from addax_ds.optim import step
-from benchmarks.common import CollectiveCounter
+from studies.collectives import CollectiveCounter
 from studies.scaling import measure
 from studies.scaling.phases import PhaseTimer
 from studies.scaling.point import Point

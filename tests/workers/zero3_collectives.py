@@ -12,7 +12,7 @@ from deepspeed import comm
 from torch import Tensor
 
 import addax_ds  # noqa: F401  (registers the optimizer)
-from benchmarks.common import CollectiveCounter
+from studies.collectives import CollectiveCounter
 from tests.support.cases import mean_loss
 from tests.support.models import tiny_opt, token_batches
 from tests.workers.teardown import shut_down

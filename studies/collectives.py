@@ -8,10 +8,17 @@ workstations", 2009):
     sent = rounds * (n - 1) / n * S         rounds: 1, or 2 for an all-reduce
 
 A library may choose another algorithm; the volume of these is the least that any can do with.
+
+`CollectiveCounter` counts what torch's dispatcher does; `Traffic` is told of the calls of process
+groups, with their numbers of ranks, by an instrument that times them. Tests compare the two.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all_gather", "reduce_scatter", "all_reduce"
 KINDS = (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE)
@@ -72,3 +79,30 @@ class Traffic:
 def sent_bytes(collectives: Iterable[Collectives], *kinds: str) -> float:
     """Return the bytes that a rank sends, for some kinds or for all."""
     return sum(c.sent for c in collectives if not kinds or c.kind in kinds)
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Collects ``(operation, bytes of its largest tensor)`` of every collective.
+
+    The largest tensor is the gathered one, the one to be reduce-scattered, or the reduced one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "c10d":
+            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
+            self.calls.append((function._schema.name.removeprefix("c10d::"), max(sizes, default=0)))
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, list | tuple):
+        return [tensor for argument in arguments for tensor in _tensors(argument)]
+    return []
