@@ -26,15 +26,18 @@ class Case:
         return model.train()
 
 
+# GELU: on some CPUs a ReLU of this model lies on the other side of its kink than in float64.
+FROZEN = {"frozen": True, "activation": "gelu"}
+
 CASES = {
     "tied": Case(),
     "persistence-0": Case(zero_optimization={"stage3_param_persistence_threshold": 0}),
     "offload": Case(zero_optimization={"offload_param": {"device": "cpu"}}),
     "checkpointing": Case(gradient_checkpointing=True),
     "untied": Case(model={"tied": False}),
-    "frozen": Case(model={"frozen": True}),
+    "frozen": Case(model=FROZEN),
     "frozen-persistence-0": Case(
-        model={"frozen": True}, zero_optimization={"stage3_param_persistence_threshold": 0}
+        model=FROZEN, zero_optimization={"stage3_param_persistence_threshold": 0}
     ),
     "unused": Case(model={"unused": True}),
     "weight-decay": Case(hyperparameters=Hyperparameters(weight_decay=0.3)),

@@ -1,6 +1,6 @@
 """How much is fuzzed, and with what. A long run, with other examples each time:
 
-ADDAX_FUZZ_EXAMPLES=20000 pytest tests/test_fuzz_*.py --timeout=0
+ADDAX_FUZZ_EXAMPLES=20000 pytest tests/*/test_*_fuzzed.py --timeout=0
 """
 
 import os

@@ -115,6 +115,7 @@ def launch(
     ranks: int = 2,
     timeout: float = 150.0,
     launcher: str = "deepspeed",
+    nodes: int = 1,
 ) -> Outcome:
     """Run ``<launcher> ... <script> <flags>`` as on a machine without a GPU.
 
@@ -122,15 +123,16 @@ def launch(
     have to end by themselves. It serves where the program matters and not what has started it.
     """
     if launcher == "fork":
-        return _fork(script.removesuffix(".py").replace("/", "."), flags, ranks, timeout)
+        return _fork(script.removesuffix(".py").replace("/", "."), flags, ranks, timeout, nodes)
+    assert nodes == 1
     port = free_port()
     options = [option.format(ranks=ranks, port=port) for option in LAUNCHERS[launcher]]
     return finish(start([launcher, *options, script, *flags], port), timeout)
 
 
-def _fork(module: str, flags: tuple[str, ...], ranks: int, timeout: float) -> Outcome:
+def _fork(module: str, flags: tuple[str, ...], ranks: int, timeout: float, nodes: int) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
-        codes, output = ended(module, ranks, Path(folder), *flags, timeout=timeout)
+        codes, output = ended(module, ranks, Path(folder), *flags, timeout=timeout, nodes=nodes)
     killed = codes.count(-signal.SIGKILL)
     failed = [code for code in codes if code not in (0, -signal.SIGKILL)]
     status = failed[0] if failed else None if killed else 0

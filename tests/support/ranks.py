@@ -84,6 +84,7 @@ def ended(
     *arguments: str,
     timeout: float,
     accelerator: str = "cpu",
+    nodes: int = 1,
 ) -> tuple[list[int | None], list[str]]:
     """Run a module as `run_module` does; return each rank's exit code and output.
 
@@ -91,12 +92,13 @@ def ended(
     """
     require_permission()
     logs = [folder / f"rank{rank}-of-{world_size}.log" for rank in range(world_size)]
-    environment = rank_environment(world_size, accelerator)
+    on_node = world_size // nodes
+    environment = rank_environment(world_size, accelerator) | {"LOCAL_WORLD_SIZE": str(on_node)}
     # What a device needs may not be set up in a process that forks.
     context = multiprocessing.get_context("forkserver" if accelerator == "cpu" else "spawn")
     processes: list[BaseProcess] = []
     for rank, log in enumerate(logs):
-        of_rank = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        of_rank = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % on_node)}
         processes.append(context.Process(target=_run, args=(module, arguments, of_rank, log)))
         processes[-1].start()
     _wait(processes, timeout)
