@@ -5,11 +5,7 @@
 reads no weights and asks no hub; ``--help`` lists the arguments.
 """
 
-import sys
-from contextlib import redirect_stdout
-
-with redirect_stdout(sys.stderr):  # DeepSpeed logs to what standard output is at its import
-    from addax_ds.cli.plan import main
+from addax_ds.cli.plan import main
 
 if __name__ == "__main__":
     main()
