@@ -13,6 +13,8 @@ import addax_ds
 from tests.support.ranks import free_port
 from tests.support.tiny import rows, write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("accelerate", "datasets", "deepspeed", "huggingface_hub", "transformers")
 ONE_STEP = """
 import torch, addax_ds

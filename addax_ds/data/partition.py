@@ -66,7 +66,7 @@ def partition(
         if threshold == "auto":
             raise UserError(
                 "--length_threshold auto is found by plan_threshold, as launch/train.py does: give "
-                " AddaxTrainer its result as planned and in the settings"
+                "AddaxTrainer its result as planned and in the settings"
             )
         if threshold == "median":
             threshold = statistics.median_low(lengths)

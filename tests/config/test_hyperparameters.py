@@ -98,6 +98,7 @@ assert "'zo_dummy': 5" in compared[0]
 """
 
 
+@pytest.mark.slow
 def test_a_new_one_touches_its_declaration_and_its_use(tmp_path: Path) -> None:
     package = tmp_path / "addax_ds"
     ignored = shutil.ignore_patterns("__pycache__")

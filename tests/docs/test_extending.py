@@ -156,6 +156,7 @@ assert config.settings.hyperparameters.max_g0 == 3.0
 """
 
 
+@pytest.mark.slow
 def test_a_flag_is_known_everywhere(tmp_path: Path) -> None:
     """The page's fields are put into a copy of the package, and nothing else is changed there."""
     skipped = shutil.ignore_patterns("__pycache__")

@@ -11,6 +11,8 @@ from addax_ds.data.records import prompt_completion
 from addax_ds.models import demo
 from addax_ds.tasks import TASKS
 
+pytestmark = pytest.mark.slow
+
 PROBES = 12
 SEED = 3
 
