@@ -44,7 +44,7 @@ def end(folder: Path, store: Path = STORE) -> None:
         with suppress(OSError):  # it is there already
             copy.rename(store / build.name)
         shutil.rmtree(copy.parent)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # temporary folders are cleared by others, too
 
 
 def _finished(folder: Path) -> list[Path]:
