@@ -19,6 +19,7 @@ from addax_ds.checkpoint.identity import Progress, Run, data_digest
 from addax_ds.checkpoint.resume import Checkpoint
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
+from addax_ds.distributed import nodes
 from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameters
 
 # The schedule is stepped without an optimizer's step, of which torch warns.
@@ -180,7 +181,7 @@ def test_the_state_is_json_of_a_few_numbers(tmp_path):
 def test_ranks_of_one_node_write_unless_every_node_saves(rank, each_node, writers, monkeypatch):
     """Nodes may have no file system in common, and the first has to have every file."""
 
-    monkeypatch.setattr(checkpoint, "everywhere", lambda own: [0, 1, 2, 0, 1])
+    monkeypatch.setattr(nodes, "everywhere", lambda own: [0, 1, 2, 0, 1])
     args = SimpleNamespace(process_index=rank, local_process_index=0, save_on_each_node=each_node)
     assert checkpoint._writers(args) == writers
 
