@@ -62,7 +62,7 @@ def test_methods() -> None:
     [
         ({"method": "adam"}, "--method adam"),
         ({"alpha": 1.5}, r"--alpha = 1\.5: it must be a number from 0 to 1"),
-        ({"alpha": float("nan")}, "--alpha = nan"),
+        ({"alpha": float("nan")}, "--alpha nan: it must be a finite number"),
         ({"alpha": 1.0}, "--method mezo"),
         ({"alpha": 0.0}, "--method ip-sgd"),
         ({"zo_eps": 0.0}, r"--zo_eps = 0\.0: it must be a number above 0"),
