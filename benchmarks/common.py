@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from addax_ds.planner.shapes import OPT_FAMILY
 from studies.jobs import search_path
-from studies.provenance import circumstances as circumstances
+from studies.provenance import collect_provenance as collect_provenance
 from studies.scaling.point import SMALL_SHAPES
 
 SHAPES: dict[str, dict[str, Any]] = {

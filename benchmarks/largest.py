@@ -31,13 +31,13 @@ from transformers.integrations import HfDeepSpeedConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-from addax_ds.distributed.collectives import leave_together
+from addax_ds.distributed.collectives import shutdown
 from addax_ds.optim.methods import ZEROTH_ORDER, Method
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import OPT_FAMILY, shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
-from benchmarks.common import circumstances, one_thread_each
+from benchmarks.common import collect_provenance, one_thread_each
 from benchmarks.live import ALPHAS, OPTIMIZERS, batch_of, closure
 from studies.jobs import script
 from studies.scaling.model import random_model
@@ -223,7 +223,7 @@ def main() -> None:
         result = train(arguments.model, arguments.method)
         if dist.get_rank() == 0:
             arguments.output.write_text(json.dumps(result))
-        leave_together()
+        shutdown()
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = []
@@ -231,7 +231,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     for method in arguments.methods:
         results += search(method, arguments.memory * 1e9)
-        report = {"memory_gb": arguments.memory, "circumstances": circumstances()}
+        report = {"memory_gb": arguments.memory, "circumstances": collect_provenance()}
         path = arguments.output / "largest.json"
         path.write_text(json.dumps({**report, "results": results}, indent=1) + "\n")
     print("\n".join(map(row, results)))

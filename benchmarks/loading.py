@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 
 from addax_ds.checkpoint.weights import full_shapes, local_slices, save_weights
 from addax_ds.config.arguments import ModelArguments
-from addax_ds.distributed.collectives import everywhere, leave_together
+from addax_ds.distributed.collectives import all_gather_object, shutdown
 from addax_ds.models.source import ModelSource
-from benchmarks.common import circumstances, one_thread_each
+from benchmarks.common import collect_provenance, one_thread_each
 from benchmarks.live import MODELS
 from studies.jobs import free_port, script
 
@@ -159,7 +159,7 @@ def measure(way: str, source: Path, target: Path, max_file_size: str) -> dict[st
         max_file_size: such as "300MB".
     """
     live = HfDeepSpeedConfig(CONFIG)  # both look for it
-    everywhere(None)  # gloo's first buffers
+    all_gather_object(None)  # gloo's first buffers
     with Growth() as loading:
         model = _load(way, source)
     share = sum(part.data.nbytes for part in local_slices(model))
@@ -171,7 +171,7 @@ def measure(way: str, source: Path, target: Path, max_file_size: str) -> dict[st
     del live
     phases = {"loading": loading, "saving": saving}
     found = {n: {**phase.peak, "seconds": phase.seconds} for n, phase in phases.items()}
-    return {"way": way, "by_rank": everywhere({"share": share, **found})}
+    return {"way": way, "by_rank": all_gather_object({"share": share, **found})}
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def main() -> None:
         found = measure(arguments.way, arguments.source, target, size)
         if dist.get_rank() == 0:
             arguments.output.write_text(json.dumps(found))
-        leave_together()
+        shutdown()
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
@@ -242,7 +242,12 @@ def main() -> None:
     share = max(rank["share"] for rank in results[0]["by_rank"])
     print(f"{arguments.shape}, {files}, share of a rank {share / MIB:.0f} MiB")
     print("\n".join(table(results)))
-    report = {"shape": arguments.shape, "ranks": RANKS, **files, "circumstances": circumstances()}
+    report = {
+        "shape": arguments.shape,
+        "ranks": RANKS,
+        **files,
+        "circumstances": collect_provenance(),
+    }
     path = arguments.output / f"loading-{arguments.shape}-{arguments.format}.json"
     path.write_text(json.dumps({**report, "results": results}, indent=1) + "\n")
 

@@ -23,10 +23,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 import addax_ds  # noqa: F401  (registers the optimizer)
-from addax_ds.distributed.collectives import leave_together
+from addax_ds.distributed.collectives import shutdown
 from benchmarks.common import (
     all_live_tensors,
-    circumstances,
+    collect_provenance,
     live_bytes,
     parameter_count,
     random_model,
@@ -117,7 +117,7 @@ def report(results: dict[str, dict[str, int]], shape: str) -> dict[str, Any]:
     return {
         "shape": shape,
         "ranks": ranks,
-        "circumstances": circumstances(),
+        "circumstances": collect_provenance(),
         "optimizers": results,
     }
 
@@ -143,7 +143,7 @@ def main() -> None:
         (arguments.output / name).write_text(text)
     elif comm.get_rank() == 0:
         print(text)
-    leave_together()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run as a s
 
 from addax_ds.kernels import cpu, reference
 from addax_ds.kernels.operation import Draw, Operation
-from benchmarks.common import circumstances
+from benchmarks.common import collect_provenance
 
 DRAW = Draw(seed=1, step=2, parameter_id=3)
 START = 5  # not at the border of a tile
@@ -177,7 +177,7 @@ def main() -> None:
     result = {
         "configuration": {k: v for k, v in vars(arguments).items() if k != "output"},
         "circumstances": {
-            **circumstances(),
+            **collect_provenance(),
             "lanes": cpu.load().addax_lanes(),
             "compiler": cpu.compiler_version().splitlines()[0],
             "flags": list(cpu.FLAGS),

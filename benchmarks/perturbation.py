@@ -47,7 +47,7 @@ from addax_ds.evaluation.likelihood import scores_of_logits, targets_of
 from addax_ds.kernels.operation import Draw, Operation
 from addax_ds.models import demo
 from addax_ds.tasks import TASKS
-from benchmarks.common import circumstances
+from benchmarks.common import collect_provenance
 
 ROUNDINGS = ("nearest", "stochastic")
 CLASSES = ("all", "norm gains", "rest")
@@ -251,7 +251,7 @@ def main() -> None:
         results[rounding] = summarise(np.array([g for g, _ in drawn]), by_name, n, energy)
     report = {
         "configuration": {k: v for k, v in vars(arguments).items() if k != "output"},
-        "circumstances": circumstances(),
+        "circumstances": collect_provenance(),
         "model": demo.MODEL_LABEL,
         "data": "re-partitioned SST-2 validation rows",
         "batch_shape": list(batch["input_ids"].shape),

@@ -24,13 +24,13 @@ from transformers import OPTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-from addax_ds.distributed.collectives import leave_together
+from addax_ds.distributed.collectives import shutdown
 from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
-from benchmarks.common import circumstances, one_thread_each
+from benchmarks.common import collect_provenance, one_thread_each
 from benchmarks.live import MODELS, measure
 from studies.jobs import free_port, script, write_json
 
@@ -216,7 +216,7 @@ def main() -> None:
         measured = examine(json.loads(arguments.cases))
         if dist.get_rank() == 0:
             arguments.output.write_text(json.dumps(measured))
-        leave_together()
+        shutdown()
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "plan.json"
@@ -225,7 +225,7 @@ def main() -> None:
     results = {_key(result["case"]): result for result in kept}
     for case in CASES:
         if case["model"] in chosen:
-            found = {**launch(case), "circumstances": circumstances()}
+            found = {**launch(case), "circumstances": collect_provenance()}
             results[_key(case)] = found
             print(row(found), flush=True)
             write_json(path, {"results": _in_order(results)})

@@ -37,11 +37,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
-from addax_ds.distributed.collectives import leave_together
+from addax_ds.distributed.collectives import shutdown
 from benchmarks.common import (
     SHAPES,
     all_live_tensors,
-    circumstances,
+    collect_provenance,
     live_bytes,
     parameter_count,
 )
@@ -222,7 +222,7 @@ def _memory_alone(workload: Workload, name: str, port: int) -> dict[str, int | N
         "peak_device_bytes": None if _on_cpu() else get_accelerator().max_memory_allocated(),
         "state_bytes": live_bytes(all_live_tensors()) - live_before,
     }
-    leave_together()
+    shutdown()
     return result
 
 
@@ -339,7 +339,7 @@ def main() -> None:
             "parameters": parameter_count(arguments.shape),
             "zero_optimization": zero_configuration(arguments.shape),
         },
-        "circumstances": circumstances(),
+        "circumstances": collect_provenance(),
         "load_average": {"before": load_before, "after": os.getloadavg()},
         **results,
     }
@@ -348,7 +348,7 @@ def main() -> None:
         if arguments.output:
             text = json.dumps(document, indent=2)
             (arguments.output / "step.json").write_text(text + "\n")
-    leave_together()
+    shutdown()
 
 
 if __name__ == "__main__":

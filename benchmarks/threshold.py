@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from addax_ds.models.demo import model_folder
-from benchmarks.common import circumstances
+from benchmarks.common import collect_provenance
 from benchmarks.plan import completed, launch
 from studies.comparison.tasks import MULTIEMO
 
@@ -100,7 +100,7 @@ def main() -> None:
         threshold = int(np.quantile(tokens, quantile, method="lower"))
         found = launch(case(threshold, longest))
         results.append({"quantile": quantile, "threshold": threshold, **found})
-        report = {"circumstances": circumstances(), "longest": longest, "results": results}
+        report = {"circumstances": collect_provenance(), "longest": longest, "results": results}
         (arguments.output / "threshold.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(results, arguments.output / "threshold.png")
     print("| quantile | L_T | peak, MB a rank | activations and logits | the rest | planned |")

@@ -10,7 +10,7 @@ from typing import Any
 from addax_ds.utils.versions import versions
 
 
-def circumstances() -> dict[str, Any]:
+def collect_provenance() -> dict[str, Any]:
     """Return them for a record; ``commit`` is None outside of a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

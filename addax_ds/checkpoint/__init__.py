@@ -1,1 +1,1 @@
-"""Checkpoints: folders that appear whole, identity of a run, weights on disk."""
+"""Checkpoints: atomic folders, identity of a run, weights on disk."""

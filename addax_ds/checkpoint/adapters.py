@@ -11,14 +11,14 @@ from transformers.utils import is_peft_available
 from addax_ds.checkpoint.atomic import writing
 from addax_ds.checkpoint.weight_files import WeightFiles
 from addax_ds.checkpoint.weights import full_shapes, gather_weights, local_slices
-from addax_ds.distributed.collectives import all_ranks_or_none
+from addax_ds.distributed.collectives import raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model was made by ``peft.get_peft_model``."""
+    """Return whether a model was made by ``peft.get_peft_model``."""
     if not is_peft_available():
         return False
     from peft import PeftModel
@@ -39,7 +39,7 @@ def save_adapters(model: Any, folder: Path, keep: bool) -> None:
     if dist.is_initialized():
         dist.broadcast_object_list(wanted)
     tensors = gather_weights(model, wanted[0], keep)
-    with all_ranks_or_none(), writing(folder):
+    with raise_on_all_ranks(), writing(folder):
         if keep:
             model.save_pretrained(folder, state_dict=tensors)
 

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
 SEAL = "SHA256SUMS"
@@ -48,7 +48,7 @@ class DamagedError(UserError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which path could not be written, whatever library has failed to.
+    """Raise `UserError` with the path that could not be written, whatever library failed.
 
     Raises:
         UserError: with the path and the reason.
@@ -65,11 +65,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def appearing(folder: Path, writers: Sequence[int]) -> Iterator[Path]:
+def atomic_folder(folder: Path, writers: Sequence[int]) -> Iterator[Path]:
     """Yield an empty folder to write to; once the body is done on all ranks, it is ``folder``.
 
     Every rank has to enter, and local errors of the body have to reach all ranks
-    (`all_ranks_or_none`). A ``folder`` that exists is replaced when the new one is complete. If
+    (`raise_on_all_ranks`). A ``folder`` that exists is replaced when the new one is complete. If
     anything fails, on any rank, what was written is removed and ``folder`` is as it was.
 
     Args:
@@ -84,15 +84,15 @@ def appearing(folder: Path, writers: Sequence[int]) -> Iterator[Path]:
     leads = _rank() == writers[0]
     staging = folder.parent / UNFINISHED / folder.name
     try:
-        with all_ranks_or_none(), writing(staging):
+        with raise_on_all_ranks(), writing(staging):
             if leads:
                 remove_unfinished(folder.parent)
-        with all_ranks_or_none(), writing(staging):
+        with raise_on_all_ranks(), writing(staging):
             if leads:
                 _make(staging)
         yield staging
         _seal(staging, writers)
-        with all_ranks_or_none(), writing(folder):
+        with raise_on_all_ranks(), writing(folder):
             if leads:
                 _move(staging, folder)
     finally:
@@ -142,17 +142,17 @@ def _seal(folder: Path, writers: Sequence[int]) -> None:
     """Hash and flush all files; their writers share them out."""
     rank = _rank()
     names: list[str] = []
-    with all_ranks_or_none(), writing(folder):
+    with raise_on_all_ranks(), writing(folder):
         if rank == writers[0]:
             names = _files(folder)
-    names = everywhere(names)[writers[0]]
+    names = all_gather_object(names)[writers[0]]
     lines: dict[str, str] = {}
-    with all_ranks_or_none(), writing(folder):
+    with raise_on_all_ranks(), writing(folder):
         if rank in writers:
             mine = names[writers.index(rank) :: len(writers)]
             lines = {name: _entry(folder, name) for name in mine}
-    by_rank = everywhere(lines)
-    with all_ranks_or_none(), writing(folder / SEAL):
+    by_rank = all_gather_object(lines)
+    with raise_on_all_ranks(), writing(folder / SEAL):
         if rank == writers[0]:
             found = {name: line for writer in writers for name, line in by_rank[writer].items()}
             body = "".join(found[name] for name in sorted(names))
@@ -197,7 +197,7 @@ def _flush(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a seal says of a file."""
+    """Entry of a seal for one file."""
 
     size: int
     sha256: str

@@ -27,7 +27,7 @@ from addax_ds.checkpoint import atomic, weights
 from addax_ds.checkpoint.adapters import has_adapters, load_adapters, save_adapters
 from addax_ds.checkpoint.identity import Progress, Run, changes
 from addax_ds.checkpoint.weight_files import WeightFiles
-from addax_ds.distributed.collectives import all_ranks_or_none
+from addax_ds.distributed.collectives import raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
 from addax_ds.optim.addax import Addax
 from addax_ds.utils.errors import UserError
@@ -40,18 +40,18 @@ STATE_NAME = "addax_state.json"
 # ---- the folder --------------------------------------------------------------------------------
 
 
-def appearing(folder: Path, args: TrainingArguments) -> AbstractContextManager[Path]:
+def atomic_folder(folder: Path, args: TrainingArguments) -> AbstractContextManager[Path]:
     """Give where to write what is to be ``folder``, which appears when all of it is on the disk.
 
-    Every rank has to call and enter; see `atomic.appearing`. Several nodes need a file system that
-    they share, or ``save_on_each_node`` if each has its own. On disks of their own
+    Every rank has to call and enter; see `atomic.atomic_folder`. Several nodes need a file system
+    that they share, or ``save_on_each_node`` if each has its own. On disks of their own
     without that flag the first node alone has the folder, and it has to be copied to the others
     before a run can go on from it.
 
     Raises:
         UserError: on all ranks, if one of them cannot write.
     """
-    return atomic.appearing(folder, _writers(args))
+    return atomic.atomic_folder(folder, _writers(args))
 
 
 def steps(output_dir: Path) -> list[int]:
@@ -113,7 +113,7 @@ def save_model(
         args: say which ranks write.
         tokenizer: or None; saved with the model.
     """
-    with all_ranks_or_none(), atomic.writing(folder):
+    with raise_on_all_ranks(), atomic.writing(folder):
         if args.should_save:
             _start_folder(folder, args, tokenizer)
     if has_adapters(model):
@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, folder: Path, progress: bool = False) -> None
             of folder and model has adapters of PEFT and the other has not.
     """
     adapters = has_adapters(model)
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         _check_same_kind(folder, adapters)
         if adapters:
             load_adapters(model, folder)
@@ -183,7 +183,7 @@ def save_state(
 
 
 def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> Progress:
-    """Let optimizer and schedule go on from where `save_state` was called.
+    """Restore optimizer and schedule to the point where `save_state` was called.
 
     The learning rate and the weight decay are those of this run: another learning rate scales what
     is left of the schedule.
@@ -263,7 +263,7 @@ def _load_schedule(path: Path, scheduler: Any, lrs: list[float]) -> None:
 
 
 def _announce(written: Run, run: Run) -> None:
-    """Say what differs from the run that wrote a checkpoint."""
+    """Yield the differences from the run that wrote a checkpoint."""
     for change in changes(written, run):
         logger.warning("Resuming: %s.", change)
     if (written.sharding, written.ranks) != (run.sharding, run.ranks):

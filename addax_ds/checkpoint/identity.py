@@ -1,4 +1,4 @@
-"""What makes a run that goes on from a checkpoint the run that wrote it.
+"""Settings that must match when resuming from a checkpoint.
 
 z, the order of the data, and the type of the weights have to be the same: with others the history
 of the run would be that of no run at all, and nothing would show it. What a user may want to change
@@ -35,7 +35,7 @@ _NOTED = tuple(known for known in HYPERPARAMETERS if known.on_resume != "free")
 
 @dataclass(frozen=True)
 class Run:
-    """What a checkpoint notes of the run that wrote it.
+    """Record, in a checkpoint, of the run that wrote it.
 
     Attributes:
         sharding: back end.
@@ -92,7 +92,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is with what it logs.
+    """Progress of a run's log.
 
     Attributes:
         loss_sum: of the steps since Trainer last logged a loss, which is a mean over steps.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the one that was named, or the newest that is intact.
+"""The checkpoint that a run resumes from: the given one, or the newest intact one.
 
 All ranks come to the same decision, and share the work of reading the files.
 """
@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from addax_ds.checkpoint import atomic, checkpoint
 from addax_ds.checkpoint.identity import Run, check_same_run
-from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ def find(wanted: str | bool | None, args: TrainingArguments) -> Checkpoint | Non
             the newest intact one beside it), or no run could go on from it.
     """
     output_dir = Path(args.output_dir or ".")
-    with all_ranks_or_none(), atomic.writing(output_dir):
+    with raise_on_all_ranks(), atomic.writing(output_dir):
         if args.should_save:
             atomic.remove_unfinished(output_dir)
-    words = everywhere(str(wanted))
+    words = all_gather_object(str(wanted))
     if len(set(words)) > 1:
         raise UserError(f"{_FLAG}: the ranks were given different values: {', '.join(words)}")
     if wanted is None or words[0].lower() == "false":
@@ -75,7 +75,7 @@ def find(wanted: str | bool | None, args: TrainingArguments) -> Checkpoint | Non
             require_intact(folder, args)
         except UserError as error:
             raise UserError(f"{_FLAG} {error}") from error
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         try:
             return Checkpoint(folder, checkpoint.read_run(folder))
         except UserError as error:
@@ -111,7 +111,7 @@ def require_intact(folder: Path, args: TrainingArguments) -> None:
 
 def _newest_first(output_dir: Path) -> list[Path]:
     """Return the checkpoints that any rank sees."""
-    seen = {step for found in everywhere(checkpoint.steps(output_dir)) for step in found}
+    seen = {step for found in all_gather_object(checkpoint.steps(output_dir)) for step in found}
     return [checkpoint.path_of(output_dir, step) for step in sorted(seen, reverse=True)]
 
 
@@ -122,7 +122,7 @@ def _damage(folder: Path, args: TrainingArguments) -> str | None:
     """
     node = next(ranks for ranks in checkpoint.nodes(args) if args.process_index in ranks)
     found, weights = None, {}
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         try:
             _check_is_checkpoint(folder)
             atomic.verify(folder, node.index(args.process_index), len(node))
@@ -130,7 +130,7 @@ def _damage(folder: Path, args: TrainingArguments) -> str | None:
             weights = {name: e.sha256 for name, e in seal.items() if name.endswith(".safetensors")}
         except atomic.DamagedError as error:
             found = f"{error}"
-    by_rank = everywhere((found, weights))
+    by_rank = all_gather_object((found, weights))
     problems = [(rank, problem) for rank, (problem, _) in enumerate(by_rank) if problem]
     if problems:
         rank, problem = problems[0]

@@ -29,7 +29,7 @@ UNSAFE_PICKLE = (
 """What to say of a file that is not unpickled, where torch recommends ``weights_only=False``."""
 
 BAR_DELAY_S = 2.0
-"""How long reading or writing takes before a bar appears."""
+"""Seconds of reading or writing before a progress bar appears."""
 
 
 class OtherForm(UserError):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from addax_ds.checkpoint.atomic import writing
 from addax_ds.checkpoint.weight_files import MODEL_FILE, WeightFiles, WeightSlice, bytes_bar
-from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.sharding.base import Sharding, canonical_name
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.utils.errors import UserError
@@ -44,7 +44,7 @@ def load_weights(sharding: Sharding, folder: str | os.PathLike, progress: bool =
     Raises:
         UserError: on all ranks, if one cannot; see `WeightFiles`.
     """
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         WeightFiles(Path(folder)).fill(local_slices(sharding.model), progress)
     sharding.finish_step()  # what is gathered is from before
 
@@ -107,7 +107,7 @@ def save_weights(
     rank, world_size = _rank_and_world_size()
     writers = range(world_size) if writers is None else writers
     plan = split_torch_state_dict_into_shards(full_shapes(model), max_shard_size=max_file_size)
-    with all_ranks_or_none(), writing(folder):
+    with raise_on_all_ranks(), writing(folder):
         if rank in writers:
             folder.mkdir(parents=True, exist_ok=True)
         if rank == writers[0]:
@@ -124,7 +124,7 @@ def save_weights(
                 file: whole.gather(plan.filename_to_tensors[file], rank == writer, bar.update)
                 for file, writer in turns.items()
             }
-            with all_ranks_or_none():
+            with raise_on_all_ranks():
                 for file, writer in turns.items():
                     if rank == writer:  # taken out, or the next round would come on top
                         _write(kept.pop(file), folder / file)
@@ -158,7 +158,7 @@ class _WholeWeights:
         self._rank, world_size = _rank_and_world_size()
         self._parts = {part.names[0]: part for part in local_slices(model)}
         ends = {n: (p.start, p.start + p.data.numel()) for n, p in self._parts.items()}
-        self._ends_by_rank = everywhere(ends)
+        self._ends_by_rank = all_gather_object(ends)
         if world_size > 1:
             self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=_traffic_device())
 
@@ -209,7 +209,7 @@ class _WholeWeights:
 
 
 def _traffic_device() -> torch.device:
-    """Where a tensor has to lie to be sent; shards may be offloaded from there."""
+    """Device of tensors to be sent; shards may be offloaded from it."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or dist.get_backend() in ("gloo", "ccl", "mpi"):
         return torch.device("cpu")

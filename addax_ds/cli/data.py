@@ -1,4 +1,4 @@
-"""Where the data come from: a task, or JSON Lines files; and their way to tokens."""
+"""Loading of the data, from a task or JSON Lines files, and their encoding."""
 
 import logging
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ TASK_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains, chooses and tests on.
+    """Training, dev and test data of a run.
 
     Attributes:
         description: what the data are, for reports.

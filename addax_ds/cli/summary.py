@@ -1,4 +1,4 @@
-"""What rank 0 says of a run: before it, after its first steps, and at its end."""
+"""Messages of rank 0 about a run: before it, after its first steps, and at its end."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def announce(
     settings: AddaxSettings,
     run: Run,
 ) -> None:
-    """Say what will be trained, on what, how, and what memory it takes; the model is not loaded.
+    """Log model, data, method and planned memory, before the model is loaded.
 
     Args:
         source: of the model.
@@ -90,7 +90,7 @@ def _memory(
 
 
 class Duration(TrainerCallback):
-    """Says after a few steps how long the rest will take."""
+    """Logs an estimate of the remaining time after a few steps."""
 
     def __init__(self, costs: CostMeter) -> None:
         self._costs = costs

@@ -39,11 +39,11 @@ from addax_ds.cli.summary import Duration, announce, report
 from addax_ds.config.addax_config import AddaxConfig, divide_batches
 from addax_ds.config.arguments import ModelArguments, parse_arguments
 from addax_ds.distributed.collectives import (
-    all_ranks_or_none,
-    check_same_everywhere,
-    everywhere,
-    leave_together,
+    all_gather_object,
+    check_same_on_all_ranks,
     limit_waiting,
+    raise_on_all_ranks,
+    shutdown,
 )
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.evaluation.scored_set import ScoredSet
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `finetune` as a program: a user's mistake is a sentence and exit status 1."""
     with mistakes_end_the_program():  # on every rank: a mistake may be on one machine only
         finetune(argv)
-    leave_together()
+    shutdown()
     ignore_sigterm()  # a launcher may send it again
 
 
@@ -82,7 +82,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     run = Run.of(args, args.settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         if resumed is not None:
             resumed.check(run)
         source = ModelSource.find(model_args)
@@ -91,12 +91,12 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
         planned = _plan_threshold(source, sharding, data, args, resumed)
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         if data.train:  # the trainer does these, too, but with the model loaded
             plan = plan_steps(data.train, args.settings, args)
             if resumed is not None:
                 resumed.check(run.with_data(data_digest(data.train), plan[0].threshold))
-    check_same_everywhere(dict(_identity(args, model_args, data)))
+    check_same_on_all_ranks(dict(_identity(args, model_args, data)))
     if args.process_index == 0:
         announce(source, data, plan, args, args.settings, run)
     baseline = args.method in BASELINES
@@ -236,7 +236,7 @@ def _folder(args: TrainingArguments) -> Path:
 def _costs(trainer: StepTrainer) -> dict[str, float]:
     """Return what the training has cost; memory is that of the rank that held most."""
     costs = trainer.costs.report()
-    peak = max(everywhere(costs["peak_memory_bytes"]))
+    peak = max(all_gather_object(costs["peak_memory_bytes"]))
     return {**costs, "peak_memory_bytes": peak, "train_steps": trainer.state.global_step}
 
 

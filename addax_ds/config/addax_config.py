@@ -11,7 +11,7 @@ from addax_ds.config.deepspeed import check_ds_config, load_ds_config, warn_with
 from addax_ds.config.settings import AddaxSettings, check_can_resume, settle
 from addax_ds.config.training_arguments import check_training_arguments
 from addax_ds.config.values import value_problems
-from addax_ds.distributed.startup import starting_together
+from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.optim.hyperparameters import IN_JSON_PARAMS, HyperparameterFlags
 from addax_ds.optim.methods import BASELINES, Method
 from addax_ds.utils.errors import UserError
@@ -108,7 +108,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
     def __post_init__(self, given: Collection[str] | None) -> None:
         # Trainer's own part makes the process group, where a rank would wait for one with a
         # mistake, so all ranks first say whether they have met one.
-        with starting_together():
+        with raise_on_all_ranks_at_start():
             source, config, where = self._check_before_start(given)
         self.deepspeed = config  # so that nobody reads the file again
         try:

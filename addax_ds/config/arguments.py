@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.values import read_argument_file, type_problems, value_problems
-from addax_ds.distributed.startup import starting_together
+from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.errors import UserError
@@ -53,7 +53,7 @@ _OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed
 
 @dataclass
 class ModelArguments:
-    """Which model is trained."""
+    """Arguments of the model."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -87,7 +87,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which records are trained on, and how they are encoded."""
+    """Arguments of the data and their encoding."""
 
     task: str | None = field(
         default=None,
@@ -180,7 +180,7 @@ def parse_arguments(
         given = parser.given(list(sys.argv[1:] if argv is None else argv))
         values = _values(given)
     except UserError:
-        with starting_together():  # where the other ranks are, in `AddaxConfig`
+        with raise_on_all_ranks_at_start():  # where the other ranks are, in `AddaxConfig`
             raise
     model, data, training = (
         {item.name: values[item.name] for item in fields(kind) if item.name in values}

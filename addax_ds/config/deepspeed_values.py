@@ -130,7 +130,7 @@ def _kind_problems(model: Any, block: Mapping[str, Any], path: str) -> Iterator[
 
 
 def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Let DeepSpeed parse one top-level entry after the other."""
+    """Parse each top-level entry with DeepSpeed's own models."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

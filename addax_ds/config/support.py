@@ -1,4 +1,4 @@
-"""What a setting of Transformers or DeepSpeed does here: it works, is restricted, or has no effect.
+"""Support of Transformers' and DeepSpeed's settings: works, restricted, or without effect.
 
 `training_arguments` and `deepspeed_keys` hold these rules, so that no flag is ignored in silence.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Status(Enum):
-    """What happens to a setting that a user gives."""
+    """Treatment of a setting that a user gives."""
 
     WORKS = "works"
     RESTRICTED = "restricted"
@@ -19,7 +19,7 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """How one setting is treated.
+    """Treatment of one setting.
 
     Attributes:
         status: what happens to the setting.

@@ -1,1 +1,1 @@
-"""From files to the tensors of a step: records -> encoding -> partition -> batches."""
+"""Data: records -> encoding -> partition -> batches, from files to a step's tensors."""

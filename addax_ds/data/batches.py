@@ -1,4 +1,4 @@
-"""Which examples a step sees, and the tensors of a rank's share of them.
+"""The examples of a step, and the tensors of a rank's share of them.
 
 Everything here is a pure function of the global step number: `StepSchedule` says which examples
 form the two global batches of a step, `StepBatches` turns a rank's share into tensors, and the
@@ -187,7 +187,7 @@ class StepBatches(Dataset[dict[str, Any]]):
 
     @property
     def schedule(self) -> StepSchedule:
-        """Which examples each step sees."""
+        """Examples of each step."""
         return self._schedule
 
     def reschedule(self, schedule: StepSchedule) -> None:

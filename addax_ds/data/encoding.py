@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What the tokenizer says about one text.
+    """Tokens of one text, with their offsets.
 
     Attributes:
         ids: int32, shape [n].

@@ -16,7 +16,7 @@ from addax_ds.utils.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Which examples each stream draws from.
+    """Examples of each stream.
 
     Attributes:
         zeroth_order: D0, int64 indices, ascending; empty if there is no zeroth-order stream.

@@ -1,4 +1,4 @@
-"""What ranks have to agree on before any of them goes on."""
+"""Collectives of Python objects, and errors that reach all ranks."""
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +14,8 @@ from addax_ds.utils.errors import UserError
 
 
 @contextmanager
-def all_ranks_or_none() -> Iterator[None]:
-    """Let no rank go on, into a collective that waits for all, when another one could not.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise on all ranks if the body has raised on any of them.
 
     The body must not run collectives that a rank with an error would leave out.
 
@@ -27,7 +27,7 @@ def all_ranks_or_none() -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    raise_any(problem, everywhere(f"{problem}" if problem else None))
+    raise_any(problem, all_gather_object(f"{problem}" if problem else None))
 
 
 def raise_any(problem: Exception | None, by_rank: list[str | None]) -> None:
@@ -39,7 +39,7 @@ def raise_any(problem: Exception | None, by_rank: list[str | None]) -> None:
         raise UserError(f"stopped, as {len(errors)} other rank(s) had an error: {errors[0]}")
 
 
-def check_same_everywhere(values: Mapping[str, str]) -> None:
+def check_same_on_all_ranks(values: Mapping[str, str]) -> None:
     """Check that all ranks run the same thing.
 
     Args:
@@ -48,7 +48,7 @@ def check_same_everywhere(values: Mapping[str, str]) -> None:
     Raises:
         UserError: on all ranks, naming what differs, with its values by rank.
     """
-    by_rank = everywhere(dict(values))
+    by_rank = all_gather_object(dict(values))
     differing = [name for name in values if len({entry.get(name) for entry in by_rank}) > 1]
     if differing:
         lines = [
@@ -63,7 +63,7 @@ def check_same_everywhere(values: Mapping[str, str]) -> None:
 
 
 def limit_waiting(seconds: float) -> None:
-    """Let a collective fail when another rank has not joined it within this time.
+    """Set the timeout of collectives.
 
     For every group that exists. Transformers gives its timeout to none on a CPU, and DeepSpeed's
     groups have torch's defaults everywhere: 10 minutes for NCCL, 30 for gloo.
@@ -74,8 +74,8 @@ def limit_waiting(seconds: float) -> None:
 
 
 @contextmanager
-def aside(wait: float, usually: float) -> Iterator[Callable[[Any], list[Any]]]:
-    """Let ranks agree also where one of them has left a collective of the others.
+def side_group(wait: float, usually: float) -> Iterator[Callable[[Any], list[Any]]]:
+    """Second process group, for agreement after a rank has left a collective of the first.
 
     Every rank has to enter.
 
@@ -84,17 +84,17 @@ def aside(wait: float, usually: float) -> Iterator[Callable[[Any], list[Any]]]:
         usually: the same for afterwards.
 
     Yields:
-        `everywhere` over a group of its own, on which nothing else waits.
+        `all_gather_object` over a group of its own, on which nothing else waits.
     """
     if not dist.is_initialized():
-        yield everywhere
+        yield all_gather_object
         return
     group = dist.new_group(backend="gloo")
     limit_waiting(wait)
     # Others come here only after they have waited for this rank elsewhere.
     distributed_c10d._set_pg_timeout(timedelta(seconds=2 * wait + usually), group)
     try:
-        yield partial(everywhere, group=group)
+        yield partial(all_gather_object, group=group)
     finally:
         dist.destroy_process_group(group)
         limit_waiting(usually)
@@ -111,7 +111,7 @@ def collectives_begun() -> list[int]:
 T = TypeVar("T")
 
 
-def everywhere(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return the value of each rank, on all ranks; it has to be picklable and small."""
     if not dist.is_initialized():
         return [value]
@@ -120,7 +120,7 @@ def everywhere(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def leave_together() -> None:
+def shutdown() -> None:
     """End the process group; without this order ranks that end at different times abort at times.
 
     Every rank has to call it.

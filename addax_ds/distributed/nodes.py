@@ -1,14 +1,14 @@
-"""Which ranks share a machine."""
+"""Ranks that share a machine."""
 
 from transformers import TrainingArguments
 
-from addax_ds.distributed.collectives import everywhere
+from addax_ds.distributed.collectives import all_gather_object
 
 
 def nodes(args: TrainingArguments) -> list[list[int]]:
     """Return the ranks of each node; every rank has to call it."""
     found: list[list[int]] = []
-    for rank, local in enumerate(everywhere(args.local_process_index)):
+    for rank, local in enumerate(all_gather_object(args.local_process_index)):
         if local == 0:
             found.append([])
         found[-1].append(rank)

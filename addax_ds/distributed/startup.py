@@ -1,4 +1,4 @@
-"""Starts the ranks: they agree before there is a process group, then set DeepSpeed up."""
+"""Start of the ranks: errors before there is a process group, then DeepSpeed's set-up."""
 
 import logging
 import os
@@ -29,8 +29,8 @@ _WAITING = "Waiting for another process to compile DeepSpeed's collectives: %s"
 
 
 @contextmanager
-def starting_together() -> Iterator[None]:
-    """Do what `all_ranks_or_none` does, before there is a process group.
+def raise_on_all_ranks_at_start() -> Iterator[None]:
+    """Do what `raise_on_all_ranks` does, before there is a process group.
 
     A launcher that loses a rank ends those of its own node. On other nodes they would wait where
     the process group is made, for 10 minutes or more, and then fail without the reason. Does

@@ -28,7 +28,7 @@ from addax_ds.evaluation.scored_set import (
 
 
 class Decoder:
-    """What a written answer is: where it ends, how long it may be, and its text.
+    """Generated answers: their end, their longest length, and their text.
 
     Attributes:
         max_new_tokens: longest answer in tokens.

@@ -93,7 +93,7 @@ def scores_of_logits(logits: Tensor, targets: Tensor, row: Tensor | None = None)
 
 
 def takes_positions(model: Any) -> bool:
-    """Whether a model, in whatever wrappers, can be asked for the logits of some positions.
+    """Return whether a model, wrapped or not, takes ``logits_to_keep``.
 
     Raises:
         UserError: if adapters put virtual tokens in front of the prompt, which moves all positions.

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from addax_ds.data.batches import dummy, pad
 from addax_ds.data.encoding import Example
-from addax_ds.distributed.collectives import everywhere
+from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
 
 Scores = NDArray[np.float64]
@@ -171,7 +171,7 @@ class EvaluationCollator:
 
 
 class SharedRowCollator(EvaluationCollator):
-    """Lets candidates that differ in their last token alone share a row of the model's input.
+    """Merges candidates that differ only in their last token into one input row.
 
     A last token is never an input: what the model would say after it, nobody asks. So where all
     candidates of a prompt are one token long, a single row scores them.
@@ -252,7 +252,9 @@ class ScoreTable:
         """Return the scores of all examples, from all ranks; all of them call it."""
         own = np.flatnonzero(self._times)
         times = np.zeros_like(self._times)
-        for indices, scores, number in everywhere((own, self._scores[own], self._times[own])):
+        for indices, scores, number in all_gather_object(
+            (own, self._scores[own], self._times[own])
+        ):
             self._scores[indices] = scores
             times[indices] += number
         assert (times == 1).all(), "every example is scored once"

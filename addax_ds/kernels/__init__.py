@@ -106,7 +106,7 @@ def implementation(device_type: str) -> ModuleType:
 
 
 def _obstacle(name: str, device_type: str) -> str | None:
-    """Say why an implementation cannot serve a type of device, or None."""
+    """Return why an implementation cannot serve a device type, or None."""
     if name == "cpp" and device_type != "cpu":
         return "the C++ kernels run on a CPU"
     if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -122,7 +122,7 @@ def _obstacle(name: str, device_type: str) -> str | None:
 
 
 def _agrees(module: ModuleType, device_type: str) -> bool:
-    """Whether an implementation computes what the reference computes on the CPU."""
+    """Return whether an implementation equals the reference on the CPU."""
     draw, start, results = Draw(1, 2, 3), 5, []
     for kernels, device in ((reference, "cpu"), (module, device_type)):
         z = torch.empty(4096, dtype=torch.float32, device=device)

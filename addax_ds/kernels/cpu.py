@@ -147,12 +147,12 @@ def _key(command: list[str]) -> str:
 
 
 def compiler_version() -> str:
-    """What the compiler says of itself."""
+    """Version text of the compiler."""
     return _run([_command()[0], "--version"])
 
 
 def _processor_features() -> str:
-    """What ``-march=native`` goes by; x86 calls them flags, Arm features."""
+    """CPU flags (x86) or features (Arm), which determine ``-march=native``."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -17,7 +17,7 @@ from torch import Tensor
 from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw, Operation
 
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
-"""What the kernels must be compiled with; fusion would change the bits of z."""
+"""Compile options of the kernels; fusion would change the bits of z."""
 
 _TILE = 128
 _LANES = 16

@@ -1,4 +1,4 @@
-"""What the kernels compute, apart from how."""
+"""The operation that all kernels implement."""
 
 from ctypes import c_float
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ STREAM_ROUNDING = 1
 
 @dataclass(frozen=True)
 class Draw:
-    """Which random numbers: everything that goes into a counter besides the element.
+    """Key of a stream of random numbers: all of a counter but the element.
 
     Attributes:
         seed: 64-bit key.

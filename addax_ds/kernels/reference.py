@@ -216,7 +216,7 @@ def _sum_of_directions(weight: Tensor, operation: Operation, start: int) -> Tens
 
 
 def _realised_difference(weight: Tensor, shift: Tensor) -> Tensor:
-    """What is left of ``2 * shift`` when weights of some type are shifted up and down, fp32."""
+    """Realised difference of weights shifted by ``+shift`` and ``-shift``, fp32."""
     wide = weight.float()
     seen = [(wide + shift).to(weight.dtype), (wide - shift).to(weight.dtype)]
     plus, minus = (torch.where(x.isfinite(), x, weight).float() for x in seen)

@@ -1,1 +1,1 @@
-"""Where a model comes from."""
+"""Models: finding, building and loading them."""

@@ -1,4 +1,4 @@
-"""Where the model comes from, and how it is loaded onto each back end."""
+"""Finding a model and loading it onto a back end."""
 
 import contextlib
 import logging
@@ -33,7 +33,7 @@ from addax_ds.checkpoint.weight_files import (
 )
 from addax_ds.checkpoint.weights import local_slices
 from addax_ds.config.arguments import ModelArguments
-from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.models import demo
 from addax_ds.models.empty import empty_model
 from addax_ds.sharding.base import Sharding
@@ -137,7 +137,7 @@ class ModelSource:
         chosen = back_end(sharding)
         where = f"cannot load the model from {self.path}"
         other_form: str | None = None
-        with all_ranks_or_none(), _refused(where):
+        with raise_on_all_ranks(), _refused(where):
             model = self._empty(dtype)
             try:
                 files = self._weight_files(model, dtype)
@@ -145,16 +145,16 @@ class ModelSource:
                 files.check_ties(local_slices(model))
             except OtherForm as error:
                 other_form = str(error)
-        other_form = next(filter(None, everywhere(other_form)), None)
+        other_form = next(filter(None, all_gather_object(other_form)), None)
         if other_form is not None:
             return self._load_whole(dtype, chosen, other_form)
         chosen.lay_out(model, torch.device(device))
-        with all_ranks_or_none(), _refused(where):
+        with raise_on_all_ranks(), _refused(where):
             files.fill(local_slices(model), progress)
         return model
 
     def _load_whole(self, dtype: torch.dtype, sharding: type[Sharding], why: str) -> nn.Module:
-        """Let Transformers load the model; under ZeRO-3 it partitions it on the way.
+        """Load the model with Transformers, which partitions it on the way under ZeRO-3.
 
         Raises:
             UserError: see `load`. Under ZeRO-3, which loads with collectives, a rank that alone
@@ -170,7 +170,7 @@ class ModelSource:
                 self.path,
                 why,
             )
-        together = contextlib.nullcontext if sharding.loads_with_collectives else all_ranks_or_none
+        together = contextlib.nullcontext if sharding.loads_with_collectives else raise_on_all_ranks
         with together(), _refused(f"cannot load the model from {self.path}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from addax_ds.optim.estimator import Estimator, TwoSidedDifference
-from addax_ds.optim.gradients import KeptWeights
+from addax_ds.optim.gradients import SkippedUpdates
 from addax_ds.optim.hyperparameters import (
     HYPERPARAMETERS,
     HyperparameterKwargs,
@@ -81,7 +81,8 @@ class Addax(torch.optim.Optimizer):
     weights and clips. ``zeroth_order`` leaves the first-order loss to the caller.
 
     No update that is NaN or infinite reaches a weight: an element whose new value would not be
-    finite keeps its old one, and all ranks learn of it at the end of the step (``report.partial``).
+    finite keeps its old one, and all ranks learn of it at the end of the step
+    (``report.has_nonfinite``).
 
     Attributes:
         index: number of the next step.
@@ -150,7 +151,7 @@ class Addax(torch.optim.Optimizer):
         self.first_order_loss: float | None = None
         self._running: RunningStep | None = None
         self._non_finite = NonFiniteSteps()
-        self._kept: KeptWeights | None = None
+        self._kept: SkippedUpdates | None = None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -406,7 +407,7 @@ class Addax(torch.optim.Optimizer):
             self._sharding.detach()
         sharding.attach(self._on_gradient)
         self._sharding = sharding
-        self._kept = KeptWeights(sharding.shards())
+        self._kept = SkippedUpdates(sharding.shards())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own ``lr`` and ``weight_decay``, before the optimizer is attached.

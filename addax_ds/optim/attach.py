@@ -8,7 +8,7 @@ from addax_ds.sharding.registry import back_end_of
 
 
 def attach(optimizer: Addax, model: nn.Module) -> Sharding:
-    """Let an optimizer work on a model: sharded by ``fully_shard``, or whole on each rank.
+    """Attach an optimizer to a model: sharded by ``fully_shard``, or whole on each rank.
 
     Afterwards ``loss.backward()`` updates the weights as it goes, and ``model`` sees perturbed
     weights inside `Addax.measure`. A whole model on several ranks is replicated: the ranks start

@@ -64,8 +64,8 @@ class SquaredNorms:
         return squares
 
 
-class KeptWeights:
-    """Remembers of which parameters an element kept its weight, as its update was not finite.
+class SkippedUpdates:
+    """Flags parameters in which a non-finite update was skipped.
 
     Args:
         shards: of all parameters that may be updated.
@@ -85,7 +85,7 @@ class KeptWeights:
         return self._flags[position : position + 1]
 
     def any(self) -> Tensor:
-        """Whether a flag is set, int32 of shape ``()``; nothing waits for the device."""
+        """Return 1 if a flag is set, int32 of shape ``()``, without a device sync."""
         return self._flags.any().to(torch.int32)
 
     def names(self) -> list[str]:

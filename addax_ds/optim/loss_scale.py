@@ -12,7 +12,7 @@ from addax_ds.utils.errors import UserError
 
 @dataclass(frozen=True)
 class LossScale:
-    """What the first-order loss is multiplied by before backward; gradients are divided by it.
+    """Factor of the first-order loss before backward; gradients are divided by it.
 
     Attributes:
         value: the factor, > 0.
@@ -47,7 +47,7 @@ class LossScale:
 
     @property
     def can_shrink(self) -> bool:
-        """Whether an overflow has a remedy."""
+        """True if the scale can be lowered after an overflow."""
         return self.growth_interval > 0 and self.value > self.minimum
 
     def after(self, overflow: bool) -> "LossScale":

@@ -1,4 +1,4 @@
-"""What a step did, and when to stop because of what it did."""
+"""The report of a step, and the error after too many non-finite ones."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ NON_FINITE = "with something that is NaN or infinite"
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the last step did, equal on all ranks.
+    """Report of the last step, equal on all ranks.
 
     Attributes:
         index: number of the step.
@@ -31,7 +31,7 @@ class StepReport:
             None unless `Addax.track_norm` was set or the gradient is clipped.
         gradient_norm: ||g1|| over all parameters, before weighting and clipping; None likewise.
         loss_scale: what the first-order loss was multiplied by; 1 but for fp16 weights.
-        partial: whether something was NaN or infinite: a loss, whose part of the step was left out,
+        has_nonfinite: whether something was NaN or infinite: a loss, whose part was skipped,
             or elements of an update, which kept their weights.
         stop_requested: whether `Addax.stop_requested` was set on any rank.
         projected_gradients: those of all directions; empty where there is none.
@@ -45,7 +45,7 @@ class StepReport:
     first_order_norm: float | None
     gradient_norm: float | None
     loss_scale: float = 1.0
-    partial: bool = False
+    has_nonfinite: bool = False
     stop_requested: bool = False
     projected_gradients: tuple[float, ...] = ()
 
@@ -55,7 +55,7 @@ class NonFiniteError(UserError, ArithmeticError):
 
 
 class NonFiniteSteps:
-    """Counts partial steps in a row.
+    """Counts consecutive non-finite steps.
 
     Attributes:
         in_a_row: how many there were up to now.
@@ -65,7 +65,7 @@ class NonFiniteSteps:
         self.in_a_row = 0
 
     def count(self, index: int, problems: list[str]) -> None:
-        """Take note of a finished step and of what was not finite in it, if anything.
+        """Count a finished step; ``problems`` lists its non-finite values, if any.
 
         Raises:
             NonFiniteError: if it is the `MAX_NON_FINITE_STEPS`th in a row with a problem.

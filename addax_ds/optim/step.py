@@ -12,9 +12,9 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from addax_ds.distributed.collectives import everywhere
+from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.estimator import Estimate, Estimator
-from addax_ds.optim.gradients import GradientSums, KeptWeights, SquaredNorms
+from addax_ds.optim.gradients import GradientSums, SkippedUpdates, SquaredNorms
 from addax_ds.optim.report import StepReport
 from addax_ds.optim.update import Step, apply_update, perturb
 from addax_ds.sharding.base import Shard, Sharding, evaluation_mode
@@ -25,7 +25,7 @@ Closure = Callable[[], Tensor]
 
 
 class _Mode(Enum):
-    """What becomes of a reduced gradient."""
+    """Use of a reduced gradient."""
 
     APPLY = auto()
     ACCUMULATE = auto()
@@ -56,7 +56,7 @@ class RunningStep:
         sharding: Sharding,
         steps: list[Step],
         estimator: Estimator,
-        kept: KeptWeights,
+        kept: SkippedUpdates,
         loss_scale: float,
         max_grad_norm: float,
         track_norm: bool,
@@ -157,7 +157,7 @@ class RunningStep:
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
-        """Let what runs afterwards draw the random numbers that the body draws."""
+        """Restore the random state afterwards, so that later code repeats the body's draws."""
         device = self._sharding.device
         on_cpu = device.type == "cpu"
         with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
@@ -166,7 +166,7 @@ class RunningStep:
     # ---- gradients -----------------------------------------------------------------------------
 
     def take(self, shard: Shard, gradient: Tensor) -> None:
-        """Take a shard's averaged gradient, which has just arrived."""
+        """Use a shard's averaged gradient as soon as it is reduced."""
         gradient = gradient[: shard.data.numel()]
         if self._mode is _Mode.TAKE_NORM:
             self._squares.add(shard, gradient)
@@ -289,8 +289,8 @@ class RunningStep:
         logger.warning("step %d: %s: that part of the step is skipped", self._steps[0].index, what)
 
     def _note_kept_weights(self) -> None:
-        """Say which parameters kept weights; all ranks come here, in the rare step that has any."""
-        names = sorted({name for names in everywhere(self._kept.names()) for name in names})
+        """Log the parameters with skipped updates; collective, and rare."""
+        names = sorted({name for names in all_gather_object(self._kept.names()) for name in names})
         others = f" and {len(names) - 1} other parameter(s)" if len(names) > 1 else ""
         problem = f"an update of {names[0]}{others} that is not finite"
         # Without a first-order part there was nothing scaled in it.
@@ -318,7 +318,7 @@ class RunningStep:
             first_order_norm=self._first_order_norm(lrs) if norms else None,
             gradient_norm=math.hypot(*norms) if norms else None,
             loss_scale=self._loss_scale,
-            partial=bool(self.problems or self.overflow),
+            has_nonfinite=bool(self.problems or self.overflow),
             stop_requested=stop_requested,
             projected_gradients=self._estimate.projected_gradients if self._estimate else (),
         )

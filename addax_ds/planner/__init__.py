@@ -1,1 +1,1 @@
-"""What a step needs in memory, before anybody pays for a GPU; no weights and no hub are needed."""
+"""Memory of a training step, planned without weights, hub or GPU."""

@@ -54,7 +54,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank needs.
+    """Memory that a rank needs.
 
     Attributes:
         categories: bytes at the moment of the largest total (`addax_ds.planner.replay.CATEGORIES`).

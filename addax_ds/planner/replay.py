@@ -19,7 +19,7 @@ CATEGORIES = (
     "activations",
     "logits",
 )
-"""What a GPU holds:
+"""Categories of memory on a GPU:
 
 - weights: the shards.
 - persistent: small parameters that ZeRO-3 keeps whole during a pass.

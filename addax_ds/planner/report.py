@@ -1,4 +1,4 @@
-"""What the planner says: a plan for each method, as a table and as JSON."""
+"""Report of the planner: a plan for each method, as a table and as JSON."""
 
 import bisect
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _OF_ZERO3 = "an optimizer of DeepSpeed's, which runs with --sharding zero3 alone
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked.
+    """Request to the planner.
 
     Attributes:
         inputs: the model and where it runs; method and batches are put in for each method.
@@ -257,7 +257,7 @@ def as_table(request: Request, plans: list[Plan]) -> str:
 
 
 def _batches(request: Request, plans: list[Plan]) -> Iterator[str]:
-    """Say of which batches the plans are."""
+    """Describe the batches of the plans."""
     rows, methods = request.train_rows, {plan.method for plan in plans}
     if not methods.isdisjoint(ZEROTH_ORDER):
         yield f"zeroth-order {request.zo_rows} x {request.length} tokens"

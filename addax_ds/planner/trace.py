@@ -55,13 +55,13 @@ class Batch:
 
     @property
     def padded(self) -> bool:
-        """Whether attention needs a mask: rows of different lengths have padding."""
+        """True if attention needs a mask: rows of different lengths have padding."""
         return self.rows > 1
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one pass allocates, and when it needs which module.
+    """Allocations of one pass, and the order in which it needs modules.
 
     Attributes:
         events: in their order: ``("alloc", storage, bytes)``, ``("free", storage)``,

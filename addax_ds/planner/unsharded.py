@@ -1,4 +1,4 @@
-"""What FSDP2 and a model that is whole on each rank hold during a pass.
+"""Memory of FSDP2, and of whole models on each rank, during a pass.
 
 FSDP2's rules are torch's (2.13): `FSDPParamGroup` and `_fsdp_collectives`. What a perturbed pass
 adds is `addax_ds.sharding.fsdp2` and `addax_ds.sharding.unsharded`.

@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers, prefetches, keeps and reduces during a pass.
+"""ZeRO-3 during a pass: its rules for gathering, prefetching, keeping and reducing.
 
 The rules are DeepSpeed's (0.19.8): `PartitionedParameterCoordinator` decides what is gathered when,
 `partition_parameters` in which buffers, `stage3` how gradients travel; what a perturbed pass adds
@@ -175,7 +175,7 @@ class Zero3Pass(Engine):
                 self._available -= self._shape.numels[parameter]
 
     def _is_kept(self, parameter: int) -> bool:
-        """Whether a release leaves a parameter gathered (``__params_to_release``)."""
+        """Return whether a release leaves a parameter gathered (``__params_to_release``)."""
         if parameter in self._persistent or self._last_fetched.get(parameter, -1) > self._step:
             return True
         uses = self._uses[parameter]

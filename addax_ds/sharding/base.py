@@ -56,7 +56,7 @@ OnGradient = Callable[[Shard, Tensor], None]
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What is known of a trainable parameter before anybody asks where its shard is."""
+    """Facts about a trainable parameter, apart from its shard."""
 
     parameter: nn.Parameter
     name: str
@@ -203,7 +203,7 @@ class Sharding(ABC):
 
     @abstractmethod
     def perturbed(self, perturb: Perturb) -> AbstractContextManager[None]:
-        """Let forward passes see perturbed weights; the stored weights are never written."""
+        """Show perturbed weights to forward passes; stored weights are never written."""
 
     def attach(self, on_gradient: OnGradient) -> None:
         """Call ``on_gradient`` for each reduced gradient shard as soon as it exists.
@@ -251,7 +251,7 @@ class Sharding(ABC):
         """
 
     def resume_at(self, step: int) -> None:  # noqa: B027
-        """Let an engine that counts steps itself go on after ``step`` of them."""
+        """Set the step counter of an engine that has its own."""
 
     @property
     @abstractmethod
@@ -269,7 +269,7 @@ class Sharding(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where scalars to be reduced have to live."""
+        """Device of scalars to be reduced."""
         return next(self.model.parameters()).device
 
 

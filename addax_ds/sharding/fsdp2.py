@@ -49,7 +49,7 @@ def shard_model(model: nn.Module, **options: Any) -> None:
 
 
 class _PerturbableParam(FSDPParam):
-    """What FSDP2 keeps of a parameter, gathered from a perturbed copy while ``perturb`` is set."""
+    """FSDP2's state of a parameter; gathers a perturbed copy while ``perturb`` is set."""
 
     perturb: Callable[[Tensor], Tensor] | None = None
 

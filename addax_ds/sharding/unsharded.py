@@ -138,7 +138,7 @@ class Unsharded(Sharding):
             dist.all_reduce(values)
 
     def _replicate(self) -> None:
-        """Let all ranks start from rank 0's weights and buffers."""
+        """Broadcast rank 0's weights and buffers."""
         if self.world_size > 1:
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 dist.broadcast(tensor.data, src=0)

@@ -1,4 +1,4 @@
-"""What a task is: where its rows come from and how a row becomes a prompt with its answers.
+"""Tasks: a source of rows, and functions that turn a row into a prompt with answers.
 
 A task is one frozen object of plain functions over a row's columns; `addax_ds.tasks.table` holds
 all that come with the package. Nothing here knows of tokenizers or models.
@@ -37,7 +37,7 @@ class ChoiceRow:
 
     @property
     def answer(self) -> str:
-        """What a model learns to write after ``prompt``."""
+        """Text that a model learns to write after ``prompt``."""
         return self.candidates[self.label]
 
 
@@ -57,7 +57,7 @@ class GenerationRow:
 
     @property
     def answer(self) -> str:
-        """What a model learns to write after ``prompt``, line break included."""
+        """Text that a model learns to write after ``prompt``, line break included."""
         return f" {self.answers[0]}\n"
 
 
@@ -77,7 +77,7 @@ class TaskRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """What all tasks have; see `ChoiceTask` and `GenerationTask`.
+    """Base of all tasks; see `ChoiceTask` and `GenerationTask`.
 
     Attributes:
         name: what ``--task`` calls it.

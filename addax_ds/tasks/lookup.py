@@ -1,4 +1,4 @@
-"""From the words of ``--task`` to a task."""
+"""Lookup of the task that ``--task`` names."""
 
 import runpy
 from pathlib import Path

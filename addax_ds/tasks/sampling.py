@@ -1,4 +1,4 @@
-"""Which rows of a source a run trains, chooses and tests on."""
+"""Sampling of training, dev and test rows from a source."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Where the rows of a task come from: the hub, a local folder or file, an installed package.
+"""Sources of rows: the hub, a local folder or file, an installed package.
 
 A source is a function without arguments that returns splits by name; these are dataclasses, so that
 a task shows what it reads.

@@ -1,4 +1,4 @@
-"""What all methods share in a training: batches of a step, their loss, costs and evaluation."""
+"""The trainer that all methods share: batches of a step, their loss, costs and evaluation."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
     """
 
     methods: ClassVar[tuple[Method, ...]] = ()
-    """What ``--method`` may be."""
+    """Methods that this trainer runs."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
 
     @property
     def stopped(self) -> bool:
-        """Whether ``train`` has ended early because it was asked to."""
+        """True if ``train`` ended early on request."""
         return False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a training has cost: time, tokens and the most memory."""
+"""Costs of a training: time, tokens and peak memory."""
 
 import resource
 import sys

@@ -1,4 +1,4 @@
-"""Finds ranks that no longer train the same model, and weights that something else has written.
+"""Detection of diverging ranks, and of weights written by something else.
 
 Replicas of a shard have to be equal bit by bit. A shard that one rank alone holds has nothing to be
 compared with but itself: nothing may write it between two steps. And every rank has to have taken
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from addax_ds.distributed.collectives import everywhere
+from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.addax import Addax
 from addax_ds.utils.errors import UserError
 
@@ -48,7 +48,7 @@ class DesyncCheck:
         if before is None:
             return
         now = self._checksums()
-        changed = everywhere(_first_difference(before, now))
+        changed = all_gather_object(_first_difference(before, now))
         lines = [f"rank {rank}: {name}" for rank, name in enumerate(changed) if name is not None]
         if lines:
             raise UserError(
@@ -79,7 +79,7 @@ class DesyncCheck:
     def _check_replicas(self, sums: dict[str, int]) -> None:
         if self._optimizer.sharding.replicas == 1:
             return
-        by_rank = everywhere(sums)
+        by_rank = all_gather_object(sums)
         for rank, other in enumerate(by_rank):
             peer = next(i for i, first in enumerate(by_rank) if first.keys() == other.keys())
             name = _first_difference(by_rank[peer], other)
@@ -93,7 +93,9 @@ class DesyncCheck:
         optimizer = self._optimizer
         groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         state = optimizer.state_dict()["addax"]
-        values = everywhere(repr((optimizer.report, groups, optimizer.hyperparameters, state)))
+        values = all_gather_object(
+            repr((optimizer.report, groups, optimizer.hyperparameters, state))
+        )
         for rank, value in enumerate(values):
             if value != values[0]:
                 raise UserError(

@@ -13,7 +13,7 @@ from addax_ds.utils.errors import UserError
 
 
 class ScoringTrainer(Trainer):
-    """What of `AddaxTrainer` evaluates; it overrides Trainer's methods for that.
+    """Evaluation of `AddaxTrainer`, as overrides of Trainer's methods.
 
     With a ``compute_metrics`` of the user's, Trainer's own evaluation runs instead.
 
@@ -40,7 +40,7 @@ class ScoringTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Let the data set score a batch; nothing is gathered before all of them are scored."""
+        """Score a batch by its data set; scores are gathered once, after all batches."""
         if self._scored is None:
             inputs = {k: v for k, v in inputs.items() if k != "index"}
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

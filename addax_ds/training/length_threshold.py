@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
-from addax_ds.distributed.collectives import all_ranks_or_none, everywhere
+from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.threshold import batch, largest_threshold
@@ -26,7 +26,7 @@ FLAG = "--length_threshold auto"
 
 @dataclass(frozen=True)
 class AutoThreshold:
-    """What the planner has found.
+    """Result of the planner.
 
     Attributes:
         length: L_T in tokens.
@@ -77,15 +77,15 @@ def plan_threshold(
     """
     stated = args.device_memory
     node = next(node for node in nodes(args) if args.process_index in node)
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         limit = None if stated is None else int(stated * GB)
         try:
             device, host = free_memory(args.device, len(node), limit)
         except UserError as error:
             raise UserError(f"{FLAG}: {error}: give --device_memory") from error
-    budget, host = min(everywhere(device)), min(everywhere(host))
+    budget, host = min(all_gather_object(device)), min(all_gather_object(host))
     plan = None
-    with all_ranks_or_none():
+    with raise_on_all_ranks():
         if args.process_index == 0:
             # Rows of either stream may be the longest ones, which L_T decides.
             both = examples, examples
@@ -95,7 +95,7 @@ def plan_threshold(
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
             search = _Search(inputs, examples, args, (budget, host), fixed)
             plan = search.run(limit)
-    found = everywhere(plan)[0]
+    found = all_gather_object(plan)[0]
     assert found is not None
     return found
 

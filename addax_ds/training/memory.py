@@ -1,4 +1,4 @@
-"""What the planner has to know of a run, and what it says of it."""
+"""The planner's inputs for a run, and its result in the log."""
 
 import os
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def _longest(rows: int, examples: Sequence[Example]) -> Batch | None:
 
 
 def describe(inputs: Inputs, device: torch.device) -> str:
-    """Say how much memory this rank needs for a step, for what, and how much it has.
+    """Describe the memory that this rank needs for a step, by category, and has.
 
     Raises:
         UserError: the planner cannot follow the model.

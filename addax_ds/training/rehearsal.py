@@ -17,7 +17,7 @@ from torch import Tensor
 
 from addax_ds.data.batches import pad
 from addax_ds.data.encoding import NO_LOSS, Example
-from addax_ds.distributed.collectives import aside, collectives_begun
+from addax_ds.distributed.collectives import collectives_begun, side_group
 from addax_ds.training.length_threshold import FLAG, AutoThreshold, gigabytes
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import shown
@@ -25,7 +25,7 @@ from addax_ds.utils.messages import shown
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 120.0
-"""So long ranks wait in a rehearsal for one that has run out of memory where they have not."""
+"""Collective timeout during a rehearsal, in seconds."""
 
 ROUNDS = 2
 """The second round meets the memory as the first has left it; DeepSpeed prefetches from it on."""
@@ -56,7 +56,7 @@ def find_threshold(
     """
     length = plan.length
     logger.info("Rehearsing the longest batches with L_T = %d", length)
-    with aside(WAIT_SECONDS, usual_wait) as agree:
+    with side_group(WAIT_SECONDS, usual_wait) as agree:
         while True:
             end = _End.of(partial(rehearse, length), plan.limit, device)
             ends = agree(end)
@@ -86,7 +86,7 @@ def find_threshold(
 
 @dataclass
 class _End:
-    """How a rehearsal has ended on one rank.
+    """Outcome of a rehearsal on one rank.
 
     Attributes:
         short: why memory did not suffice, in words; empty if it did.
@@ -132,7 +132,7 @@ class _End:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had: of a GPU, or by torch on a CPU."""
+    """Return whether an exception is an out-of-memory error, of a GPU or of torch on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")

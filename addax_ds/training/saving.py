@@ -1,4 +1,4 @@
-"""Trainer with checkpoints that appear whole, and that are checked before a run goes on."""
+"""Trainer with atomic checkpoints, which are verified before a run resumes."""
 
 import io
 import logging
@@ -21,7 +21,7 @@ from addax_ds.checkpoint.identity import Progress, Run, data_digest
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.partition import Partition
-from addax_ds.distributed.collectives import all_ranks_or_none, everywhere, limit_waiting
+from addax_ds.distributed.collectives import all_gather_object, limit_waiting, raise_on_all_ranks
 from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.sharding.registry import back_end, back_end_of
 from addax_ds.training.costs import CostMeter, Costs
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavingTrainer(Trainer):
-    """What of `AddaxTrainer` saves and resumes; it overrides Trainer's methods for that.
+    """Saving and resuming of `AddaxTrainer`, as overrides of Trainer's methods.
 
     A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
 
@@ -68,14 +68,14 @@ class SavingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_complete_model(self, folder: Path) -> None:
-        """Let ``folder`` be the model, with checksums; it appears, or is replaced, when complete.
+        """Write the model to ``folder`` with checksums; it appears, or is replaced, when complete.
 
         Every rank has to call it. What else was in the folder is gone afterwards.
 
         Raises:
             UserError: on all ranks, if one cannot write; ``folder`` is as it was.
         """
-        with checkpoint.appearing(folder, self.args) as staging:
+        with checkpoint.atomic_folder(folder, self.args) as staging:
             self.save_model(str(staging), _internal_call=True)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -86,7 +86,7 @@ class SavingTrainer(Trainer):
         assert self.args.output_dir is not None
         root, step = Path(self.args.output_dir), self.state.global_step
         folder = checkpoint.path_of(root, step)
-        with checkpoint.appearing(folder, self.args) as staging:
+        with checkpoint.atomic_folder(folder, self.args) as staging:
             self._name_best(root)
             self.save_model(str(staging), _internal_call=True)
             if not self.args.save_only_model:
@@ -95,7 +95,7 @@ class SavingTrainer(Trainer):
             self._save_trainer_state(staging)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-        with all_ranks_or_none():
+        with raise_on_all_ranks():
             if self.args.should_save:
                 best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
                 checkpoint.rotate(root, step, limit, best)
@@ -106,12 +106,12 @@ class SavingTrainer(Trainer):
         if not step:
             return
         best = checkpoint.path_of(root, step)
-        if step == self.state.global_step or all(everywhere(best.is_dir())):
+        if step == self.state.global_step or all(all_gather_object(best.is_dir())):
             self.state.best_model_checkpoint = str(best)
 
     def _save_optimizer(self, folder: Path) -> None:
         """Write optimizer, scheduler and the settings that must match on a resume."""
-        with all_ranks_or_none():
+        with raise_on_all_ranks():
             if self.args.should_save:
                 progress = Progress(
                     self._tr_loss.item(), self._globalstep_last_logged, asdict(self.costs.costs)
@@ -122,8 +122,8 @@ class SavingTrainer(Trainer):
     def _save_generators(self, folder: Path) -> None:
         """Gather the states of all ranks, of which some may not see the folder."""
         distributed = self.args.world_size > 1
-        by_rank = everywhere(_generator_states(distributed))
-        with all_ranks_or_none(), atomic.writing(folder):
+        by_rank = all_gather_object(_generator_states(distributed))
+        with raise_on_all_ranks(), atomic.writing(folder):
             if self.args.should_save:
                 for rank, states in enumerate(by_rank):
                     name = f"rng_state_{rank}.pth" if distributed else "rng_state.pth"
@@ -131,7 +131,7 @@ class SavingTrainer(Trainer):
 
     def _save_trainer_state(self, folder: Path) -> None:
         """Write what Trainer knows, callbacks included."""
-        with all_ranks_or_none(), atomic.writing(folder):
+        with raise_on_all_ranks(), atomic.writing(folder):
             if not self.args.should_save:
                 return
             for callback in (*self.callback_handler.callbacks, self.control):
@@ -169,7 +169,7 @@ class SavingTrainer(Trainer):
             found = resume.find(found, self.args)
         if found is None:
             return super().train(None, *args, **kwargs)
-        with all_ranks_or_none():
+        with raise_on_all_ranks():
             found.check(self._run)
         return super().train(str(found.folder), *args, **kwargs)
 
@@ -196,7 +196,7 @@ class SavingTrainer(Trainer):
 
     def _resume(self, folder: Path, max_steps: int) -> None:
         """Load optimizer, scheduler and weights of a checkpoint; every rank has to call it."""
-        with all_ranks_or_none():
+        with raise_on_all_ranks():
             own = (self.addax, self.lr_scheduler, self._run)
             self._progress = checkpoint.load_state(folder, *own)
         self._load_weights(folder)
@@ -244,7 +244,7 @@ class SavingTrainer(Trainer):
 
     @property
     def _run(self) -> Run:
-        """What checkpoints note, and have to agree with."""
+        """Identity of the run, for checkpoints."""
         assert self.model is not None
         # DeepSpeed's engine may not have partitioned the model yet.
         engine = back_end(deepspeed=True) if self.is_deepspeed_enabled else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.data.partition import partition
-from addax_ds.distributed.collectives import everywhere
+from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.addax import Addax
 from addax_ds.optim.attach import attach
 from addax_ds.optim.methods import IN_PLACE
@@ -26,7 +26,7 @@ from addax_ds.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 MAX_NAMED_EXAMPLES = 20
-"""So many examples of a partial step are named in the log."""
+"""Largest number of examples of a non-finite step in the log."""
 
 
 class AddaxTrainer(StepTrainer):
@@ -173,7 +173,7 @@ class AddaxTrainer(StepTrainer):
     # ---- stopping ------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Let all ranks save a checkpoint after the current step and end ``train``.
+        """Request that all ranks save a checkpoint after the current step and end ``train``.
 
         One rank is enough. May be called from a signal handler.
         """
@@ -181,23 +181,23 @@ class AddaxTrainer(StepTrainer):
 
     @property
     def stopped(self) -> bool:
-        """Whether ``train`` has ended because of `request_stop`, on this or another rank."""
+        """True if ``train`` ended because of `request_stop`, on this or another rank."""
         report = self.addax.report
         return report is not None and report.stop_requested
 
     def _name_examples(self, step: int) -> None:
-        """Say which examples a partial step had; all ranks come here.
+        """Log the examples of a non-finite step; collective.
 
         Those of micro-batches with a loss that is not finite; if all are, those whose gradient was
         taken.
         """
         assert self._steps is not None
         batches = {(s, i) for s, i, loss in self._losses if not loss.isfinite()}
-        if not any(everywhere(bool(batches))):
+        if not any(all_gather_object(bool(batches))):
             batches = {(s, i) for s, i, _ in self._losses if s == "first_order"}
         rows = [row for batch in sorted(batches) for row in self._steps.rows(step, *batch)]
         named = [row.origin for row in rows if row.target_count]
-        origins = [origin for of_rank in everywhere(named) for origin in of_rank]
+        origins = [origin for of_rank in all_gather_object(named) for origin in of_rank]
         if len(origins) > MAX_NAMED_EXAMPLES:
             others = len(origins) - MAX_NAMED_EXAMPLES
             origins[MAX_NAMED_EXAMPLES:] = [f"and {others} more"]
@@ -232,7 +232,7 @@ class _EndOfStep(TrainerCallback):
         assert report is not None
         assert desync is not None
         desync.after_step()
-        if report.partial:
+        if report.has_nonfinite:
             self._trainer._name_examples(state.global_step - 1)
         if report.stop_requested:
             control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""What the commands of this package do alike with their arguments."""
+"""Shared handling of command lines."""
 
 import argparse
 import sys

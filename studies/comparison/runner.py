@@ -16,7 +16,7 @@ from addax_ds.utils.errors import UserError
 from studies.comparison.outcome import Outcome
 from studies.comparison.study import Study, Trial
 from studies.jobs import LOG, Launcher, free_port, read_json, script
-from studies.provenance import circumstances
+from studies.provenance import collect_provenance
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _finish(job: Job, command: list[str], exit_code: int | None, seconds: float)
         seconds=round(seconds, 1),
         flags=job.flags,
         command=command,
-        circumstances=circumstances(),
+        circumstances=collect_provenance(),
         results=read_json(job.folder / "all_results.json") or {},
         log=state.get("log_history", []),
     )

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from addax_ds.distributed.collectives import everywhere, leave_together
+from addax_ds.distributed.collectives import all_gather_object, shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from studies.collectives import ring_bytes
-from studies.provenance import circumstances
+from studies.provenance import collect_provenance
 from studies.scaling.measure import MEASURED
 
 GATHERED_BYTES = 1 << 24
@@ -53,7 +53,7 @@ def _seconds(collective: Callable[[], object], device: torch.device) -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - before)
-    return max(everywhere(statistics.median(times[_WARM_UP:])))
+    return max(all_gather_object(statistics.median(times[_WARM_UP:])))
 
 
 def main() -> None:
@@ -69,11 +69,11 @@ def main() -> None:
     found = {
         **measure_link(device),
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "circumstances": circumstances(),
+        "circumstances": collect_provenance(),
     }
     if dist.get_rank() == 0:
         (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
-    leave_together()
+    shutdown()
 
 
 if __name__ == "__main__":

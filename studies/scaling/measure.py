@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import NO_LOSS, Example
-from addax_ds.distributed.collectives import everywhere, leave_together
+from addax_ds.distributed.collectives import all_gather_object, shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import BASELINES, ZEROTH_ORDER
 from addax_ds.sharding.registry import back_end_of
@@ -35,7 +35,7 @@ from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.costs import peak_memory
 from addax_ds.training.trainer import AddaxTrainer
 from studies.collectives import Collectives, Traffic
-from studies.provenance import circumstances
+from studies.provenance import collect_provenance
 from studies.scaling.instruments import instrumented
 from studies.scaling.model import random_model
 from studies.scaling.phases import PhaseTimer
@@ -134,11 +134,11 @@ def measure(
         "parameters": parameters,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu",
         "tokens": trainer.tokens(0),
-        **summarise(everywhere(watch.steps)),
-        "peak_memory_bytes": everywhere(peak_memory(args.device)),
-        "memory_before_model_bytes": everywhere(before),
+        **summarise(all_gather_object(watch.steps)),
+        "peak_memory_bytes": all_gather_object(peak_memory(args.device)),
+        "memory_before_model_bytes": all_gather_object(before),
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "circumstances": circumstances(),
+        "circumstances": collect_provenance(),
     }
     if trainer.is_deepspeed_enabled:
         engine: Any = trainer.model_wrapped
@@ -220,7 +220,7 @@ def main() -> None:
     found = measure(point, job["steps"], job["deepspeed"], folder)
     if dist.get_rank() == 0:
         (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
-    leave_together()
+    shutdown()
 
 
 if __name__ == "__main__":

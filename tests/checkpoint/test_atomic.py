@@ -14,7 +14,7 @@ from addax_ds.checkpoint.atomic import (
     SEAL,
     UNFINISHED,
     DamagedError,
-    appearing,
+    atomic_folder,
     discard,
     read_seal,
     remove_unfinished,
@@ -30,7 +30,7 @@ FILES = {
 
 
 def write(folder: Path, files: dict[str, bytes] = FILES) -> Path:
-    with appearing(folder, [0]) as staging:
+    with atomic_folder(folder, [0]) as staging:
         assert not any(staging.iterdir())
         for name, content in files.items():
             (staging / name).parent.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
     folder = tmp_path / "new" / "checkpoint-4"
-    with appearing(folder, [0]) as staging:
+    with atomic_folder(folder, [0]) as staging:
         (staging / "file").write_text("content")
         assert not folder.exists()
     assert content(folder) == {"file": b"content"}
@@ -69,7 +69,7 @@ def test_the_seal_is_one_for_sha256sum(tmp_path):
 
 def test_an_old_folder_is_replaced_as_a_whole(tmp_path):
     folder = write(tmp_path / "model", {"old.safetensors": b"old"})
-    with appearing(folder, [0]) as staging:
+    with atomic_folder(folder, [0]) as staging:
         (staging / "new.safetensors").write_bytes(b"new")
         assert content(folder) == {"old.safetensors": b"old"}
     assert content(folder) == {"new.safetensors": b"new"}
@@ -78,7 +78,7 @@ def test_an_old_folder_is_replaced_as_a_whole(tmp_path):
 
 def test_what_the_body_raises_is_raised_and_nothing_is_left(tmp_path):
     folder = write(tmp_path / "model", {"old": b"old"})
-    with pytest.raises(TypeError), appearing(folder, [0]) as staging:
+    with pytest.raises(TypeError), atomic_folder(folder, [0]) as staging:
         (staging / "half").write_text(b"not text")
     assert content(folder) == {"old": b"old"}
     assert not (tmp_path / UNFINISHED).exists()

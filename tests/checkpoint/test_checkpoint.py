@@ -181,7 +181,7 @@ def test_the_state_is_json_of_a_few_numbers(tmp_path):
 def test_ranks_of_one_node_write_unless_every_node_saves(rank, each_node, writers, monkeypatch):
     """Nodes may have no file system in common, and the first has to have every file."""
 
-    monkeypatch.setattr(nodes, "everywhere", lambda own: [0, 1, 2, 0, 1])
+    monkeypatch.setattr(nodes, "all_gather_object", lambda own: [0, 1, 2, 0, 1])
     args = SimpleNamespace(process_index=rank, local_process_index=0, save_on_each_node=each_node)
     assert checkpoint._writers(args) == writers
 

@@ -15,7 +15,7 @@ import pytest
 
 from addax_ds import UserError
 from addax_ds.checkpoint import resume
-from addax_ds.checkpoint.atomic import SEAL, UNFINISHED, appearing
+from addax_ds.checkpoint.atomic import SEAL, UNFINISHED, atomic_folder
 from addax_ds.checkpoint.identity import Progress
 from tests.checkpoint.test_checkpoint import RUN, run_with
 from tests.support.ranks import run_ranks
@@ -38,7 +38,7 @@ FILES = {
 
 
 def write(folder: Path, files: dict[str, bytes] = FILES) -> Path:
-    with appearing(folder, [0]) as staging:
+    with atomic_folder(folder, [0]) as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)
     return folder

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from addax_ds.distributed.collectives import aside, collectives_begun, limit_waiting
-from addax_ds.distributed.startup import starting_together
+from addax_ds.distributed.collectives import collectives_begun, limit_waiting, side_group
+from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.utils.errors import UserError
 from tests.support.ranks import free_port
 
@@ -43,7 +43,7 @@ def test_ranks_agree_aside_while_others_wait_less(monkeypatch):
         (begun,) = collectives_begun()
         dist.all_reduce(torch.zeros(1))
         assert collectives_begun() == [begun + 1]
-        with aside(3, 11) as agree:
+        with side_group(3, 11) as agree:
             assert limit() == timedelta(seconds=3)
             begun = collectives_begun()[0]
             assert agree("word") == ["word"]
@@ -63,5 +63,8 @@ def test_a_port_that_is_taken_is_said_so(monkeypatch):
         values = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in values.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match=rf"port {port}.*--master_port"), starting_together():
+        with (
+            pytest.raises(UserError, match=rf"port {port}.*--master_port"),
+            raise_on_all_ranks_at_start(),
+        ):
             pass

@@ -115,7 +115,7 @@ def test_one_loss_of_four_that_is_not_finite_leaves_the_whole_part_out(caplog):
     assert optimizer.zeroth_order(lambda: torch.tensor(next(losses))) == 0.0
     assert "zeroth-order losses 1.0 and 2.0 and 3.0 and inf" in caplog.text
     optimizer.step()
-    assert optimizer.report.partial
+    assert optimizer.report.has_nonfinite
     assert optimizer.report.projected_gradients == ()
     assert optimizer.report.zeroth_order_norm == 0.0
     assert all(map(torch.equal, model.parameters(), before))

@@ -354,7 +354,7 @@ def test_ranks_go_on_only_from_the_same_point(monkeypatch, other, said):
     tried: list[int] = []
 
     @contextmanager
-    def aside(wait: float, usually: float) -> Iterator[Any]:
+    def side_group(wait: float, usually: float) -> Iterator[Any]:
         yield lambda own: [own, own if own.short == "" else type(own)(**other)]
 
     def rehearse(length: int) -> None:
@@ -362,7 +362,7 @@ def test_ranks_go_on_only_from_the_same_point(monkeypatch, other, said):
         if length == 8:
             raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(rehearsal, "aside", aside)
+    monkeypatch.setattr(rehearsal, "side_group", side_group)
     monkeypatch.setattr(rehearsal, "collectives_begun", lambda: [4])
     plan = AutoThreshold(8, (7, 8), 1, 0, None, "")
     if said is None:

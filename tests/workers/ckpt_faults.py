@@ -22,8 +22,8 @@ from accelerate.state import AcceleratorState
 
 from addax_ds import UserError
 from addax_ds.checkpoint import checkpoint, weights
-from addax_ds.checkpoint.atomic import DamagedError, appearing, verify
-from addax_ds.distributed.collectives import everywhere
+from addax_ds.checkpoint.atomic import DamagedError, atomic_folder, verify
+from addax_ds.distributed.collectives import all_gather_object
 from tests.faults.disk import disk_is_full, fault
 from tests.workers.teardown import shut_down
 from tests.workers.trainer_cases import CASES, arguments, make_trainer, write_models
@@ -66,10 +66,10 @@ class Saves:
             except UserError as raised:
                 error = str(raised)
         found = {
-            "errors": everywhere(error),
+            "errors": all_gather_object(error),
             "there": sorted(path.name for path in self.output.iterdir()),
             "damaged": [],
-            "changes": everywhere(count() if callable(count) else 0),
+            "changes": all_gather_object(count() if callable(count) else 0),
             "sizes": [],
         }
         for path in self.output.glob("checkpoint-*"):
@@ -104,11 +104,11 @@ def two_nodes(folders: list[Path]) -> dict[str, Any]:
     """Let each rank write a folder of its own, as the nodes of ``save_on_each_node`` do."""
     rank, error = dist.get_rank(), ""
     try:
-        with appearing(folders[rank], [rank]) as staging:
+        with atomic_folder(folders[rank], [rank]) as staging:
             (staging / "file").write_text("content")
     except UserError as raised:
         error = str(raised)
-    errors = everywhere(error)
+    errors = all_gather_object(error)
     return {"errors": errors, "there": [folder.is_dir() for folder in folders]}
 
 
