@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import addax_ds
+from addax_ds.optim.addax import unwrap
+from addax_ds.optim.estimator import TwoSidedDifference
 from addax_ds.sharding.fsdp2 import shard_model
 from tests.support.ranks import run_ranks
 from tests.support.reference import Hyperparameters
@@ -71,6 +73,7 @@ class Zero3(Run):
     ) -> None:
         dtype = next(model.parameters()).dtype
         params = asdict(h)
+        directions = params.pop("zo_directions")
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": dtype == torch.bfloat16},
@@ -80,6 +83,7 @@ class Zero3(Run):
             "zero_optimization": {"stage": 3, "reduce_bucket_size": 150_000, **(zero or {})},
         }
         self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, config=config)
+        unwrap(self.optimizer).estimator = TwoSidedDifference(directions)
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
