@@ -29,7 +29,7 @@ def results(tmp_path_factory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def float64_runs() -> dict[str, dict[str, Any]]:
-    return {method: float64_outcome(case, batches()) for method, case in LIVE.items()}
+    return {method: float64_outcome(case, batches()[: case.steps]) for method, case in LIVE.items()}
 
 
 @pytest.mark.parametrize("method", REPLAYED)
@@ -47,7 +47,7 @@ def test_replayed_steps_are_equal_to_the_bit(results, layout, dtype, method):
             assert torch.equal(found["weights"][name], weight), name
 
 
-PASSES = {"addax": 3, "mezo": 2, "ip-sgd": 1, "addax, q = 2": 5, "mezo, q = 4": 8}
+PASSES = {"addax": 3, "mezo": 2, "ip-sgd": 1, "addax, q = 4": 9}
 
 
 @pytest.mark.parametrize(("method", "passes"), PASSES.items())

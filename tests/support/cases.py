@@ -18,6 +18,7 @@ class Case:
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     zero_optimization: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
+    steps: int = STEPS
 
     def build(self) -> nn.Module:
         model = tiny_opt(**self.model)

@@ -26,7 +26,8 @@ LAYOUTS = {
 
 def train(layout: Layout, case: Case, device: str = "cpu") -> dict[str, Any]:
     run = layout.run(case.build().to(device), case.hyperparameters)
-    g0 = [train_step(run, case, *(x.to(device) for x in batch)) for batch in batches()]
+    steps = batches()[: case.steps]
+    g0 = [train_step(run, case, *(x.to(device) for x in batch)) for batch in steps]
     result = {"g0": g0, "weights": run.weights()}
     run.close()
     return result

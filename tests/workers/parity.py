@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.support.cases import Case
+from tests.support.cases import STEPS, Case
 from tests.support.layouts import LAYOUTS, Layout
 from tests.support.reference import Hyperparameters
 from tests.workers.attached_cases import train
@@ -25,10 +25,14 @@ METHODS = {
     "mezo": Hyperparameters(alpha=1.0, lr=1e-4),
     "ip-sgd": Hyperparameters(alpha=0.0),
     "addax, q = 2": Hyperparameters(weight_decay=0.1, zo_directions=2),
-    "mezo, q = 4": Hyperparameters(alpha=1.0, lr=2e-4, zo_directions=4),
+    "mezo, q = 4": Hyperparameters(alpha=1.0, lr=4e-4, zo_directions=4),
 }
 LIVE = {
-    name: Case(model={"activation": "gelu"}, hyperparameters=hyperparameters)
+    name: Case(
+        model={"activation": "gelu"},
+        hyperparameters=hyperparameters,
+        steps=STEPS if hyperparameters.zo_directions == 1 else 3,
+    )
     for name, hyperparameters in METHODS.items()
 }
 REPLAYED = {
@@ -36,10 +40,7 @@ REPLAYED = {
     "mezo": Hyperparameters(lr=0.05, alpha=1.0, zo_eps=2.0**-7, weight_decay=0.1),
     "ip-sgd": Hyperparameters(lr=0.05, alpha=0.0, weight_decay=0.1),
 }
-REPLAYED |= {
-    "addax, q = 2": replace(REPLAYED["addax"], zo_directions=2),
-    "mezo, q = 4": replace(REPLAYED["mezo"], zo_directions=4),
-}
+REPLAYED["addax, q = 4"] = replace(REPLAYED["addax"], zo_directions=4)
 REPLAYED_STEPS = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
