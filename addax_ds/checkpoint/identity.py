@@ -149,13 +149,14 @@ def _differences(written: Run, now: Run) -> Iterator[str]:
             f"its weights are {written.dtype}, and this run's are {now.dtype}: resume {how}, "
             "or start anew from these weights with --model_name_or_path"
         )
+    # The seed comes before the data seed, which follows it where nobody gives one.
     fixed = [
-        (name, flag, getattr(written, name), getattr(now, name)) for name, flag in _FIXED.items()
-    ]
-    fixed += [
         (known.name, f"--{known.flag}", before, value)
         for known, before, value in _changed_hyperparameters(written, now)
         if known.on_resume == "fixed"
+    ]
+    fixed += [
+        (name, flag, getattr(written, name), getattr(now, name)) for name, flag in _FIXED.items()
     ]
     for name, flag, before, value in fixed:
         if before != value:

@@ -42,6 +42,7 @@ RUN = Run(
         "seed": 7,
         "rounding": "stochastic",
         "max_grad_norm": 0.0,
+        "zo_directions": 1,
     },
     length_threshold=12,
     data="0123456789abcdef",

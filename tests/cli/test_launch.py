@@ -69,7 +69,7 @@ LINES = {
 ARGUMENTS = {
     "no-train-file": ({"train_file": "nowhere.jsonl"}, ["--train_file nowhere.jsonl", "no such"]),
     "no-model": ({"model_name_or_path": "/no/model"}, ["--model_name_or_path /no/model"]),
-    "clipping": ({"max_grad_norm": -1.0}, ["--max_grad_norm -1.0", "at least 0"]),
+    "clipping": ({"max_grad_norm": -1.0}, ["--max_grad_norm = -1.0", "at least 0"]),
     "accumulation": (
         {"gradient_accumulation_steps": 0},
         ["--gradient_accumulation_steps 0", "at least 1"],
@@ -146,6 +146,7 @@ def test_bad_arguments(name, model, data, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("name", JSONS)
 def test_bad_deepspeed_json(name, model, data, tmp_path, capsys, monkeypatch):
     given, parts = JSONS[name]
+    monkeypatch.setenv("LOCAL_RANK", "0")  # a launcher has started this
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, **given}))
     argv = flags({"model_name_or_path": model, "train_file": data, "alpha": 0.1, "deepspeed": path})
