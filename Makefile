@@ -58,14 +58,14 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# A file of tests stays with one of two workers, as its tests share what they have started.
-PYTEST := $(VENV_PATH) pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-
+# Tests that start ranks take all cores and run one after the other; the others share two workers,
+# where a file of tests stays with one.
 test: lint
-	$(PYTEST) $(ARGS)
+	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(VENV_PATH) pytest -q -m slow $(ARGS)
 
 test-quick: $(STAMP)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 # For machines with a CUDA GPU; two or more of them are used as two ranks over NCCL.
 test-gpu: $(STAMP)

@@ -87,7 +87,7 @@ def start(
     return Started(process, mark, port)
 
 
-def finish(started: Started, timeout: float = 150.0) -> Outcome:
+def finish(started: Started, timeout: float = 300.0) -> Outcome:
     """Wait for a program, and end what is left of it."""
     process = started.process
     status: int | None
@@ -113,7 +113,7 @@ def launch(
     script: str,
     *flags: str,
     ranks: int = 2,
-    timeout: float = 150.0,
+    timeout: float = 300.0,
     launcher: str = "deepspeed",
     nodes: int = 1,
 ) -> Outcome:

@@ -76,7 +76,7 @@ class RankGroup:
         self._connections: list[Connection] = []
         self.output = ""
 
-    def call(self, function: str, *arguments: Any, timeout: float = 240.0) -> list[Any]:
+    def call(self, function: str, *arguments: Any, timeout: float = 480.0) -> list[Any]:
         """Call a function of the worker on all ranks; return what it returns, by rank.
 
         Fails with the output of all ranks if it raises on one, or the time is up. The next call

@@ -49,7 +49,7 @@ def run_ranks(
     world_size: int,
     folder: Path,
     *arguments: str,
-    timeout: float = 240.0,
+    timeout: float = 480.0,
     accelerator: str = "cpu",
 ) -> str:
     """Run ``tests.workers.<worker> <folder> <arguments>`` on each rank; see `run_module`."""
@@ -62,7 +62,7 @@ def run_module(
     world_size: int,
     folder: Path,
     *arguments: str,
-    timeout: float = 240.0,
+    timeout: float = 480.0,
     accelerator: str = "cpu",
 ) -> str:
     """Run ``python -m <module> <arguments>`` on each rank, with logs in ``folder``.
