@@ -275,7 +275,7 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
             f"--sharding {sharding} contradicts --deepspeed, which is --sharding zero3: remove one."
         )
     if chosen.uses_deepspeed and not deepspeed:
-        raise UserError(f"--sharding {sharding} needs --deepspeed ds_configs/zero3.json.")
+        raise UserError(f"--sharding {sharding} needs --deepspeed zero3.")
     if chosen.launch_command is not None and not launched:
         flag = "--deepspeed" if deepspeed else f"--sharding {sharding}"
         raise UserError(
@@ -284,13 +284,13 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
         )
     for variable, flag in (
         ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
-        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed ds_configs/zero3.json"),
+        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed zero3"),
     ):
         if os.environ.get(variable, "false").lower() in ("1", "true") and not deepspeed:
             raise UserError(
                 f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
-                "shard the model in its own way: use launch/accelerate.yaml, which starts ranks "
-                f"and nothing else, with {flag}."
+                "shard the model in its own way: use launch/accelerate.yaml of the repository, "
+                f"which starts ranks and nothing else, with {flag}."
             )
 
 
