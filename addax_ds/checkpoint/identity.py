@@ -20,7 +20,7 @@ from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
 
 # What must not change, and how to give it.
-_FIXED = {
+_FIXED_OF_RUN = {
     "method": "--method",
     "data_seed": "--data_seed",
     "drop_last": "--dataloader_drop_last",
@@ -150,7 +150,8 @@ def _differences(written: Run, now: Run) -> Iterator[str]:
             "or start anew from these weights with --model_name_or_path"
         )
     fixed = [
-        (name, flag, getattr(written, name), getattr(now, name)) for name, flag in _FIXED.items()
+        (name, flag, getattr(written, name), getattr(now, name))
+        for name, flag in _FIXED_OF_RUN.items()
     ]
     fixed += [
         (known.name, f"--{known.flag}", before, value)

@@ -19,6 +19,7 @@ from addax_ds.config.values import read_argument_file, type_problems, value_prob
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
+from addax_ds.utils.command_line import Parser
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems
 
@@ -207,11 +208,8 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-class _Parser(HfArgumentParser):
+class _Parser(Parser, HfArgumentParser):
     """`HfArgumentParser` that tells what was given from what was not, and raises `UserError`."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
 
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Return only what `argv`, and the argument file that it may name, says."""
