@@ -1,7 +1,8 @@
 """Addax for DeepSpeed and FSDP2: full-parameter fine-tuning at the memory of the weights.
 
-Importing this package imports nothing else: a name is loaded when it is used. The optimizer type
-``"Addax"`` is registered with DeepSpeed as soon as both packages are imported, in either order.
+Importing this package imports neither torch nor DeepSpeed: a public name is loaded when it is used.
+The optimizer type ``"Addax"`` is registered with DeepSpeed as soon as both packages are imported,
+in either order.
 """
 
 from importlib import import_module

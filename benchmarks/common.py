@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a shape, live tensors, circumstances."""
+"""Common parts of the benchmarks: models of a shape, live tensors, circumstances."""
 
 import gc
 import os

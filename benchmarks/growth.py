@@ -1,4 +1,4 @@
-"""How the cost of an Addax step grows with the model and with the ranks, beside its parts.
+"""Growth of the cost of an Addax step with the model and with the ranks, beside its parts.
 
     python benchmarks/growth.py --output benchmarks/results
 

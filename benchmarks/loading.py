@@ -87,7 +87,7 @@ def write_model(name: str, form: str, folder: Path, max_file_size: str) -> dict[
 
 
 class Growth:
-    """What a process holds at most inside of a block, above what it held at its start.
+    """Most memory of a process inside of a block, above that at its start.
 
     Attributes:
         peak: bytes by kind, "anonymous" and "resident".

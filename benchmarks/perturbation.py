@@ -1,4 +1,4 @@
-"""What bf16 makes of a perturbation on the demo's model, and which direction deserves the credit.
+"""Effect of bf16 on a perturbation of the demo's model, and the direction that deserves the credit.
 
 A pass on bf16 weights sees round(theta + eps z), so the weights move along the realised direction
 d = (round(theta + eps z) - round(theta - eps z)) / (2 eps) instead of z. Four remedies are
@@ -154,7 +154,7 @@ class Experiment:
 
 
 def measures(g0: NDArray, sums: Sums, n: NDArray, energy: NDArray) -> dict[str, NDArray]:
-    """What the docstring of this file lists, each by class, of a set of probes.
+    """Return the measures that the docstring of this file lists, each by class, of a set of probes.
 
     Args:
         g0: ``(probes,)``.

@@ -57,7 +57,7 @@ STEPS_ALONE = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender trains on: a shape, and each rank's rows a step."""
+    """Work of every contender: a shape, and each rank's rows a step."""
 
     shape: str
     long_rows: int

@@ -104,8 +104,8 @@ What some of the others mean here:
 | `gradient_accumulation_steps` | Without Trainer it is 1: give `measure()` a closure for each \
 micro-batch. |
 | `gradient_clipping` | `max_grad_norm`. Without the key it is 0, not 1. |
-| `optimizer.params` | `lr`, `alpha`, `zo_eps`, `weight_decay`, `seed` and `rounding`; "auto" \
-becomes the argument. |
+| `optimizer.params` | `lr`, `alpha`, `zo_eps`, `weight_decay`, `seed`, `rounding` and \
+`zo_directions`; "auto" becomes the argument. |
 | `scheduler` | Without it Trainer's `lr_scheduler_type` is used. |
 | `fp16.loss_scale` | 0 adjusts itself; another value stays. |
 | `zero_optimization.reduce_bucket_size` | "auto" becomes hidden_size squared. |

@@ -1,4 +1,4 @@
-"""Say what fine-tuning a model needs in GPU memory, before anybody pays for GPUs.
+"""Plan the GPU memory that fine-tuning a model needs, before anybody pays for GPUs.
 
     python launch/plan.py --model facebook/opt-66b --gpus 8 --gpu_memory 80
 

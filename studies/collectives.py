@@ -42,7 +42,7 @@ class Collectives:
 
     @property
     def rounds(self) -> int:
-        """How often the tensor goes round."""
+        """Number of times that the tensor goes round."""
         return 2 if self.kind == ALL_REDUCE else 1
 
     @property

@@ -1,4 +1,4 @@
-"""What measured numbers depend on besides the configuration: code, versions and machine."""
+"""Circumstances of a measurement besides the configuration: code, versions and machine."""
 
 import os
 import platform

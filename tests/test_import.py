@@ -113,6 +113,8 @@ def test_a_plan_without_a_json_is_made_without_deepspeed():
         # A look-up, as Transformers makes it, is not an import.
         "import addax_ds, importlib.util; importlib.util.find_spec('deepspeed'); import deepspeed",
         "import addax_ds; from deepspeed.runtime import engine",
+        # Both imports of the package wait for DeepSpeed.
+        "import addax_ds, importlib; importlib.reload(addax_ds); import deepspeed",
     ],
 )
 def test_deepspeed_knows_the_optimizer(order):
@@ -139,6 +141,21 @@ def test_a_failing_import_of_deepspeed_stays_what_it_was(tmp_path):
             raise AssertionError
     """
     run(code)
+
+
+def test_another_deepspeed_can_be_imported(tmp_path):
+    package = tmp_path / "deepspeed"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    code = f"""
+    sys.path.insert(0, {str(tmp_path)!r})
+    import addax_ds, deepspeed, torch
+    assert not hasattr(torch.optim, "Addax")
+    """
+    said = run(code, errors=True)
+    assert "Addax cannot train under DeepSpeed" in said
+    assert "No module named 'deepspeed.runtime'" in said
+    assert "install deepspeed>=0.19.8,<0.20" in said
 
 
 @pytest.mark.parametrize(

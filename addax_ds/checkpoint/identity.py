@@ -20,7 +20,7 @@ from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
 
 # What must not change, and how to give it.
-_FIXED = {
+_FIXED_OF_RUN = {
     "method": "--method",
     "data_seed": "--data_seed",
     "drop_last": "--dataloader_drop_last",
@@ -156,7 +156,8 @@ def _differences(written: Run, now: Run) -> Iterator[str]:
         if known.on_resume == "fixed"
     ]
     fixed += [
-        (name, flag, getattr(written, name), getattr(now, name)) for name, flag in _FIXED.items()
+        (name, flag, getattr(written, name), getattr(now, name))
+        for name, flag in _FIXED_OF_RUN.items()
     ]
     for name, flag, before, value in fixed:
         if before != value:

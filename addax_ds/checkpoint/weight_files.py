@@ -26,7 +26,7 @@ UNSAFE_PICKLE = (
     "is damaged, or holds more than tensors, which could run any code; use the model's safetensors "
     "files"
 )
-"""What to say of a file that is not unpickled, where torch recommends ``weights_only=False``."""
+"""End of the message about a file that is not unpickled; torch's advises ``weights_only=False``."""
 
 BAR_DELAY_S = 2.0
 """Seconds of reading or writing before a progress bar appears."""

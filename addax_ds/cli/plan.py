@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help="L_T, the longest first-order sequence of addax (default: the longest that fits)",
     )
     add("--target_tokens", type=int, help="predicted tokens of a sequence (default: all)")
-    add("--deepspeed", help="DeepSpeed JSON (default: bucket sizes of ds_configs/zero3.json)")
+    add("--deepspeed", help="DeepSpeed JSON (default: bucket sizes of zero3)")
     add("--sharding", choices=tuple(RULES), default="zero3", help="back end")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="type of the weights")
     add(
@@ -243,7 +243,7 @@ def _zero3(arguments: argparse.Namespace, shape: ModelShape) -> Zero3Settings:
     if arguments.host_memory is not None and not settings.offload:
         raise UserError(
             "--host_memory has no effect without --deepspeed and a JSON whose offload_param has "
-            "the shards in host memory, as ds_configs/zero3_offload.json; remove it."
+            "the shards in host memory, as --deepspeed zero3_offload; remove it."
         )
     return settings
 

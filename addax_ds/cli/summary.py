@@ -60,6 +60,8 @@ def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
     parts = [run.method]
     if run.method in ZEROTH_ORDER:
         parts += [f"{name} {run.hyperparameters[name]:g}" for name in ("alpha", "zo_eps")]
+        if (directions := run.hyperparameters["zo_directions"]) > 1:
+            parts.append(f"directions {directions}")
     parts.append(f"learning rate {args.learning_rate:g}")
     batches = (("K0", run.zeroth_order_batch), ("K1", run.first_order_batch))
     parts += [f"{name} {size}" for name, size in batches if size]
@@ -146,7 +148,7 @@ def report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
 
 
 def _duration(results: dict[str, float], resumed_step: int, seconds_before: float) -> str:
-    """Say how long the steps took, and Trainer's loop, whose clock starts anew with a resume."""
+    """Describe the time of the steps and of Trainer's loop, whose clock starts anew on a resume."""
     steps, seconds = results["train_steps"], results["train_seconds"]
     trained = f"Trained {steps} steps on {results['train_tokens']} tokens in {seconds:.0f} s"
     if resumed_step:

@@ -52,6 +52,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         alpha: weight α of the zeroth-order gradient, above 0 and below 1.
         zo_eps: perturbation scale ε.
         rounding: "stochastic" or "nearest", of bf16 and fp16 weight updates.
+        zo_directions: independent directions z of a step, from 1 to 1024.
         method: "addax", "addax-wa", "mezo", "ip-sgd"; "sgd" and "adamw" for `BaselineTrainer`.
         length_threshold: L_T in tokens, or "median"; "auto" is for ``launch/train.py``.
         device_memory: GB of a rank, for "auto".

@@ -19,6 +19,7 @@ from addax_ds.config.values import read_argument_file, type_problems, value_prob
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
+from addax_ds.utils.command_line import Parser
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems
 
@@ -207,11 +208,8 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-class _Parser(HfArgumentParser):
+class _Parser(Parser, HfArgumentParser):
     """`HfArgumentParser` that tells what was given from what was not, and raises `UserError`."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
 
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Return only what `argv`, and the argument file that it may name, says."""
@@ -275,7 +273,7 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
             f"--sharding {sharding} contradicts --deepspeed, which is --sharding zero3: remove one."
         )
     if chosen.uses_deepspeed and not deepspeed:
-        raise UserError(f"--sharding {sharding} needs --deepspeed ds_configs/zero3.json.")
+        raise UserError(f"--sharding {sharding} needs --deepspeed zero3.")
     if chosen.launch_command is not None and not launched:
         flag = "--deepspeed" if deepspeed else f"--sharding {sharding}"
         raise UserError(
@@ -284,13 +282,13 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
         )
     for variable, flag in (
         ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
-        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed ds_configs/zero3.json"),
+        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed zero3"),
     ):
         if os.environ.get(variable, "false").lower() in ("1", "true") and not deepspeed:
             raise UserError(
                 f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
-                "shard the model in its own way: use launch/accelerate.yaml, which starts ranks "
-                f"and nothing else, with {flag}."
+                "shard the model in its own way: use launch/accelerate.yaml of the repository, "
+                f"which starts ranks and nothing else, with {flag}."
             )
 
 

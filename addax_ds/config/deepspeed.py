@@ -316,7 +316,7 @@ def _unknown_hint(path: str) -> str:
     if path == "optimizer.params.eps":
         return " Addax's perturbation scale is zo_eps; it has no Adam epsilon."
     if path == "optimizer.params.method":
-        return " The method is an argument of launch/train.py; here alpha says it (1 is mezo)."
+        return " The method is an argument of the command line; here alpha says it (1 is mezo)."
     return ""
 
 

@@ -1,4 +1,4 @@
-"""How a run trains, settled from its arguments and the DeepSpeed JSON."""
+"""Settings of a training, settled from its arguments and the DeepSpeed JSON."""
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -38,7 +38,7 @@ _IGNORED: dict[Method, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class AddaxSettings:
-    """How a run trains.
+    """Settings of a training.
 
     Attributes:
         method: one of `Method`.
@@ -185,7 +185,7 @@ def _contradictions(args: "AddaxConfig", given: Collection[str]) -> Iterator[str
     if method in BASELINES and args.fp16:
         yield f"--method {method} trains in bf16 or fp32: remove --fp16."
     if method in BASELINES and not args.deepspeed:
-        yield f"--method {method} is DeepSpeed's: give --deepspeed ds_configs/zero3.json."
+        yield f"--method {method} is DeepSpeed's: give --deepspeed zero3."
 
 
 def _warn(args: "AddaxConfig", max_grad_norm: float, steps: int) -> None:

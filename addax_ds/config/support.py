@@ -32,7 +32,7 @@ class Rule:
     allowed: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        """Whether a user may give `value`."""
+        """Return whether a user may give `value`."""
         if self.status is not Status.RESTRICTED:
             return True
         # To Python true is 1 and false is 0; to whoever wrote 1 step or 0 stages they are not.

@@ -101,7 +101,7 @@ RULES: dict[str, Rule] = {
     **no_effect(
         {
             "remove_unused_columns": "Records are encoded before Trainer sees them.",
-            "do_train": "launch/train.py always trains.",
+            "do_train": "The command always trains.",
             "do_predict": "Test rows are evaluated at the end whenever there are any.",
         }
     ),

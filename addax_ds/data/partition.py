@@ -65,7 +65,7 @@ def partition(
             raise UserError("--method addax needs --length_threshold: a number of tokens or median")
         if threshold == "auto":
             raise UserError(
-                "--length_threshold auto is found by plan_threshold, as launch/train.py does: give "
+                "--length_threshold auto is found by plan_threshold, as the command does: give "
                 "AddaxTrainer its result as planned and in the settings"
             )
         if threshold == "median":

@@ -20,7 +20,7 @@ def raise_on_all_ranks() -> Iterator[None]:
     The body must not run collectives that a rank with an error would leave out.
 
     Raises:
-        UserError: on the ranks that could; the others raise what they met.
+        UserError: on ranks whose own body succeeded; the others re-raise their error.
     """
     problem: Exception | None = None
     try:
@@ -121,9 +121,9 @@ def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[
 
 
 def shutdown() -> None:
-    """End the process group; without this order ranks that end at different times abort at times.
+    """Destroy the process group after a barrier; every rank has to call it.
 
-    Every rank has to call it.
+    Ranks that leave at different times may abort otherwise.
     """
     if dist.is_initialized():
         gc.collect()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from torch.utils import cpp_extension
 
 from addax_ds.distributed.collectives import raise_any
 from addax_ds.utils.errors import UserError
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 _START_SECONDS = 600.0
 _FAREWELL_SECONDS = 60.0
+_COMPILES_SECONDS = 120.0
+_SAID_AFTER_SECONDS = 5.0
+_POLL_SECONDS = 0.2
+_WAITING = "Waiting for another process to compile DeepSpeed's collectives: %s"
 
 # Kept, as rank 0 serves it: the process group's own store shares the server while this one lives.
 _start_store: dist.TCPStore | None = None
-_COMPILES_S = 120.0
-_SAID_AFTER_S = 5.0
-_POLL_S = 0.2
-_WAITING = "Waiting for another process to compile DeepSpeed's collectives: %s"
 
 
 @contextmanager
@@ -37,8 +37,8 @@ def raise_on_all_ranks_at_start() -> Iterator[None]:
     nothing where no launcher says who the ranks are.
 
     Raises:
-        UserError: on the ranks that could go on; the others raise what they met. Also if a rank
-            has not arrived after 10 minutes.
+        UserError: on ranks whose own body succeeded; the others re-raise their error. Also if a
+            rank has not arrived after 10 minutes.
     """
     problem: UserError | None = None
     try:
@@ -102,7 +102,7 @@ def init_deepspeed() -> None:
     That happens once for a machine, by one process at a time.
 
     Raises:
-        UserError: the folder of the extension is on a file system that has no locks.
+        UserError: see `compiling_alone`.
     """
     import deepspeed  # users of other back ends have none
     from deepspeed.accelerator import get_accelerator
@@ -116,6 +116,7 @@ def _compile_collectives() -> None:
     """Compile or load what ``init_distributed`` finds loaded; it waits for ranks, this does not."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension  # slow, and only ZeRO-3 on CPUs needs it
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
@@ -130,14 +131,15 @@ def compiling_alone(lock: Path) -> Iterator[None]:
 
     torch locks the folder of an extension by a file that stays if its process is killed, and then
     waits for ever without a word. A second lock, which the kernel releases with its process, lets
-    one process at a time look at that file. Programs without the second lock are
-    heeded: their file stands while it is young, or open in a process that can be seen.
+    one process at a time look at that file. The file of a program that does not take the second
+    lock is respected while it is young or open.
 
     Args:
         lock: torch's file, beside which the second lock is made.
 
     Raises:
-        UserError: the file system has no locks.
+        UserError: the file system has no locks, or torch's file is old and may be open in a process
+            that cannot be looked into.
     """
     path = lock.with_name("addax_ds.lock")
     own = FileLock(path)
@@ -157,7 +159,7 @@ def compiling_alone(lock: Path) -> Iterator[None]:
 
 def _acquire(lock: FileLock) -> None:
     try:
-        lock.acquire(timeout=_SAID_AFTER_S)
+        lock.acquire(timeout=_SAID_AFTER_SECONDS)
     except Timeout:  # is an OSError
         logger.info(_WAITING, lock.lock_file)
         lock.acquire()
@@ -167,14 +169,14 @@ def _wait_for_compilation(lock: Path) -> None:
     """Wait until nothing compiles; whoever calls it holds the second lock."""
     began, said = time.monotonic(), False
     while (age := _age(lock)) is not None:
-        if age > _COMPILES_S and _is_abandoned(lock):
-            logger.warning("Removing %s: the process that compiled here was killed", lock)
+        if age > _COMPILES_SECONDS and _is_abandoned(lock, age):
+            logger.warning("Removing %s: no process here has it open", lock)
             lock.unlink(missing_ok=True)
             return
-        if not said and time.monotonic() - began > _SAID_AFTER_S:
+        if not said and time.monotonic() - began > _SAID_AFTER_SECONDS:
             logger.info(_WAITING, lock)
             said = True
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_SECONDS)
 
 
 def _age(lock: Path) -> float | None:
@@ -185,22 +187,56 @@ def _age(lock: Path) -> float | None:
         return None
 
 
-def _is_abandoned(lock: Path) -> bool:
-    """Say twice whether nobody has a lock open: torch closes the file, then removes it."""
+def _is_abandoned(lock: Path, age: float) -> bool:
+    """Return whether no process has a lock open, in two looks: torch closes it, then removes it.
+
+    Raises:
+        UserError: a process cannot be looked into.
+    """
     if _is_open(lock):
         return False
-    time.sleep(_POLL_S)
-    return lock.exists() and not _is_open(lock)
+    time.sleep(_POLL_SECONDS)
+    if not lock.exists():
+        return False
+    is_open = _is_open(lock)
+    if is_open is None:
+        raise UserError(
+            f"{lock} says that another process compiles DeepSpeed's CPU collectives, but it is "
+            f"{age:.0f} s old, and no process that can be looked into has it open. Delete the "
+            "file, unless another machine, user or container that shares the folder compiles just "
+            "now"
+        )
+    return not is_open
 
 
-def _is_open(path: Path) -> bool:
-    """Say whether a process of this machine, of those that we may look into, has a file open."""
+def _is_open(path: Path) -> bool | None:
+    """Return whether a visible process of this machine has a file open; None if it is not known."""
     import psutil
 
+    hidden = False
     for process in psutil.process_iter():
         try:
             if any(Path(file.path) == path for file in process.open_files()):
                 return True
-        except psutil.Error:
+        except psutil.AccessDenied:
+            hidden = hidden or _may_have_made(process, path)
+        except psutil.NoSuchProcess:
             continue
-    return False
+    return None if hidden else False
+
+
+def _may_have_made(process: Any, path: Path) -> bool:
+    """Return whether a process that cannot be looked into may hold the lock that it made.
+
+    Init and processes of other users than the file's owner are always there, and did not make it.
+    """
+    import psutil
+
+    if process.pid == 1:  # in a container it may have more rights than this one
+        return False
+    try:
+        return path.stat().st_uid == process.uids().effective
+    except FileNotFoundError:
+        return False
+    except psutil.Error:
+        return True

@@ -1,1 +1,1 @@
-"""Registration with other engines."""
+"""Addax inside DeepSpeed's engine: registration, and its ZeRO-3 optimizer."""

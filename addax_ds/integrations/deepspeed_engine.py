@@ -22,7 +22,7 @@ def make_zero_optimizer(
 
     Args:
         engine: with its configuration.
-        optimizer: what the engine has made of the JSON's block, or was given.
+        optimizer: made by the engine from the JSON's block, or given to it.
         configure: DeepSpeed's own method.
 
     Raises:
@@ -53,7 +53,7 @@ def _check_accumulation(engine: DeepSpeedEngine) -> None:
 
 
 def _take_settings(engine: DeepSpeedEngine, optimizer: Addax) -> None:
-    """Give the optimizer what stands outside of its block in the JSON.
+    """Apply settings that the JSON keeps outside the optimizer block.
 
     Raises:
         UserError: if it was made with another value than the JSON's.

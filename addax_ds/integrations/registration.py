@@ -4,12 +4,17 @@ DeepSpeed is a large package that users of FSDP2 do without, so it is not import
 private name of its engine (0.19.8) is replaced: the method that makes its ZeRO optimizer.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from addax_ds.utils.versions import versions
+
+logger = logging.getLogger(__name__)
 
 
 def register_with_deepspeed() -> None:
@@ -41,7 +46,7 @@ class _AfterImport(MetaPathFinder):
         """
         if fullname != self._name:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]  # not those before: they may ask us
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
@@ -50,7 +55,7 @@ class _AfterImport(MetaPathFinder):
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                del loader.exec_module
+                vars(loader).pop("exec_module", None)  # a second finder may have
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
@@ -62,14 +67,24 @@ class _AfterImport(MetaPathFinder):
 
 def _register() -> None:
     import torch
-    from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     from addax_ds.optim.addax import Addax
 
     if getattr(torch.optim, "Addax", None) is Addax:
         return
-    configure = DeepSpeedEngine._configure_zero_optimizer
+    try:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+        configure = DeepSpeedEngine._configure_zero_optimizer
+    except (ImportError, AttributeError) as error:
+        # Raised here it would end `import deepspeed`, which FSDP2 does not need.
+        logger.warning(
+            "Addax cannot train under DeepSpeed %s (%s): install deepspeed>=0.19.8,<0.20",
+            versions().get("deepspeed", "of an unknown version"),
+            error,
+        )
+        return
 
     def configure_addax(engine: DeepSpeedEngine, optimizer: Any) -> Any:
         if not isinstance(optimizer, Addax):

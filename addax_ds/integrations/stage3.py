@@ -5,7 +5,7 @@ and each reduced gradient shard is applied to ``param.ds_tensor`` as soon as it 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from addax_ds.optim.step import Closure
 from addax_ds.sharding.zero3 import Zero3Sharding, mangled
 from addax_ds.utils.errors import UserError
-
-Closure = Callable[[], Tensor]
 
 
 class Stage3(DeepSpeedZeroOptimizer_Stage3):

@@ -358,7 +358,7 @@ void gaussian(float* out, const Slice& slice, const Counter& counter) {
 
 struct Coefficients {
   float c0, c1;
-  const float* c2;
+  const float* c2;  // `directions` numbers of the caller's; not kept
   int directions;
   float zo_eps;
 };
@@ -371,7 +371,8 @@ INLINE F32 seen(F32 weight, F32 shifted) {
 }
 
 // Writes d[0] * c2[0] + d[1] * c2[1] + ... for the elements of a block; weight points to its first.
-// Both arrays are longer than a block by LANES, since whole vectors are read and written.
+// Both arrays are longer than a block by LANES, since whole vectors are read and written. Not
+// inlined: all variants of Fused with these weights share it.
 template <class Weight, bool REALISED>
 __attribute__((noinline)) void sum_directions(float* sum, const typename Weight::T* weight,
                                               const Block& block, Counter counter,
@@ -386,7 +387,7 @@ __attribute__((noinline)) void sum_directions(float* sum, const typename Weight:
       pair[1] *= scale;
     });
     counter.probe_and_stream += 2;
-    if (!REALISED && i == 0) continue;
+    if (!REALISED && i == 0) continue;  // fill has written the first term into sum
     for (int k = block.low; k < block.high; k += LANES) {
       F32 term = load<F32>(scaled + k);
       if constexpr (REALISED) {

@@ -4,7 +4,8 @@ What has been tested: under Triton's interpreter they compute the bits of `refer
 for compute capability 9.0 they hold no fused multiply-add and a correctly rounded square root. The
 interpreter cannot see either, and by Triton's defaults multiply and add are fused.
 
-bf16 tensors travel as int16.
+bf16 tensors travel as int16. Directions are unrolled: registers and compile time grow with their
+number.
 """
 
 from contextlib import nullcontext

@@ -49,7 +49,8 @@ def gaussian(
         parameter: canonical name of the parameter, or its id (see `parameter_id`).
         start: flat index, in the unsharded parameter, of the first element.
         count: number of elements.
-        probe: index of the direction within the step; all but one are of ``zo_directions`` above 1.
+        probe: index of the direction within the step, below 2**31, counted from 0; a step has
+            ``zo_directions`` of them.
         device: where the result is made.
 
     Returns:
@@ -62,6 +63,7 @@ def gaussian(
     _check_slice(start, count)
     _check_word("step", step)
     _check_word("parameter id", pid)
+    _check_word("2 * probe", 2 * probe)
     z = torch.empty(count, dtype=torch.float32, device=device)
     kernels.gaussian(z, Draw(seed, step, pid, probe), start)
     return z

@@ -36,8 +36,9 @@ class Operation:
     The latter is the realised difference. ``z[k]`` is the z of probe ``draw.probe + k``.
     ``round`` is to the weights' type, and an element that it would make NaN or infinite keeps its
     weight instead, bit for bit: no operation brings a number that is not finite into weights that
-    hold none. The realised difference is what two forward passes saw of z, as weights are perturbed
-    by this same operation. It is not divided by 2 ``zo_eps``; that belongs into ``c2``.
+    hold none. The realised difference is what forward passes at +zo_eps and -zo_eps see of z, as
+    weights are perturbed by this same operation. It is not divided by 2 ``zo_eps``; that belongs
+    into ``c2``.
 
     Computed in fp32 without fused multiply-add, in exactly this order: directions are summed from
     the first to the last. A term whose coefficient is 0 (for ``c0``: 1; for the sum over

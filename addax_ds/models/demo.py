@@ -44,7 +44,7 @@ def model_folder(cache_dir: str | Path | None = None) -> Path:
     """
     source = _gguf_file()
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("the demo's model needs the package gguf: run `pip install gguf`")
+        raise UserError("the demo's model needs the package gguf: pip install 'addax_ds[demo]'")
     cache = Path(cache_dir) if cache_dir else cache_folder()
     folder = cache / f"{_FOLDER_NAME}-{_digest(source)}"
     if folder.is_dir():

@@ -68,8 +68,8 @@ class Addax(torch.optim.Optimizer):
     one of the paper on the same batch: its variance falls with q, and a step takes 2 q
     zeroth-order passes (`addax_ds.optim.estimator`).
 
-    For bf16 weights the update credits, in place of z, what the passes saw of it after rounding
-    (`addax_ds.optim.update`).
+    For bf16 and fp16 weights the update credits, in place of z, what the passes at +eps and -eps
+    see of it after rounding (`addax_ds.optim.update`).
 
     One step is ``zeroth_order(closure)``, then ``loss.backward()``, which updates each parameter as
     soon as its gradient exists, then ``step()``, which updates what got no gradient. The weights
@@ -86,11 +86,10 @@ class Addax(torch.optim.Optimizer):
 
     Attributes:
         index: number of the next step.
-        estimator: the zeroth-order part of steps, at first that of ``zo_directions``; another one
-            may be assigned between two steps.
         track_norm: whether steps measure the norm of the first-order gradient, which costs one more
             read of it.
-        zeroth_order_loss: mean over ranks and zeroth-order passes that `measure` computed last.
+        zeroth_order_loss: mean over ranks of `Estimate.loss` that `measure` computed last; of
+            two-sided differences the mean over their passes.
         first_order_loss: mean over ranks of the first-order loss that `measure` computed last.
         loss_scale: factor of the first-order loss in this step; constant 1 but for fp16 weights.
         stop_requested: set it, on any rank, and `report` says so on all ranks after the same step.
@@ -114,8 +113,8 @@ class Addax(torch.optim.Optimizer):
               parameters; 0, the default, never does. With one micro-batch the norm is found by a
               backward of its own, so a step runs its first-order forward and backward twice; with
               several, the step is applied from their sum.
-            - ``zo_directions``: number of independent directions z in a step, >= 1 (default 1).
-              Each costs two zeroth-order passes, and no memory.
+            - ``zo_directions``: number of independent directions z in a step, from 1 to 1024
+              (default 1). Each costs two zeroth-order passes, and no memory.
 
     Raises:
         UserError: for a value outside its range.
@@ -141,7 +140,7 @@ class Addax(torch.optim.Optimizer):
         super().__init__(params, {known.name: values.pop(known.name) for known in _BY_GROUP})
         for name, value in values.items():
             setattr(self, name, value)
-        self.estimator: Estimator = TwoSidedDifference(self.zo_directions)
+        self._estimator: Estimator | None = None
         self.loss_scale = loss_scale or UNSCALED
         self.index = 0
         self.track_norm = False
@@ -157,6 +156,18 @@ class Addax(torch.optim.Optimizer):
     def hyperparameters(self) -> dict[str, Any]:
         """Values of the hyperparameters that hold for all parameter groups, by name."""
         return {known.name: getattr(self, known.name) for known in _FOR_ALL_GROUPS}
+
+    @property
+    def estimator(self) -> Estimator:
+        """The zeroth-order part of steps: that of ``zo_directions``, or one that was assigned.
+
+        Both may be assigned between two steps.
+        """
+        return self._estimator or TwoSidedDifference(self.zo_directions)
+
+    @estimator.setter
+    def estimator(self, estimator: Estimator) -> None:
+        self._estimator = estimator
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -294,7 +305,7 @@ class Addax(torch.optim.Optimizer):
         self._begun_step().take(shard, gradient)
 
     def _begun_step(self) -> RunningStep:
-        """Return the running step; a loop of one's own begins one without passes by its backward.
+        """Return the running step; at alpha 0 a caller's own backward may begin one without passes.
 
         Raises:
             RuntimeError: if the step should have begun with passes.

@@ -34,7 +34,7 @@ class Estimate:
     Attributes:
         loss: the zeroth-order loss to report.
         projected_gradients: estimated derivative of the loss along each direction.
-        coefficients: factor of each direction in the estimated gradient; as many.
+        coefficients: factor of each direction in the estimated gradient, by probe number.
     """
 
     loss: float

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 from addax_ds.optim.update import ROUNDINGS, Rounding
@@ -54,9 +54,12 @@ class Hyperparameter:
 
 
 def _number(value: Any, least: float = -math.inf, most: float = sys.float_info.max) -> bool:
-    """Whether a value is a number in a range; NaN, infinities and booleans are not."""
-    number = isinstance(value, int | float | Integral) and not isinstance(value, bool)
-    return number and least <= value <= most
+    """Return whether a value is a number in a range; NaN, infinities and booleans are not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    # NumPy would round the bounds to its own type, and those of float32 reach infinity.
+    number: Any = value if isinstance(value, Integral) else float(value)
+    return least <= number <= most
 
 
 def _known(
@@ -135,14 +138,21 @@ class Hyperparameters:
     )
     zo_directions: int = _known(
         1,
-        accepts=lambda value: isinstance(value, Integral) and _number(value, 1),
-        expected="an integer of at least 1",
+        # q directions make 2 q passes, and the GPU kernel unrolls q.
+        accepts=lambda value: isinstance(value, Integral) and _number(value, 1, 1024),
+        expected="an integer from 1 to 1024",
         note='Default and "auto": 1.',
         zeroth_order=True,
     )
 
     def __post_init__(self) -> None:
         raise_problems("Addax cannot have these values:", list(problems(asdict(self))))
+        for known in HYPERPARAMETERS:
+            value = getattr(self, known.name)
+            if isinstance(value, Real) and not isinstance(value, int | float):
+                # NumPy's numbers: a checkpoint notes values as JSON, which has Python's alone.
+                plain = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, known.name, plain)
 
 
 @dataclass
@@ -160,7 +170,8 @@ class HyperparameterFlags:
         },
     )
     zo_eps: float | None = field(
-        default=None, metadata={"help": "Perturbation scale of the zeroth-order passes (1e-3)."}
+        default=None,
+        metadata={"help": "Perturbation scale of the zeroth-order passes (default 1e-3)."},
     )
     rounding: Rounding | None = field(
         default=None,

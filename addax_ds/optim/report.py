@@ -19,8 +19,8 @@ class StepReport:
         index: number of the step.
         g0: zeroth-order projected gradient, of several directions their root mean square; 0 if that
             part was left out, None if alpha is 0.
-        zeroth_order_loss: mean of the losses at theta + zo_eps z and theta - zo_eps z over all
-            directions z, or None.
+        zeroth_order_loss: `Estimate.loss`, the mean over ranks and micro-batches that the estimator
+            reports (of two-sided differences the mean over their passes), or None.
         first_order_loss: mean over ranks and micro-batches of the first-order loss; None if
             `Addax.measure` did not compute it.
         zeroth_order_norm: norm of the zeroth-order part of the update, lr * alpha * |g0| * sqrt(d)

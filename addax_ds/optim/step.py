@@ -197,10 +197,10 @@ class RunningStep:
         self._updated.add(shard.parameter_id)
 
     def _clip(self) -> bool:
-        """Find the norm of g1 from its squares, and scale the step; not if it is not finite.
+        """Find the norm of g1 from its squares and scale the step by it.
 
         Returns:
-            Whether it is.
+            False, with the step unscaled, if the norm is not finite.
         """
         squares = self._squares.take(len(self._steps), self._sharding.device)
         self._sharding.sum_over_ranks(squares)
@@ -216,7 +216,7 @@ class RunningStep:
         return True
 
     def _clip_sums(self) -> None:
-        """Scale the step by the norm of the summed gradients; leave them out if it is none."""
+        """Scale the step by the norm of the summed gradients; drop them if it is not finite."""
         for shard in self._sharding.shards():
             held = self._sums.held(shard)
             if held is not None:
@@ -234,6 +234,7 @@ class RunningStep:
         """
         losses = zeroth_order if first_order is None else [*zeroth_order, first_order]
         device = self._sharding.device
+        # fp64, as g0 is a small difference of two of these sums.
         total = torch.stack([loss.to(device, torch.float64) for loss in losses])
         self._sharding.sum_over_ranks(total)
         means = (total / self._sharding.world_size).tolist()
@@ -253,7 +254,8 @@ class RunningStep:
         estimate = self._estimator.estimate(losses, self._steps[0].zo_eps)
         self.zeroth_order_loss = estimate.loss
         if not all(map(math.isfinite, estimate.coefficients)):
-            said = " and ".join(map(str, losses))
+            causes = [loss for loss in losses if not math.isfinite(loss)] or losses
+            said = " and ".join(map(str, losses if len(losses) <= 2 else causes))
             self._leave_out(f"zeroth-order losses {said}", self.problems)
             return
         self._estimate = estimate
@@ -308,13 +310,14 @@ class RunningStep:
         step, norms = self._steps[0], self._norms
         lrs = [group.lr for group in self._steps]
         sizes = [math.sqrt(elements) for elements in self._sharding.group_elements]
-        zeroth_order_norm = step.alpha * math.hypot(*step.coefficients)
+        # Independent z are nearly orthogonal, so their coefficients add up in squares.
+        weight_of_z = step.alpha * math.hypot(*step.coefficients)
         return StepReport(
             index=step.index,
             g0=self.g0 if step.alpha > 0 else None,
             zeroth_order_loss=self.zeroth_order_loss,
             first_order_loss=self.first_order_loss,
-            zeroth_order_norm=zeroth_order_norm * math.hypot(*map(mul, lrs, sizes)),
+            zeroth_order_norm=weight_of_z * math.hypot(*map(mul, lrs, sizes)),
             first_order_norm=self._first_order_norm(lrs) if norms else None,
             gradient_norm=math.hypot(*norms) if norms else None,
             loss_scale=self._loss_scale,

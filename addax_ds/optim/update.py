@@ -3,7 +3,7 @@
     theta <- theta (1 - lr lambda) - lr ((1 - alpha) g1 + alpha sum over k of coefficients[k] d[k])
 
 With one direction, its coefficient g0 and d = z this is Algorithm 1 of Addax. For weights narrower
-than fp32 d is what passes at both sides see of z, the realised difference
+than fp32 d is what the passes at +eps and -eps see of z, the realised difference
 
     d = (round(theta + eps z) - round(theta - eps z)) / (2 eps)
 

@@ -1,8 +1,8 @@
 """The interface of a sharding back end.
 
 A back end knows where the weights live and which slice of which parameter a rank holds. It is the
-only code that touches private names of the engine it serves, in one module each. The optimizer,
-the trainer and the loading of models do not know which back end they run on.
+only code that touches private names of the engine it serves, in one module each. The optimizer
+and the loading of models do not know which back end they run on.
 """
 
 from abc import ABC, abstractmethod
@@ -318,7 +318,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def padded(data: Tensor, numel: int) -> Tensor:
-    """Lengthen a flat copy of a shard to what travels; nobody reads the padding."""
+    """Pad a flat copy of a shard to the length that is gathered; the padding is never read."""
     missing = numel - data.numel()
     return torch.cat((data, data.new_zeros(missing))) if missing else data
 

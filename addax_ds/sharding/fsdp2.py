@@ -76,7 +76,7 @@ class Fsdp2(Sharding):
     """
 
     name = "fsdp2"
-    launch_command = "`torchrun --nproc_per_node N launch/train.py --sharding fsdp2 ...`"
+    launch_command = "`torchrun --nproc_per_node N -m addax_ds.cli.train --sharding fsdp2 ...`"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         if not isinstance(model, FSDPModule):

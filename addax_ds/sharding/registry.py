@@ -1,7 +1,7 @@
-"""The one list of sharding back ends.
+"""Registry of the sharding back ends.
 
-A module is imported when its back end is asked for by name, or when a model may be laid out by it:
-nobody needs DeepSpeed who does not use it.
+A module is imported only when its back end is named or could hold a model, so users of other back
+ends do not need DeepSpeed.
 """
 
 import sys
@@ -15,7 +15,7 @@ from addax_ds.utils.extras import naming_extras
 
 
 class Entry(NamedTuple):
-    """Where a back end is.
+    """Location of a back end's class.
 
     Attributes:
         module: to import.

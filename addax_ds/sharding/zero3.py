@@ -64,7 +64,7 @@ class Zero3Sharding(Sharding):
     """
 
     name = "zero3"
-    launch_command = "`deepspeed launch/train.py --deepspeed ...` (or torchrun)"
+    launch_command = "`deepspeed --module addax_ds.cli.train --deepspeed zero3 ...` (or torchrun)"
     uses_deepspeed = True
     loads_whole_on = "rank 0"
     loads_with_collectives = True

@@ -41,19 +41,19 @@ class CostMeter:
         self._began = (0.0, 0.0)
 
     def reset(self) -> None:
-        """A training begins that does not go on from a checkpoint."""
+        """Begin a training that does not go on from a checkpoint."""
         self.resume(Costs())
 
     def resume(self, costs: Costs) -> None:
-        """A training goes on that has cost so much."""
+        """Go on with a training that has cost ``costs``."""
         self.costs = self.before = costs
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._began = self._now()
 
     def stop(self, tokens: int) -> None:
-        """A step has ended, in which ``tokens`` were seen over all ranks."""
+        """End a step in which ``tokens`` were seen over all ranks."""
         (began, began_cpu), (now, now_cpu) = self._began, self._now()
         self.costs = Costs(
             self.costs.train_seconds + now - began,

@@ -1,4 +1,4 @@
-"""Types of weights, by their names."""
+"""Weight types and the flags that choose them."""
 
 from typing import Any
 

@@ -10,7 +10,6 @@ _EXTRAS = {
     "deepspeed": ("deepspeed", "psutil", "pydantic"),
     "train": (*_TRAIN, "transformers", "yaml"),
     "plots": ("matplotlib",),
-    "demo": ("gguf",),
 }
 
 
@@ -20,7 +19,7 @@ class MissingExtraError(UserError, ImportError):
 
 @contextmanager
 def naming_extras() -> Iterator[None]:
-    """Say which extra has what an import in the body does not find.
+    """Name the extra that installs a package which the body fails to import.
 
     Raises:
         MissingExtraError: in place of `ModuleNotFoundError`, for packages of an extra.

@@ -1,4 +1,4 @@
-"""What is known of a study's methods by now, gathered from the outcomes of its jobs."""
+"""State of a study's methods, gathered from the outcomes of its jobs."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ from studies.comparison.study import Contender, Study, Trial
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one method on one task.
+    """State of one method on one task.
 
     Attributes:
         contender: the method.
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the chosen rate is the smallest or the largest of several."""
+        """True if the chosen rate is the smallest or the largest of several."""
         rates = self.contender.learning_rates
         edges = min(rates), max(rates)
         return self.chosen is not None and len(rates) > 1 and self.chosen.learning_rate in edges
@@ -93,7 +93,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What is known of a study.
+    """State of a study.
 
     Attributes:
         study: the study.

@@ -35,7 +35,7 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """What the legend calls it."""
+        """Name in the legend."""
         return f"{self.method}, {self.steps} steps"
 
 

@@ -1,4 +1,4 @@
-"""What a job has come to, as its ``outcome.json`` keeps it."""
+"""Outcome of a job, as its ``outcome.json`` keeps it."""
 
 import math
 from dataclasses import asdict, dataclass

@@ -42,7 +42,7 @@ class Job:
 
     @property
     def outcome(self) -> Outcome | None:
-        """What it came to, or None if it is not over or was run with other flags."""
+        """Outcome of the job, or None if it is not over or was run with other flags."""
         found = Outcome.read(self.folder)
         if found is None or _identity(found.flags) != _identity(self.flags):
             return None

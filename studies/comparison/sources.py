@@ -43,7 +43,7 @@ class ArchiveMember:
 
     @property
     def cached(self) -> Path:
-        """Where the file is kept once it has been fetched."""
+        """Path of the file once it has been fetched."""
         return cache_folder() / f"{self.sha256[:16]}-{Path(self.path[-1]).name}"
 
     def read(self) -> str:

@@ -1,4 +1,4 @@
-"""What is compared: tasks, methods, learning rates and seeds, each training by its own command."""
+"""Plan of a comparison: tasks, methods, learning rates and seeds; a command for each training."""
 
 from dataclasses import dataclass, replace
 

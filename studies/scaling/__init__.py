@@ -1,4 +1,4 @@
-"""What a step costs over ranks, sizes, lengths and methods, and what a model of it says of more.
+"""Cost of a step over ranks, sizes, lengths and methods, and its projection to more of them.
 
 `cli` is the command of ``launch/scaling.py``. `runner` starts each point (`point`) as processes of
 its own, which run `measure`: real trainers, whose phases (`phases`) and collectives

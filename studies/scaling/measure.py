@@ -50,7 +50,7 @@ _SMALL_LEARNING_RATE = 1e-6  # at 0 the kernels would leave work out
 
 @dataclass
 class Steps:
-    """What this rank has seen, a list entry a step.
+    """Measurements of this rank, a list entry a step.
 
     Attributes:
         seconds: of the steps that are only timed.

@@ -36,7 +36,7 @@ _BUILT_IN = {**SMALL_SHAPES, **OPT_FAMILY}
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured by one launch.
+    """Subject of one launch: a model, a method and a layout.
 
     Each rank has as many rows whatever the number of ranks is. All sequences of a batch have one
     length, and the methods see the same: zeroth-order batches are of ``length`` tokens, and so are

@@ -29,7 +29,7 @@ LABEL = "model, not measured"
 
 @dataclass(frozen=True)
 class Network:
-    """What is assumed of the machines.
+    """Assumptions about the machines.
 
     Attributes:
         gpus_per_node: GPUs of a node.
@@ -51,7 +51,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Work:
-    """What one step of a rank consists of.
+    """Parts of one step of a rank.
 
     Attributes:
         fixed_s: seconds of compute that do not depend on the number of ranks.

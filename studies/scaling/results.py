@@ -122,7 +122,7 @@ def _loads(outcome: dict[str, Any]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a workload is projected from.
+    """Measured points that a workload is projected from.
 
     Attributes:
         measured: on the fewest ranks.

@@ -31,7 +31,7 @@ _LAST_LINES = 8
 
 @dataclass(frozen=True)
 class Hosts:
-    """Where ranks run.
+    """Machines that the ranks run on.
 
     Attributes:
         hostfile: DeepSpeed's; None for this machine.
@@ -112,12 +112,12 @@ class Job:
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """What it came to, or None if it has not been measured."""
+        """Outcome of the point, or None if it has not been measured."""
         return read_json(self.folder / OUTCOME)
 
     @property
     def failure(self) -> dict[str, Any] | None:
-        """Why it has not been measured, if it was tried."""
+        """Reason why it has not been measured, if it was tried."""
         return None if self.outcome else read_json(self.folder / FAILURE)
 
     def check(self) -> None:

@@ -424,7 +424,7 @@ def test_bad_flags_are_user_errors(flags: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [
-        (["--sharding", "zero3"], {}, r"--sharding zero3 needs --deepspeed ds_configs/zero3\.json"),
+        (["--sharding", "zero3"], {}, r"--sharding zero3 needs --deepspeed zero3\."),
         (["--sharding", "fsdp2"], {}, "--sharding fsdp2 needs a launcher"),
         (
             ["--sharding", "fsdp2"],

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from addax_ds import UserError
@@ -66,7 +68,7 @@ def test_the_lock_of_a_killed_one_is_removed(lock, caplog):
     make_old(lock)
     with caplog.at_level(logging.WARNING, "addax_ds"), compiling_alone(lock):
         assert not lock.exists()
-    assert f"Removing {lock}: the process that compiled here was killed" in caplog.text
+    assert f"Removing {lock}: no process here has it open" in caplog.text
 
 
 def test_one_that_ends_as_it_is_looked_at_is_not_taken_over(lock, monkeypatch, caplog):
@@ -80,6 +82,38 @@ def test_one_that_ends_as_it_is_looked_at_is_not_taken_over(lock, monkeypatch, c
     with caplog.at_level(logging.WARNING, "addax_ds"), compiling_alone(lock):
         pass
     assert not caplog.text
+
+
+class Hidden:
+    """A process whose files may not be listed."""
+
+    def __init__(self, user: int, pid: int = 2) -> None:
+        self._user, self.pid = user, pid
+
+    def open_files(self) -> list[Any]:
+        raise psutil.AccessDenied(1)
+
+    def uids(self) -> SimpleNamespace:
+        return SimpleNamespace(effective=self._user)
+
+
+def test_one_that_may_be_open_is_left_to_the_user(lock, monkeypatch):
+    make_old(lock)
+    monkeypatch.setattr(psutil, "process_iter", lambda: [Hidden(lock.stat().st_uid)])
+    with (
+        pytest.raises(UserError, match=r"s old, and no process .* Delete the file, unless"),
+        compiling_alone(lock),
+    ):
+        pass
+    assert lock.exists()
+
+
+def test_init_and_processes_of_other_users_do_not_matter(lock, monkeypatch):
+    make_old(lock)
+    owner = lock.stat().st_uid
+    monkeypatch.setattr(psutil, "process_iter", lambda: [Hidden(owner + 1), Hidden(owner, pid=1)])
+    with compiling_alone(lock):
+        assert not lock.exists()
 
 
 HOLDER = """

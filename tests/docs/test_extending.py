@@ -88,7 +88,8 @@ def test_a_back_end_trains_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(registry, "BACK_ENDS", {"single": entry, **registry.BACK_ENDS})
 
     model = tiny_model()
-    model.is_single = True
+    module.Single.shard_loaded(model)
+    assert registry.back_end_of(model) is module.Single
     name, g0, weights = step_of(model)
     expected_name, expected_g0, expected = step_of(tiny_model())
     assert (name, expected_name) == ("single", "none")

@@ -152,3 +152,9 @@ def test_rounding_bits_are_uniform_and_not_those_of_z():
 def test_slices_that_z_cannot_serve_are_refused(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         addax_ds.gaussian(*arguments)
+
+
+@pytest.mark.parametrize("probe", [-1, 2**31])
+def test_probes_that_z_cannot_serve_are_refused(probe):
+    with pytest.raises(ValueError, match=r"2 \* probe must lie in"):
+        addax_ds.gaussian(0, 0, 0, 0, 5, probe=probe)

@@ -1,5 +1,8 @@
 """Misuse of `Addax` is an error that says what to do, and its state is what it promises."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,6 +135,7 @@ def test_not_attached():
     [
         ({"lr": -1.0}, r"lr = -1\.0: it must be a number of at least 0"),
         ({"lr": float("nan")}, "lr = nan: it must be"),
+        ({"lr": np.float32("inf")}, "lr = np.float32.inf.: it must be"),
         ({"alpha": 1.5}, r"alpha = 1\.5: it must be a number from 0 to 1"),
         ({"alpha": -0.1}, "alpha = -0"),
         ({"zo_eps": 0.0}, r"zo_eps = 0\.0: it must be a number above 0"),
@@ -139,7 +143,8 @@ def test_not_attached():
         ({"seed": -1}, "seed = "),
         ({"seed": 1 << 64}, "seed = "),
         ({"rounding": "up"}, "rounding = 'up': it must be 'stochastic' or 'nearest'"),
-        ({"zo_directions": 0}, "zo_directions = 0: it must be an integer of at least 1"),
+        ({"zo_directions": 0}, "zo_directions = 0: it must be an integer from 1 to 1024"),
+        ({"zo_directions": 1025}, "zo_directions = 1025"),
         ({"zo_directions": 1.0}, "zo_directions = 1.0"),
         ({"zo_directions": True}, "zo_directions = True"),
     ],
@@ -147,6 +152,13 @@ def test_not_attached():
 def test_hyperparameters_out_of_range(options, message):
     with pytest.raises(UserError, match=message):
         Addax(Toy().parameters(), **{"lr": 0.1, **options})
+
+
+def test_hyperparameters_of_numpy_become_those_of_python():
+    values = {"lr": np.float32(0.5), "alpha": np.float64(0.25), "zo_directions": np.int64(2)}
+    optimizer = Addax(Toy().parameters(), **values)
+    given = [optimizer.param_groups[0]["lr"], optimizer.alpha, optimizer.zo_directions]
+    assert json.loads(json.dumps(given)) == [0.5, 0.25, 2]
 
 
 def test_parameters_of_another_model():

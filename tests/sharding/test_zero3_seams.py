@@ -92,6 +92,20 @@ def test_deepspeed_still_has_the_seam(owner, text):
     )
 
 
+def test_the_start_of_the_ranks_and_the_planner_still_have_their_names():
+    from deepspeed.ops import __compatible_ops__ as compatible
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from torch.utils import cpp_extension
+
+    assert ShareMemCommBuilder.NAME in compatible
+    assert list(inspect.signature(cpp_extension._get_build_directory).parameters) == [
+        "name",
+        "verbose",
+    ]
+    assert list(inspect.signature(zero3_linear_wrap).parameters) == ["input", "weight", "bias"]
+
+
 def test_importing_addax_ds_registers_the_optimizer():
     import addax_ds
 
