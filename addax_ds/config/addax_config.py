@@ -115,7 +115,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
             super().__post_init__()
         except UserError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise UserError(f"TrainingArguments: {error}") from error
         self.deepspeed = source
         deepspeed = getattr(self, "hf_deepspeed_config", None)

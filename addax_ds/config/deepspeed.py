@@ -65,6 +65,8 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
             where = find_preset(str(source))
             text = _read(Path(where))
         config = parse_json(text)
+    except UserError:  # a ValueError, too, and a whole sentence
+        raise
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
