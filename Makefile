@@ -59,10 +59,14 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 # Tests that start ranks take all cores and run one after the other; the others share two workers,
-# where a file of tests stays with one.
+# where a file of tests stays with one. A selection runs in one go.
 test: lint
-	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
-	$(VENV_PATH) pytest -q -m slow $(ARGS)
+ifeq ($(ARGS),)
+	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadfile
+	$(VENV_PATH) pytest -q -m slow
+else
+	$(VENV_PATH) pytest -q $(ARGS)
+endif
 
 test-quick: $(STAMP)
 	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)

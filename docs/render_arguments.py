@@ -21,6 +21,7 @@ from addax_ds.config.arguments import (
 from addax_ds.config.deepspeed_keys import DS_KEYS
 from addax_ds.config.support import Rule, Status
 from addax_ds.config.training_arguments import DEFAULTS, RULES
+from addax_ds.optim.hyperparameters import IN_JSON_PARAMS
 
 _TEMPLATE = """\
 # Arguments
@@ -70,7 +71,8 @@ What some of the others mean here:
 
 | argument | meaning |
 |---|---|
-| `per_device_train_batch_size` | K¹ / ranks: the first-order batch of one rank. |
+| `per_device_train_batch_size` | K¹ / (ranks x micro-batches): the first-order rows of a \
+micro-batch of one rank. |
 | `num_train_epochs` | An epoch is one pass over D¹ (over D⁰ for mezo). |
 | `gradient_accumulation_steps` | Micro-batches of a step, in either stream. Zeroth-order ones \
 cost passes alone; first-order ones a sum of gradients in fp32, 4 bytes a parameter over all \
@@ -84,7 +86,8 @@ a dynamic loss scale; prefer bf16. |
 | `metric_for_best_model` | Default: the task's own metric; for files, the loss. |
 | `seed` | Of z, of stochastic rounding and, without `data_seed`, of the data order. |
 | `ddp_backend` | The communication backend on CPUs. |
-| `deepspeed` | A path, or a mapping in an argument file. ZeRO stage 3 only. |
+| `deepspeed` | A path, the name of a ready JSON, or a mapping in an argument file. ZeRO stage 3 \
+only. |
 | `resume_from_checkpoint` | A path, or True for the newest intact one in `output_dir`. The number \
 of ranks and the way to shard may have changed, the global batches may not. |
 
@@ -103,9 +106,8 @@ What some of the others mean here:
 | `train_batch_size` | "auto" is best: micro batch times micro-batches times ranks. |
 | `gradient_accumulation_steps` | Without Trainer it is 1: give `measure()` a closure for each \
 micro-batch. |
-| `gradient_clipping` | `max_grad_norm`. Without the key it is 0, not 1. |
-| `optimizer.params` | `lr`, `alpha`, `zo_eps`, `weight_decay`, `seed`, `rounding` and \
-`zo_directions`; "auto" becomes the argument. |
+| `gradient_clipping` | Without the key it is `max_grad_norm`, whose default here is 0. |
+| `optimizer.params` | {params}; "auto" becomes the argument. |
 | `scheduler` | Without it Trainer's `lr_scheduler_type` is used. |
 | `fp16.loss_scale` | 0 adjusts itself; another value stays. |
 | `zero_optimization.reduce_bucket_size` | "auto" becomes hidden_size squared. |
@@ -127,6 +129,7 @@ def render() -> str:
         preset=_values({**DEMO_PRESET, "per_device_train_batch_size": ranks}),
         training=_rules("argument", RULES),
         deepspeed=_rules("key", DS_KEYS),
+        params=", ".join(f"`{known.name}`" for known in IN_JSON_PARAMS),
     )
 
 

@@ -2,7 +2,7 @@
 
     deepspeed launch/train.py --deepspeed ds_configs/zero3.json
 
-runs the embedded demo; ``--help`` lists the arguments.
+runs the demo; ``--help`` lists the arguments.
 """
 
 from addax_ds.cli.train import main

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import psutil
 
 LOG = "output.log"
+_ROOT = Path(__file__).parents[1]
 _POLL_S = 0.2
 
 
@@ -130,9 +131,15 @@ def script(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def search_path() -> str:
-    """Return PATH with the programs beside this Python in front, such as ninja for DeepSpeed."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def environment() -> dict[str, str]:
+    """Return the environment of processes that import this checkout and start programs.
+
+    PYTHONPATH begins with the checkout; PATH with the programs beside this Python, such as ninja
+    for DeepSpeed. DeepSpeed's launcher hands variables of these names on to other nodes.
+    """
+    modules = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".removesuffix(os.pathsep)
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": programs, "PYTHONPATH": modules}
 
 
 def free_port() -> int:

@@ -176,6 +176,19 @@ def test_a_missing_package_is_named_with_its_extra(name, package, extra):
     assert said == f"{package} is not installed: pip install 'addax_ds[{extra}]'\n"
 
 
+@pytest.mark.parametrize("program", ["train", "plan"])
+def test_a_program_without_its_extra_says_so(program):
+    code = f"""
+    try:
+        from addax_ds.cli.{program} import main  # as the installed script does
+    except SystemExit as end:
+        assert end.code == 1
+    """
+    said = run(code, without=("transformers",), errors=True)
+    expected = "addax_ds: error: transformers is not installed: pip install 'addax_ds[train]'"
+    assert said.strip() == expected
+
+
 def test_a_json_needs_deepspeed():
     code = """
     import addax_ds

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -30,6 +31,7 @@ from addax_ds.checkpoint.weight_files import WeightFiles
 from addax_ds.distributed.collectives import raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
 from addax_ds.optim.addax import Addax
+from addax_ds.optim.hyperparameters import BY_NAME
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -229,12 +231,22 @@ def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        content["run"] = _nested(content["run"])
         Run(**content["run"])
         Progress(**content["progress"])
         content["optimizer"]["param_groups"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: this is not the state of an Addax run: {error!r}") from error
     return content
+
+
+def _nested(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run with its hyperparameters in one entry; older states have one for each."""
+    flat = {name: value for name, value in run.items() if name in BY_NAME}
+    if not flat:
+        return run
+    rest = {name: value for name, value in run.items() if name not in flat}
+    return rest | {"hyperparameters": flat | rest.get("hyperparameters", {})}
 
 
 def _continued(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +254,8 @@ def _continued(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     group = {**saved, "params": own["params"], "weight_decay": own["weight_decay"]}
     before, now = saved.get("initial_lr"), own.get("initial_lr")
     if before and now is not None and before != now:
-        logger.warning("The learning rate was %g and is %g from here on.", before, now)
+        if _is_rank_zero():
+            logger.warning("The learning rate was %g and is %g from here on.", before, now)
         group |= {"lr": saved["lr"] * (now / before), "initial_lr": now}
     return group
 
@@ -263,7 +276,9 @@ def _load_schedule(path: Path, scheduler: Any, lrs: list[float]) -> None:
 
 
 def _announce(written: Run, run: Run) -> None:
-    """Yield the differences from the run that wrote a checkpoint."""
+    """Log the differences from the run that wrote a checkpoint, on rank 0."""
+    if not _is_rank_zero():
+        return
     for change in changes(written, run):
         logger.warning("Resuming: %s.", change)
     if (written.sharding, written.ranks) != (run.sharding, run.ranks):
@@ -276,3 +291,7 @@ def _announce(written: Run, run: Run) -> None:
             written.ranks,
             written.sharding,
         )
+
+
+def _is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
 from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameter
+from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
 
@@ -46,8 +47,9 @@ class Run:
         drop_last: whether an epoch ends before a batch that it cannot fill.
         zeroth_order_batch: global size of the zeroth-order batch, 0 if there is none.
         first_order_batch: global size of the first-order batch, 0 if there is none.
-        hyperparameters: those that do not follow a schedule, by name; ``rounding`` is None for fp32
-            weights, whose updates are not rounded.
+        hyperparameters: those that do not follow a schedule, by name; None for those without
+            effect: ``rounding`` of fp32 weights, and those of a zeroth-order part that the method
+            does not have.
         length_threshold: L_T in tokens; None if the data is not divided by length.
         data: digest of the training data in its order; None if it has not been read yet.
     """
@@ -73,6 +75,8 @@ class Run:
         noted = {known.name: getattr(settings.hyperparameters, known.name) for known in _NOTED}
         if dtype == "fp32":
             noted["rounding"] = None
+        if settings.method not in ZEROTH_ORDER:
+            noted |= {known.name: None for known in _NOTED if known.zeroth_order}
         return cls(
             sharding=sharding,
             ranks=args.world_size,
@@ -134,11 +138,14 @@ def changes(written: Run, now: Run) -> Iterator[str]:
 
 
 def _changed_hyperparameters(written: Run, now: Run) -> Iterator[tuple[Hyperparameter, Any, Any]]:
-    """Yield what has changed, with both values; one that is not noted yet had its default."""
+    """Yield what has changed, with both values; one that is not noted yet had its default.
+
+    Those without effect are left out: they are None, in ``written`` too unless it is older.
+    """
     for known in _NOTED:
         before = written.hyperparameters.get(known.name, known.default)
         value = now.hyperparameters[known.name]
-        if before != value:
+        if value is not None and before != value:
             yield known, before, value
 
 

@@ -40,10 +40,11 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
     ``output_dir`` is "output", ``max_grad_norm`` 0, and ``use_cpu`` true where torch sees no
     accelerator.
 
-    All of it is checked when it is made, and settled once against the DeepSpeed JSON: a value that
-    stands there alone wins over a default, and one that stands in both places has to be the same.
-    What comes of it is ``settings``; a field that is changed afterwards does not change them. As
-    `TrainingArguments` does, it makes the process group if a launcher has started this process.
+    All of it is checked when it is made, and settled once against the DeepSpeed JSON: a
+    hyperparameter or number of micro-batches that stands there alone wins over a default, and a
+    value that stands in both places has to be the same. What comes of it is ``settings``; a field
+    that is changed afterwards does not change them. As `TrainingArguments` does, it makes the
+    process group if a launcher has started this process.
 
     Attributes:
         settings: how the run trains.
@@ -116,7 +117,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
             super().__post_init__()
         except UserError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise UserError(f"TrainingArguments: {error}") from error
         self.deepspeed = source
         deepspeed = getattr(self, "hf_deepspeed_config", None)

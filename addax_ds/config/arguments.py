@@ -329,6 +329,8 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("num_train", "num_dev", "num_test", "task_seed"):
         if (values.get(name) or 0) < 0:
             yield f"--{name} {values[name]}: it must not be below 0."
+    if (values.get("task_seed") or 0) >= 2**32:
+        yield f"--task_seed {values['task_seed']}: it must be below 2**32."
     for name in ("num_train", "num_dev"):
         if values.get(name) == 0 and values.get("eval_strategy", "no") != "no":
             yield f"--eval_strategy needs dev rows, and there are none with --{name} 0."

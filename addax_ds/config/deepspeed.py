@@ -65,6 +65,8 @@ def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
             where = find_preset(str(source))
             text = _read(Path(where))
         config = parse_json(text)
+    except UserError:  # a ValueError, too, and a whole sentence
+        raise
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
@@ -128,15 +130,15 @@ def ds_config(
     the number of ranks.
 
     Args:
-        path_or_dict: the path of a DeepSpeed JSON, or the same as a mapping. It is not changed.
+        path_or_dict: see `load_ds_config`. A mapping is not changed.
         lr: learning rate η.
         micro_batch_size: first-order examples per rank and step, K¹ / ranks.
         bf16: whether the weights are stored in bf16 (default: as in the JSON, "auto" is false).
         hidden_size: `model.config.hidden_size`, from which Trainer derives the "auto" bucket sizes
             and the persistence threshold. Without it those keys are dropped and DeepSpeed's own
             defaults apply, among them a reduce bucket of 5e8 elements.
-        **hyperparameters: `alpha`, `zo_eps`, `weight_decay`, `seed`, `rounding` and
-            `max_grad_norm` (`gradient_clipping` in the JSON), as for `addax_ds.Addax`.
+        **hyperparameters: those of `addax_ds.Addax`; `max_grad_norm` is `gradient_clipping` in the
+            JSON.
 
     Raises:
         UserError: for anything `load_ds_config` or `check_ds_config` refuses, for an argument that

@@ -6,7 +6,7 @@ from pathlib import Path
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean
 
-# Inside an installed package; beside the package in a checkout (setup.py).
+# Inside an installed package, which wins; beside the package in a checkout (setup.py).
 _FOLDERS = [Path(__file__).parents[depth] / "ds_configs" for depth in (1, 2)]
 
 
@@ -20,9 +20,9 @@ def find_preset(source: str) -> str:
     Raises:
         UserError: a bare name that neither a file nor a ready JSON has.
     """
-    if not re.fullmatch(r"[\w-]+", source) or Path(source).exists():
+    if not re.fullmatch(r"[\w-]+", source) or Path(source).is_file():
         return source
-    presets = {path.stem: path for folder in _FOLDERS for path in folder.glob("*.json")}
+    presets = {path.stem: path for folder in reversed(_FOLDERS) for path in folder.glob("*.json")}
     if source not in presets:
         raise UserError(
             f"There is no DeepSpeed config {source} (looked in {Path.cwd()}), nor a ready one of "

@@ -137,7 +137,12 @@ def check_can_resume(method: Method) -> None:
 
 
 def _problems(args: "AddaxConfig", given: Collection[str]) -> Iterator[str]:
-    """Yield values out of range, and flags that contradict the method or that it ignores."""
+    """Yield values out of range; if there are none, flags that contradict or have no effect."""
+    out_of_range = list(_out_of_range(args))
+    yield from out_of_range or _contradictions(args, given)
+
+
+def _out_of_range(args: "AddaxConfig") -> Iterator[str]:
     for known in HYPERPARAMETERS:
         value = getattr(args, known.flag)
         if value is not None:
@@ -156,7 +161,6 @@ def _problems(args: "AddaxConfig", given: Collection[str]) -> Iterator[str]:
         yield "--device_memory has no effect without --length_threshold auto; remove it."
     elif args.device_memory is not None and not args.device_memory > 0:
         yield f"--device_memory {args.device_memory:g}: it must be above 0."
-    yield from _contradictions(args, given)
 
 
 def _contradictions(args: "AddaxConfig", given: Collection[str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ _LEAST: dict[str, float] = {
     "max_steps": -1,
     "ddp_timeout": 1,
 }
+_LONGEST_WAIT = 10**9  # seconds; Python's time differences end not far above
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 _OBJECTS = (
     "lr_scheduler_kwargs",
@@ -91,6 +92,8 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
         elif value < least or (name in _ABOVE_ZERO and value <= 0):
             bound = "above 0" if name in _ABOVE_ZERO else f"at least {least}"
             yield f"--{name} {value}: it must be {bound}."
+        elif name == "ddp_timeout" and value > _LONGEST_WAIT:
+            yield f"--{name} {value}: it must be at most {_LONGEST_WAIT}."
 
 
 def _forms(annotation: Any) -> set[Any]:

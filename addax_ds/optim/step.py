@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from enum import Enum, auto
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from addax_ds.distributed.collectives import all_gather_object
-from addax_ds.optim.estimator import Estimate, Estimator
+from addax_ds.optim.estimator import Estimate, Estimator, Pass
 from addax_ds.optim.gradients import GradientSums, SkippedUpdates, SquaredNorms
 from addax_ds.optim.report import StepReport
 from addax_ds.optim.update import Step, apply_update, perturb
@@ -90,7 +90,8 @@ class RunningStep:
 
     def measure(self, zeroth_order: list[Closure], first_order: list[Closure]) -> Tensor | None:
         """See `Addax.measure`; an empty list is a part that this step does not have."""
-        losses = self._perturbed_losses(zeroth_order) if zeroth_order else []
+        passes = self._estimator.passes
+        losses = self._perturbed_losses(zeroth_order, passes) if zeroth_order else []
         if not first_order:
             self._agree(losses, None)
             return None
@@ -108,21 +109,22 @@ class RunningStep:
         return self._scaled(first_order[0](), 1) if self._clip() else None
 
     def rehearse(self, zeroth_order: list[Closure], first_order: list[Closure]) -> None:
-        """Run all passes, forward and backward, and apply nothing; this object is of no more use.
+        """Run a step's passes, two zeroth-order ones, and apply nothing; discard this object then.
 
         Gradients take as much memory as in a step: they are summed if there are several.
         """
         mode = _Mode.ACCUMULATE if len(first_order) > 1 else _Mode.TAKE_NORM
         with self._replayed():
             if zeroth_order:
-                self._perturbed_losses(zeroth_order)
+                # The others hold what these hold.
+                self._perturbed_losses(zeroth_order, self._estimator.passes[:2])
             if first_order:
                 loss, _ = self._micro_batches(first_order)
                 self._backward(loss, mode)
 
     @torch.no_grad()
-    def _perturbed_losses(self, closures: list[Closure]) -> list[Tensor]:
-        """Return this rank's mean loss of each pass of the estimator."""
+    def _perturbed_losses(self, closures: list[Closure], passes: Sequence[Pass]) -> list[Tensor]:
+        """Return this rank's mean loss of each pass."""
         step = self._steps[0]
 
         def perturbed(sign: int, probe: int, shard: Shard) -> Tensor:
@@ -130,7 +132,7 @@ class RunningStep:
 
         means = []
         with evaluation_mode(self._sharding.model), self._sharding.forward_only():
-            for each in self._estimator.passes:
+            for each in passes:
                 with self._sharding.perturbed(partial(perturbed, each.sign, each.probe)):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())

@@ -76,7 +76,7 @@ def find_threshold(
                 raise UserError(
                     f"{FLAG}: the rehearsal of a step did not fit into memory ({short}), with "
                     f"L_T = {length}, below which there are too few sequences. Use fewer rows and "
-                    "more --gradient_accumulation_steps, --gradient_checkpointing, or more ranks"
+                    "more --gradient_accumulation_steps, --activation_checkpointing, or more ranks"
                 )
             logger.info("L_T = %d does not fit (%s): rehearsing %d", length, short, lower[-1])
             length = lower[-1]

@@ -5,7 +5,6 @@ A trial's folder has ``outcome.json`` once it is over; one without it is run aga
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from addax_ds.optim.report import NON_FINITE
 from addax_ds.utils.errors import UserError
 from studies.comparison.outcome import Outcome
 from studies.comparison.study import Study, Trial
-from studies.jobs import LOG, Launcher, free_port, read_json, script
+from studies.jobs import LOG, Launcher, environment, free_port, read_json, script
 from studies.provenance import collect_provenance
 
 logger = logging.getLogger(__name__)
@@ -130,8 +129,8 @@ def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
     Raises:
         UserError: jobs failed otherwise than by diverging; the others have run.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = Launcher(_command, _begin, _finish, environment, _ROOT, grace=_GRACE_S)
+    one_thread = {**environment(), "OMP_NUM_THREADS": "1"}
+    launcher = Launcher(_command, _begin, _finish, one_thread, _ROOT, grace=_GRACE_S)
     failed = launcher.run(next_jobs, workers)
     if failed:
         logs = "\n".join(str(job.folder / LOG) for job in sorted(failed, key=lambda j: j.folder))

@@ -6,7 +6,6 @@ the others.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ from typing import Any
 from deepspeed.launcher.runner import fetch_hostfile
 
 from addax_ds.utils.errors import UserError
-from studies.jobs import LOG, Launcher, free_port, read_json, script, search_path, write_json
+from studies.jobs import LOG, Launcher, environment, free_port, read_json, script, write_json
 from studies.scaling.measure import MEASURED
 
 logger = logging.getLogger(__name__)
 
 OUTCOME, FAILURE = "outcome.json", "failure.json"
 _JOB = "point.json"
-_ROOT = Path(__file__).parents[2]
 _GRACE_S = 10.0
 _LAST_LINES = 8
 
@@ -172,7 +170,7 @@ def run(jobs: Sequence[Job], hosts: Hosts, time_limit: float) -> list[Job]:
         command=lambda job: _command(job, hosts),
         begin=begin,
         finish=partial(_finish, time_limit),
-        environment=_environment(),
+        environment=environment(),
         limit=time_limit,
         grace=_GRACE_S,
     )
@@ -199,9 +197,3 @@ def _command(job: Job, hosts: Hosts) -> list[str]:
     port = str(free_port())
     flags = [*hosts.launcher_flags(job.ranks), "--master_port", port, "--no_local_rank"]
     return [script("deepspeed"), *flags, "--module", job.module, str(job.folder.resolve())]
-
-
-def _environment() -> dict[str, str]:
-    # DeepSpeed's launcher hands variables of this name on to other nodes.
-    modules = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".removesuffix(os.pathsep)
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": search_path(), "PYTHONPATH": modules}

@@ -15,7 +15,7 @@ import addax_ds
 from addax_ds import UserError
 from addax_ds.checkpoint import checkpoint
 from addax_ds.checkpoint.checkpoint import load_state, read_run, rotate, save_state
-from addax_ds.checkpoint.identity import Progress, Run, data_digest
+from addax_ds.checkpoint.identity import Progress, Run, changes, data_digest
 from addax_ds.checkpoint.resume import Checkpoint
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example
@@ -240,6 +240,7 @@ WARNED = {
     "weight_decay": (0.0, "--weight_decay was 0.01 and is 0.0"),
     "max_grad_norm": (1.0, "--max_grad_norm was 0.0 and is 1.0"),
     "rounding": ("nearest", "--rounding was stochastic and is nearest"),
+    "zo_directions": (2, "--zo_directions was 1 and is 2"),
 }
 
 
@@ -258,6 +259,25 @@ def test_another_run_is_refused(name, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         Checkpoint(tmp_path, read_run(write(tmp_path))).check(run_with(name, value))
     assert str(error.value).startswith(f"--resume_from_checkpoint {tmp_path}: ")
+
+
+def test_a_state_with_flat_hyperparameters_is_read(tmp_path, caplog):
+    """As checkpoints were before `Run.hyperparameters`."""
+    path = write(tmp_path) / "addax_state.json"
+    content = json.loads(path.read_text())
+    content["run"] |= content["run"].pop("hyperparameters")
+    del content["run"]["zo_directions"]  # there was none
+    path.write_text(json.dumps(content))
+    old = {k: v for k, v in RUN.hyperparameters.items() if k != "zo_directions"}
+    written = read_run(tmp_path)
+    assert written == dataclasses.replace(RUN, hyperparameters=old)
+    Checkpoint(tmp_path, written).check(RUN)
+    with pytest.raises(UserError, match="the seed was 7, and is 8"):
+        Checkpoint(tmp_path, written).check(run_with("seed", 8))
+    addax = optimizer()
+    with caplog.at_level("WARNING", logger="addax_ds"):
+        assert load_state(tmp_path, addax, schedule(addax), run_with("alpha", 0.02)) == PROGRESS
+    assert caplog.messages == ["Resuming: --alpha was 0.01 and is 0.02 from here on."]
 
 
 @pytest.mark.parametrize("name", ["data", "length_threshold"])
@@ -317,3 +337,21 @@ def test_batches_count_ranks_and_micro_batches(method, batches):
     assert (run.dtype, run.data_seed) == ("fp16", 3)
     assert run.hyperparameters["rounding"] == "nearest"
     assert run.hyperparameters["seed"] == 5
+    zeroth_order = {run.hyperparameters[name] for name in ("zo_eps", "zo_directions")}
+    assert zeroth_order == ({None} if method == "ip-sgd" else {1e-3, 1})
+
+
+def test_a_change_without_effect_is_not_announced():
+    """Without a zeroth-order part zo_eps changes nothing, whatever an older checkpoint noted."""
+    run = dataclasses.replace(run_with("zo_eps", None), method="ip-sgd")
+    assert list(changes(dataclasses.replace(RUN, method="ip-sgd"), run)) == []
+    assert list(changes(run, run)) == []
+
+
+def test_one_rank_announces(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_is_rank_zero", lambda: False)
+    addax = optimizer(lr=0.2)
+    with caplog.at_level("INFO", logger="addax_ds"):
+        other = dataclasses.replace(run_with("alpha", 0.02), ranks=4)
+        load_state(write(tmp_path), addax, schedule(addax), other)
+    assert not caplog.messages

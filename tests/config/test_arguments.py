@@ -138,11 +138,14 @@ def test_all_violations_are_listed_at_once(tmp_path: Path) -> None:
         ("max_grad_norm", "nan"),
         ("max_grad_norm", "inf"),
         ("desync_check_steps", "-1"),
+        ("ddp_timeout", "100000000000000"),
+        ("task_seed", "4294967296"),
     ],
 )
 def test_values_out_of_range_are_named(flag: str, value: str) -> None:
+    task = ["--task", "sst2"] if flag == "task_seed" else []
     with pytest.raises(UserError, match=rf"--{flag} "):
-        parse_arguments([f"--{flag}", value])
+        parse_arguments([*task, f"--{flag}", value])
 
 
 # ---- AddaxConfig ---------------------------------------------------------------------------------
@@ -170,6 +173,7 @@ def test_the_json_is_filled(tmp_path: Path) -> None:
             "zo_eps": 1e-3,
             "seed": 9,
             "rounding": "nearest",
+            "zo_directions": 1,
         },
     }
     assert filled["gradient_clipping"] == 0

@@ -26,6 +26,7 @@ OPTIMIZER_DEFAULTS = {
     "weight_decay": 0.0,
     "seed": 0,
     "rounding": "stochastic",
+    "zo_directions": 1,
 }
 READY = sorted(Path(__file__).parents[2].glob("ds_configs/*.json"))
 ZERO3 = next(path for path in READY if path.name == "zero3.json")
@@ -239,6 +240,12 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_ds_config(broken)
     with pytest.raises(UserError, match="Cannot read"):
         load_ds_config(tmp_path)
+    with pytest.raises(UserError) as unknown:
+        load_ds_config("zero4")
+    assert str(unknown.value) == (
+        f"There is no DeepSpeed config zero4 (looked in {Path.cwd()}), nor a ready one of this "
+        "name. Did you mean 'zero3'? Ready are: zero3, zero3_offload."
+    )
 
 
 # ---- ds_config() ---------------------------------------------------------------------------------
@@ -263,16 +270,14 @@ def test_ready_configs_fill_as_trainer_fills_them(path: Path, tmp_path: Path) ->
     expected = args.hf_deepspeed_config.config
     # Trainer logs by itself and silences DeepSpeed; DeepSpeed derives the product of batch sizes.
     del expected["steps_per_print"], expected["train_batch_size"]
-    expected["optimizer"]["params"].update(alpha=0.5, zo_eps=1e-2, seed=7, rounding="nearest")
+    own = {"alpha": 0.5, "zo_eps": 1e-2, "seed": 7, "rounding": "nearest", "zo_directions": 2}
+    expected["optimizer"]["params"].update(own)
     filled = ds_config(
         path,
         lr=3e-4,
         micro_batch_size=5,
         weight_decay=0.1,
-        alpha=0.5,
-        zo_eps=1e-2,
-        seed=7,
-        rounding="nearest",
+        **own,
         bf16=True,
         hidden_size=hidden_size,
     )

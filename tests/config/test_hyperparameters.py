@@ -92,7 +92,7 @@ assert list(changes(written, run)) == ["--zo_dummy was 1 and is 4 from here on"]
 
 # the comparison of ranks
 compared = []
-desync.everywhere = lambda value: compared.append(value) or [value]
+desync.all_gather_object = lambda value: compared.append(value) or [value]
 desync.DesyncCheck(optimizer, 1)._check_values()
 assert "'zo_dummy': 5" in compared[0]
 """
@@ -128,7 +128,8 @@ def test_the_three_declarations_agree() -> None:
 
 
 def test_the_optimizer_has_them_as_attributes(plain: Callable[..., Addax]) -> None:
-    values = {"alpha": 0.5, "zo_eps": 0.1, "seed": 3, "rounding": "nearest", "max_grad_norm": 2.0}
+    values = {"alpha": 0.5, "zo_eps": 0.1, "seed": 3, "rounding": "nearest"}
+    values |= {"max_grad_norm": 2.0, "zo_directions": 2}
     optimizer = plain(lr=0.1, weight_decay=0.2, **values)
     assert optimizer.hyperparameters == values
     assert {name: getattr(optimizer, name) for name in values} == values

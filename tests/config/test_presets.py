@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from addax_ds.config import presets
 from addax_ds.config.deepspeed import load_ds_config
 from addax_ds.config.presets import find_preset
 from addax_ds.utils.errors import UserError
@@ -34,3 +35,18 @@ def test_an_unknown_name_is_refused_with_those_there_are():
         find_preset("zero3_ofload")
     assert "There is no DeepSpeed config zero3_ofload (looked in" in str(refused.value)
     assert "Did you mean 'zero3_offload'? Ready are: zero3, zero3_offload." in str(refused.value)
+
+
+def test_a_folder_of_that_name_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero3").mkdir()
+    assert find_preset("zero3") == str(ROOT / "ds_configs" / "zero3.json")
+
+
+def test_the_first_folder_wins(tmp_path, monkeypatch):
+    folders = [tmp_path / "package", tmp_path / "checkout"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "zero3.json").write_text("{}")
+    monkeypatch.setattr(presets, "_FOLDERS", folders)
+    assert find_preset("zero3") == str(folders[0] / "zero3.json")

@@ -64,6 +64,11 @@ def test_methods() -> None:
         ({"alpha": 1.5}, r"--alpha = 1\.5: it must be a number from 0 to 1"),
         ({"alpha": float("nan")}, "--alpha nan: it must be a finite number"),
         ({"alpha": 1.0}, "--method mezo"),
+        (
+            {"alpha": "x", "method": "mezo"},
+            r"--alpha = 'x': it must be a number from 0 to 1\.$",
+        ),
+        ({"ddp_timeout": 10**14}, "--ddp_timeout 100000000000000: it must be at most 1000000000"),
         ({"alpha": 0.0}, "--method ip-sgd"),
         ({"zo_eps": 0.0}, r"--zo_eps = 0\.0: it must be a number above 0"),
         ({"zo_eps": -1.0}, "--zo_eps"),

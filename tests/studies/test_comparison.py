@@ -5,6 +5,7 @@ import io
 import json
 import re
 import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from studies.comparison.outcome import Outcome
 from studies.comparison.runner import Comparison, Job, run
 from studies.comparison.sources import ArchiveMember
 from studies.comparison.study import STUDIES, Contender, Study, Trial
-from studies.jobs import Launcher
+from studies.jobs import Launcher, environment
 from tests.support.packages import is_installed
 from tests.support.ranks import ROOT
 
@@ -257,6 +258,26 @@ def test_jobs_run_and_an_interrupted_one_runs_again(tmp_path, monkeypatch):
         assert job.outcome is not None
         assert job.outcome.exit_code == 0
         assert not (job.folder / "half").exists()
+
+
+def test_jobs_find_the_tasks_of_the_checkout(tmp_path, monkeypatch):
+    """They run a script in another folder, whose own folder alone Python looks into."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from addax_ds.tasks import find_task\n"
+        "print(find_task('studies/comparison/tasks.py:MULTIEMO').name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == tasks.MULTIEMO.name
 
 
 def test_sigterm_is_an_exception_that_ends_the_jobs(tmp_path, monkeypatch):
