@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from transformers import HfArgumentParser
 
 from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.config.presets import find_preset
 from addax_ds.config.values import read_argument_file, type_problems, value_problems
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.sharding.registry import BACK_ENDS, back_end
@@ -200,6 +201,8 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {**(_demo_preset(given) if is_demo else {}), **given}
     problems = [*value_problems(values), *_model_problems(values), *_data_problems(values)]
     raise_problems("These arguments cannot be used:", problems)
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = find_preset(values["deepspeed"])
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
     if values.get("train_file") is None:
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
