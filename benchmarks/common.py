@@ -1,7 +1,6 @@
 """What the benchmarks share: models of a shape, live tensors, circumstances."""
 
 import gc
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from addax_ds.planner.shapes import OPT_FAMILY
-from studies.jobs import search_path
+from studies.jobs import environment
 from studies.provenance import collect_provenance as collect_provenance
 from studies.scaling.point import SMALL_SHAPES
 
@@ -23,8 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def one_thread_each() -> dict[str, str]:
     """Return the environment for ranks on a CPU, one thread each."""
-    on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **on_cpu, "PATH": search_path()}
+    return {**environment(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def random_model(shape: str) -> nn.Module:
