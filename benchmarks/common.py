@@ -22,8 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def one_thread_each() -> dict[str, str]:
     """Return the environment for ranks on a CPU, one thread each."""
-    on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return {**environment(), **on_cpu}
+    return {**environment(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def random_model(shape: str) -> nn.Module:

@@ -14,6 +14,7 @@ from addax_ds.config.values import value_problems
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.optim.hyperparameters import IN_JSON_PARAMS, HyperparameterFlags
 from addax_ds.optim.methods import BASELINES, Method
+from addax_ds.utils.command_line import flag
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import raise_problems
 
@@ -67,40 +68,29 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
             before a model exists, before a process group exists wherever it can be known by then.
     """
 
-    method: Method = field(
-        default="addax",
-        metadata={
-            "help": "addax: long sequences zeroth-order, short ones first-order. addax-wa: both "
-            "from all data. mezo: zeroth-order only. ip-sgd: first-order only, in place. sgd, "
-            "adamw: for comparison, torch's under ZeRO-3, with fp32 master weights."
-        },
+    method: Method = flag(
+        "addax",
+        "addax: long sequences zeroth-order, short ones first-order. addax-wa: both "
+        "from all data. mezo: zeroth-order only. ip-sgd: first-order only, in place. sgd, "
+        "adamw: for comparison, torch's under ZeRO-3, with fp32 master weights.",
     )
-    length_threshold: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "L_T in tokens, median, or auto: longer sequences are zeroth-order (default "
-            "median). auto is the largest that fits into memory, and needs --max_steps."
-        },
+    length_threshold: int | str | None = flag(
+        None,
+        "L_T in tokens, median, or auto: longer sequences are zeroth-order (default "
+        "median). auto is the largest that fits into memory, and needs --max_steps.",
     )
-    device_memory: float | None = field(
-        default=None,
-        metadata={
-            "help": "GB (1e9 bytes) of a rank that tensors may take, for --length_threshold auto "
-            "(default: what is free, on a GPU less 4)."
-        },
+    device_memory: float | None = flag(
+        None,
+        "GB (1e9 bytes) of a rank that tensors may take, for --length_threshold auto "
+        "(default: what is free, on a GPU less 4).",
     )
-    per_device_zo_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of a zeroth-order micro-batch (default: --per_device_train_batch_size)."
-        },
+    per_device_zo_batch_size: int | None = flag(
+        None, "Rows of a zeroth-order micro-batch (default: --per_device_train_batch_size)."
     )
-    desync_check_steps: int = field(
-        default=100,
-        metadata={
-            "help": "Steps between two comparisons of the ranks' weights and step values, which "
-            "read the weights twice; 0 for none."
-        },
+    desync_check_steps: int = flag(
+        100,
+        "Steps between two comparisons of the ranks' weights and step values, which "
+        "read the weights twice; 0 for none.",
     )
     output_dir: str | None = _default("output_dir")
     max_grad_norm: float = _default("max_grad_norm")

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,11 +16,11 @@ from transformers import HfArgumentParser
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.presets import find_preset
-from addax_ds.config.values import read_argument_file, type_problems, value_problems
+from addax_ds.config.values import read_argument_file, type_problems
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
-from addax_ds.utils.command_line import Parser
+from addax_ds.utils.command_line import Parser, flag
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems
 
@@ -57,33 +57,24 @@ _OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed
 class ModelArguments:
     """Arguments of the model."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder or hub name of a causal language model (default: the demo's)."},
+    model_name_or_path: str | None = flag(
+        None, "Folder or hub name of a causal language model (default: the demo's)."
     )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the model on the hub."}
+    model_revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
+    trust_remote_code: bool = flag(False, "Run model code that comes with the checkpoint.")
+    attn_implementation: str | None = flag(
+        None, "Attention kernel: eager, sdpa, flash_attention_2, ..."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the checkpoint."}
+    sharding: str | None = flag(
+        None,
+        "Where the weights live: zero3 (needs, and is the default with, --deepspeed), "
+        "fsdp2, or none: whole on each rank (default without --deepspeed).",
+        choices=tuple(BACK_ENDS),
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention kernel: eager, sdpa, flash_attention_2, ..."}
-    )
-    sharding: str | None = field(
-        default=None,
-        metadata={
-            "choices": tuple(BACK_ENDS),
-            "help": "Where the weights live: zero3 (needs, and is the default with, --deepspeed), "
-            "fsdp2, or none: whole on each rank (default without --deepspeed).",
-        },
-    )
-    cpu_threads: int = field(
-        default=1,
-        metadata={
-            "help": "Threads of one rank on a CPU. Ranks that contend for cores are many times "
-            "slower: ranks times threads should not exceed the cores."
-        },
+    cpu_threads: int = flag(
+        1,
+        "Threads of one rank on a CPU. Ranks that contend for cores are many times "
+        "slower: ranks times threads should not exceed the cores.",
     )
 
 
@@ -91,67 +82,43 @@ class ModelArguments:
 class DataArguments:
     """Arguments of the data and their encoding."""
 
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": f"One of {', '.join(TASKS)}, or file.py:NAME for one of your own "
-            "(docs/tasks.md). Without it and --train_file: sst2-demo."
-        },
+    task: str | None = flag(
+        None,
+        f"One of {', '.join(TASKS)}, or file.py:NAME for one of your own "
+        "(docs/tasks.md). Without it and --train_file: sst2-demo.",
     )
-    task_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that save_to_disk wrote, folder with train.jsonl and validation.jsonl, "
-            "or JSONL file, instead of the task's own source."
-        },
+    task_data: str | None = flag(
+        None,
+        "Folder that save_to_disk wrote, folder with train.jsonl and validation.jsonl, "
+        "or JSONL file, instead of the task's own source.",
     )
-    num_train: int | None = field(
-        default=None,
-        metadata={
-            "help": "Training rows of the task (default: its own number, mostly 1000). 0: "
-            "no training, the model as it is on the test rows."
-        },
+    num_train: int | None = flag(
+        None,
+        "Training rows of the task (default: its own number, mostly 1000). 0: "
+        "no training, the model as it is on the test rows.",
     )
-    num_dev: int | None = field(
-        default=None,
-        metadata={"help": "Dev rows of the task, out of its train split (default: mostly 500)."},
+    num_dev: int | None = flag(
+        None, "Dev rows of the task, out of its train split (default: mostly 500)."
     )
-    num_test: int | None = field(
-        default=None,
-        metadata={"help": "Test rows of the task (default: mostly 1000)."},
+    num_test: int | None = flag(None, "Test rows of the task (default: mostly 1000).")
+    task_seed: int = flag(0, "Seed by which the rows of the task are drawn.")
+    train_file: str | None = flag(
+        None, "JSONL with prompt and completion, messages, or text, instead of a task."
     )
-    task_seed: int = field(
-        default=0, metadata={"help": "Seed by which the rows of the task are drawn."}
+    validation_file: str | None = flag(None, "The same, for --eval_strategy. Needs --train_file.")
+    test_file: str | None = flag(
+        None, "The same, evaluated before and after training. Needs --train_file."
     )
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSONL with prompt and completion, messages, or text, instead of a task."
-        },
+    skip_test: bool = flag(False, "Leave the test set unread, as for choosing settings.")
+    max_length: int | None = flag(
+        None,
+        "Longest sequence in tokens (default: the model's limit, for a task 2048 at "
+        "most); longer ones lose tokens on the left, or for files are refused without it.",
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same, for --eval_strategy. Needs --train_file."}
-    )
-    test_file: str | None = field(
-        default=None,
-        metadata={"help": "The same, evaluated before and after training. Needs --train_file."},
-    )
-    skip_test: bool = field(
-        default=False, metadata={"help": "Leave the test set unread, as for choosing settings."}
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest sequence in tokens (default: the model's limit, for a task 2048 at "
-            "most); longer ones lose tokens on the left, or for files are refused without it."
-        },
-    )
-    append_eos: bool = field(
-        default=True,
-        metadata={
-            "help": "End every completion of a file with the end-of-sequence token; answers of "
-            "tasks never are."
-        },
+    append_eos: bool = flag(
+        True,
+        "End every completion of a file with the end-of-sequence token; answers of "
+        "tasks never are.",
     )
 
 
@@ -199,7 +166,7 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete what was given, and check what `AddaxConfig` does not know of."""
     is_demo = not {"model_name_or_path", "train_file", "task"} & given.keys()
     values = {**(_demo_preset(given) if is_demo else {}), **given}
-    problems = [*value_problems(values), *_model_problems(values), *_data_problems(values)]
+    problems = [*_model_problems(values), *_data_problems(values)]
     raise_problems("These arguments cannot be used:", problems)
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_preset(values["deepspeed"])

@@ -38,6 +38,11 @@ _OFF_BLOCKS = frozenset(
         "tensor_parallel",
     }
 )
+_UNKNOWN_HINTS = {
+    "optimizer.params.eps": " Addax's perturbation scale is zo_eps; it has no Adam epsilon.",
+    "optimizer.params.method": " The method is an argument of the command line; here alpha says it "
+    "(1 is mezo).",
+}
 
 
 def load_ds_config(source: Source) -> tuple[dict[str, Any], str]:
@@ -92,11 +97,13 @@ def check_ds_config(config: Mapping[str, Any], where: str) -> None:
     problems = list(_key_problems(config))
     zero = config.get("zero_optimization")
     if not isinstance(zero, Mapping) or "stage" not in zero:
-        problems.append(f"zero_optimization.stage is missing. {_note('zero_optimization.stage')}")
+        problems.append(
+            f"zero_optimization.stage is missing. {DS_KEYS['zero_optimization.stage'].note}"
+        )
     optimizer = config.get("optimizer")
     if isinstance(optimizer, Mapping):
         if "type" not in optimizer:
-            problems.append(f"optimizer.type is missing. {_note('optimizer.type')}")
+            problems.append(f"optimizer.type is missing. {DS_KEYS['optimizer.type'].note}")
         params = optimizer.get("params", {})
         if isinstance(params, Mapping):
             given = {k: v for k, v in params.items() if v is not None and v != AUTO}
@@ -298,7 +305,7 @@ def _key_problems(block: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             if parent not in _OFF_BLOCKS:
                 known = [k[len(prefix) :] for k in DS_KEYS if k.rpartition(".")[0] == parent]
                 guess = did_you_mean(str(key), known)
-                yield f"{shown(path)}: unknown key.{guess}{_unknown_hint(path)}"
+                yield f"{shown(path)}: unknown key.{guess}{_UNKNOWN_HINTS.get(path, '')}"
         elif value == AUTO and path not in AUTO_KEYS:
             yield f'{path} = "auto": nothing fills this key; write a value or remove it.'
         elif value != AUTO and not rule.accepts(value):
@@ -314,14 +321,6 @@ def _key_problems(block: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
                     yield f'{shown(inner)} = "auto": nothing fills this key; write or remove it.'
 
 
-def _unknown_hint(path: str) -> str:
-    if path == "optimizer.params.eps":
-        return " Addax's perturbation scale is zo_eps; it has no Adam epsilon."
-    if path == "optimizer.params.method":
-        return " The method is an argument of the command line; here alpha says it (1 is mezo)."
-    return ""
-
-
 def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted path and value of every entry that is not itself a listed block."""
     for key, value in block.items():
@@ -332,10 +331,6 @@ def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{path}.")
         else:
             yield path, value
-
-
-def _note(path: str) -> str:
-    return DS_KEYS[path].note
 
 
 def _read(path: Path) -> str:

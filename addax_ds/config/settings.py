@@ -147,16 +147,6 @@ def _out_of_range(args: "AddaxConfig") -> Iterator[str]:
         value = getattr(args, known.flag)
         if value is not None:
             yield from known.problems(value, f"--{known.flag}")
-    for name, least in (
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("per_device_zo_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("desync_check_steps", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            yield f"--{name} {value}: it must be at least {least}."
     if args.device_memory is not None and args.length_threshold != "auto":
         yield "--device_memory has no effect without --length_threshold auto; remove it."
     elif args.device_memory is not None and not args.device_memory > 0:

@@ -12,15 +12,19 @@ from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import parse_json, read_regular, refuse_duplicates
 from addax_ds.utils.messages import shown
 
+# Hyperparameters have ranges of their own.
 _LEAST: dict[str, float] = {
-    "learning_rate": 0,
-    "weight_decay": 0,
     "warmup_steps": 0,
     "eval_delay": 0,
     "data_seed": 0,
     "dataloader_num_workers": 0,
     "max_steps": -1,
     "ddp_timeout": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "per_device_zo_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "desync_check_steps": 0,
 }
 _LONGEST_WAIT = 10**9  # seconds; Python's time differences end not far above
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")

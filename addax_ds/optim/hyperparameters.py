@@ -8,11 +8,12 @@ JSON, the command line, `addax_ds.AddaxConfig`, checkpoints and the comparison o
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 from addax_ds.optim.update import ROUNDINGS, Rounding
+from addax_ds.utils.command_line import flag
 from addax_ds.utils.messages import raise_problems, shown
 
 OnResume = Literal["fixed", "announced", "free"]
@@ -31,7 +32,6 @@ class Hyperparameter:
             logged, and a "free" one follows a schedule.
         flag: argument of the command line and of `addax_ds.AddaxConfig`.
         json_key: dotted key of the DeepSpeed JSON.
-        note: for the table of JSON keys in docs/arguments.md.
         by_group: whether parameter groups may differ in it, as those of any optimizer.
         zeroth_order: whether it has an effect on the zeroth-order part alone.
     """
@@ -43,7 +43,6 @@ class Hyperparameter:
     on_resume: OnResume
     flag: str
     json_key: str
-    note: str
     by_group: bool
     zeroth_order: bool
 
@@ -70,14 +69,12 @@ def _known(
     on_resume: OnResume = "announced",
     flag: str = "",
     json_key: str = "",
-    note: str = "",
     by_group: bool = False,
     zeroth_order: bool = False,
 ) -> Any:
     """Declare a field with the facts of `Hyperparameter`; flag and key default to its name."""
-    facts = {"accepts": accepts, "expected": expected, "on_resume": on_resume, "note": note}
-    facts |= {"flag": flag, "json_key": json_key, "by_group": by_group}
-    facts["zeroth_order"] = zeroth_order
+    facts = {"accepts": accepts, "expected": expected, "on_resume": on_resume, "flag": flag}
+    facts |= {"json_key": json_key, "by_group": by_group, "zeroth_order": zeroth_order}
     return field(default=default, metadata=facts)
 
 
@@ -94,27 +91,23 @@ class Hyperparameters:
         expected="a number of at least 0",
         on_resume="free",
         flag="learning_rate",
-        note='"auto" becomes learning_rate.',
         by_group=True,
     )
     alpha: float = _known(
         1e-3,
         accepts=lambda value: _number(value, 0, 1),
         expected="a number from 0 to 1",
-        note='Default and "auto": 1e-3 (1 for mezo, 0 for ip-sgd).',
     )
     zo_eps: float = _known(
         1e-3,
         accepts=lambda value: _number(value) and value > 0,
         expected="a number above 0",
-        note='Default and "auto": 1e-3.',
         zeroth_order=True,
     )
     weight_decay: float = _known(
         0.0,
         accepts=lambda value: _number(value, 0),
         expected="a number of at least 0",
-        note='"auto" becomes weight_decay.',
         by_group=True,
     )
     seed: int = _known(
@@ -122,13 +115,11 @@ class Hyperparameters:
         accepts=lambda value: isinstance(value, Integral) and _number(value, 0, 2**64 - 1),
         expected="an integer from 0 to 2**64 - 1",
         on_resume="fixed",
-        note='"auto" becomes seed.',
     )
     rounding: Rounding = _known(  # noqa: RUF009 - a field, as the others are
         "stochastic",
         accepts=lambda value: value in ROUNDINGS,
         expected="'stochastic' or 'nearest'",
-        note='"stochastic" or "nearest". Default and "auto": stochastic.',
     )
     max_grad_norm: float = _known(
         0.0,
@@ -141,7 +132,6 @@ class Hyperparameters:
         # q directions make 2 q passes, and the GPU kernel unrolls q.
         accepts=lambda value: isinstance(value, Integral) and _number(value, 1, 1024),
         expected="an integer from 1 to 1024",
-        note='Default and "auto": 1.',
         zeroth_order=True,
     )
 
@@ -162,27 +152,21 @@ class HyperparameterFlags:
     `None` means not given: the DeepSpeed JSON or the default decides.
     """
 
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the zeroth-order gradient, between 0 and 1 (default 1e-3; mezo is "
-            "1, methods without zeroth-order steps are 0)."
-        },
+    alpha: float | None = flag(
+        None,
+        "Weight of the zeroth-order gradient, between 0 and 1 (default 1e-3; mezo is "
+        "1, methods without zeroth-order steps are 0).",
     )
-    zo_eps: float | None = field(
-        default=None,
-        metadata={"help": "Perturbation scale of the zeroth-order passes (default 1e-3)."},
+    zo_eps: float | None = flag(
+        None, "Perturbation scale of the zeroth-order passes (default 1e-3)."
     )
-    rounding: Rounding | None = field(
-        default=None,
-        metadata={"help": "Rounding of bf16 and fp16 weight updates (default stochastic)."},
+    rounding: Rounding | None = flag(
+        None, "Rounding of bf16 and fp16 weight updates (default stochastic)."
     )
-    zo_directions: int | None = field(
-        default=None,
-        metadata={
-            "help": "Independent directions z of a step, whose two-sided differences are averaged "
-            "(default 1). Each costs two forward passes, and no memory."
-        },
+    zo_directions: int | None = flag(
+        None,
+        "Independent directions z of a step, whose two-sided differences are averaged "
+        "(default 1). Each costs two forward passes, and no memory.",
     )
 
 
@@ -198,15 +182,14 @@ class HyperparameterKwargs(TypedDict, total=False):
     zo_directions: int
 
 
-def _facts_of_all() -> Iterator[Hyperparameter]:
-    for item in fields(Hyperparameters):
-        facts = dict(item.metadata)
-        facts["flag"] = facts["flag"] or item.name
-        facts["json_key"] = facts["json_key"] or f"optimizer.params.{item.name}"
-        yield Hyperparameter(name=item.name, default=item.default, **facts)
+def _declared(item: Field[Any]) -> Hyperparameter:
+    facts = dict(item.metadata)
+    facts["flag"] = facts["flag"] or item.name
+    facts["json_key"] = facts["json_key"] or f"optimizer.params.{item.name}"
+    return Hyperparameter(name=item.name, default=item.default, **facts)
 
 
-HYPERPARAMETERS: tuple[Hyperparameter, ...] = tuple(_facts_of_all())
+HYPERPARAMETERS: tuple[Hyperparameter, ...] = tuple(map(_declared, fields(Hyperparameters)))
 BY_NAME: dict[str, Hyperparameter] = {known.name: known for known in HYPERPARAMETERS}
 IN_JSON_PARAMS: tuple[Hyperparameter, ...] = tuple(
     known for known in HYPERPARAMETERS if known.json_key == f"optimizer.params.{known.name}"

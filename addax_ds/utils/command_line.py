@@ -4,9 +4,15 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from dataclasses import field
+from typing import Any, NoReturn
 
 from addax_ds.utils.errors import UserError
+
+
+def flag(default: Any, text: str, **more: Any) -> Any:
+    """Declare a field of a dataclass of arguments, with what ``--help`` says of it."""
+    return field(default=default, metadata={"help": text, **more})
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from addax_ds.utils.command_line import mistakes_end_the_program
+from addax_ds.utils.command_line import Parser, mistakes_end_the_program
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.signals import on_sigterm
 from studies.comparison.report import write_report
@@ -19,7 +19,7 @@ from studies.comparison.study import STUDIES
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing of the comparison, and write tables and figures of what there is."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--folder", type=Path, default=Path("comparison"), help="keeps the runs")
     parser.add_argument("--model_name_or_path", help="instead of the demo's model")
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--report", type=Path, help="folder to write comparison.json, .md and figures to, and stop"
     )
-    args = parser.parse_args(argv)
+    with mistakes_end_the_program():
+        args = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     common = {
         "deepspeed": "ds_configs/zero3.json",

@@ -24,7 +24,6 @@ from studies.scaling.runner import Hosts, Job, run
 logger = logging.getLogger(__name__)
 
 _PLACES = ("folder", "output", "hostfile")
-_DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
 _DEFAULTS = {"per_device_train_batch_size": 4, "per_device_zo_batch_size": 4, "ranks_per_node": 8}
 """Of the arguments that may not be given where they have no effect."""
 
@@ -111,7 +110,7 @@ def _ds_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """
     if arguments.sharding != "zero3":
         return None
-    config, where = load_ds_config(arguments.deepspeed or _DS_CONFIG)
+    config, where = load_ds_config(arguments.deepspeed or "zero3")
     check_ds_config(config, where)
     if not arguments.deepspeed:
         # Else a small model would stay gathered from forward to backward; a large one does not.

@@ -38,8 +38,8 @@ ADDITIONS = [
     ),
     (
         "optim/hyperparameters.py",
-        "    rounding: Rounding | None = field(",
-        """    zo_dummy: int | None = field(default=None, metadata={"help": "Of no use."})
+        "    rounding: Rounding | None = flag(",
+        """    zo_dummy: int | None = flag(None, "Of no use.")
 """,
     ),
     ("optim/hyperparameters.py", "    max_grad_norm: float\n", "    zo_dummy: int\n"),

@@ -82,7 +82,7 @@ def test_methods() -> None:
         ({"method": "ip-sgd", "per_device_zo_batch_size": 2}, "per_device_zo_batch_size has no"),
         ({"method": "mezo", "length_threshold": 9}, "--length_threshold has no effect"),
         ({"method": "addax-wa", "length_threshold": 9}, "--length_threshold has no effect"),
-        ({"weight_decay": -1.0}, "--weight_decay -1"),
+        ({"weight_decay": -1.0}, "--weight_decay = -1"),
         ({"label_smoothing_factor": 0.1}, r"--label_smoothing_factor 0\.1: "),
         ({"deepspeed": "absent.json"}, r"no DeepSpeed config absent\.json"),
         ({"bf16": True, "fp16": True}, "TrainingArguments: At most one of fp16 and bf16"),
