@@ -54,7 +54,10 @@ PASSES = {"addax": 3, "mezo": 2, "ip-sgd": 1, "addax, q = 4": 9}
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_replayed_steps_move_what_they_should(results, dtype, method, passes):
     run = results[FIRST][0]["replayed", method, dtype]
-    still = {n for n, p in run["weights"].items() if torch.equal(p, run["start"][n])}
+    start = run["start"]
+    # A parameter of one bf16 element may stay where it is by stochastic rounding.
+    whole = {n: p for n, p in run["weights"].items() if p.numel() > 1}
+    still = {n for n, p in whole.items() if torch.equal(p, start[n])}
     frozen, decayed_alone = {"layers.1.0.weight"}, {"unused.bias"}
     assert still == (frozen | decayed_alone if method == "ip-sgd" else frozen)
     embeddings_seen = run["seen"][0][::2]
