@@ -136,6 +136,7 @@ def test_a_full_disk_at_any_point_changes_nothing(old, tmp_path):
 
 
 @OLD
+@pytest.mark.slow
 def test_death_at_any_point_leaves_the_old_or_the_new(old, tmp_path):
     found = []
     while True:

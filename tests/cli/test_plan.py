@@ -49,6 +49,7 @@ def test_the_table_has_a_line_for_each_method_that_runs(folder, capsys, sharding
     assert left_out == ([] if stock else ["sgd,", "adamw,"])
 
 
+@pytest.mark.slow
 def test_standard_output_holds_the_json_alone(folder):
     """Also where DeepSpeed has to find an accelerator, and warns that there is none."""
     alone = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
@@ -151,6 +152,7 @@ def test_a_short_length_can_be_planned_with_a_threshold(folder):
     assert addax["first_order_length"] == 8
 
 
+@pytest.mark.slow
 def test_the_tied_gradient_of_opt_66b_has_less_than_a_gigabyte():
     words = "--model opt-66b --sharding none --methods ip-sgd --length 64 --json"
     result = json.loads(plan([*words.split(), "--per_device_train_batch_size", "1"]))
@@ -169,6 +171,7 @@ def test_gpus_needed_is_where_it_starts_to_fit(folder):
     assert result["gpus_needed"] == 3
 
 
+@pytest.mark.slow
 def test_a_threshold_is_looked_up_for_the_gpus_needed(tmp_path):
     """Where no L_T fits, the output says how many GPUs are needed and what L_T they allow."""
     OPTConfig(**{**SMALL, "num_hidden_layers": 16}).save_pretrained(tmp_path)
@@ -190,6 +193,7 @@ def test_a_threshold_is_looked_up_for_the_gpus_needed(tmp_path):
     assert "the largest that fits on 2 is 32 tokens" in text
 
 
+@pytest.mark.slow
 def test_opt_66b_on_one_gpu_needs_host_memory_that_is_not_pinned(tmp_path):
     words = (
         "--model opt-66b --gpus 1 --gpu_memory 80 --host_memory 160 --methods addax --length 64 "

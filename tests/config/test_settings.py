@@ -71,6 +71,7 @@ def test_methods() -> None:
         ({"ddp_timeout": 10**14}, "--ddp_timeout 100000000000000: it must be at most 1000000000"),
         ({"alpha": 0.0}, "--method ip-sgd"),
         ({"zo_eps": 0.0}, r"--zo_eps = 0\.0: it must be a number above 0"),
+        ({"learning_rate": -1.0}, r"--learning_rate = -1\.0: it must be a number of at least 0"),
         ({"zo_eps": -1.0}, "--zo_eps"),
         ({"rounding": "up"}, "--rounding"),
         ({"length_threshold": "mean"}, "--length_threshold mean"),

@@ -365,6 +365,7 @@ class Recorder(Trainer):
     [{}, {"num_workers": 2, "prefetch_factor": 2, "persistent_workers": True}],
     ids=["in process", "2 workers"],
 )
+@pytest.mark.slow
 def test_trainer_sees_every_step_in_order_and_resumes_anywhere(tmp_path, options):
     batches = make_batches()
     steps = [plain(batches[step]) for step in range(12)]

@@ -137,6 +137,7 @@ def test_good_files_give_their_rows(path, lines, mark, end):
 
 @fuzzed(200)
 @given(written(least=2), st.data())
+@pytest.mark.slow
 def test_files_with_changed_bytes(path, lines, data):
     """A few bytes are removed, put in or replaced anywhere."""
     content = bytearray(b"\n".join(lines))
@@ -191,6 +192,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("kind", BAD_LINES)
 @fuzzed(60)
 @given(lines=written(ROWS["prompt + completion"], least=2), data=st.data())
+@pytest.mark.slow
 def test_one_bad_line_among_good_ones(path, kind, lines, data):
     lines.insert(data.draw(st.integers(1, len(lines))), data.draw(BAD_LINES[kind]))
     check(path, b"\n".join(lines))
@@ -336,6 +338,7 @@ def test_a_tokenizer_that_fails_names_the_row():
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.slow
 def test_long_lines(path):
     """Ten megabytes in one string, one name, many names, no object: no hang, and short messages."""
     good = b'{"text": "a"}\n'

@@ -56,6 +56,7 @@ def counted_compiler(tmp_path, monkeypatch) -> Path:
     return log
 
 
+@pytest.mark.slow
 def test_the_library_is_built_once_and_a_damaged_one_again(fresh, counted_compiler):
     for _ in range(2):
         assert works()

@@ -158,6 +158,7 @@ def check_fused(module: ModuleType, draw: Draw, start: int, count: int, rng: ran
     assert gradient is None or torch.equal(bits(gradient), bits(before)), case
 
 
+@pytest.mark.slow
 def test_cpp_equals_the_reference_on_random_slices(build):
     check_random_slices(cpu, 1500, seed=sum(build.encode()))
 
@@ -417,6 +418,7 @@ def test_fp32_is_not_rounded_stochastically():
 
 
 @needs_triton
+@pytest.mark.slow
 def test_triton_equals_the_reference_under_the_interpreter(tmp_path):
     code = (
         "import tests.kernels.test_kernels as t; from addax_ds import kernels\n"
@@ -456,6 +458,7 @@ def test_triton_equals_the_reference_under_the_interpreter(tmp_path):
         ("*fp32", "*fp32", 1, True, False, "*i32"),
     ],
 )
+@pytest.mark.slow
 def test_triton_compiles_without_fused_multiply_add(
     weight, gradient, directions, realised, stochastic, kept, tmp_path, monkeypatch
 ):

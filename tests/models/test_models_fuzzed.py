@@ -232,6 +232,7 @@ ENTRIES = {
 @pytest.mark.parametrize("name", ENTRIES)
 @fuzzed(60)
 @given(data=st.data())
+@pytest.mark.slow
 def test_any_value_of_an_entry(name, good, data, tmp_path_factory):
     entry = data.draw(st.sampled_from(ENTRIES[name]))
     folder = tmp_path_factory.getbasetemp() / "entry"

@@ -35,6 +35,7 @@ def train(case: Case) -> tuple[torch.nn.Module, list[float]]:
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if "persistence" not in n and n != "offload"])
+@pytest.mark.slow
 def test_ten_steps_equal_the_float64_loop(name, float64_results):
     reference = float64_results[name]
     model, history = train(CASES[name])

@@ -138,6 +138,7 @@ def test_what_was_measured_is_not_run_again(jobs):
     assert jobs(b="works")[0].failure is None
 
 
+@pytest.mark.slow
 def test_a_job_that_takes_too_long_is_ended_with_its_children(jobs, tmp_path):
     began = time.monotonic()
     failed = runner.run(jobs(slow="hangs", a="works"), Hosts(), 6.0)

@@ -170,6 +170,7 @@ JSON = st.recursive(
 @pytest.mark.parametrize("name", WORDED)
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
+@pytest.mark.slow
 def test_any_row_is_read_or_refused_in_words(name, data):
     task = TASKS[name]
     typed = {

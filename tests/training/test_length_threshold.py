@@ -349,6 +349,7 @@ def test_another_error_is_not_taken_for_want_of_memory():
         ({"collectives": [4]}, None),
     ],
 )
+@pytest.mark.slow
 def test_ranks_go_on_only_from_the_same_point(monkeypatch, other, said):
     """This rank's memory runs out once, after 4 collectives; the other's end is given."""
     tried: list[int] = []
@@ -444,6 +445,7 @@ def test_a_trainer_wants_the_number():
 
 
 @pytest.mark.usefixtures("program_alone")
+@pytest.mark.slow
 def test_the_program_trains_with_divided_rows_and_goes_on(flags, tmp_path, caplog):
     """Memory for four rows, not for eight; then the last steps again, from the checkpoint."""
     memory = (needed(dividing_lengths(LENGTHS, K0, K1)[0]) - 1) / 1e9
