@@ -60,7 +60,7 @@ def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path)
     inputs = run_inputs(config, None, "none", ([], DATA), ARGS, settings)
     memory = step_memory(inputs)
     meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     # Two ranks share it, and each keeps 2 GB for what is not a tensor.
     meminfo.write_text(f"MemAvailable: {2 * (2_000_000_000 + memory.total) // 1024 + 2} kB\n")
