@@ -11,6 +11,7 @@ from addax_ds.optim.hyperparameters import Hyperparameters
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
+from addax_ds.training import memory as run_memory
 from addax_ds.training.memory import describe, run_inputs
 from tests.support.tiny import examples, rows, tiny_model
 
