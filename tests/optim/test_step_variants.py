@@ -76,7 +76,7 @@ def test_the_second_forward_has_the_dropout_of_the_first(results, layout):
 def test_a_poisoned_gradient_leaves_its_elements_and_nothing_else(results, layout, dtype, poison):
     for rank in results[layout]:
         clean, spoilt = rank[dtype, "None"], rank[dtype, poison]
-        assert [report["partial"] for report in spoilt["reports"]] == [False, True, False]
+        assert [report["has_nonfinite"] for report in spoilt["reports"]] == [False, True, False]
         before, after = spoilt["weights"][1], spoilt["weights"][2]
         assert torch.equal(after[POISONED][POISON_ROW], before[POISONED][POISON_ROW])
         others = torch.ones(len(after[POISONED]), dtype=torch.bool)
