@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from studies.jobs import free_port as free_port
 
 ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 10.0
@@ -30,12 +31,6 @@ def permit(permitted: bool) -> None:
 def require_permission() -> None:
     """Keep tests that start ranks or launchers out of ``make test-quick``."""
     assert _permitted, "a test that starts processes, itself or in a fixture, is to be marked slow"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(
