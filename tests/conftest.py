@@ -1,4 +1,5 @@
 import os
+import signal
 
 from tests.support import extensions
 
@@ -9,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCH_EXTENSIONS_DIR"] = extensions.of_session()
+# What starts the suite may ignore it. Programs would inherit that, and a shell could not trap it.
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 import logging
 from collections.abc import Iterator
