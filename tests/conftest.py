@@ -10,8 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCH_EXTENSIONS_DIR"] = extensions.of_session()
-# What starts the suite may ignore it. Programs would inherit that, and a shell could not trap it.
-signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 import logging
 from collections.abc import Iterator
@@ -52,6 +50,13 @@ def _no_live_deepspeed_config() -> Iterator[None]:
     """`TrainingArguments` leaves ZeRO-3 switched on for every model that Transformers makes."""
     yield
     unset_hf_deepspeed_config()
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_ends_the_next_program() -> Iterator[None]:
+    """A training in this process ends with it ignored; what starts later would inherit that."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture
