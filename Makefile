@@ -58,18 +58,12 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# Tests that start ranks take all cores and run one after the other; the others share two workers,
-# where a file of tests stays with one. A selection runs in one go.
+# tests/conftest.py says which tests share a worker. A selection runs in one.
 test: lint
-ifeq ($(ARGS),)
-	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadfile
-	$(VENV_PATH) pytest -q -m slow
-else
-	$(VENV_PATH) pytest -q $(ARGS)
-endif
+	$(VENV_PATH) pytest -q $(or $(ARGS),-n 2 --dist loadgroup)
 
 test-quick: $(STAMP)
-	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadgroup $(ARGS)
 
 # For machines with a CUDA GPU; two or more of them are used as two ranks over NCCL.
 test-gpu: $(STAMP)

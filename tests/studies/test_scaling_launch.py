@@ -11,7 +11,7 @@ from studies.scaling.projection import LABEL
 from tests.support.launcher import Outcome, finish, start
 from tests.support.ranks import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 
 FLAGS = (
     *("--models", "tiny", "--methods", "mezo", "--ranks", "2", "--lengths", "16"),
