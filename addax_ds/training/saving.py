@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from addax_ds.checkpoint import atomic, checkpoint, resume
+from addax_ds.checkpoint import atomic, checkpoint, ownership, resume
 from addax_ds.checkpoint.identity import Progress, Run, data_digest
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
@@ -25,8 +26,32 @@ from addax_ds.distributed.collectives import all_gather_object, limit_waiting, r
 from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.sharding.registry import back_end, back_end_of
 from addax_ds.training.costs import CostMeter, Costs
+from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def reach_hub(args: AddaxConfig) -> None:
+    """Make the repository of ``push_to_hub``, as Trainer does when the model has been loaded.
+
+    Every rank has to call it.
+
+    Raises:
+        UserError: on all ranks, if there is no such repository and it cannot be made.
+    """
+    with raise_on_all_ranks():
+        if args.process_index != 0:
+            return
+        name = args.hub_model_id or Path(args.output_dir or ".").absolute().name
+        try:
+            HfApi(token=args.hub_token).create_repo(
+                name, private=args.hub_private_repo, exist_ok=True
+            )
+        except Exception as error:  # of the hub, of the network, or for want of a token
+            raise UserError(
+                f"--push_to_hub: the repository {name} cannot be reached, so training does not "
+                f"start ({type(error).__name__}: {error})"
+            ) from error
 
 
 class SavingTrainer(Trainer):
@@ -47,6 +72,7 @@ class SavingTrainer(Trainer):
     costs: CostMeter
     resumed_step: int = 0
     _progress: Progress | None = None
+    _identity: str | None = None
 
     @property
     def addax(self) -> Addax:
@@ -77,8 +103,32 @@ class SavingTrainer(Trainer):
         """
         with checkpoint.atomic_folder(folder, self.args) as staging:
             self.save_model(str(staging), _internal_call=True)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload ``output_dir`` with the model in it; every rank has to call it.
+
+        Raises:
+            UserError: on all ranks, if it fails.
+        """
+        with raise_on_all_ranks():
+            try:
+                return super().push_to_hub(*args, **kwargs)
+            except UserError:
+                raise
+            except Exception as error:  # of the hub, of the network, or of a model card
+                raise UserError(
+                    f"--push_to_hub: the upload of {self.args.output_dir} has failed; what is on "
+                    f"the disk is complete ({type(error).__name__}: {error})"
+                ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        except Exception as error:  # a training goes on without its upload
+            logger.warning(
+                "--push_to_hub: the upload of %s has failed (%s: %s)",
+                *(checkpoint_folder, type(error).__name__, error),
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write what Trainer writes; older checkpoints are removed when the new one is there."""
@@ -98,7 +148,7 @@ class SavingTrainer(Trainer):
         with raise_on_all_ranks():
             if self.args.should_save:
                 best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-                checkpoint.rotate(root, step, limit, best)
+                checkpoint.rotate(root, step, limit, best, self._identity)
 
     def _name_best(self, root: Path) -> None:
         """Note where the best checkpoint is, or will be in a moment."""
@@ -130,7 +180,7 @@ class SavingTrainer(Trainer):
                     (folder / name).write_bytes(states)
 
     def _save_trainer_state(self, folder: Path) -> None:
-        """Write what Trainer knows, callbacks included."""
+        """Write what Trainer knows, callbacks included, and whose checkpoint it is."""
         with raise_on_all_ranks(), atomic.writing(folder):
             if not self.args.should_save:
                 return
@@ -143,6 +193,7 @@ class SavingTrainer(Trainer):
                     else:
                         kept[name] = state
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            checkpoint.write_identity(folder, self._identity)
 
     # ---- resuming ------------------------------------------------------------------------------
 
@@ -161,17 +212,21 @@ class SavingTrainer(Trainer):
             **kwargs: passed on.
 
         Raises:
-            UserError: if the checkpoint is damaged or of another run; see `resume.find`.
+            UserError: if the checkpoint is damaged or of another run (see `resume.find`), or
+                ``output_dir`` belongs to another run (see `addax_ds.checkpoint.ownership`).
         """
         self.resumed_step = 0
-        found = resume_from_checkpoint
-        if not isinstance(found, resume.Checkpoint):
-            found = resume.find(found, self.args)
-        if found is None:
-            return super().train(None, *args, **kwargs)
-        with raise_on_all_ranks():
-            found.check(self._run)
-        return super().train(str(found.folder), *args, **kwargs)
+        with ownership.held(self.args):
+            found = resume_from_checkpoint
+            if not isinstance(found, resume.Checkpoint):
+                found = resume.find(found, self.args)
+            folder = None if found is None else found.folder
+            self._identity = ownership.identify(self.args, folder, self._identity)
+            if found is None:
+                return super().train(None, *args, **kwargs)
+            with raise_on_all_ranks():
+                found.check(self._run)
+            return super().train(str(found.folder), *args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: `_prepare_for_training` fills the shards, once there are any."""
@@ -181,6 +236,9 @@ class SavingTrainer(Trainer):
     ) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         limit_waiting(self.args.ddp_timeout)  # now that DeepSpeed has made its groups
+        assert self.model is not None
+        root = Path(self.args.output_dir or ".")
+        checkpoint.rehearse_saving(self.model, root, self.args, self.processing_class)
         if resume_from_checkpoint is None:
             self.start_afresh(prepared[0])
         else:

@@ -36,10 +36,10 @@ OVERRIDDEN = {
     ),
     "_save_checkpoint": ("model trial", "saving"),
     "_load_best_model": ("", "saving"),
+    "_push_from_checkpoint": ("checkpoint_folder", "saving"),
 }
 CALLED = {
     "_prepare_inputs": ("inputs", "base, evaluating"),
-    "_push_from_checkpoint": ("checkpoint_folder", "saving"),
 }
 ATTRIBUTES = {
     "_tr_loss": "saving",
