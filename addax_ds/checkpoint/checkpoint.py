@@ -43,7 +43,7 @@ from addax_ds.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "addax_state.json"
-IDENTITY_NAME = "addax_run_id"
+RUN_ID_NAME = "addax_run_id"
 
 
 # ---- the folder --------------------------------------------------------------------------------
@@ -78,19 +78,19 @@ def path_of(output_dir: Path, step: int) -> Path:
     return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def read_identity(folder: Path) -> str | None:
-    """Return the identity of the run that wrote a checkpoint; None if it has none."""
+def read_run_id(folder: Path) -> str | None:
+    """Return the id of the run that wrote a checkpoint; None if it has none."""
     try:
-        found = (folder / IDENTITY_NAME).read_text(encoding="utf-8").strip()
+        found = (folder / RUN_ID_NAME).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return found if re.fullmatch("[0-9a-f]{32}", found) else None
 
 
-def write_identity(folder: Path, identity: str | None) -> None:
-    """Write the identity of a run into a checkpoint, if it has one."""
-    if identity is not None:
-        (folder / IDENTITY_NAME).write_text(f"{identity}\n", encoding="utf-8")
+def write_run_id(folder: Path, run_id: str | None) -> None:
+    """Write the id of a run into a checkpoint, if it has one."""
+    if run_id is not None:
+        (folder / RUN_ID_NAME).write_text(f"{run_id}\n", encoding="utf-8")
 
 
 def rotate(
@@ -98,7 +98,7 @@ def rotate(
     step: int,
     limit: int | None,
     best: str | None,
-    identity: str | None = None,
+    run_id: str | None = None,
 ) -> None:
     """Remove the oldest checkpoints of a run beyond ``save_total_limit``; one rank calls it.
 
@@ -109,11 +109,11 @@ def rotate(
         step: of the checkpoint that was just written, which stays.
         limit: how many to keep; all if it is None or 0.
         best: path of the best one, which stays.
-        identity: of the run, as in its checkpoints; what is of others stays.
+        run_id: of the run, as in its checkpoints; those of others stay.
     """
     if not limit or limit < 0:
         return
-    own = (s for s in steps(output_dir) if read_identity(path_of(output_dir, s)) == identity)
+    own = (s for s in steps(output_dir) if read_run_id(path_of(output_dir, s)) == run_id)
     by_age = sorted(own, key=lambda other: (other <= step, other))
     kept = {path_of(output_dir, step), Path(best) if best else None} - {None}
     removable = [p for s in by_age if (p := path_of(output_dir, s)) not in kept]

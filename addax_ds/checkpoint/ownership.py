@@ -1,10 +1,10 @@
-"""An output folder belongs to one run: a lock while it runs, an identity in its checkpoints.
+"""An output folder belongs to one run: a lock while it runs, an id in its checkpoints.
 
 Two runs at once would remove each other's unfinished folders. A run in the folder of an earlier one
 would replace or delete its checkpoints, and a later resume could not tell whose is the newest.
 
-The identity is made when a run starts afresh and stays when it resumes. Checkpoints from before
-there were identities have none, and neither has a run that goes on from one.
+The id is made when a run starts afresh and stays when it resumes. Checkpoints of earlier versions
+have none, and neither has a run that goes on from one.
 """
 
 import logging
@@ -85,15 +85,15 @@ def _acquire(lock: FileLock, args: TrainingArguments) -> bool:
     return True
 
 
-def identify(args: TrainingArguments, resumed: Path | None, own: str | None = None) -> str | None:
-    """Return the identity of a run whose ``output_dir`` has no other's checkpoints.
+def claim(args: TrainingArguments, resumed: Path | None, own: str | None = None) -> str | None:
+    """Return the id of a run whose ``output_dir`` has no other's checkpoints.
 
     Every rank has to call it, with the folder held; all get the same.
 
     Args:
         args: say where checkpoints are, and whether this rank sees them.
         resumed: the checkpoint that the run goes on from, or None.
-        own: identity of a run that starts afresh once more in the same process.
+        own: id of a run that starts afresh once more in the same process.
 
     Raises:
         UserError: on all ranks, with the names of another run's checkpoints.
@@ -101,7 +101,7 @@ def identify(args: TrainingArguments, resumed: Path | None, own: str | None = No
     if resumed is None:
         own = own or all_gather_object(uuid.uuid4().hex)[0]
     else:
-        own = checkpoint.read_identity(resumed)
+        own = checkpoint.read_run_id(resumed)
     with raise_on_all_ranks():
         if args.should_save:
             _refuse_others(Path(args.output_dir or "."), own, resumed)
@@ -110,10 +110,10 @@ def identify(args: TrainingArguments, resumed: Path | None, own: str | None = No
 
 def _refuse_others(output_dir: Path, own: str | None, resumed: Path | None) -> None:
     folders = [checkpoint.path_of(output_dir, step) for step in checkpoint.steps(output_dir)]
-    identities = {folder.name: checkpoint.read_identity(folder) for folder in folders}
-    # Beside the one that a run resumes from, one without an identity may be its own, damaged.
+    ids = {folder.name: checkpoint.read_run_id(folder) for folder in folders}
+    # Beside the one that a run resumes from, one without an id may be its own, damaged.
     accepted = (own,) if resumed is None else (own, None)
-    others = [name for name, identity in identities.items() if identity not in accepted]
+    others = [name for name, run_id in ids.items() if run_id not in accepted]
     if others:
         # Of many, those that a resume would take first.
         names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")

@@ -112,7 +112,7 @@ def _finetune(
                 resumed.check(run.with_data(data_digest(data.train), plan[0].threshold))
     check_same_on_all_ranks(dict(_identity(args, model_args, data)))
     if data.train:
-        ownership.identify(args, None if resumed is None else resumed.folder)
+        ownership.claim(args, None if resumed is None else resumed.folder)
     if args.process_index == 0:
         announce(source, data, plan, args, args.settings, run)
     if data.train and args.push_to_hub:

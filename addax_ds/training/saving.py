@@ -72,7 +72,7 @@ class SavingTrainer(Trainer):
     costs: CostMeter
     resumed_step: int = 0
     _progress: Progress | None = None
-    _identity: str | None = None
+    _run_id: str | None = None
 
     @property
     def addax(self) -> Addax:
@@ -148,7 +148,7 @@ class SavingTrainer(Trainer):
         with raise_on_all_ranks():
             if self.args.should_save:
                 best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-                checkpoint.rotate(root, step, limit, best, self._identity)
+                checkpoint.rotate(root, step, limit, best, self._run_id)
 
     def _name_best(self, root: Path) -> None:
         """Note where the best checkpoint is, or will be in a moment."""
@@ -193,7 +193,7 @@ class SavingTrainer(Trainer):
                     else:
                         kept[name] = state
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            checkpoint.write_identity(folder, self._identity)
+            checkpoint.write_run_id(folder, self._run_id)
 
     # ---- resuming ------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class SavingTrainer(Trainer):
             if not isinstance(found, resume.Checkpoint):
                 found = resume.find(found, self.args)
             folder = None if found is None else found.folder
-            self._identity = ownership.identify(self.args, folder, self._identity)
+            self._run_id = ownership.claim(self.args, folder, self._run_id)
             if found is None:
                 return super().train(None, *args, **kwargs)
             with raise_on_all_ranks():

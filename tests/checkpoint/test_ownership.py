@@ -4,6 +4,11 @@ import errno
 import fcntl
 import logging
 import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +28,7 @@ def alone(output_dir: Path, **more: Any) -> SimpleNamespace:
 
 
 @pytest.fixture
-def locked(tmp_path, monkeypatch) -> Path:
+def locked(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder with the lock of another process, which need not be another one for the kernel."""
     monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.1)
     file = os.open(tmp_path / ownership.LOCK, os.O_RDWR | os.O_CREAT)
@@ -32,11 +37,11 @@ def locked(tmp_path, monkeypatch) -> Path:
     os.close(file)
 
 
-def write(root: Path, identities: dict[int, str | None]) -> Path:
-    for step, identity in identities.items():
+def write(root: Path, ids: dict[int, str | None]) -> Path:
+    for step, run_id in ids.items():
         folder = checkpoint.path_of(root, step)
         folder.mkdir(parents=True)
-        checkpoint.write_identity(folder, identity)
+        checkpoint.write_run_id(folder, run_id)
     return root
 
 
@@ -55,6 +60,26 @@ def test_a_second_run_is_told_that_there_is_a_first(locked, each_node, remedy):
         pytest.fail("the folder is another run's")
     assert remedy in str(error.value)
     assert {path.name for path in locked.iterdir()} == {ownership.LOCK, "of the first"}
+
+
+HOLDER = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_that_was_killed_a_moment_ago_is_waited_for(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ownership.LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        killed = threading.Timer(0.3, first.kill)
+        killed.start()
+        with ownership.held(alone(tmp_path)):
+            assert first.wait(10) == -signal.SIGKILL
+        killed.join()
 
 
 def test_a_lock_keeps_others_out_until_the_last_of_its_run_leaves(tmp_path):
@@ -114,22 +139,22 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         pytest.fail("there is no folder")
 
 
-# ---- the identity ------------------------------------------------------------------------------
+# ---- the id ------------------------------------------------------------------------------------
 
 
-def test_a_run_from_the_start_has_an_identity_of_its_own(tmp_path):
-    found = [ownership.identify(alone(tmp_path), None) for _ in range(2)]
+def test_a_run_from_the_start_has_an_id_of_its_own(tmp_path):
+    found = [ownership.claim(alone(tmp_path), None) for _ in range(2)]
     assert found[0] != found[1]
     write(tmp_path, {2: found[0]})
-    assert checkpoint.read_identity(tmp_path / "checkpoint-2") == found[0]
-    assert ownership.identify(alone(tmp_path), None, found[0]) == found[0]
+    assert checkpoint.read_run_id(tmp_path / "checkpoint-2") == found[0]
+    assert ownership.claim(alone(tmp_path), None, found[0]) == found[0]
 
 
-@pytest.mark.parametrize("identity", [OTHER, None])
-def test_a_run_from_the_start_leaves_a_used_folder_alone(identity, tmp_path):
-    write(tmp_path, dict.fromkeys((2, 4, 6, 8), identity))
+@pytest.mark.parametrize("run_id", [OTHER, None])
+def test_a_run_from_the_start_leaves_a_used_folder_alone(run_id, tmp_path):
+    write(tmp_path, dict.fromkeys((2, 4, 6, 8), run_id))
     with pytest.raises(UserError) as error:
-        ownership.identify(alone(tmp_path), None)
+        ownership.claim(alone(tmp_path), None)
     assert str(error.value) == (
         f"--output_dir {tmp_path}: it holds checkpoint-8, checkpoint-6, checkpoint-4 and 1 more of "
         "another run, which this one would replace or delete. Give this one its own --output_dir, "
@@ -143,28 +168,26 @@ def test_a_run_from_the_start_leaves_a_used_folder_alone(identity, tmp_path):
         (OWN, {2: OWN, 4: OWN}, []),
         (OWN, {2: OWN, 9: OTHER}, ["checkpoint-9"]),
         (OWN, {9: OTHER, 8: OWN, 7: OTHER}, ["checkpoint-9", "checkpoint-7"]),
-        # Damaged, or from before there were identities: it may be this run's.
+        # Damaged, or from an earlier version: it may be this run's.
         (OWN, {2: OWN, 9: None}, []),
         (None, {2: None, 4: None}, []),
         (None, {2: None, 4: OTHER}, ["checkpoint-4"]),
     ],
 )
-def test_a_run_that_goes_on_keeps_its_identity_and_its_own_folder(
-    resumed, there, refused, tmp_path
-):
+def test_a_run_that_goes_on_keeps_its_id_and_its_own_folder(resumed, there, refused, tmp_path):
     source = write(tmp_path / "source", {3: resumed}) / "checkpoint-3"
     output = write(tmp_path / "output", there)
     if refused:
         with pytest.raises(UserError, match=f"it holds {', '.join(refused)} of another run"):
-            ownership.identify(alone(output), source)
+            ownership.claim(alone(output), source)
     else:
-        assert ownership.identify(alone(output), source) == resumed
+        assert ownership.claim(alone(output), source) == resumed
 
 
 @pytest.mark.parametrize("content", [b"", b"0" * 31, b"\xff" * 32, b"0" * 32 + b"\n" + b"0"])
-def test_a_damaged_identity_is_none(content, tmp_path):
-    (tmp_path / checkpoint.IDENTITY_NAME).write_bytes(content)
-    assert checkpoint.read_identity(tmp_path) is None
+def test_a_damaged_id_is_none(content, tmp_path):
+    (tmp_path / checkpoint.RUN_ID_NAME).write_bytes(content)
+    assert checkpoint.read_run_id(tmp_path) is None
 
 
 def test_a_limit_counts_and_removes_own_checkpoints_alone(tmp_path):

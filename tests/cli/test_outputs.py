@@ -182,8 +182,8 @@ def test_another_runs_checkpoints_are_neither_deleted_nor_continued(
     first = flags(model, data, output, max_steps=4, save_total_limit=2)
     assert ended(first, capsys)[0] == 0
     assert sorted(checkpoint.steps(output)) == [3, 4]
-    identity = checkpoint.read_identity(output / "checkpoint-4")
-    assert identity is not None
+    run_id = checkpoint.read_run_id(output / "checkpoint-4")
+    assert run_id is not None
 
     # From the start, in its folder.
     with monkeypatch.context() as patch:
@@ -197,7 +197,7 @@ def test_another_runs_checkpoints_are_neither_deleted_nor_continued(
     # From its checkpoint, in a folder that has those of a third one.
     third = tmp_path / "third"
     assert ended(flags(model, data, third), capsys)[0] == 0
-    assert checkpoint.read_identity(third / "checkpoint-2") != identity
+    assert checkpoint.read_run_id(third / "checkpoint-2") != run_id
     given = {"max_steps": 5, "resume_from_checkpoint": output / "checkpoint-4"}
     status, said = ended(flags(model, data, third, **given), capsys)
     assert status == 1
@@ -208,17 +208,17 @@ def test_another_runs_checkpoints_are_neither_deleted_nor_continued(
     status, said = ended(flags(model, data, output, **more), capsys)
     assert status == 0, said
     assert sorted(checkpoint.steps(output)) == [4, 5]
-    assert checkpoint.read_identity(output / "checkpoint-5") == identity
+    assert checkpoint.read_run_id(output / "checkpoint-5") == run_id
 
-    # As checkpoints were before there were identities, in their folder and by their path.
+    # A checkpoint of an earlier version, in their folder and by their path.
     old = tmp_path / "old"
     with atomic_folder(old / "checkpoint-4", [0]) as staging:
         for path in (output / "checkpoint-4").iterdir():
-            if path.name not in (checkpoint.IDENTITY_NAME, SEAL):
+            if path.name not in (checkpoint.RUN_ID_NAME, SEAL):
                 shutil.copy(path, staging)
     for resumed in (old / "checkpoint-4", True):
         more = {"max_steps": 5, "save_total_limit": 1, "resume_from_checkpoint": resumed}
         status, said = ended(flags(model, data, old, **more), capsys)
         assert status == 0, said
     assert checkpoint.steps(old) == [5]
-    assert checkpoint.read_identity(old / "checkpoint-5") is None
+    assert checkpoint.read_run_id(old / "checkpoint-5") is None
