@@ -74,8 +74,13 @@ def test_a_generation_config_that_transformers_would_not_save_is_kept(
     model, data, tmp_path, capsys
 ):
     output = tmp_path / "output"
+    output.mkdir()
+    for name in ("all_results.json", "predictions_test.jsonl"):  # of an earlier run
+        (output / name).write_text('{"test_accuracy": 1.0}')
     status, said = ended(flags(model, data, output), capsys)
     assert status == 0, said
+    assert "test_accuracy" not in results(output), "there is none for these rows"
+    assert not (output / "predictions_test.jsonl").exists()
     for folder in (output / "model", output / "checkpoint-2"):
         AutoModelForCausalLM.from_pretrained(folder)
         kept = GenerationConfig.from_pretrained(folder)
