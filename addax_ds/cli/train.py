@@ -53,8 +53,8 @@ from addax_ds.optim.methods import BASELINES
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.base import StepTrainer, plan_steps
 from addax_ds.training.baseline import BaselineTrainer
+from addax_ds.training.hub import reach_hub
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
-from addax_ds.training.saving import reach_hub
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.dtypes import weights_dtype

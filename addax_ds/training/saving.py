@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -26,35 +24,12 @@ from addax_ds.distributed.collectives import all_gather_object, limit_waiting, r
 from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.sharding.registry import back_end, back_end_of
 from addax_ds.training.costs import CostMeter, Costs
-from addax_ds.utils.errors import UserError
+from addax_ds.training.hub import UploadingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def reach_hub(args: AddaxConfig) -> None:
-    """Make the repository of ``push_to_hub``, as Trainer does when the model has been loaded.
-
-    Every rank has to call it.
-
-    Raises:
-        UserError: on all ranks, if there is no such repository and it cannot be made.
-    """
-    with raise_on_all_ranks():
-        if args.process_index != 0:
-            return
-        name = args.hub_model_id or Path(args.output_dir or ".").absolute().name
-        try:
-            HfApi(token=args.hub_token).create_repo(
-                name, private=args.hub_private_repo, exist_ok=True
-            )
-        except Exception as error:  # of the hub, of the network, or for want of a token
-            raise UserError(
-                f"--push_to_hub: the repository {name} cannot be reached, so training does not "
-                f"start ({type(error).__name__}: {error})"
-            ) from error
-
-
-class SavingTrainer(Trainer):
+class SavingTrainer(UploadingTrainer):
     """Saving and resuming of `AddaxTrainer`, as overrides of Trainer's methods.
 
     A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
@@ -103,32 +78,6 @@ class SavingTrainer(Trainer):
         """
         with checkpoint.atomic_folder(folder, self.args) as staging:
             self.save_model(str(staging), _internal_call=True)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload ``output_dir`` with the model in it; every rank has to call it.
-
-        Raises:
-            UserError: on all ranks, if it fails.
-        """
-        with raise_on_all_ranks():
-            try:
-                return super().push_to_hub(*args, **kwargs)
-            except UserError:
-                raise
-            except Exception as error:  # of the hub, of the network, or of a model card
-                raise UserError(
-                    f"--push_to_hub: the upload of {self.args.output_dir} has failed; what is on "
-                    f"the disk is complete ({type(error).__name__}: {error})"
-                ) from error
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        try:
-            super()._push_from_checkpoint(checkpoint_folder)
-        except Exception as error:  # a training goes on without its upload
-            logger.warning(
-                "--push_to_hub: the upload of %s has failed (%s: %s)",
-                *(checkpoint_folder, type(error).__name__, error),
-            )
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write what Trainer writes; older checkpoints are removed when the new one is there."""

@@ -15,6 +15,7 @@ from addax_ds.checkpoint import checkpoint
 from addax_ds.checkpoint.atomic import SEAL, atomic_folder
 from addax_ds.cli import train
 from addax_ds.cli.outputs import Outputs
+from addax_ds.training import hub
 from addax_ds.training.saving import SavingTrainer
 from tests.support.tiny import rows, write_model, write_rows
 
@@ -91,6 +92,8 @@ def test_a_generation_config_that_transformers_would_not_save_is_kept(
 
 def test_an_upload_that_fails_costs_nothing_else(model, data, tmp_path, capsys, monkeypatch):
     output, uploads = tmp_path / "output", []
+    waits: list[float] = []
+    monkeypatch.setattr(hub, "limit_waiting", waits.append)
 
     def fail(self: Any, **given: Any) -> None:
         uploads.append({path.name for path in Path(given["folder_path"]).iterdir()})
@@ -103,6 +106,7 @@ def test_an_upload_that_fails_costs_nothing_else(model, data, tmp_path, capsys, 
     assert "Traceback" not in said
     # Those of the two checkpoints do not end the training.
     assert len(uploads) == 3
+    assert waits[0] > 24 * 3600 > waits[1], "other ranks wait for the upload, and not ever after"
     assert said.count(f"the upload of {output}/checkpoint-") == 2
     (reason,) = said.split("addax_ds: error: ")[1:]
     assert reason.startswith(
