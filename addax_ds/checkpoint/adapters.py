@@ -44,6 +44,12 @@ def save_adapters(model: Any, folder: Path, keep: bool) -> None:
             model.save_pretrained(folder, state_dict=tensors)
 
 
+def save_adapter_configs(model: Any, folder: Path) -> None:
+    """Write the configuration of each adapter, which `save_adapters` writes with its weights."""
+    for config in model.peft_config.values():
+        config.save_pretrained(str(folder))
+
+
 def load_adapters(model: Any, folder: Path) -> None:
     """Fill this rank's shards of the adapters from a folder that `save_adapters` wrote.
 

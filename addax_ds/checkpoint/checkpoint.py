@@ -7,6 +7,7 @@ generators, one file a rank, which dropout draws from. The folder appears when i
 a checksum for each file (`atomic`); `resume` says which one to go on from.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -25,7 +26,12 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from addax_ds.checkpoint import atomic, weights
-from addax_ds.checkpoint.adapters import has_adapters, load_adapters, save_adapters
+from addax_ds.checkpoint.adapters import (
+    has_adapters,
+    load_adapters,
+    save_adapter_configs,
+    save_adapters,
+)
 from addax_ds.checkpoint.identity import Progress, Run, changes
 from addax_ds.checkpoint.weight_files import WeightFiles
 from addax_ds.distributed.collectives import raise_on_all_ranks
@@ -37,6 +43,7 @@ from addax_ds.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "addax_state.json"
+RUN_ID_NAME = "addax_run_id"
 
 
 # ---- the folder --------------------------------------------------------------------------------
@@ -71,8 +78,29 @@ def path_of(output_dir: Path, step: int) -> Path:
     return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def rotate(output_dir: Path, step: int, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond ``save_total_limit``; one rank calls it.
+def read_run_id(folder: Path) -> str | None:
+    """Return the id of the run that wrote a checkpoint; None if it has none."""
+    try:
+        found = (folder / RUN_ID_NAME).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found if re.fullmatch("[0-9a-f]{32}", found) else None
+
+
+def write_run_id(folder: Path, run_id: str | None) -> None:
+    """Write the id of a run into a checkpoint, if it has one."""
+    if run_id is not None:
+        (folder / RUN_ID_NAME).write_text(f"{run_id}\n", encoding="utf-8")
+
+
+def rotate(
+    output_dir: Path,
+    step: int,
+    limit: int | None,
+    best: str | None,
+    run_id: str | None = None,
+) -> None:
+    """Remove the oldest checkpoints of a run beyond ``save_total_limit``; one rank calls it.
 
     Those of later steps count as the oldest: the run went on from before them.
 
@@ -81,10 +109,12 @@ def rotate(output_dir: Path, step: int, limit: int | None, best: str | None) -> 
         step: of the checkpoint that was just written, which stays.
         limit: how many to keep; all if it is None or 0.
         best: path of the best one, which stays.
+        run_id: of the run, as in its checkpoints; those of others stay.
     """
     if not limit or limit < 0:
         return
-    by_age = sorted(steps(output_dir), key=lambda other: (other <= step, other))
+    own = (s for s in steps(output_dir) if read_run_id(path_of(output_dir, s)) == run_id)
+    by_age = sorted(own, key=lambda other: (other <= step, other))
     kept = {path_of(output_dir, step), Path(best) if best else None} - {None}
     removable = [p for s in by_age if (p := path_of(output_dir, s)) not in kept]
     for path in removable[: max(0, len(by_age) - max(limit, len(kept)))]:
@@ -123,6 +153,38 @@ def save_model(
     else:
         shown = args.process_index == 0 and not args.disable_tqdm
         weights.save_weights(model, folder, _writers(args), progress=shown)
+
+
+def rehearse_saving(
+    model: nn.Module, output_dir: Path, args: TrainingArguments, tokenizer: Any = None
+) -> None:
+    """Write what `save_model` writes beside the weights, and remove it; every rank has to call it.
+
+    Raises:
+        UserError: on all ranks, if one could not save what it is going to train.
+    """
+    folder = output_dir / atomic.UNFINISHED / "rehearsal"
+    with raise_on_all_ranks():
+        if not args.should_save:
+            return
+        try:
+            with atomic.writing(output_dir):
+                atomic.remove_unfinished(output_dir)
+                _start_folder(folder, args, tokenizer)
+                if has_adapters(model):
+                    save_adapter_configs(model, folder)
+                else:
+                    weights.save_config(model, folder)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever class of configuration or tokenizer the model has
+            raise UserError(
+                f"the model could not be saved after the training, which therefore does not start: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                atomic.remove_unfinished(output_dir)
 
 
 def load_weights(model: nn.Module, folder: Path, progress: bool = False) -> None:

@@ -113,7 +113,7 @@ def save_weights(
         if rank == writers[0]:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
-            _save_config(model, folder)
+            save_config(model, folder)
     whole = _WholeWeights(model)
     files = list(plan.filename_to_tensors)
     with bytes_bar("Writing weights", plan.metadata["total_size"], progress) as bar:
@@ -237,8 +237,12 @@ def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
 
 
-def _save_config(model: Any, folder: Path) -> None:
-    """Write what ``save_pretrained`` writes beside the weights, for a Transformers model."""
+def save_config(model: Any, folder: Path) -> None:
+    """Write what ``save_pretrained`` writes beside the weights, for a Transformers model.
+
+    The generation config goes out as it came in. Transformers loads sampling values that do not fit
+    together, which published models have, but refuses to save them once a token has changed.
+    """
     # Who has such a model has imported the library, which takes seconds and may not be installed.
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -249,7 +253,8 @@ def _save_config(model: Any, folder: Path) -> None:
         transformers.dynamic_module_utils.custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+        path = folder / transformers.utils.GENERATION_CONFIG_NAME
+        model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
 
 
 def _rank_and_world_size() -> tuple[int, int]:

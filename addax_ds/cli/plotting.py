@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -57,6 +58,12 @@ def training_curves(
         title: stands above the panels.
         metric: what is drawn in place of accuracy, such as ``f1``.
     """
+    # A title with two dollar signs, as a path may have, is no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        _save(_figure(log_history, title, metric), Path(path))
+
+
+def _figure(log_history: Sequence[dict[str, Any]], title: str, metric: str) -> Figure:
     figure = Figure(figsize=(8, 9), layout="constrained")
     FigureCanvasAgg(figure)
     loss, g0, accuracy = figure.subplots(3, 1, sharex=True)
@@ -83,8 +90,7 @@ def training_curves(
     accuracy.set_xlabel("step")
     accuracy.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.align_ylabels()
-
-    _save(figure, Path(path))
+    return figure
 
 
 def _points(log_history: Sequence[dict[str, Any]], *keys: str) -> Points:

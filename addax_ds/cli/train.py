@@ -32,12 +32,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 import addax_ds
-from addax_ds.checkpoint import resume
+from addax_ds.checkpoint import ownership, resume
 from addax_ds.checkpoint.identity import Run, data_digest
 from addax_ds.cli.data import Data, load_data
+from addax_ds.cli.outputs import Outputs
 from addax_ds.cli.summary import Duration, announce, report
 from addax_ds.config.addax_config import AddaxConfig, divide_batches
-from addax_ds.config.arguments import ModelArguments, parse_arguments
+from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
 from addax_ds.distributed.collectives import (
     all_gather_object,
     check_same_on_all_ranks,
@@ -52,6 +53,7 @@ from addax_ds.optim.methods import BASELINES
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.base import StepTrainer, plan_steps
 from addax_ds.training.baseline import BaselineTrainer
+from addax_ds.training.hub import reach_hub
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.command_line import mistakes_end_the_program
@@ -62,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 _OF_ONE_RANK = ("local_rank", "output_dir")
+_PREDICTIONS = "predictions_test.jsonl"
+_RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDICTIONS)
 # As launchers name it; the same that Accelerate reads.
 _RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -75,10 +79,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds."""
+    """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds.
+
+    ``output_dir`` belongs to this run until it has ended (`addax_ds.checkpoint.ownership`).
+    """
     _start_logging()
     model_args, data_args, args = parse_arguments(argv)
     _set_up(args, model_args)
+    with ownership.held(args):
+        return _finetune(model_args, data_args, args)
+
+
+def _finetune(
+    model_args: ModelArguments, data_args: DataArguments, args: AddaxConfig
+) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     run = Run.of(args, args.settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
@@ -97,8 +111,12 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
             if resumed is not None:
                 resumed.check(run.with_data(data_digest(data.train), plan[0].threshold))
     check_same_on_all_ranks(dict(_identity(args, model_args, data)))
+    if data.train:
+        ownership.claim(args, None if resumed is None else resumed.folder)
     if args.process_index == 0:
         announce(source, data, plan, args, args.settings, run)
+    if data.train and args.push_to_hub:
+        reach_hub(args)
     baseline = args.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
         _load_model(source, args, sharding),
@@ -107,17 +125,30 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
-    if data.train and not _train(trainer, data, resumed):
+    outputs = Outputs()
+    if data.train and not _train(trainer, data, resumed, outputs):
         return {}
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
-        trainer.save_metrics("test", {**_before(trainer), **metrics})
-        _save_predictions(trainer, data.test)
-    trainer.save_state()
-    return report(trainer, f"{source.label}\n{data.description}", data.metric)
+        with outputs.one("the results of the test rows"):
+            trainer.save_metrics("test", {**_before(trainer), **metrics})
+        with outputs.one("the answers to the test rows"):
+            _save_predictions(trainer, data.test)
+    with outputs.one("trainer_state.json"):
+        trainer.save_state()
+    results: dict[str, float] = {}
+    with outputs.one("the report"):
+        results = report(trainer, f"{source.label}\n{data.description}", data.metric)
+    if data.train and args.push_to_hub:
+        with outputs.one("the upload"):
+            trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
+    outputs.require_all()
+    return results
 
 
-def _train(trainer: StepTrainer, data: Data, resumed: resume.Checkpoint | None) -> bool:
+def _train(
+    trainer: StepTrainer, data: Data, resumed: resume.Checkpoint | None, outputs: Outputs
+) -> bool:
     """Train and save the model and what it took; return whether training came to its end."""
     trainer.add_callback(Duration(trainer.costs))
     if data.test is not None and data.test_before:
@@ -134,11 +165,18 @@ def _train(trainer: StepTrainer, data: Data, resumed: resume.Checkpoint | None) 
             folder,
         )
         return False
-    trainer.save_complete_model(folder / "model")
-    trainer.save_metrics("train", {**result.metrics, **_costs(trainer)})
-    dev = _on_dev(trainer)
-    if dev:
-        trainer.save_metrics("dev", dev)
+    with outputs.one("the model"):
+        trainer.save_complete_model(folder / "model")
+    metrics, dev = {**result.metrics, **_costs(trainer)}, _on_dev(trainer)
+    with outputs.one("the results of the training"):
+        if trainer.is_world_process_zero():
+            for name in _RESULTS:  # of other weights, if there are any
+                (folder / name).unlink(missing_ok=True)
+        trainer.save_metrics("train", metrics)
+        if dev:
+            trainer.save_metrics("dev", dev)
+    with outputs.one("trainer_state.json"):
+        trainer.save_state()  # again after the test rows, if these end well
     return True
 
 
@@ -282,7 +320,7 @@ def _save_predictions(trainer: StepTrainer, test: ScoredSet) -> None:
     rows = list(test.predictions(trainer.scores))
     if rows and trainer.is_world_process_zero():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path = _folder(trainer.args) / "predictions_test.jsonl"
+        path = _folder(trainer.args) / _PREDICTIONS
         path.write_text("".join(lines), encoding="utf-8")
 
 

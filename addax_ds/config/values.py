@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations import integration_utils
 
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import parse_json, read_regular, refuse_duplicates
@@ -33,7 +33,8 @@ _OBJECTS = (
     "activation_checkpointing_kwargs",
     "gradient_checkpointing_kwargs",
 )
-_REPORTS = ("all", "none", *INTEGRATION_TO_CALLBACK)
+_REPORTS = ("all", "none", *integration_utils.INTEGRATION_TO_CALLBACK)
+_PACKAGES = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
 
 
 def read_argument_file(path: Path) -> dict[str, Any]:
@@ -88,6 +89,10 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
             for report in value if isinstance(value, list) else [value]:
                 if report not in _REPORTS:
                     yield f"--{name} {shown(str(report))}: it must be of {', '.join(_REPORTS)}."
+                elif not reports_here(report):
+                    yield f"--{name} {report}: it is not installed here, or is switched off."
+        if name == "output_dir" and value is not None:
+            yield from _folder_problems(Path(value))
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         least = _LEAST.get(name, -math.inf)
@@ -98,6 +103,24 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name} {value}: it must be {bound}."
         elif name == "ddp_timeout" and value > _LONGEST_WAIT:
             yield f"--{name} {value}: it must be at most {_LONGEST_WAIT}."
+
+
+def reports_here(report: str) -> bool:
+    """Return whether Trainer could report to a value of ``report_to``."""
+    if report in ("all", "none"):
+        return True
+    return bool(getattr(integration_utils, f"is_{_PACKAGES.get(report, report)}_available")())
+
+
+def _folder_problems(folder: Path) -> Iterator[str]:
+    """Yield why ``output_dir`` cannot be a folder: it, or what it is to lie in, is a file."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # too long, or no path at all
+        yield f"--output_dir {shown(str(folder))}: {error}."
+        return
+    if not there.is_dir():
+        yield f"--output_dir {folder}: {there} is not a folder; name another."
 
 
 def _forms(annotation: Any) -> set[Any]:

@@ -120,7 +120,13 @@ def _compile_collectives() -> None:
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        folder = cpp_extension._get_build_directory(builder.name, verbose=False)
+        try:
+            folder = cpp_extension._get_build_directory(builder.name, verbose=False)
+        except OSError as error:
+            raise UserError(
+                f"DeepSpeed's CPU collectives cannot be compiled: {error}. Set "
+                "TORCH_EXTENSIONS_DIR to a folder on a local disk that can be written"
+            ) from error
         with compiling_alone(Path(folder).resolve() / "lock"):
             builder.load()
 

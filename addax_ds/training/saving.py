@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from addax_ds.checkpoint import atomic, checkpoint, resume
+from addax_ds.checkpoint import atomic, checkpoint, ownership, resume
 from addax_ds.checkpoint.identity import Progress, Run, data_digest
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
@@ -25,11 +24,12 @@ from addax_ds.distributed.collectives import all_gather_object, limit_waiting, r
 from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.sharding.registry import back_end, back_end_of
 from addax_ds.training.costs import CostMeter, Costs
+from addax_ds.training.hub import UploadingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(UploadingTrainer):
     """Saving and resuming of `AddaxTrainer`, as overrides of Trainer's methods.
 
     A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
@@ -47,6 +47,7 @@ class SavingTrainer(Trainer):
     costs: CostMeter
     resumed_step: int = 0
     _progress: Progress | None = None
+    _run_id: str | None = None
 
     @property
     def addax(self) -> Addax:
@@ -77,8 +78,6 @@ class SavingTrainer(Trainer):
         """
         with checkpoint.atomic_folder(folder, self.args) as staging:
             self.save_model(str(staging), _internal_call=True)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write what Trainer writes; older checkpoints are removed when the new one is there."""
@@ -98,7 +97,7 @@ class SavingTrainer(Trainer):
         with raise_on_all_ranks():
             if self.args.should_save:
                 best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-                checkpoint.rotate(root, step, limit, best)
+                checkpoint.rotate(root, step, limit, best, self._run_id)
 
     def _name_best(self, root: Path) -> None:
         """Note where the best checkpoint is, or will be in a moment."""
@@ -130,7 +129,7 @@ class SavingTrainer(Trainer):
                     (folder / name).write_bytes(states)
 
     def _save_trainer_state(self, folder: Path) -> None:
-        """Write what Trainer knows, callbacks included."""
+        """Write what Trainer knows, callbacks included, and whose checkpoint it is."""
         with raise_on_all_ranks(), atomic.writing(folder):
             if not self.args.should_save:
                 return
@@ -143,6 +142,7 @@ class SavingTrainer(Trainer):
                     else:
                         kept[name] = state
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            checkpoint.write_run_id(folder, self._run_id)
 
     # ---- resuming ------------------------------------------------------------------------------
 
@@ -161,17 +161,21 @@ class SavingTrainer(Trainer):
             **kwargs: passed on.
 
         Raises:
-            UserError: if the checkpoint is damaged or of another run; see `resume.find`.
+            UserError: if the checkpoint is damaged or of another run (see `resume.find`), or
+                ``output_dir`` belongs to another run (see `addax_ds.checkpoint.ownership`).
         """
         self.resumed_step = 0
-        found = resume_from_checkpoint
-        if not isinstance(found, resume.Checkpoint):
-            found = resume.find(found, self.args)
-        if found is None:
-            return super().train(None, *args, **kwargs)
-        with raise_on_all_ranks():
-            found.check(self._run)
-        return super().train(str(found.folder), *args, **kwargs)
+        with ownership.held(self.args):
+            found = resume_from_checkpoint
+            if not isinstance(found, resume.Checkpoint):
+                found = resume.find(found, self.args)
+            folder = None if found is None else found.folder
+            self._run_id = ownership.claim(self.args, folder, self._run_id)
+            if found is None:
+                return super().train(None, *args, **kwargs)
+            with raise_on_all_ranks():
+                found.check(self._run)
+            return super().train(str(found.folder), *args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: `_prepare_for_training` fills the shards, once there are any."""
@@ -181,6 +185,9 @@ class SavingTrainer(Trainer):
     ) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         limit_waiting(self.args.ddp_timeout)  # now that DeepSpeed has made its groups
+        assert self.model is not None
+        root = Path(self.args.output_dir or ".")
+        checkpoint.rehearse_saving(self.model, root, self.args, self.processing_class)
         if resume_from_checkpoint is None:
             self.start_afresh(prepared[0])
         else:

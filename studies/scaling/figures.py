@@ -30,7 +30,7 @@ def draw_points(rows: Sequence[Row], path: Path) -> None:
     figure, columns = _columns(measured, panels=4, height=13.0)
     for (model, length), (speed, bars, memory, sent) in columns.items():
         same = [row for row in measured if (row["model"], row["length"]) == (model, length)]
-        speed.set_title(f"{model}, {length} tokens", fontsize="medium")
+        speed.set_title(f"{model}, {length} tokens", fontsize="medium", parse_math=False)
         _curves(speed, same, "tokens a second", lambda row: row["tokens_per_second"])
         _bars(bars, same)
         _curves(memory, same, "peak GB of a rank", lambda row: row["peak_memory_bytes"] / 1e9)
@@ -44,7 +44,7 @@ def draw_projection(rows: Sequence[Row], path: Path) -> None:
     figure, columns = _columns(rows, panels=1, height=4.2)
     for (model, length), (axes,) in columns.items():
         same = [row for row in rows if (row["model"], row["length"]) == (model, length)]
-        axes.set_title(f"{model}, {length} tokens", fontsize="medium")
+        axes.set_title(f"{model}, {length} tokens", fontsize="medium", parse_math=False)
         plain_axes(axes, "GPUs", "tokens a second, projected")
         for method in dict.fromkeys(row["method"] for row in same):
             own = sorted((r for r in same if r["method"] == method), key=lambda r: r["ranks"])

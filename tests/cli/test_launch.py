@@ -344,6 +344,21 @@ def test_another_run_is_refused_before_its_model_is_loaded(
 
 
 @pytest.mark.slow
+def test_all_ranks_leave_another_runs_folder_alone(runs, model):
+    folder = runs["whole"]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    given = full_run(model, folder.parent, folder, report_to="none", save_total_limit=1)
+    outcome = launch(TRAIN, *given, launcher="fork")
+    assert outcome.status not in (0, None), outcome.output
+    said = f"--output_dir {folder}: it holds checkpoint-6, checkpoint-4 of another run"
+    assert outcome.output.count(f"addax_ds: error: {said}") == 1
+    assert outcome.output.count("error: stopped, as 1 other rank(s) had an error") == 1
+    assert "Traceback" not in outcome.output
+    assert outcome.left_behind == 0
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
 def test_a_full_disk_ends_all_ranks_and_spares_older_checkpoints(runs, model, tmp_path):
     output = tmp_path / "output"
     shutil.copytree(runs["whole"] / "checkpoint-4", output / "checkpoint-4")

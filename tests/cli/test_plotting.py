@@ -57,6 +57,14 @@ def test_every_logged_value_is_drawn_where_it_belongs(tmp_path, figures):
     assert figures[0].get_suptitle() == "A title"
 
 
+def test_dollar_signs_are_no_formula(tmp_path, figures):
+    title, metric = "/models/cost $5 {or $6", "a $\\frac$"
+    training_curves([{"step": 1, "loss": 1.0}], tmp_path / "curves.png", title, metric)
+    assert figures[0].get_suptitle() == title
+    texts = [text.get_text() for axes in figures[0].axes for text in axes.texts]
+    assert f"no {metric} was measured" in texts
+
+
 def test_file_is_a_picture(tmp_path):
     path = tmp_path / "curves.png"
     training_curves(LOG, path, "A title")

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DummyOptim
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 
 from addax_ds import AddaxConfig, UserError
 from addax_ds.config.arguments import (
@@ -24,6 +25,7 @@ from addax_ds.config.training_arguments import (
     check_training_arguments,
     check_values,
 )
+from addax_ds.config.values import value_problems
 from addax_ds.utils.files import read_regular
 from docs import render_arguments
 
@@ -146,6 +148,31 @@ def test_values_out_of_range_are_named(flag: str, value: str) -> None:
     task = ["--task", "sst2"] if flag == "task_seed" else []
     with pytest.raises(UserError, match=rf"--{flag} "):
         parse_arguments([*task, f"--{flag}", value])
+
+
+@pytest.mark.parametrize("report", integration_utils.INTEGRATION_TO_CALLBACK)
+@pytest.mark.filterwarnings("ignore")  # callbacks that are half made complain when they go
+def test_a_report_goes_to_what_is_installed(report: str) -> None:
+    try:
+        integration_utils.INTEGRATION_TO_CALLBACK[report]()
+        problems = []
+    except Exception:
+        problems = [f"--report_to {report}: it is not installed here, or is switched off."]
+    assert list(value_problems({"report_to": report})) == problems
+    assert list(value_problems({"report_to": ["all", report, "none"]})) == problems
+
+
+@pytest.mark.parametrize("name", ["file", "file/output", "file/a/b"])
+def test_an_output_folder_is_no_file_nor_in_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / name
+    with pytest.raises(UserError) as caught:
+        config(tmp_path, output_dir=str(output))
+    assert f"--output_dir {output}: {tmp_path / 'file'} is not a folder" in str(caught.value)
+    with pytest.raises(UserError, match=r"--output_dir 0000.*: "):
+        config(tmp_path, output_dir="0" * 5000)
+    for good in (tmp_path, tmp_path / "new", tmp_path / "a/b/c"):
+        assert not list(value_problems({"output_dir": str(good)}))
 
 
 # ---- AddaxConfig ---------------------------------------------------------------------------------
@@ -338,7 +365,8 @@ def test_preset_is_for_the_demo_only(own: str, rows: str) -> None:
     assert training.max_grad_norm == 0
 
 
-def test_argument_files(tmp_path: Path, rows: str) -> None:
+def test_argument_files(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
     values = {
         "train_file": rows,
         "learning_rate": "1e-4",

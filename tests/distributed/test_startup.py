@@ -175,6 +175,15 @@ def test_two_processes_compile_one_after_the_other(tmp_path):
     assert ended == [True, True]
 
 
+@pytest.mark.parametrize("variable", ["HOME", "TORCH_EXTENSIONS_DIR"])
+def test_a_folder_for_builds_that_cannot_be_made_is_an_error(variable, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    with pytest.raises(UserError, match=rf"compiled: .*{tmp_path}/file.* Set TORCH_EXTENSIONS_DIR"):
+        startup.init_deepspeed()
+
+
 def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
     def acquire(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("no locks here")

@@ -17,11 +17,19 @@ import addax_ds
 from addax_ds.training.base import StepTrainer
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.evaluating import ScoringTrainer
+from addax_ds.training.hub import UploadingTrainer
 from addax_ds.training.saving import SavingTrainer
 from addax_ds.training.trainer import AddaxTrainer
 
 PACKAGE = Path(addax_ds.__file__).parent
-TRAINERS = (ScoringTrainer, SavingTrainer, StepTrainer, AddaxTrainer, BaselineTrainer)
+TRAINERS = (
+    ScoringTrainer,
+    UploadingTrainer,
+    SavingTrainer,
+    StepTrainer,
+    AddaxTrainer,
+    BaselineTrainer,
+)
 
 OVERRIDDEN = {
     # method: parameters, module
@@ -36,10 +44,10 @@ OVERRIDDEN = {
     ),
     "_save_checkpoint": ("model trial", "saving"),
     "_load_best_model": ("", "saving"),
+    "_push_from_checkpoint": ("checkpoint_folder", "hub"),
 }
 CALLED = {
     "_prepare_inputs": ("inputs", "base, evaluating"),
-    "_push_from_checkpoint": ("checkpoint_folder", "saving"),
 }
 ATTRIBUTES = {
     "_tr_loss": "saving",

@@ -166,7 +166,8 @@ def run_case(
     """
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16 alone
     if name == "moved":
-        args = arguments(CASES[MOVED], folder / "moved", sharding, world_size)
+        output = folder / f"{sharding}-{world_size}" / "moved"
+        args = arguments(CASES[MOVED], output, sharding, world_size)
         checkpoint = str(folder / f"{previous}" / MOVED / "checkpoint-4")
         return train(MOVED, folder, sharding, args, checkpoint)
     if name == "best":

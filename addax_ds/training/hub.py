@@ -1,0 +1,71 @@
+"""``push_to_hub``: the repository is found before there is a model, and an upload may fail."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+
+from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.distributed.collectives import limit_waiting, raise_on_all_ranks
+from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_UPLOAD_SECONDS = 7 * 24 * 3600.0
+
+
+def reach_hub(args: AddaxConfig) -> None:
+    """Make the repository of ``push_to_hub``, as Trainer does when the model has been loaded.
+
+    Every rank has to call it.
+
+    Raises:
+        UserError: on all ranks, if there is no such repository and it cannot be made.
+    """
+    name = args.hub_model_id or Path(args.output_dir or ".").absolute().name
+    what = f"the repository {name} cannot be reached, so training does not start"
+    with raise_on_all_ranks(), _hub_errors(what):
+        if args.process_index == 0:
+            hub = HfApi(token=args.hub_token)
+            hub.create_repo(name, private=args.hub_private_repo, exist_ok=True)
+
+
+class UploadingTrainer(Trainer):
+    """Uploads of `AddaxTrainer`, as overrides of Trainer's methods."""
+
+    args: AddaxConfig
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload ``output_dir`` with the model in it; every rank has to call it.
+
+        Raises:
+            UserError: on all ranks, if it fails.
+        """
+        what = f"the upload of {self.args.output_dir} has failed; what is on the disk is complete"
+        limit_waiting(_UPLOAD_SECONDS)  # the other ranks wait for the one that uploads
+        try:
+            with raise_on_all_ranks(), _hub_errors(what):
+                return super().push_to_hub(*args, **kwargs)
+        finally:
+            limit_waiting(self.args.ddp_timeout)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        try:
+            with _hub_errors(f"the upload of {checkpoint_folder} has failed"):
+                super()._push_from_checkpoint(checkpoint_folder)
+        except UserError as error:  # a training goes on without it
+            logger.warning("%s", error)
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of the hub, of the network, of a model card, for want of a token
+        raise UserError(f"--push_to_hub: {what} ({type(error).__name__}: {error})") from error
