@@ -471,7 +471,6 @@ def test_the_lock_of_a_killed_compilation_is_no_hang(model, tmp_path, monkeypatc
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(builds))
     outcome = launch(TRAIN, *full_run(model, tmp_path, tmp_path / "output"), launcher="fork")
     assert outcome.status == 0, outcome.output
-    assert outcome.output.count(f"Removing {lock}: no process here has it open") == 1
     assert not lock.exists()
     verify(tmp_path / "output" / "model")
 
