@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from addax_ds.training.base import plan_steps
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.arguments import parse_arguments
-from addax_ds.training.base import plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError

@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import addax_ds
 from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.data.batches import pad
+from addax_ds.data.train_rows import pad
 from addax_ds.optim.report import NonFiniteError
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError

@@ -11,12 +11,12 @@ import accelerate
 import pytest
 import transformers
 from accelerate import Accelerator
+from addax_ds.training.base import StepTrainer
+from addax_ds.training.evaluating import ScoringTrainer
 from transformers import Trainer
 
 import addax_ds
-from addax_ds.training.base import StepTrainer
 from addax_ds.training.baseline import BaselineTrainer
-from addax_ds.training.evaluating import ScoringTrainer
 from addax_ds.training.saving import SavingTrainer
 from addax_ds.training.trainer import AddaxTrainer
 
