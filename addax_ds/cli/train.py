@@ -278,7 +278,7 @@ def _before(trainer: StepMixin) -> dict[str, float]:
     return {}
 
 
-def _save_predictions(trainer: StepMixin, test: ScoredSet) -> None:
+def _save_predictions(trainer: AddaxTrainer | BaselineTrainer, test: ScoredSet) -> None:
     """Write what the model answered to each test row, if they have answers to choose or write."""
     assert trainer.scores is not None
     rows = list(test.predictions(trainer.scores))

@@ -44,9 +44,8 @@ def as_examples(
         return [_example(row, origin) for origin, row in rows]
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
-    return encode(
-        records_of(rows, name, tokenizer), tokenizer, max_length=None, model_positions=None
-    )
+    records = records_of(rows, name, tokenizer)
+    return encode(records, tokenizer, max_length=None, model_positions=None)
 
 
 def _numbers(dataset: MapDataset) -> range:

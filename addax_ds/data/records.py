@@ -293,8 +293,8 @@ def _require_shape(row: Mapping[str, Any], shape: str, origin: str, source: str 
     missing = [column for column in SHAPES[shape] if row.get(column) is None]
     if missing:
         raise UserError(
-            f"{origin}: no {' and no '.join(missing)} (or null), but by its first row {source} holds "
-            f"rows of the shape '{shape}'; found columns [{_listed(row)}]"
+            f"{origin}: no {' and no '.join(missing)} (or null), but by its first row {source} "
+            f"holds rows of the shape '{shape}'; found columns [{_listed(row)}]"
         )
     shapes = _shapes_in(row)
     if len(shapes) > 1:

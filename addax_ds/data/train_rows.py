@@ -53,7 +53,7 @@ class TrainRows(ABC):
         return len(self.lengths)
 
     @abstractmethod
-    def batch(self, indices: Sequence[int], *, dummy: bool = False) -> dict[str, Any]:
+    def batch(self, indices: NDArray[np.int64], *, dummy: bool = False) -> dict[str, Any]:
         """Return the batch of some rows.
 
         Args:
@@ -87,7 +87,7 @@ class EncodedRows(TrainRows):
         self.lengths = np.array([example.length for example in examples], np.int64)
         self.target_counts = np.array([example.target_count for example in examples], np.int64)
 
-    def batch(self, indices: Sequence[int], *, dummy: bool = False) -> dict[str, Any]:
+    def batch(self, indices: NDArray[np.int64], *, dummy: bool = False) -> dict[str, Any]:
         """Return `pad`'s tensors; a dummy is `dummy_example`."""
         rows = [self.examples[index] for index in indices]
         return pad(
@@ -136,10 +136,8 @@ class CollatedRows(TrainRows):
         self.lengths = np.array(lengths, np.int64)
         self._digest = digest.hexdigest()[:16]
 
-    def batch(self, indices: Sequence[int], *, dummy: bool = False) -> dict[str, Any]:
-        """Return what the collator makes of rows; no row of any data set is known to be without
-        loss, so there is no dummy.
-        """
+    def batch(self, indices: NDArray[np.int64], *, dummy: bool = False) -> dict[str, Any]:
+        """Return what the collator makes of rows; without a dummy, as any row may have a loss."""
         assert not dummy, "an epoch ends before a batch that it cannot fill"
         return dict(self._collator([self._dataset[int(index)] for index in indices]))
 

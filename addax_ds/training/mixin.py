@@ -60,7 +60,7 @@ class AddaxMixin(StepMixin):
         super().__init__(model, args, *more, **kwargs)
         if not self.is_deepspeed_enabled:
             # Accelerate would wrap a model on several ranks in DistributedDataParallel.
-            self.model._is_accelerate_prepared = True  # type: ignore[assignment, union-attr]
+            self.model._is_accelerate_prepared = True  # type: ignore[union-attr]
         self.add_callback(_EndOfStep(self))
         self._stop_requested = False
         self._desync: DesyncCheck | None = None

@@ -231,7 +231,7 @@ class StepMixin(SavingMixin):
         # The batch is read once more for the other side, and some trainers change their inputs.
         inputs = self._prepare_inputs(dict(batch))
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=targets)
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=targets)
         if loss.dtype in (torch.bfloat16, torch.float16):
             raise UserError(
                 f"{type(self).__name__}: compute_loss returns a loss in {loss.dtype}, in which the "

@@ -11,21 +11,22 @@ import accelerate
 import pytest
 import transformers
 from accelerate import Accelerator
-from addax_ds.training.base import StepTrainer
-from addax_ds.training.evaluating import ScoringTrainer
 from transformers import Trainer
 
 import addax_ds
 from addax_ds.training.baseline import BaselineTrainer
-from addax_ds.training.saving import SavingTrainer
+from addax_ds.training.likelihood import LikelihoodMixin
+from addax_ds.training.mixin import AddaxMixin
+from addax_ds.training.saving import SavingMixin
+from addax_ds.training.steps import StepMixin
 from addax_ds.training.trainer import AddaxTrainer
 
 PACKAGE = Path(addax_ds.__file__).parent
-TRAINERS = (ScoringTrainer, SavingTrainer, StepTrainer, AddaxTrainer, BaselineTrainer)
+TRAINERS = (LikelihoodMixin, AddaxMixin, SavingMixin, StepMixin, AddaxTrainer, BaselineTrainer)
 
 OVERRIDDEN = {
     # method: parameters, module
-    "_move_model_to_device": ("model device", "base"),
+    "_move_model_to_device": ("model device", "steps"),
     "_prepare_for_training": ("max_steps train_dataloader resume_from_checkpoint", "saving"),
     "_load_from_checkpoint": ("resume_from_checkpoint model", "saving"),
     "_run_epoch": (
@@ -38,7 +39,7 @@ OVERRIDDEN = {
     "_load_best_model": ("", "saving"),
 }
 CALLED = {
-    "_prepare_inputs": ("inputs", "base, evaluating"),
+    "_prepare_inputs": ("inputs", "steps, likelihood"),
     "_push_from_checkpoint": ("checkpoint_folder", "saving"),
 }
 ATTRIBUTES = {
@@ -67,7 +68,7 @@ class Order:
 ORDERS = (
     Order(
         "__init__",
-        "base",
+        "steps",
         "shards of FSDP2 stay where they are, as the override is what moves the model",
         ("if (\n            self.place_model_on_device", "self._move_model_to_device(model, "),
     ),
@@ -107,7 +108,7 @@ ORDERS = (
     ),
     Order(
         "_run_epoch",
-        "trainer",
+        "mixin",
         "gradients are gone when Trainer clips them, and a stopped run has been saved when the "
         "epoch ends",
         (
@@ -124,7 +125,7 @@ ORDERS = (
     ),
     Order(
         "_maybe_log_save_evaluate",
-        "trainer",
+        "mixin",
         "`log` tells a step's values by their loss, and replaces grad_norm and learning_rate",
         (
             "tr_loss -= tr_loss",
@@ -138,7 +139,7 @@ ORDERS = (
     ),
     Order(
         "_finalize_training",
-        "trainer",
+        "mixin",
         "a stopped run keeps its checkpoints as these arguments are read only now",
         (
             "if self.args.load_best_model_at_end",
