@@ -43,10 +43,12 @@ class TrainRows(ABC):
         lengths: int64, shape [rows]: tokens of each row, by which the streams are divided.
         target_counts: int64, shape [rows]: predicted tokens of each row; None if only a batch
             tells.
+        has_dummy: whether there is a row without loss, to fill up a batch.
     """
 
     lengths: NDArray[np.int64]
     target_counts: NDArray[np.int64] | None
+    has_dummy: bool
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -80,6 +82,7 @@ class EncodedRows(TrainRows):
     """
 
     target_counts: NDArray[np.int64]
+    has_dummy = True
 
     def __init__(self, examples: Sequence[Example], pad_token_id: int) -> None:
         self.examples = examples
@@ -118,6 +121,7 @@ class CollatedRows(TrainRows):
     """
 
     target_counts = None
+    has_dummy = False
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class LikelihoodMixin(_Steps):
     scores: Scores | None = None
     _scored: tuple[ScoredSet, ScoreTable] | None = None
 
-    def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
         if kwargs.get("compute_loss_func") is not None:
             raise UserError(
                 f"{type(self).__name__} takes no compute_loss_func: the loss is the likelihood of "
@@ -61,7 +61,7 @@ class LikelihoodMixin(_Steps):
         self._collates = kwargs.get("data_collator") is not None
         if not self._collates:
             kwargs["data_collator"] = EvaluationCollator(self._pad_token_id)
-        super().__init__(model, args, *more, **{**kwargs, "compute_loss_func": causal_loss})
+        super().__init__(model, args, **{**kwargs, "compute_loss_func": causal_loss})
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -86,6 +86,8 @@ class LikelihoodMixin(_Steps):
         with self.compute_loss_context_manager():
             scores = target_scores(model, inputs, inputs["targets"], inputs["positions"])
         parts = self.args.world_size * self.settings.gradient_accumulation_steps
+        if isinstance(targets, Tensor):
+            targets = targets.double()  # of an int64 tensor the quotient would be fp32
         return -scores[:, 0].sum() * (parts / targets)
 
     @property

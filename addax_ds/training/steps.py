@@ -113,9 +113,7 @@ class StepMixin(SavingMixin):
                 "and rows by number (datasets: load it without streaming)"
             )
         rows = self.train_rows(dataset)
-        if rows.target_counts is None:
-            self.args.dataloader_drop_last = True  # as nothing could fill up the last batch
-        self.partition, schedule = plan_steps(rows.lengths.tolist(), self.settings, self.args)
+        self.partition, schedule = self._plan(rows)
         self._steps = StepBatches(
             rows,
             schedule,
@@ -123,6 +121,11 @@ class StepMixin(SavingMixin):
             self.args.world_size,
             self.settings.gradient_accumulation_steps,
         )
+
+    def _plan(self, rows: TrainRows) -> tuple[Partition, StepSchedule]:
+        streams, schedule = plan_steps(rows.lengths.tolist(), self.settings, self.args)
+        # Nothing could fill up the last batch of an epoch.
+        return streams, replace(schedule, drop_last=schedule.drop_last or not rows.has_dummy)
 
     def train_rows(self, dataset: Any) -> TrainRows:
         """Return the rows of a map-style data set, of which the trainer's collator makes batches.
@@ -151,8 +154,7 @@ class StepMixin(SavingMixin):
         """
         assert self._steps is not None
         self.settings = replace(self.settings, length_threshold=threshold)
-        lengths = self._steps.rows.lengths.tolist()
-        self.partition, schedule = plan_steps(lengths, self.settings, self.args)
+        self.partition, schedule = self._plan(self._steps.rows)
         self._steps.reschedule(schedule)
 
     def get_train_dataloader(self) -> DataLoader:

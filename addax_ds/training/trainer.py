@@ -35,11 +35,11 @@ class AddaxTrainer(LikelihoodMixin, AddaxMixin, Trainer):
         self,
         model: Any,
         args: Any = None,
-        *more: Any,
+        *,
         planned: AutoThreshold | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, args, *more, **kwargs)
+        super().__init__(model, args, **kwargs)
         self._planned = planned
 
     def start_afresh(self, model: nn.Module) -> None:

@@ -123,7 +123,7 @@ def measure(
     load_before = os.getloadavg()
     model = random_model(point.config(), point.sharding, torch.bfloat16, args.device)
     trainer = (BaselineTrainer if point.method in BASELINES else AddaxTrainer)(
-        model, args, _examples(point)
+        model, args, train_dataset=_examples(point)
     )
     shape_of = back_end_of(model).full_shape
     parameters = sum(shape_of(parameter).numel() for parameter in model.parameters())

@@ -46,7 +46,9 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> AddaxTrainer:
             **options,
         }
     )
-    return AddaxTrainer(model, args, examples(rows(2, 3)), processing_class=tiny_tokenizer())
+    return AddaxTrainer(
+        model, args, train_dataset=examples(rows(2, 3)), processing_class=tiny_tokenizer()
+    )
 
 
 @every_family
