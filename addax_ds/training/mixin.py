@@ -55,9 +55,9 @@ class AddaxMixin(StepMixin):
 
     methods = IN_PLACE
 
-    def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_step(type(self))
-        super().__init__(model, args, *more, **kwargs)
+        super().__init__(*args, **kwargs)
         if not self.is_deepspeed_enabled:
             # Accelerate would wrap a model on several ranks in DistributedDataParallel.
             self.model._is_accelerate_prepared = True  # type: ignore[union-attr]

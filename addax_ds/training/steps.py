@@ -1,6 +1,7 @@
 """What all methods share: batches of a step, their loss, and what they cost."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,23 +65,25 @@ class StepMixin(SavingMixin):
     methods: ClassVar[tuple[Method, ...]] = ()
     """Methods that this trainer runs."""
 
-    def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any) -> None:
-        self._check_arguments(args, kwargs)
-        self.settings = args.settings
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # By name, as not every trainer has its config second.
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        self._check_arguments(given)
         # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
-        args = copy.copy(args)
-        args.gradient_accumulation_steps = 1
+        config = copy.copy(given["args"])
+        config.gradient_accumulation_steps = 1
+        self.settings: AddaxSettings = config.settings
         self.partition: Partition | None = None
         self._steps: StepBatches | None = None
         self._losses: list[tuple[str, int, Tensor]] = []
-        super().__init__(model, args, *more, **kwargs)
+        super().__init__(**{**given, "args": config})
         if self.train_dataset is not None:
             self._prepare_steps(self.train_dataset)
         self.costs = CostMeter(self.args.device)
         self.add_callback(_Meter(self))
 
-    def _check_arguments(self, args: Any, kwargs: dict[str, Any]) -> None:
-        name = type(self).__name__
+    def _check_arguments(self, given: dict[str, Any]) -> None:
+        name, args = type(self).__name__, given.get("args")
         if not isinstance(args, AddaxConfig):
             raise UserError(
                 f"{name} takes an addax_ds.AddaxConfig, which has the fields of "
@@ -92,7 +95,7 @@ class StepMixin(SavingMixin):
                 f"{args.method}: AddaxTrainer is for {', '.join(IN_PLACE)}, "
                 f"BaselineTrainer for {' and '.join(BASELINES)}"
             )
-        if any(part is not None for part in kwargs.get("optimizers") or ()):
+        if any(part is not None for part in given.get("optimizers") or ()):
             raise UserError(
                 f"{name} takes no optimizers: it makes its own, and the schedule of its "
                 "learning rate from lr_scheduler_type"
@@ -101,7 +104,7 @@ class StepMixin(SavingMixin):
             ("model_init", "give it the model"),
             ("optimizer_cls_and_kwargs", "the arguments name a method"),
         ):
-            if kwargs.get(argument) is not None:
+            if given.get(argument) is not None:
                 raise UserError(f"{name} takes no {argument}: {instead}")
 
     def _prepare_steps(self, dataset: Any) -> None:
