@@ -4,6 +4,7 @@ import logging
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.addax import Addax
 from addax_ds.optim.attach import attach
 from addax_ds.optim.methods import IN_PLACE
+from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
 from addax_ds.training.steps import StepMixin
@@ -20,6 +22,8 @@ from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_ATTACHED: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
 
 MAX_NAMED_EXAMPLES = 20
 """Largest number of examples of a non-finite step in the log."""
@@ -84,11 +88,13 @@ class AddaxMixin(StepMixin):
             assert model is not None
             _check_dtype(model, self.args)
             back_end_of(model).free_gathered(model)
+            if model in _ATTACHED:  # by an earlier trainer, as in a notebook
+                _ATTACHED.pop(model).detach()
             self.optimizer = Addax(
                 [p for p in model.parameters() if p.requires_grad],
                 **asdict(self.settings.hyperparameters),
             )
-            attach(self.optimizer, model)
+            _ATTACHED[model] = attach(self.optimizer, model)
         return self.optimizer
 
     def training_step(

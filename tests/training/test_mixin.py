@@ -151,6 +151,19 @@ def test_several_evaluation_sets(tmp_path):
     assert {"eval_short_loss", "eval_long_loss"} <= metrics.keys()
 
 
+def test_a_second_trainer_of_the_same_model_goes_on_from_its_weights(tmp_path):
+    model = tiny_model("opt")
+    for _ in range(2):
+        trainer = AddaxTrainer(model, config(tmp_path), train_dataset=columns())
+        trainer.train()
+    other = tiny_model("opt")
+    AddaxTrainer(other, config(tmp_path), train_dataset=columns()).train()
+    fresh = tiny_model("opt")
+    fresh.load_state_dict(other.state_dict())
+    AddaxTrainer(fresh, config(tmp_path), train_dataset=columns()).train()
+    assert_same(weights(model), weights(fresh))
+
+
 # ---- any loss ----------------------------------------------------------------------------------
 
 

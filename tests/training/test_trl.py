@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForSequenceClassification
 
+from addax_ds import AddaxMixin, UserError
 from tests.support.rank_group import Lazy, RankGroup
 from tests.support.tiny import tiny_model
 
@@ -58,3 +59,51 @@ def test_two_ranks_take_the_steps_of_one(kind, alone, of_two_ranks):
         assert found["g0"] == pytest.approx(alone[kind]["g0"], rel=0.02, abs=0.02)
         for name, weight in alone[kind]["weights"].items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_the_rest_of_a_trainer_works_as_before(folder, tmp_path):
+    """Adapters, two micro-batches, clipping, evaluation while training, saving, going on."""
+
+    def make(output: Path) -> Any:
+        return trl_cases.make(
+            "sft",
+            folder,
+            output,
+            "none",
+            1,
+            adapters=True,
+            eval_dataset=trl_cases.data("sft"),
+            eval_strategy="steps",
+            eval_steps=2,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.5,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=4,
+        )
+
+    whole = make(tmp_path / "whole")
+    before = {name: weight.clone() for name, weight in whole.model.state_dict().items()}
+    whole.train()
+    after = whole.model.state_dict()
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed
+    assert all("lora" in name for name in changed)
+    losses = [e["eval_loss"] for e in whole.state.log_history if "eval_loss" in e]
+    assert len(losses) == 3
+    assert len(set(losses)) == 3
+    again = make(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, weight in again.model.state_dict().items():
+        assert torch.equal(weight, after[name]), name
+    whole.save_model(str(tmp_path / "model"))
+    assert (tmp_path / "model" / "adapter_config.json").is_file()
+
+
+def test_a_trainer_that_generates_in_its_step_is_refused_by_name():
+    import trl
+
+    mixed = type("Mixed", (AddaxMixin, trl.GRPOTrainer), {})
+    with pytest.raises(UserError, match=r"\w+ has a training_step of its own"):
+        mixed()

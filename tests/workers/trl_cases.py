@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import trl
 from accelerate.state import AcceleratorState
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -75,7 +76,17 @@ def data(kind: str) -> datasets.Dataset:
     return datasets.Dataset.from_list(pairs)
 
 
-def make(kind: str, folder: Path, output: Path, sharding: str, world_size: int, **more: Any) -> Any:
+def make(
+    kind: str,
+    folder: Path,
+    output: Path,
+    sharding: str,
+    world_size: int,
+    *,
+    adapters: bool = False,
+    eval_dataset: Any = None,
+    **more: Any,
+) -> Any:
     AcceleratorState._reset_state()
     trainer, config = KINDS[kind]
     zero3 = {
@@ -102,13 +113,20 @@ def make(kind: str, folder: Path, output: Path, sharding: str, world_size: int, 
     }
     args = config(**(usual | more))
     model = load(kind, folder)
-    others = {"ref_model": load(kind, folder)} if kind == "dpo" else {}
+    others: dict[str, Any] = {"ref_model": load(kind, folder)} if kind == "dpo" else {}
+    if adapters:
+        others["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     if sharding == "fsdp2":
         shard_model(model)
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token_id = 0
     return trainer(
-        model=model, args=args, train_dataset=data(kind), processing_class=tokenizer, **others
+        model=model,
+        args=args,
+        train_dataset=data(kind),
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        **others,
     )
 
 
