@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from addax_ds.optim.addax import Addax
     from addax_ds.optim.attach import attach
     from addax_ds.optim.report import NonFiniteError
+    from addax_ds.training.mixin import AddaxMixin
     from addax_ds.training.trainer import AddaxTrainer
     from addax_ds.utils.errors import UserError
 
 __all__ = [
     "Addax",
     "AddaxConfig",
+    "AddaxMixin",
     "AddaxTrainer",
     "NonFiniteError",
     "UserError",
@@ -40,6 +42,7 @@ __all__ = [
 _MODULES = {
     "Addax": "optim.addax",
     "AddaxConfig": "config.addax_config",
+    "AddaxMixin": "training.mixin",
     "AddaxTrainer": "training.trainer",
     "NonFiniteError": "optim.report",
     "UserError": "utils.errors",

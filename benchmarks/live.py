@@ -69,7 +69,7 @@ def batch_of(rows: int, length: int, targets: int) -> dict[str, Tensor]:
 
 
 def closure(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """Return what computes the loss of a batch, as `StepTrainer` does."""
+    """Return what computes the loss of a batch, as `StepMixin` does."""
     targets = targets_of(batch["labels"])
     positions = positions_of(targets)
 

@@ -43,6 +43,7 @@ from addax_ds.data.batches import StepBatches, StepSchedule
 from addax_ds.data.encoding import encode
 from addax_ds.data.partition import partition
 from addax_ds.data.records import prompt_completion
+from addax_ds.data.train_rows import EncodedRows
 from addax_ds.evaluation.likelihood import scores_of_logits, targets_of
 from addax_ds.kernels.operation import Draw, Operation
 from addax_ds.models import demo
@@ -67,7 +68,7 @@ def zeroth_order_batch(folder: Path, step: int, rows: int, seed: int) -> tuple[d
     examples = encode(records, tokenizer, max_length=None, model_positions=None)
     streams = partition([example.length for example in examples], "addax", "median")
     schedule = StepSchedule(streams.zeroth_order, streams.first_order, rows, rows, seed)
-    item = StepBatches(examples, schedule, 0, 1, tokenizer.pad_token_id)[step]
+    item = StepBatches(EncodedRows(examples, tokenizer.pad_token_id), schedule, 0, 1)[step]
     (batch,) = item["zeroth_order"]
     return batch, item["zeroth_order_targets"]
 

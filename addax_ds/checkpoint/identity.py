@@ -6,15 +6,13 @@ on the way, such as alpha, is said and used. The learning rate and its schedule,
 steps, logging, evaluation and saving are free.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import TrainingArguments
 
 from addax_ds.config.settings import AddaxSettings
-from addax_ds.data.encoding import Example
 from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameter
 from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.utils.dtypes import dtype_name
@@ -107,16 +105,6 @@ class Progress:
     loss_sum: float
     last_logged_step: int
     costs: dict[str, Any] = field(default_factory=dict)
-
-
-def data_digest(examples: Sequence[Example]) -> str:
-    """Return 16 hex digits for tokens and labels of the examples, and for their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.length.to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.labels.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_same_run(written: Run, now: Run) -> None:

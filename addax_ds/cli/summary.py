@@ -15,9 +15,9 @@ from addax_ds.data.batches import StepSchedule
 from addax_ds.data.partition import Partition
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
-from addax_ds.training.base import StepTrainer
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.memory import describe, run_inputs
+from addax_ds.training.steps import StepMixin
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.extras import MissingExtraError, naming_extras
 
@@ -39,7 +39,7 @@ def announce(
     Args:
         source: of the model.
         data: all of it.
-        plan: what `addax_ds.training.base.plan_steps` returned; None without training rows.
+        plan: what `addax_ds.training.steps.plan_steps` returned; None without training rows.
         args: of the run.
         settings: how it trains.
         run: the same for all ranks together.
@@ -114,7 +114,7 @@ class Duration(TrainerCallback):
             )
 
 
-def report(trainer: StepTrainer, title: str, metric: str) -> dict[str, float]:
+def report(trainer: StepMixin, title: str, metric: str) -> dict[str, float]:
     """Draw the curves, and say how it went and where everything is.
 
     Args:
@@ -157,7 +157,7 @@ def _duration(results: dict[str, float], resumed_step: int, seconds_before: floa
     return f"{trained}, {results['train_runtime']:.0f} s with evaluations and checkpoints"
 
 
-def _draw(trainer: StepTrainer, path: Path, title: str, metric: str) -> str:
+def _draw(trainer: StepMixin, path: Path, title: str, metric: str) -> str:
     """Draw the training curves; return where they are, or why there are none."""
     try:
         with naming_extras():

@@ -33,12 +33,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 import addax_ds
 from addax_ds.checkpoint import ownership, resume
-from addax_ds.checkpoint.identity import Run, data_digest
+from addax_ds.checkpoint.identity import Run
 from addax_ds.cli.data import Data, load_data
 from addax_ds.cli.outputs import Outputs
 from addax_ds.cli.summary import Duration, announce, report
 from addax_ds.config.addax_config import AddaxConfig, divide_batches
 from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
+from addax_ds.data.encoding import data_digest
 from addax_ds.distributed.collectives import (
     all_gather_object,
     check_same_on_all_ranks,
@@ -51,10 +52,10 @@ from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import BASELINES
 from addax_ds.sharding.registry import back_end
-from addax_ds.training.base import StepTrainer, plan_steps
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.hub import reach_hub
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
+from addax_ds.training.steps import StepMixin, plan_steps
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.dtypes import weights_dtype
@@ -107,7 +108,8 @@ def _finetune(
         planned = _plan_threshold(source, sharding, data, args, resumed)
     with raise_on_all_ranks():
         if data.train:  # the trainer does these, too, but with the model loaded
-            plan = plan_steps(data.train, args.settings, args)
+            lengths = [example.length for example in data.train]
+            plan = plan_steps(lengths, args.settings, args)
             if resumed is not None:
                 resumed.check(run.with_data(data_digest(data.train), plan[0].threshold))
     check_same_on_all_ranks(dict(_identity(args, model_args, data)))
@@ -147,7 +149,7 @@ def _finetune(
 
 
 def _train(
-    trainer: StepTrainer, data: Data, resumed: resume.Checkpoint | None, outputs: Outputs
+    trainer: StepMixin, data: Data, resumed: resume.Checkpoint | None, outputs: Outputs
 ) -> bool:
     """Train and save the model and what it took; return whether training came to its end."""
     trainer.add_callback(Duration(trainer.costs))
@@ -271,7 +273,7 @@ def _folder(args: TrainingArguments) -> Path:
     return Path(args.output_dir)
 
 
-def _costs(trainer: StepTrainer) -> dict[str, float]:
+def _costs(trainer: StepMixin) -> dict[str, float]:
     """Return what the training has cost; memory is that of the rank that held most."""
     costs = trainer.costs.report()
     peak = max(all_gather_object(costs["peak_memory_bytes"]))
@@ -281,7 +283,7 @@ def _costs(trainer: StepTrainer) -> dict[str, float]:
 class _TestBeforeTraining(TrainerCallback):
     """Evaluates the untrained model on the test set, once the engine exists."""
 
-    def __init__(self, trainer: StepTrainer, test: ScoredSet) -> None:
+    def __init__(self, trainer: StepMixin, test: ScoredSet) -> None:
         self._trainer = trainer
         self._test = test
 
@@ -290,7 +292,7 @@ class _TestBeforeTraining(TrainerCallback):
             self._trainer.evaluate(self._test, metric_key_prefix="test_before")
 
 
-def _on_dev(trainer: StepTrainer) -> dict[str, float]:
+def _on_dev(trainer: StepMixin) -> dict[str, float]:
     """Find the dev metrics of the weights that are saved: the best ones, or those of the end."""
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     found: dict[str, float] = {}
@@ -301,7 +303,7 @@ def _on_dev(trainer: StepTrainer) -> dict[str, float]:
     return found
 
 
-def _before(trainer: StepTrainer) -> dict[str, float]:
+def _before(trainer: StepMixin) -> dict[str, float]:
     """Find the test metrics from before training in the log, which a resumed run has too."""
     for entry in trainer.state.log_history:
         found = {
@@ -314,7 +316,7 @@ def _before(trainer: StepTrainer) -> dict[str, float]:
     return {}
 
 
-def _save_predictions(trainer: StepTrainer, test: ScoredSet) -> None:
+def _save_predictions(trainer: AddaxTrainer | BaselineTrainer, test: ScoredSet) -> None:
     """Write what the model answered to each test row, if they have answers to choose or write."""
     assert trainer.scores is not None
     rows = list(test.predictions(trainer.scores))

@@ -1,14 +1,14 @@
 """The examples of a step, and the tensors of a rank's share of them.
 
 Everything here is a pure function of the global step number: `StepSchedule` says which examples
-form the two global batches of a step, `StepBatches` turns a rank's share into tensors, and the
+form the two global batches of a step, `StepBatches` turns a rank's share into batches, and the
 loader only counts steps. Resuming therefore needs no state but the step number, and any world size
 sees the same global batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.train_rows import TrainRows
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.signals import ignore_sigterm
 
@@ -147,9 +146,10 @@ class StepBatches(Dataset[dict[str, Any]]):
 
     An item holds, for each stream that exists,
 
-    - "zeroth_order" / "first_order": a list with `pad`'s tensors of each micro-batch;
+    - "zeroth_order" / "first_order": a list with the batch of each micro-batch;
     - "zeroth_order_targets" / "first_order_targets": int, the number of predicted tokens in the
-      *global* batch, by which the sum of all losses, over ranks and micro-batches, is divided.
+      *global* batch, by which the sum of all losses, over ranks and micro-batches, is divided. Only
+      if the rows know it.
 
     Rows are dealt out to ranks and micro-batches as if each micro-batch had ranks of its own: the
     same rows are together on one rank with two micro-batches as on two ranks with one.
@@ -158,32 +158,27 @@ class StepBatches(Dataset[dict[str, Any]]):
     global batch runs out, there is a dummy row that adds nothing to loss and count.
 
     Args:
-        examples: all examples.
+        rows: all rows.
         schedule: which of them a step sees.
         rank: of this process.
         world_size: number of ranks.
-        pad_token_id: what to pad with.
         micro_batches: into how many a rank's rows are divided.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        rows: TrainRows,
         schedule: StepSchedule,
         rank: int,
         world_size: int,
-        pad_token_id: int,
         micro_batches: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
-        self._examples = examples
+        self.rows = rows
         self._schedule = schedule
         self._rank = rank
         self._world_size = world_size
-        self._pad_token_id = pad_token_id
         self._micro_batches = micro_batches
-        self._target_counts = np.array([example.target_count for example in examples], np.int64)
-        self._lengths = np.array([example.length for example in examples], np.int64)
 
     @property
     def schedule(self) -> StepSchedule:
@@ -199,59 +194,33 @@ class StepBatches(Dataset[dict[str, Any]]):
         item: dict[str, Any] = {}
         for stream in STREAMS:
             indices = self._indices(step, stream)
-            if indices is not None:
-                rows = [self.rows(step, stream, i) for i in range(self._micro_batches)]
-                item[stream] = [pad(part, self._pad_token_id) for part in rows]
-                item[f"{stream}_targets"] = int(self._target_counts[indices].sum())
+            if indices is None:
+                continue
+            shares = self._world_size * self._micro_batches
+            own = [self.indices(step, stream, number) for number in range(self._micro_batches)]
+            item[stream] = [
+                self.rows.batch(part, dummy=len(part) * shares < len(indices)) for part in own
+            ]
+            if self.rows.target_counts is not None:
+                item[f"{stream}_targets"] = int(self.rows.target_counts[indices].sum())
         return item
 
     def tokens(self, step: int) -> int:
         """Return how many tokens the step's global batches have, padding left out."""
         batches = (self._indices(step, stream) for stream in STREAMS)
-        return sum(int(self._lengths[batch].sum()) for batch in batches if batch is not None)
+        return sum(int(self.rows.lengths[batch].sum()) for batch in batches if batch is not None)
 
-    def rows(self, step: int, stream: str, micro_batch: int) -> list[Example]:
-        """Return this rank's rows of a micro-batch of a stream that exists."""
+    def indices(self, step: int, stream: str, micro_batch: int) -> NDArray[np.int64]:
+        """Return this rank's rows of a micro-batch of a stream that exists, int64."""
         indices = self._indices(step, stream)
         assert indices is not None
         shares = self._world_size * self._micro_batches
-        own = indices[micro_batch * self._world_size + self._rank :: shares]
-        rows = [self._examples[index] for index in own]
-        if len(rows) * shares < len(indices):
-            rows.append(dummy(self._pad_token_id))
-        return rows
+        return indices[micro_batch * self._world_size + self._rank :: shares]
 
     def _indices(self, step: int, stream: str) -> NDArray[np.int64] | None:
         if stream == "zeroth_order":
             return self._schedule.zeroth_order_indices(step)
         return self._schedule.first_order_indices(step)
-
-
-def dummy(pad_token_id: int) -> Example:
-    """Return one token without loss: it is attended to, because attention to nothing makes NaN."""
-    return Example(np.array([pad_token_id], np.int32), np.array([NO_LOSS], np.int32), "padding")
-
-
-def pad(rows: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """Collate examples, padded on the right to the longest of them.
-
-    Returns:
-        "input_ids", "attention_mask" (1 on tokens, 0 on padding) and "labels" (`NO_LOSS` on
-        padding), each int64 of shape [rows, longest].
-    """
-    shape = len(rows), max(row.length for row in rows)
-    input_ids = np.full(shape, pad_token_id, np.int64)
-    attention_mask = np.zeros(shape, np.int64)
-    labels = np.full(shape, NO_LOSS, np.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : row.length] = row.input_ids
-        attention_mask[index, : row.length] = 1
-        labels[index, : row.length] = row.labels
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "labels": torch.from_numpy(labels),
-    }
 
 
 class EpochSampler(Sampler[list[int]]):

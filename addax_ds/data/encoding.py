@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -278,3 +279,13 @@ def encode_prompts(
         _check_ids(example, tokenizer, vocabulary_size)
         examples.append(example)
     return examples
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """Return 16 hex digits for tokens and labels of the examples, and for their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.length.to_bytes(8, "little"))
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.labels.tobytes())
+    return digest.hexdigest()[:16]

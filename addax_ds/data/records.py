@@ -163,19 +163,41 @@ def read_jsonl(
         UserError: The file or a row cannot be used; the message names the file and the line.
     """
     path = Path(path)
+    records = records_of(json_rows(path), path, tokenizer, append_eos=append_eos)
+    if not records:
+        raise UserError(f"{path}: the file holds no rows; expected one JSON object a line")
+    return records
+
+
+def records_of(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool = True,
+) -> list[Record]:
+    """Return the records of rows that all have the shape of the first; see `read_jsonl`.
+
+    Args:
+        rows: origin and columns of each.
+        source: what to call all of them in messages.
+        tokenizer: see `read_jsonl`.
+        append_eos: see `read_jsonl`.
+
+    Raises:
+        UserError: a row cannot be used; the message names its origin.
+    """
     records: list[Record] = []
     shape: str | None = None
     unused: set[str] = set()
-    for origin, row in json_rows(path):
+    for origin, row in rows:
         if shape is None:
             shape = _shape_of(row, origin)
-        _require_shape(row, shape, origin, path)
+        _require_shape(row, shape, origin, source)
         unused.update(row.keys() - set(SHAPES[shape]))
         records.append(_record(row, shape, tokenizer, origin, append_eos))
-    if not records:
-        raise UserError(f"{path}: the file holds no rows; expected one JSON object a line")
     if unused:
-        logger.info("%s: columns that are not used: %s", path, _listed(unused))
+        logger.info("%s: columns that are not used: %s", source, _listed(unused))
     return records
 
 
@@ -266,13 +288,13 @@ def _shape_of(row: Mapping[str, Any], origin: str) -> str:
     return shapes[0]
 
 
-def _require_shape(row: Mapping[str, Any], shape: str, origin: str, path: Path) -> None:
+def _require_shape(row: Mapping[str, Any], shape: str, origin: str, source: str | Path) -> None:
     """Raise unless the row has the file's shape and no other."""
     missing = [column for column in SHAPES[shape] if row.get(column) is None]
     if missing:
         raise UserError(
-            f"{origin}: no {' and no '.join(missing)} (or null), but by its first row {path} holds "
-            f"rows of the shape '{shape}'; found columns [{_listed(row)}]"
+            f"{origin}: no {' and no '.join(missing)} (or null), but by its first row {source} "
+            f"holds rows of the shape '{shape}'; found columns [{_listed(row)}]"
         )
     shapes = _shapes_in(row)
     if len(shapes) > 1:

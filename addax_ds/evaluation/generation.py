@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from addax_ds.data.batches import dummy
 from addax_ds.data.encoding import Example
+from addax_ds.data.train_rows import dummy_example
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.evaluation.scored_set import (
     EvaluationCollator,
@@ -166,7 +166,7 @@ class GenerationCollator(EvaluationCollator):
         }
 
     def _filler(self) -> tuple[Any, ...]:
-        return (*super()._filler(), dummy(self._pad_token_id))
+        return (*super()._filler(), dummy_example(self._pad_token_id))
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from addax_ds.data.batches import dummy, pad
 from addax_ds.data.encoding import Example
+from addax_ds.data.train_rows import dummy_example, pad
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
 
@@ -167,7 +167,7 @@ class EvaluationCollator:
         return pad(examples, self._pad_token_id)
 
     def _filler(self) -> tuple[Any, ...]:
-        return _NOBODY, dummy(self._pad_token_id)
+        return _NOBODY, dummy_example(self._pad_token_id)
 
 
 class SharedRowCollator(EvaluationCollator):

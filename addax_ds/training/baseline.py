@@ -6,16 +6,18 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import Trainer
 
 from addax_ds.checkpoint.resume import Checkpoint
 from addax_ds.config.settings import check_can_resume
 from addax_ds.optim.methods import BASELINES
 from addax_ds.optim.report import NonFiniteSteps
 from addax_ds.sharding.registry import back_end_of
-from addax_ds.training.base import StepTrainer
+from addax_ds.training.likelihood import LikelihoodMixin
+from addax_ds.training.steps import StepMixin
 
 
-class BaselineTrainer(StepTrainer):
+class BaselineTrainer(LikelihoodMixin, StepMixin, Trainer):
     """Trainer with torch's SGD or AdamW in DeepSpeed's ZeRO-3 optimizer.
 
     `AddaxConfig` has put it into the JSON. The weights have a master copy in fp32, SGD has no

@@ -4,14 +4,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.distributed.collectives import limit_waiting, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # a mixin comes before the trainer
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +38,8 @@ def reach_hub(args: AddaxConfig) -> None:
             hub.create_repo(name, private=args.hub_private_repo, exist_ok=True)
 
 
-class UploadingTrainer(Trainer):
-    """Uploads of `AddaxTrainer`, as overrides of Trainer's methods."""
+class UploadingMixin(Trainer):
+    """Uploads of a trainer, as overrides of Trainer's methods."""
 
     args: AddaxConfig
 

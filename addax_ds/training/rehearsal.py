@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from addax_ds.data.batches import pad
 from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.train_rows import pad
 from addax_ds.distributed.collectives import collectives_begun, side_group
 from addax_ds.training.length_threshold import FLAG, AutoThreshold, gigabytes
 from addax_ds.utils.errors import UserError

@@ -4,7 +4,6 @@ import io
 import logging
 import random
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from addax_ds.checkpoint import atomic, checkpoint, ownership, resume
-from addax_ds.checkpoint.identity import Progress, Run, data_digest
+from addax_ds.checkpoint.identity import Progress, Run
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.partition import Partition
@@ -24,13 +23,13 @@ from addax_ds.distributed.collectives import all_gather_object, limit_waiting, r
 from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.sharding.registry import back_end, back_end_of
 from addax_ds.training.costs import CostMeter, Costs
-from addax_ds.training.hub import UploadingTrainer
+from addax_ds.training.hub import UploadingMixin
 
 logger = logging.getLogger(__name__)
 
 
-class SavingTrainer(UploadingTrainer):
-    """Saving and resuming of `AddaxTrainer`, as overrides of Trainer's methods.
+class SavingMixin(UploadingMixin):
+    """Saving and resuming of a trainer, as overrides of Trainer's methods.
 
     A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
 
@@ -260,10 +259,10 @@ class SavingTrainer(UploadingTrainer):
             return run
         return run.with_data(self._data_digest, self.partition.threshold)
 
-    @cached_property
+    @property
     def _data_digest(self) -> str:
-        examples: Any = self.train_dataset
-        return data_digest(examples)
+        """Digest of the training data, if there is any."""
+        raise NotImplementedError
 
 
 def _generator_states(distributed: bool) -> bytes:

@@ -1,92 +1,46 @@
-"""`transformers.Trainer` with Addax: Trainer's loop as it is, another step inside it."""
+"""`AddaxTrainer`: `transformers.Trainer` with an Addax step and the likelihood as its loss."""
 
-import logging
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import Trainer
 
 from addax_ds.data.partition import partition
-from addax_ds.distributed.collectives import all_gather_object
-from addax_ds.optim.addax import Addax
-from addax_ds.optim.attach import attach
-from addax_ds.optim.methods import IN_PLACE
-from addax_ds.sharding.registry import back_end_of
-from addax_ds.training.base import StepTrainer
-from addax_ds.training.desync import DesyncCheck
+from addax_ds.data.train_rows import EncodedRows
 from addax_ds.training.length_threshold import AutoThreshold
+from addax_ds.training.likelihood import LikelihoodMixin
+from addax_ds.training.mixin import AddaxMixin
 from addax_ds.training.rehearsal import find_threshold, longest_batch
-from addax_ds.utils.dtypes import weights_dtype
-from addax_ds.utils.errors import UserError
-
-logger = logging.getLogger(__name__)
-
-MAX_NAMED_EXAMPLES = 20
-"""Largest number of examples of a non-finite step in the log."""
 
 
-class AddaxTrainer(StepTrainer):
-    """Trainer whose step takes a zeroth-order batch of D0 and a first-order batch of D1.
+class AddaxTrainer(LikelihoodMixin, AddaxMixin, Trainer):
+    """Trainer of a causal language model whose step is Addax's; see `AddaxMixin`.
 
-    It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, on a model that is sharded
-    by `fully_shard` or whole on each rank. Arguments are those of `StepTrainer`.
-
-    Besides the values of Trainer and `StepTrainer` it reports, every ``logging_steps``, those of
-    the last step: ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and
-    ``fo_update_norm`` (norms of the two parts of the update) and ``grad_norm`` (of the first-order
-    gradient).
+    Losses are sums over the global batch divided by its global number of target tokens
+    (`LikelihoodMixin`).
 
     Args:
-        model: see `StepTrainer`.
-        *args: see `StepTrainer`.
+        model: a causal language model; what it returns has ``logits``.
+        args: Trainer's arguments and Addax's own.
         planned: how ``--length_threshold auto`` was planned, whose L_T the settings have. A run
             that does not go on from a checkpoint rehearses it, and lowers it if it does not fit.
-        **kwargs: see `StepTrainer`.
+        **kwargs: those of Trainer; see `LikelihoodMixin` for the data.
+
+    Raises:
+        UserError: for arguments that do not fit together, before anything is trained.
     """
 
-    methods = IN_PLACE
-
     def __init__(
-        self, model: nn.Module, *args: Any, planned: AutoThreshold | None = None, **kwargs: Any
+        self,
+        model: Any,
+        args: Any = None,
+        *,
+        planned: AutoThreshold | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, args, **kwargs)
         self._planned = planned
-        if not self.is_deepspeed_enabled:
-            # Accelerate would wrap a model on several ranks in DistributedDataParallel.
-            model._is_accelerate_prepared = True  # type: ignore[assignment]
-        self.add_callback(_EndOfStep(self))
-        self._stop_requested = False
-        self._desync: DesyncCheck | None = None
-        self._learning_rate = self.args.learning_rate
-
-    # ---- seams of Trainer ----------------------------------------------------------------------
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON.
-
-        Raises:
-            UserError: if DeepSpeed's engine is there already, as it cannot be made twice.
-        """
-        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
-            raise UserError(
-                "under DeepSpeed a trainer trains once, and before it evaluates: make a new "
-                "AddaxTrainer, or set eval_on_start to evaluate before the first step"
-            )
-        if self.optimizer is None:
-            model = model or self.model
-            assert model is not None
-            _check_dtype(model, self.args)
-            back_end_of(model).free_gathered(model)
-            self.optimizer = Addax(
-                [p for p in model.parameters() if p.requires_grad],
-                **asdict(self.settings.hyperparameters),
-            )
-            attach(self.optimizer, model)
-        return self.optimizer
 
     def start_afresh(self, model: nn.Module) -> None:
         """Lower a planned L_T until the longest batches fit into memory."""
@@ -97,162 +51,16 @@ class AddaxTrainer(StepTrainer):
 
     def _rehearse(self, model: nn.Module, threshold: int) -> None:
         """Run a step over the longest sequences that there are with an L_T."""
-        examples: Any = self.train_dataset
-        streams = partition([example.length for example in examples], "addax", threshold)
+        assert self._steps is not None
+        rows = self._steps.rows
+        assert isinstance(rows, EncodedRows)
+        streams = partition(rows.lengths.tolist(), "addax", threshold)
         batches = (
             (streams.zeroth_order, self.settings.per_device_zo_batch_size),
             (streams.first_order, self.args.per_device_train_batch_size),
         )
-        zeroth, first = (
-            partial(
-                self.micro_batch_loss, model, longest_batch(examples, *batch, self._pad_token_id), 1
-            )
-            for batch in batches
-        )
+        longest = (longest_batch(rows.examples, *batch, self._pad_token_id) for batch in batches)
+        zeroth, first = (partial(self.micro_batch_loss, model, batch, 1) for batch in longest)
         model.train()
         summed = self.settings.gradient_accumulation_steps > 1
         self.addax.rehearse(zeroth, [first, first] if summed else first)
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """One step of Algorithm 1; the weights are updated inside ``backward``."""
-        model.train()
-        addax = self.addax
-        assert self._desync is not None
-        self._desync.before_step()
-        addax.track_norm = self._logs_after_this_step()
-        addax.stop_requested = self._stop_requested
-        self._losses.clear()
-        # Before DeepSpeed's engine goes on to the next one, which is what Trainer would report.
-        self._learning_rate = float(addax.param_groups[0]["lr"])
-        loss = addax.measure(
-            self._micro_batches(model, inputs, "zeroth_order"),
-            self._micro_batches(model, inputs, "first_order"),
-        )
-        if loss is None:
-            addax.sharding.step_without_backward()
-        else:
-            self.accelerator.backward(loss)
-        means = (addax.first_order_loss, addax.zeroth_order_loss)
-        return torch.tensor(next(m for m in means if m is not None), device=self.args.device)
-
-    def _forward_only(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.optimizer is None else self.addax.sharding.forward_only()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the values of the last step to what Trainer reports while it trains."""
-        if "loss" in logs and self.addax.report is not None:
-            # The optimizer has freed all gradients, so Trainer reports a norm of 0.
-            logs.pop("grad_norm", None)
-            report = self.addax.report
-            values = {
-                "learning_rate": self._learning_rate,
-                "g0": report.g0,
-                "zo_loss": report.zeroth_order_loss,
-                "fo_loss": report.first_order_loss,
-                "zo_update_norm": report.zeroth_order_norm,
-                "fo_update_norm": report.first_order_norm,
-                "grad_norm": report.gradient_norm,
-                "loss_scale": report.loss_scale if self.args.fp16 else None,
-            }
-            logs.update({key: value for key, value in values.items() if value is not None})
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a step, a parameter and token: 2 in a pass, 4 more in a backward."""
-        passes = len(self.addax.estimator.passes) if self.addax.alpha > 0 else 0
-        weights = {"zeroth_order": 2 * passes, "first_order": 6}
-        tokens = sum(
-            weight * batch["input_ids"].numel()
-            for stream, weight in weights.items()
-            for batch in inputs.get(stream, [])
-        )
-        return tokens * self.addax.sharding.trainable_elements
-
-    # ---- stopping ------------------------------------------------------------------------------
-
-    def request_stop(self) -> None:
-        """Request that all ranks save a checkpoint after the current step and end ``train``.
-
-        One rank is enough. May be called from a signal handler.
-        """
-        self._stop_requested = True
-
-    @property
-    def stopped(self) -> bool:
-        """True if ``train`` ended because of `request_stop`, on this or another rank."""
-        report = self.addax.report
-        return report is not None and report.stop_requested
-
-    def _name_examples(self, step: int) -> None:
-        """Log the examples of a non-finite step; collective.
-
-        Those of micro-batches with a loss that is not finite; if all are, those whose gradient was
-        taken.
-        """
-        assert self._steps is not None
-        batches = {(s, i) for s, i, loss in self._losses if not loss.isfinite()}
-        if not any(all_gather_object(bool(batches))):
-            batches = {(s, i) for s, i, _ in self._losses if s == "first_order"}
-        rows = [row for batch in sorted(batches) for row in self._steps.rows(step, *batch)]
-        named = [row.origin for row in rows if row.target_count]
-        origins = [origin for of_rank in all_gather_object(named) for origin in of_rank]
-        if len(origins) > MAX_NAMED_EXAMPLES:
-            others = len(origins) - MAX_NAMED_EXAMPLES
-            origins[MAX_NAMED_EXAMPLES:] = [f"and {others} more"]
-        logger.warning("step %d: its examples: %s", step, "; ".join(origins))
-
-    # ---- helpers -------------------------------------------------------------------------------
-
-    def _logs_after_this_step(self) -> bool:
-        step, args = self.state.global_step + 1, self.args
-        if args.logging_strategy == "steps":
-            return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        return args.logging_strategy == "epoch"
-
-
-class _EndOfStep(TrainerCallback):
-    """Acts on the report of each step, which is the same on all ranks."""
-
-    def __init__(self, trainer: AddaxTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Other weights may have been loaded since the last training.
-        addax, every = self._trainer.addax, self._trainer.args.desync_check_steps
-        self._trainer._desync = DesyncCheck(addax, every)
-        self._trainer.resume_logging()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._stop_requested = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        report, desync = self._trainer.addax.report, self._trainer._desync
-        assert report is not None
-        assert desync is not None
-        desync.after_step()
-        if report.has_nonfinite:
-            self._trainer._name_examples(state.global_step - 1)
-        if report.stop_requested:
-            control.should_training_stop = True
-            control.should_save = True
-            control.should_evaluate = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.stopped:
-            # Trainer would end by loading the best weights, and, with a limit of 1, by deleting the
-            # checkpoint to resume from. This one has been saved, and older ones removed, by now.
-            args.load_best_model_at_end = False
-            args.save_total_limit = None
-
-
-def _check_dtype(model: nn.Module, args: TrainingArguments) -> None:
-    wanted = weights_dtype(args)
-    dtypes = {p.dtype for p in model.parameters()}
-    if any((dtype in dtypes) != (dtype is wanted) for dtype in (torch.bfloat16, torch.float16)):
-        raise UserError(
-            f"the model has weights of {', '.join(sorted(map(str, dtypes)))}, and the training "
-            f"arguments (bf16 {args.bf16}, fp16 {args.fp16}) ask for {wanted}: load the model with "
-            "the dtype that they ask for"
-        )

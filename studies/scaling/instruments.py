@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from addax_ds.optim import step
-from addax_ds.training.base import StepTrainer
+from addax_ds.training.steps import StepMixin
 from studies.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Traffic
 from studies.scaling import phases
 from studies.scaling.phases import PhaseTimer
@@ -44,7 +44,7 @@ _COLLECTIVES: dict[str, tuple[str, int]] = {
 
 
 @contextmanager
-def instrumented(trainer: StepTrainer, timer: PhaseTimer, traffic: Traffic) -> Iterator[None]:
+def instrumented(trainer: StepMixin, timer: PhaseTimer, traffic: Traffic) -> Iterator[None]:
     """Watch a trainer that is training, while the context lasts.
 
     Args:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from addax_ds.training.stepsline import BaselineTrainer
 from transformers import TrainerCallback
 
 from addax_ds.config.addax_config import AddaxConfig
@@ -30,9 +31,8 @@ from addax_ds.distributed.collectives import all_gather_object, shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import BASELINES, ZEROTH_ORDER
 from addax_ds.sharding.registry import back_end_of
-from addax_ds.training.base import StepTrainer
-from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.costs import peak_memory
+from addax_ds.training.steps import StepMixin
 from addax_ds.training.trainer import AddaxTrainer
 from studies.collectives import Collectives, Traffic
 from studies.provenance import collect_provenance
@@ -66,7 +66,7 @@ class Steps:
 class Watch(TrainerCallback):
     """Times ``count`` steps after the warm-up, and watches as many more with instruments."""
 
-    def __init__(self, trainer: StepTrainer, count: int) -> None:
+    def __init__(self, trainer: StepMixin, count: int) -> None:
         self.steps = Steps()
         self._trainer = trainer
         self._first_timed = WARM_UP_STEPS
@@ -123,7 +123,7 @@ def measure(
     load_before = os.getloadavg()
     model = random_model(point.config(), point.sharding, torch.bfloat16, args.device)
     trainer = (BaselineTrainer if point.method in BASELINES else AddaxTrainer)(
-        model, args, _examples(point)
+        model, args, train_dataset=_examples(point)
     )
     shape_of = back_end_of(model).full_shape
     parameters = sum(shape_of(parameter).numel() for parameter in model.parameters())

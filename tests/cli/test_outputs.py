@@ -16,7 +16,7 @@ from addax_ds.checkpoint.atomic import SEAL, atomic_folder
 from addax_ds.cli import train
 from addax_ds.cli.outputs import Outputs
 from addax_ds.training import hub
-from addax_ds.training.saving import SavingTrainer
+from addax_ds.training.saving import SavingMixin
 from tests.support.tiny import rows, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("program_alone")
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_be_written_costs_no_results(
     def fail(self: Any, folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written: no room")
 
-    monkeypatch.setattr(SavingTrainer, "save_complete_model", fail)
+    monkeypatch.setattr(SavingMixin, "save_complete_model", fail)
     output = tmp_path / "output"
     status, said = ended(flags(model, data, output), capsys)
     assert status == 1

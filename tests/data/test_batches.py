@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
-from addax_ds.data.batches import StepBatches, StepSchedule, pad, permutation, train_dataloader
+from addax_ds.data.batches import StepBatches, StepSchedule, permutation, train_dataloader
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.data.partition import partition
+from addax_ds.data.train_rows import EncodedRows, pad
 from addax_ds.utils.errors import UserError
 
 PAD = 99
@@ -120,7 +121,7 @@ def test_permutations_are_uniform():
 def test_global_generators_are_left_alone():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     schedule = StepSchedule(np.arange(9), np.arange(9), 2, 2, seed=3)
-    batches = StepBatches([make_example(i) for i in range(9)], schedule, 0, 1, PAD)
+    batches = StepBatches(EncodedRows([make_example(i) for i in range(9)], PAD), schedule, 0, 1)
     assert len(list(train_dataloader(batches))) == 5
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
@@ -231,7 +232,7 @@ def test_any_number_of_ranks_and_micro_batches_sees_the_same_rows(schedule, step
     }
     for world_size, micro_batches in itertools.product((1, 2, 3, 4), (1, 2, 3)):
         items = [
-            StepBatches(examples, schedule, rank, world_size, PAD, micro_batches)[step]
+            StepBatches(EncodedRows(examples, PAD), schedule, rank, world_size, micro_batches)[step]
             for rank in range(world_size)
         ]
         for stream, indices in expected.items():
@@ -254,8 +255,8 @@ def test_any_number_of_ranks_and_micro_batches_sees_the_same_rows(schedule, step
 def test_micro_batches_are_the_batches_of_as_many_more_ranks():
     schedule = StepSchedule(np.arange(9), np.arange(9, 30), 8, 8, seed=3)
     examples = [make_example(index) for index in range(30)]
-    four = [StepBatches(examples, schedule, rank, 4, PAD)[1] for rank in range(4)]
-    two = [StepBatches(examples, schedule, rank, 2, PAD, 2)[1] for rank in range(2)]
+    four = [StepBatches(EncodedRows(examples, PAD), schedule, rank, 4)[1] for rank in range(4)]
+    two = [StepBatches(EncodedRows(examples, PAD), schedule, rank, 2, 2)[1] for rank in range(2)]
     for stream in ("zeroth_order", "first_order"):
         separate = [item[stream][0]["input_ids"].tolist() for item in four]
         together = [two[rank][stream][i]["input_ids"].tolist() for i in (0, 1) for rank in (0, 1)]
@@ -281,7 +282,7 @@ def unpad(tensors):
 def test_a_rank_without_rows_gets_a_dummy_that_adds_nothing():
     schedule = StepSchedule(NONE, np.arange(5), 0, 4, seed=0)
     examples = [make_example(index) for index in range(5)]
-    items = [StepBatches(examples, schedule, rank, 4, PAD)[1] for rank in range(4)]
+    items = [StepBatches(EncodedRows(examples, PAD), schedule, rank, 4)[1] for rank in range(4)]
     assert [item["first_order"][0]["input_ids"].shape[0] for item in items] == [1, 1, 1, 1]
     (dummy,) = items[3]["first_order"]
     assert {name: tensor.tolist() for name, tensor in dummy.items()} == {
@@ -313,7 +314,7 @@ def test_a_stream_that_does_not_exist_has_no_key(method, keys):
     examples = [make_example(index) for index in range(6)]
     parts = partition([example.length for example in examples], method, None)
     schedule = StepSchedule(parts.zeroth_order, parts.first_order, 2, 2, seed=0)
-    assert StepBatches(examples, schedule, 0, 1, PAD)[0].keys() == keys
+    assert StepBatches(EncodedRows(examples, PAD), schedule, 0, 1)[0].keys() == keys
 
 
 # --------------------------------------------------------------------------------- the loader
@@ -323,7 +324,7 @@ def make_batches():
     """13 examples in first-order batches of 4: 4 steps an epoch."""
     examples = [make_example(index) for index in range(20)]
     schedule = StepSchedule(np.arange(7), np.arange(7, 20), 4, 4, seed=5)
-    return StepBatches(examples, schedule, 0, 1, PAD)
+    return StepBatches(EncodedRows(examples, PAD), schedule, 0, 1)
 
 
 def plain(item):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from addax_ds.data.batches import pad
 from addax_ds.data.encoding import Example
+from addax_ds.data.train_rows import pad
 from addax_ds.evaluation.likelihood import positions_of, scores_of_logits, target_scores, targets_of
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.utils.errors import UserError

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.arguments import parse_arguments
-from addax_ds.training.base import plan_steps
 from addax_ds.training.baseline import BaselineTrainer
+from addax_ds.training.steps import plan_steps
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError
 from tests.support.rank_group import ranks_by_size
@@ -41,7 +41,7 @@ def reference(name: str, folder: Path) -> tuple[nn.Module, list[float], list[flo
     args = arguments(same_batches, folder, "none", 1, per_device_train_batch_size=4)
     examples = case.examples()
     settings = replace(args.settings, gradient_accumulation_steps=1)
-    _, schedule = plan_steps(examples, settings, args)
+    _, schedule = plan_steps([e.length for e in examples], settings, args)
     model = AutoModelForCausalLM.from_pretrained(folder / "model").double().eval()
     peak, decay = args.learning_rate, args.weight_decay
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=peak)

@@ -11,6 +11,7 @@ import torch
 import addax_ds
 from addax_ds.data.batches import StepBatches, StepSchedule
 from addax_ds.data.encoding import Example
+from addax_ds.data.train_rows import EncodedRows
 from addax_ds.training.costs import CostMeter, Costs, peak_memory
 from addax_ds.training.trainer import AddaxTrainer
 
@@ -26,21 +27,20 @@ def test_tokens_of_a_step_are_those_of_its_rows_on_all_ranks():
     """The last batch of an epoch is short; padding and filler rows do not count."""
     rows = examples([30, 41, 52, 5, 6, 7, 8, 9])
     schedule = StepSchedule(np.arange(3), np.arange(3, 8), 2, 2, seed=1)
-    by_rank = [StepBatches(rows, schedule, rank, 2, pad_token_id=0) for rank in range(2)]
+    by_rank = [StepBatches(EncodedRows(rows, 0), schedule, rank, 2) for rank in range(2)]
     for step in range(2 * schedule.steps_per_epoch):
         seen = sum(
-            row.length
+            rows[row].length
             for batches in by_rank
             for stream in ("zeroth_order", "first_order")
-            for row in batches.rows(step, stream, 0)
-            if row.origin != "padding"
+            for row in batches.indices(step, stream, 0)
         )
         assert [batches.tokens(step) for batches in by_rank] == [seen, seen]
 
 
 def test_without_a_stream_there_are_no_tokens_of_it():
     schedule = StepSchedule(np.arange(2), np.arange(0), 2, 2, seed=1)
-    assert StepBatches(examples([3, 4]), schedule, 0, 1, pad_token_id=0).tokens(0) == 7
+    assert StepBatches(EncodedRows(examples([3, 4]), 0), schedule, 0, 1).tokens(0) == 7
 
 
 def test_only_what_lies_between_start_and_stop_counts(monkeypatch):

@@ -41,7 +41,7 @@ def trainer(model: Path, output: Path, **training: Any) -> AddaxTrainer:
     return AddaxTrainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         AddaxConfig(**(values | training)),
-        examples(rows(7, 9)),
+        train_dataset=examples(rows(7, 9)),
         eval_dataset=choice_set(),
         processing_class=tiny_tokenizer(),
     )

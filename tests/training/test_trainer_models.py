@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import addax_ds
 from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.data.batches import pad
+from addax_ds.data.train_rows import pad
 from addax_ds.optim.report import NonFiniteError
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError
@@ -46,7 +46,9 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> AddaxTrainer:
             **options,
         }
     )
-    return AddaxTrainer(model, args, examples(rows(2, 3)), processing_class=tiny_tokenizer())
+    return AddaxTrainer(
+        model, args, train_dataset=examples(rows(2, 3)), processing_class=tiny_tokenizer()
+    )
 
 
 @every_family

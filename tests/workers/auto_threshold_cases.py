@@ -96,7 +96,7 @@ def train(
     trainer = AddaxTrainer(
         model,
         args,
-        examples(rows(7, 9)),
+        train_dataset=examples(rows(7, 9)),
         processing_class=tiny_tokenizer(),
         planned=plan,
     )

@@ -49,7 +49,7 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     trainer = BaselineTrainer(
         model,
         args,
-        case.examples(),
+        train_dataset=case.examples(),
         eval_dataset=choice_set(),
         processing_class=tiny_tokenizer(),
     )

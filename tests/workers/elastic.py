@@ -58,7 +58,7 @@ def train(folder: Path, sharding: str, output: Path, checkpoint: Path | None) ->
     trainer = AddaxTrainer(
         model,
         args,
-        examples(rows(9, 10)),
+        train_dataset=examples(rows(9, 10)),
         processing_class=tiny_tokenizer(),
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

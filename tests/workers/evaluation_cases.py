@@ -60,7 +60,7 @@ def evaluate(
     trainer = AddaxTrainer(
         model,
         args,
-        examples(rows(4, 8)),
+        train_dataset=examples(rows(4, 8)),
         eval_dataset=dataset,
         processing_class=tiny_tokenizer(),
         callbacks=[note],

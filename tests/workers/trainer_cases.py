@@ -303,7 +303,7 @@ def make_trainer(
     return AddaxTrainer(
         model,
         args,
-        case.examples(),
+        train_dataset=case.examples(),
         eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),
     )

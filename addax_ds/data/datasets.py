@@ -1,0 +1,82 @@
+"""Rows of any map-style data set as examples: tokenised ones, or text of the known shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from addax_ds.data.encoding import Example, encode
+from addax_ds.data.records import records_of
+from addax_ds.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from addax_ds.data.train_rows import MapDataset
+
+
+def as_examples(
+    dataset: MapDataset, name: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Sequence[Example]:
+    """Return the examples of a data set, whose first row decides how the others are read.
+
+    Args:
+        dataset: rows that are examples; that have ``input_ids`` (and ``labels``, not shifted, -100
+            where a token carries no loss; without them all tokens carry loss; what
+            ``attention_mask`` marks with 0 is left out); or that have one of `records.SHAPES`.
+        name: what to call the data set in messages.
+        tokenizer: for rows of text.
+
+    Raises:
+        UserError: there are no rows, or one cannot be used; the message names its number.
+    """
+    if not len(dataset):
+        raise UserError(f"{name} holds no rows")
+    first = dataset[0]
+    if isinstance(first, Example):
+        return dataset if isinstance(dataset, Sequence) else [dataset[i] for i in _numbers(dataset)]
+    if not isinstance(first, Mapping):
+        raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
+    rows = [(f"{name}: row {index}", dataset[index]) for index in _numbers(dataset)]
+    if "input_ids" in first:
+        return [_example(row, origin) for origin, row in rows]
+    if tokenizer is None:
+        raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
+    records = records_of(rows, name, tokenizer)
+    return encode(records, tokenizer, max_length=None, model_positions=None)
+
+
+def _numbers(dataset: MapDataset) -> range:
+    return range(len(dataset))
+
+
+def _example(row: Mapping[str, Any], origin: str) -> Example:
+    """Return the example of a tokenised row."""
+    ids = _integers(row, "input_ids", origin)
+    given = row.get("labels") is not None
+    labels = _integers(row, "labels", origin) if given else ids
+    if row.get("attention_mask") is not None:
+        kept = _integers(row, "attention_mask", origin)
+        if len(kept) != len(ids):
+            raise UserError(f"{origin}: {len(ids)} input_ids and {len(kept)} of attention_mask")
+        ids, labels = ids[kept != 0], labels[kept != 0] if len(labels) == len(kept) else labels
+    if len(labels) != len(ids):
+        raise UserError(f"{origin}: {len(ids)} input_ids and {len(labels)} labels")
+    example = Example(ids, labels, origin)
+    if not example.target_count:
+        raise UserError(
+            f"{origin}: no token after the first has a label, so there is nothing to learn from it"
+        )
+    return example
+
+
+def _integers(row: Mapping[str, Any], column: str, origin: str) -> Any:
+    values = np.asarray(row[column])
+    if values.ndim != 1 or values.dtype.kind not in "iub":
+        raise UserError(
+            f"{origin}: {column} must be integers, one a token, and not {values.dtype} of shape "
+            f"{values.shape}"
+        )
+    return values.astype(np.int32)

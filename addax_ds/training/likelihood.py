@@ -1,0 +1,198 @@
+"""Loss and evaluation by the likelihood of target tokens, as causal language models have them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from addax_ds.data.datasets import as_examples
+from addax_ds.data.train_rows import EncodedRows, TrainRows
+from addax_ds.evaluation.likelihood import (
+    scores_of_logits,
+    target_scores,
+    target_tensors,
+    targets_of,
+)
+from addax_ds.evaluation.scored_set import (
+    EvaluationCollator,
+    EvaluationSet,
+    ScoredSet,
+    Scores,
+    ScoreTable,
+    evaluation_dataloader,
+)
+from addax_ds.training.steps import StepMixin
+from addax_ds.utils.errors import UserError
+
+if TYPE_CHECKING:
+    _Steps = StepMixin
+else:
+    _Steps = object  # comes before the step and the trainer
+
+
+class LikelihoodMixin(_Steps):
+    """Loss and evaluation of `AddaxTrainer` and `BaselineTrainer`.
+
+    The loss is the cross-entropy of target tokens (`addax_ds.evaluation.likelihood`), summed over
+    the global batch in fp64 and divided by its number of targets; a loss of the model's own is not
+    used. ``train_dataset`` and ``eval_dataset`` are examples (`addax_ds.data.encoding.encode`), or
+    what `as_examples` makes some of: any map-style data set with ``input_ids``, or of text. With a
+    ``data_collator`` of the user's, it makes the batches, ``labels`` among them.
+
+    What is evaluated scores its own batches (`ScoredSet`), shared out over the ranks. With a
+    ``compute_metrics`` or a ``data_collator`` of the user's, Trainer's evaluation runs instead.
+
+    Attributes:
+        scores: what the data set made its last metrics of, a row an example; or None.
+    """
+
+    scores: Scores | None = None
+    _scored: tuple[ScoredSet, ScoreTable] | None = None
+
+    def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
+        if kwargs.get("compute_loss_func") is not None:
+            raise UserError(
+                f"{type(self).__name__} takes no compute_loss_func: the loss is the likelihood of "
+                "the target tokens; AddaxMixin takes that of any trainer"
+            )
+        self._pad_token_id = _pad_token_id(kwargs.get("processing_class"))
+        self._collates = kwargs.get("data_collator") is not None
+        if not self._collates:
+            kwargs["data_collator"] = EvaluationCollator(self._pad_token_id)
+        super().__init__(model, args, **{**kwargs, "compute_loss_func": causal_loss})
+
+    # ---- training ------------------------------------------------------------------------------
+
+    def train_rows(self, dataset: Any) -> TrainRows:
+        """Return the examples of a data set, unless the user has a collator."""
+        if self._collates:
+            return super().train_rows(dataset)
+        examples = as_examples(dataset, "train_dataset", self._tokenizer)
+        return EncodedRows(examples, self._pad_token_id)
+
+    def micro_batch_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
+        """Return a loss whose mean over ranks and micro-batches is that over all target tokens.
+
+        In fp64. The sum is divided by the global number of targets, and multiplied by the number of
+        ranks and micro-batches: whoever takes the step takes a mean over them.
+        """
+        if "labels" not in batch:
+            raise UserError(
+                f"{type(self).__name__}: the data_collator makes no labels, of which the loss is"
+            )
+        inputs = self._prepare_inputs({**batch, **target_tensors(batch["labels"])})
+        with self.compute_loss_context_manager():
+            scores = target_scores(model, inputs, inputs["targets"], inputs["positions"])
+        parts = self.args.world_size * self.settings.gradient_accumulation_steps
+        if isinstance(targets, Tensor):
+            targets = targets.double()  # of an int64 tensor the quotient would be fp32
+        return -scores[:, 0].sum() * (parts / targets)
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        own: Any = self.processing_class
+        return own
+
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Score a batch by its data set; scores are gathered once, after all batches."""
+        if self._scored is None:
+            inputs = {k: v for k, v in inputs.items() if k != "index"}
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        dataset, table = self._scored
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            table.add(inputs["index"], dataset.score(model, inputs))
+        return None, None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return a loader of this rank's share of a data set's batches."""
+        if self._collates:
+            return super().get_eval_dataloader(eval_dataset)
+        chosen: Any = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            chosen = chosen[eval_dataset]
+        elif eval_dataset is not None:
+            chosen = eval_dataset
+        if chosen is None:
+            raise UserError(f"{type(self).__name__}: evaluation needs an eval_dataset")
+        if not isinstance(chosen, ScoredSet):
+            chosen = EvaluationSet(as_examples(chosen, "eval_dataset", self._tokenizer))
+        if self.compute_metrics is not None:
+            return super().get_eval_dataloader(chosen)
+        args = self.args
+        return evaluation_dataloader(
+            chosen,
+            args.eval_batch_size,
+            args.process_index,
+            args.world_size,
+            self._pad_token_id,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return a loader for ``predict``, the same as for ``evaluate``."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Run Trainer's loop, with the metrics of the data set."""
+        dataset: Any = dataloader.dataset
+        if isinstance(dataset, ScoredSet) and self.compute_metrics is None:
+            self._scored = dataset, ScoreTable(dataset)
+        try:
+            output: Any = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if self._scored is not None:
+                self.scores = self._scored[1].complete()
+                for name, value in dataset.metrics(self.scores).items():
+                    output.metrics[f"{metric_key_prefix}_{name}"] = value
+        finally:
+            self._scored = None
+        return output
+
+
+def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """Cross-entropy of the target tokens, in fp32, summed in fp64 and divided by a given number.
+
+    Trainer's ``compute_loss_func``, for evaluations by Trainer itself (with ``compute_metrics``):
+    not every model heeds ``num_items_in_batch`` in its own loss.
+
+    Args:
+        outputs: of the model; ``logits`` of shape ``(rows, length, vocabulary)``.
+        labels: int64 ``(rows, length)``, not shifted.
+        num_items_in_batch: number of target tokens in the global batch.
+
+    Returns:
+        fp64 scalar.
+    """
+    scores = scores_of_logits(outputs.logits, targets_of(labels))
+    return -scores[:, 0].sum() / num_items_in_batch
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return a token to pad with; masked out, so any will do where the tokenizer names none."""
+    if tokenizer is None:
+        return 0
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0

@@ -1,0 +1,258 @@
+"""A Trainer with Addax: its loop as it is, another step inside it."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from addax_ds.distributed.collectives import all_gather_object
+from addax_ds.optim.addax import Addax
+from addax_ds.optim.attach import attach
+from addax_ds.optim.methods import IN_PLACE
+from addax_ds.sharding.base import Sharding
+from addax_ds.sharding.registry import back_end_of
+from addax_ds.training.desync import DesyncCheck
+from addax_ds.training.steps import StepMixin
+from addax_ds.utils.dtypes import weights_dtype
+from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ATTACHED: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
+
+MAX_NAMED_EXAMPLES = 20
+"""Largest number of examples of a non-finite step in the log."""
+
+
+# Trainers whose training_step is Trainer's, within a context that AddaxConfig does not ask for.
+_CARRIED = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
+
+
+class AddaxMixin(StepMixin):
+    """Gives a `transformers.Trainer` an Addax step; it comes first among the base classes.
+
+    ``class AddaxSFTTrainer(AddaxMixin, trl.SFTTrainer)`` is TRL's trainer with a step that takes a
+    zeroth-order batch of D0 and a first-order batch of D1. The trainer's own collator makes both
+    batches, its ``compute_loss`` both losses, and its evaluation is its own. Arguments are the
+    trainer's, with an `AddaxConfig` as ``args``; for a trainer with a config of its own::
+
+        @dataclass
+        class AddaxSFTConfig(AddaxConfig, trl.SFTConfig): ...
+
+    It runs under DeepSpeed ZeRO-3 (``args.deepspeed``) and, without it, on a model that is sharded
+    by `fully_shard` or whole on each rank.
+
+    Besides the values of Trainer and `StepMixin` it reports, every ``logging_steps``, those of the
+    last step: ``learning_rate``, ``g0``, ``zo_loss``, ``fo_loss``, ``zo_update_norm`` and
+    ``fo_update_norm`` (norms of the two parts of the update) and ``grad_norm`` (of the first-order
+    gradient).
+
+    Raises:
+        UserError: for arguments that do not fit together, or a trainer with a step of its own,
+            before anything is trained.
+    """
+
+    methods = IN_PLACE
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _check_step(type(self))
+        super().__init__(*args, **kwargs)
+        if not self.is_deepspeed_enabled:
+            # Accelerate would wrap a model on several ranks in DistributedDataParallel.
+            self.model._is_accelerate_prepared = True  # type: ignore[union-attr]
+        self.add_callback(_EndOfStep(self))
+        self._stop_requested = False
+        self._desync: DesyncCheck | None = None
+        self._learning_rate = self.args.learning_rate
+
+    # ---- seams of Trainer ----------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON.
+
+        Raises:
+            UserError: if DeepSpeed's engine is there already, as it cannot be made twice.
+        """
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            raise UserError(
+                "under DeepSpeed a trainer trains once, and before it evaluates: make a new "
+                f"{type(self).__name__}, or set eval_on_start to evaluate before the first step"
+            )
+        if self.optimizer is None:
+            model = model or self.model
+            assert model is not None
+            _check_dtype(model, self.args)
+            back_end_of(model).free_gathered(model)
+            if model in _ATTACHED:  # by an earlier trainer, as in a notebook
+                _ATTACHED.pop(model).detach()
+            self.optimizer = Addax(
+                [p for p in model.parameters() if p.requires_grad],
+                **asdict(self.settings.hyperparameters),
+            )
+            _ATTACHED[model] = attach(self.optimizer, model)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One step of Algorithm 1; the weights are updated inside ``backward``."""
+        model.train()
+        addax = self.addax
+        assert self._desync is not None
+        self._desync.before_step()
+        addax.track_norm = self._logs_after_this_step()
+        addax.stop_requested = self._stop_requested
+        self._losses.clear()
+        # Before DeepSpeed's engine goes on to the next one, which is what Trainer would report.
+        self._learning_rate = float(addax.param_groups[0]["lr"])
+        loss = addax.measure(
+            self._micro_batches(model, inputs, "zeroth_order"),
+            self._micro_batches(model, inputs, "first_order"),
+        )
+        if loss is None:
+            addax.sharding.step_without_backward()
+        else:
+            self.accelerator.backward(loss)
+        means = (addax.first_order_loss, addax.zeroth_order_loss)
+        return torch.tensor(next(m for m in means if m is not None), device=self.args.device)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the trainer's loop as passes without a backward."""
+        trained = self.optimizer is not None
+        with self.addax.sharding.forward_only() if trained else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the values of the last step to what Trainer reports while it trains."""
+        if "loss" in logs and self.addax.report is not None:
+            # The optimizer has freed all gradients, so Trainer reports a norm of 0.
+            logs.pop("grad_norm", None)
+            report = self.addax.report
+            values = {
+                "learning_rate": self._learning_rate,
+                "g0": report.g0,
+                "zo_loss": report.zeroth_order_loss,
+                "fo_loss": report.first_order_loss,
+                "zo_update_norm": report.zeroth_order_norm,
+                "fo_update_norm": report.first_order_norm,
+                "grad_norm": report.gradient_norm,
+                "loss_scale": report.loss_scale if self.args.fp16 else None,
+            }
+            logs.update({key: value for key, value in values.items() if value is not None})
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a step, a parameter and token: 2 in a pass, 4 more in a backward."""
+        passes = len(self.addax.estimator.passes) if self.addax.alpha > 0 else 0
+        weights = {"zeroth_order": 2 * passes, "first_order": 6}
+        tokens = sum(
+            weight * batch["input_ids"].numel()
+            for stream, weight in weights.items()
+            for batch in inputs.get(stream, [])
+            if "input_ids" in batch
+        )
+        return tokens * self.addax.sharding.trainable_elements
+
+    # ---- stopping ------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Request that all ranks save a checkpoint after the current step and end ``train``.
+
+        One rank is enough. May be called from a signal handler.
+        """
+        self._stop_requested = True
+
+    @property
+    def stopped(self) -> bool:
+        """True if ``train`` ended because of `request_stop`, on this or another rank."""
+        report = self.addax.report
+        return report is not None and report.stop_requested
+
+    def _name_examples(self, step: int) -> None:
+        """Log the examples of a non-finite step; collective.
+
+        Those of micro-batches with a loss that is not finite; if all are, those whose gradient was
+        taken.
+        """
+        assert self._steps is not None
+        batches = {(s, i) for s, i, loss in self._losses if not loss.isfinite()}
+        if not any(all_gather_object(bool(batches))):
+            batches = {(s, i) for s, i, _ in self._losses if s == "first_order"}
+        own = [row for batch in sorted(batches) for row in self._steps.indices(step, *batch)]
+        named = [self._steps.rows.origin(row) for row in own]
+        origins = [origin for of_rank in all_gather_object(named) for origin in of_rank]
+        if len(origins) > MAX_NAMED_EXAMPLES:
+            others = len(origins) - MAX_NAMED_EXAMPLES
+            origins[MAX_NAMED_EXAMPLES:] = [f"and {others} more"]
+        logger.warning("step %d: its examples: %s", step, "; ".join(origins))
+
+    # ---- helpers -------------------------------------------------------------------------------
+
+    def _logs_after_this_step(self) -> bool:
+        step, args = self.state.global_step + 1, self.args
+        if args.logging_strategy == "steps":
+            return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        return args.logging_strategy == "epoch"
+
+
+class _EndOfStep(TrainerCallback):
+    """Acts on the report of each step, which is the same on all ranks."""
+
+    def __init__(self, trainer: AddaxMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Other weights may have been loaded since the last training.
+        addax, every = self._trainer.addax, self._trainer.args.desync_check_steps
+        self._trainer._desync = DesyncCheck(addax, every)
+        self._trainer.resume_logging()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._stop_requested = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        report, desync = self._trainer.addax.report, self._trainer._desync
+        assert report is not None
+        assert desync is not None
+        desync.after_step()
+        if report.has_nonfinite:
+            self._trainer._name_examples(state.global_step - 1)
+        if report.stop_requested:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.stopped:
+            # Trainer would end by loading the best weights, and, with a limit of 1, by deleting the
+            # checkpoint to resume from. This one has been saved, and older ones removed, by now.
+            args.load_best_model_at_end = False
+            args.save_total_limit = None
+
+
+def _check_dtype(model: nn.Module, args: TrainingArguments) -> None:
+    wanted = weights_dtype(args)
+    dtypes = {p.dtype for p in model.parameters()}
+    if any((dtype in dtypes) != (dtype is wanted) for dtype in (torch.bfloat16, torch.float16)):
+        raise UserError(
+            f"the model has weights of {', '.join(sorted(map(str, dtypes)))}, and the training "
+            f"arguments (bf16 {args.bf16}, fp16 {args.fp16}) ask for {wanted}: load the model with "
+            "the dtype that they ask for"
+        )
+
+
+def _check_step(trainer: type) -> None:
+    """Raise `UserError` if a base class does in its step what an Addax step would leave out."""
+    for base in trainer.__mro__[trainer.__mro__.index(AddaxMixin) + 1 :]:
+        if base is Trainer:
+            return
+        if "training_step" in vars(base) and base.__name__ not in _CARRIED:
+            raise UserError(
+                f"{base.__name__} has a training_step of its own, which an Addax step cannot "
+                "carry: give AddaxMixin a trainer whose data and compute_loss are all that it does"
+            )

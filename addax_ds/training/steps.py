@@ -1,0 +1,269 @@
+"""What all methods share: batches of a step, their loss, and what they cost."""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainingArguments
+
+from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.config.settings import AddaxSettings
+from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
+from addax_ds.data.partition import Partition, partition
+from addax_ds.data.train_rows import CollatedRows, TrainRows, row_length
+from addax_ds.optim.methods import BASELINES, IN_PLACE, Method
+from addax_ds.sharding.registry import back_end_of
+from addax_ds.training.costs import CostMeter
+from addax_ds.training.saving import SavingMixin
+from addax_ds.utils.errors import UserError
+
+
+def plan_steps(
+    lengths: Sequence[int], settings: AddaxSettings, args: TrainingArguments
+) -> tuple[Partition, StepSchedule]:
+    """Divide the rows between the streams and say which of them each step sees.
+
+    Args:
+        lengths: tokens of each row.
+        settings: method, L_T, batch size of the zeroth-order stream.
+        args: batch size of the first-order stream, ranks and seeds.
+
+    Raises:
+        UserError: a stream is empty or has fewer rows than its global batch.
+    """
+    streams = partition(lengths, settings.method, settings.length_threshold)
+    shares = args.world_size * settings.gradient_accumulation_steps
+    schedule = StepSchedule(
+        streams.zeroth_order,
+        streams.first_order,
+        settings.per_device_zo_batch_size * shares,
+        args.per_device_train_batch_size * shares,
+        args.seed if args.data_seed is None else args.data_seed,
+        args.dataloader_drop_last,
+    )
+    return streams, schedule
+
+
+class StepMixin(SavingMixin):
+    """Makes the items of a Trainer's data whole steps: a zeroth- and a first-order batch, or one.
+
+    An epoch is one pass over D1 (over D0 for mezo); D0 cycles through its own permutations. The
+    trainer's collator makes the batches, and its ``compute_loss`` their losses. Every
+    ``logging_steps`` it reports what `addax_ds.training.costs` says of the training up to then.
+
+    Attributes:
+        costs: of the training up to now.
+    """
+
+    methods: ClassVar[tuple[Method, ...]] = ()
+    """Methods that this trainer runs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # By name, as not every trainer has its config second.
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        self._check_arguments(given)
+        # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
+        config = copy.copy(given["args"])
+        config.gradient_accumulation_steps = 1
+        self.settings: AddaxSettings = config.settings
+        self.partition: Partition | None = None
+        self._steps: StepBatches | None = None
+        self._losses: list[tuple[str, int, Tensor]] = []
+        super().__init__(**{**given, "args": config})
+        if self.train_dataset is not None:
+            self._prepare_steps(self.train_dataset)
+        self.costs = CostMeter(self.args.device)
+        self.add_callback(_Meter(self))
+
+    def _check_arguments(self, given: dict[str, Any]) -> None:
+        name, args = type(self).__name__, given.get("args")
+        if not isinstance(args, AddaxConfig):
+            raise UserError(
+                f"{name} takes an addax_ds.AddaxConfig, which has the fields of "
+                f"TrainingArguments and more, not {type(args).__name__}"
+            )
+        if args.method not in self.methods:
+            raise UserError(
+                f"{name} trains by {', '.join(self.methods)}, not by --method "
+                f"{args.method}: AddaxTrainer is for {', '.join(IN_PLACE)}, "
+                f"BaselineTrainer for {' and '.join(BASELINES)}"
+            )
+        if any(part is not None for part in given.get("optimizers") or ()):
+            raise UserError(
+                f"{name} takes no optimizers: it makes its own, and the schedule of its "
+                "learning rate from lr_scheduler_type"
+            )
+        for argument, instead in (
+            ("model_init", "give it the model"),
+            ("optimizer_cls_and_kwargs", "the arguments name a method"),
+        ):
+            if given.get(argument) is not None:
+                raise UserError(f"{name} takes no {argument}: {instead}")
+
+    def _prepare_steps(self, dataset: Any) -> None:
+        """Divide the training data between the streams."""
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise UserError(
+                f"{type(self).__name__}: the training data is a {type(dataset).__name__}, whose "
+                "rows come one after the other; streams by length need a data set with a length "
+                "and rows by number (datasets: load it without streaming)"
+            )
+        rows = self.train_rows(dataset)
+        self.partition, schedule = self._plan(rows)
+        self._steps = StepBatches(
+            rows,
+            schedule,
+            self.args.process_index,
+            self.args.world_size,
+            self.settings.gradient_accumulation_steps,
+        )
+
+    def _plan(self, rows: TrainRows) -> tuple[Partition, StepSchedule]:
+        streams, schedule = plan_steps(rows.lengths.tolist(), self.settings, self.args)
+        # Nothing could fill up the last batch of an epoch.
+        return streams, replace(schedule, drop_last=schedule.drop_last or not rows.has_dummy)
+
+    def train_rows(self, dataset: Any) -> TrainRows:
+        """Return the rows of a map-style data set, of which the trainer's collator makes batches.
+
+        An epoch ends before a batch that it cannot fill.
+        """
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        return CollatedRows(dataset, collator, self.row_length)
+
+    def row_length(self, row: Any) -> int:
+        """Return how many tokens a row has, by which the streams are divided.
+
+        See `addax_ds.data.train_rows.row_length`. A trainer of other data overrides it.
+        """
+        return row_length(row)
+
+    def repartition(self, threshold: int) -> None:
+        """Divide the training data by another L_T, before a loader has been read.
+
+        What Trainer has computed from the length of an epoch, such as the epochs that it logs,
+        stays: which examples a step sees does not depend on it.
+        """
+        assert self._steps is not None
+        self.settings = replace(self.settings, length_threshold=threshold)
+        self.partition, schedule = self._plan(self._steps.rows)
+        self._steps.reschedule(schedule)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return a loader with one item a step: this rank's part of both batches."""
+        if self._steps is None:
+            raise UserError(f"{type(self).__name__}: training needs a train_dataset")
+        args = self.args
+        return train_dataloader(
+            self._steps,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+
+    def tokens(self, step: int) -> int:
+        """Return the number of tokens in a step's global batches, padding left out."""
+        assert self._steps is not None
+        return self._steps.tokens(step)
+
+    @property
+    def stopped(self) -> bool:
+        """True if ``train`` ended early on request."""
+        return False
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to what Trainer reports while it trains what the training has cost."""
+        if "loss" in logs:
+            logs.update(self.costs.report())
+        super().log(logs, start_time)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # Shards are where they belong, which with CPU offload is another device.
+        if not back_end_of(model).is_placed:
+            super()._move_model_to_device(model, device)
+
+    @property
+    def _data_digest(self) -> str:
+        assert self._steps is not None
+        return self._steps.rows.digest
+
+    def _micro_batches(
+        self, model: nn.Module, inputs: dict[str, Any], stream: str
+    ) -> list[Callable[[], Tensor]]:
+        """Return, for each micro-batch of a stream, what computes its loss."""
+        if stream not in inputs:
+            return []
+        targets = inputs.get(f"{stream}_targets")
+        if targets is None:  # Trainer counts them, on all ranks, where the loss divides by them
+            targets = self._get_num_items_in_batch(inputs[stream], self.args.device)
+
+        def noted(number: int, batch: dict[str, Tensor]) -> Tensor:
+            loss = self.micro_batch_loss(model, batch, targets)
+            self._losses.append((stream, number, loss.detach()))
+            return loss
+
+        return [partial(noted, number, batch) for number, batch in enumerate(inputs[stream])]
+
+    def micro_batch_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
+        """Return a loss whose mean over ranks and micro-batches is that of the step.
+
+        It is what ``compute_loss`` returns.
+
+        Args:
+            model: as steps call it; under DeepSpeed the engine.
+            batch: what the collator has made.
+            targets: number of predicted tokens in the global batch, where ``compute_loss`` divides
+                by them; or None.
+
+        Raises:
+            UserError: the loss is not in fp32 or wider. The zeroth-order part is the difference of
+                two, which would be lost.
+        """
+        count = self.settings.gradient_accumulation_steps
+        self.current_gradient_accumulation_steps = count
+        # The batch is read once more for the other side, and some trainers change their inputs.
+        inputs = self._prepare_inputs(dict(batch))
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=targets)
+        if loss.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{type(self).__name__}: compute_loss returns a loss in {loss.dtype}, in which the "
+                "difference of two losses is lost: let it reduce in fp32"
+            )
+        return loss * count if self._loss_is_of_the_step(targets) else loss
+
+    def _loss_is_of_the_step(self, targets: Any) -> bool:
+        """Return whether losses of micro-batches are to be added up, and not averaged."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        by_model = self.model_accepts_loss_kwargs and targets is not None
+        return by_model or self.compute_loss_func is not None
+
+
+class _Meter(TrainerCallback):
+    """Measures what steps cost, without the evaluations and checkpoints between them."""
+
+    def __init__(self, trainer: StepMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._trainer.costs.reset()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.costs.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.costs.stop(self._trainer.tokens(state.global_step - 1))

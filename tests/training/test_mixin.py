@@ -1,0 +1,404 @@
+"""Addax in trainers of any loss and data, against a loop that knows nothing of Trainer."""
+
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+)
+
+from addax_ds import Addax, AddaxConfig, AddaxMixin, AddaxTrainer, UserError, attach
+from addax_ds.data.batches import StepSchedule
+from addax_ds.data.partition import partition
+from addax_ds.evaluation.scored_set import EvaluationSet
+from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer
+
+STEPS, BATCH, SEED = 10, 2, 3
+LENGTHS = (20, 5, 18, 6, 16, 7, 19, 8, 17, 4, 15)
+
+
+class AnyTrainer(AddaxMixin, Trainer):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _alone(program_alone) -> None:
+    pass
+
+
+def config(folder: Any, **more: Any) -> AddaxConfig:
+    usual = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "alpha": 0.1,
+        "length_threshold": 10,
+        "seed": SEED,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return AddaxConfig(**(usual | more))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+# ---- data sets of any kind, a causal language model --------------------------------------------
+
+
+def trained(folder: Any, dataset: Any, **more: Any) -> dict[str, torch.Tensor]:
+    trainer = AddaxTrainer(
+        model=tiny_model("opt"),
+        args=config(folder, length_threshold=12),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer(),
+        **more,
+    )
+    trainer.train()
+    return weights(trainer.model)
+
+
+def columns(padded: bool = False) -> list[dict[str, Any]]:
+    """The same rows as tokens, padded as `padding="max_length"` does it or not at all."""
+    found = []
+    for example in examples(rows(5, 6)):
+        more = 64 - example.length if padded else 0
+        row = {
+            "input_ids": example.input_ids.tolist() + [0] * more,
+            "labels": example.labels.tolist() + [-100] * more,
+        }
+        if padded:
+            row["attention_mask"] = [1] * example.length + [0] * more
+        found.append(row)
+    return found
+
+
+def test_rows_of_any_data_set_are_the_same_examples(tmp_path):
+    expected = trained(tmp_path, examples(rows(5, 6)))
+    for dataset in (
+        columns(),
+        columns(padded=True),
+        datasets.Dataset.from_list(columns(padded=True)),
+        datasets.Dataset.from_list(columns()).with_format("torch"),
+        datasets.Dataset.from_list(rows(5, 6)),
+        rows(5, 6),
+    ):
+        assert_same(trained(tmp_path, dataset), expected)
+
+
+def test_a_collator_makes_the_batches(tmp_path):
+    """Rows without labels are learnt whole. Six of them fill all batches of D1."""
+    plain = [{"input_ids": row["input_ids"]} for row in columns()]
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    calls = []
+
+    class Collator(DataCollatorForLanguageModeling):
+        def __call__(self, features: Any, return_tensors: Any = None) -> Any:
+            calls.append(len(features))
+            batch = super().__call__(features, return_tensors)
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            return batch
+
+    own = trained(tmp_path, plain, data_collator=Collator(tokenizer, mlm=False))
+    assert calls == [BATCH] * (2 * STEPS)
+    for name, weight in trained(tmp_path, plain).items():
+        torch.testing.assert_close(own[name], weight, rtol=1e-5, atol=1e-7)
+
+
+def test_evaluation_takes_the_same_data_sets(tmp_path):
+    def loss_of(dataset: Any) -> float:
+        trainer = AddaxTrainer(
+            model=tiny_model("opt"),
+            args=config(tmp_path),
+            eval_dataset=dataset,
+            processing_class=tiny_tokenizer(),
+        )
+        return trainer.evaluate()["eval_loss"]
+
+    expected = loss_of(EvaluationSet(examples(rows(5, 6))))
+    assert loss_of(columns()) == expected
+    assert loss_of(datasets.Dataset.from_list(rows(5, 6))) == expected
+
+
+def test_several_evaluation_sets(tmp_path):
+    sets = {"short": columns()[5:], "long": columns()[:5]}
+    trainer = AddaxTrainer(
+        model=tiny_model("opt"), args=config(tmp_path), eval_dataset=sets, train_dataset=columns()
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_short_loss", "eval_long_loss"} <= metrics.keys()
+
+
+def test_a_second_trainer_of_the_same_model_goes_on_from_its_weights(tmp_path):
+    model = tiny_model("opt")
+    for _ in range(2):
+        trainer = AddaxTrainer(model, config(tmp_path), train_dataset=columns())
+        trainer.train()
+    other = tiny_model("opt")
+    AddaxTrainer(other, config(tmp_path), train_dataset=columns()).train()
+    fresh = tiny_model("opt")
+    fresh.load_state_dict(other.state_dict())
+    AddaxTrainer(fresh, config(tmp_path), train_dataset=columns()).train()
+    assert_same(weights(model), weights(fresh))
+
+
+# ---- any loss ----------------------------------------------------------------------------------
+
+
+def loop(model: nn.Module, data: list[Any], collate: Any, lengths: Any, **more: Any) -> Any:
+    """Ten steps of Addax with the model's own loss; returns the weights and every g0."""
+    streams = partition(lengths, "addax", 10)
+    schedule = StepSchedule(
+        streams.zeroth_order, streams.first_order, BATCH, BATCH, SEED, drop_last=True
+    )
+    model.train()
+    optimizer = Addax(model.parameters(), lr=0.05, alpha=0.1, seed=SEED, **more)
+    attach(optimizer, model)
+    g0 = []
+
+    def loss(indices: Any) -> Any:
+        batch = collate([data[i] for i in indices])
+        return lambda: model(**batch).loss
+
+    for step in range(STEPS):
+        first = optimizer.measure(
+            loss(schedule.zeroth_order_indices(step)), loss(schedule.first_order_indices(step))
+        )
+        first.backward()
+        optimizer.step()
+        g0.append(optimizer.report.g0)
+    return weights(model), g0
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    return LlamaForSequenceClassification(
+        LlamaConfig(**shape, **heads, num_labels=3, pad_token_id=0)
+    )
+
+
+def classified() -> list[dict[str, Any]]:
+    draw = np.random.default_rng(0)
+    return [
+        {"input_ids": draw.integers(1, 100, n).tolist(), "label": int(draw.integers(3))}
+        for n in LENGTHS
+    ]
+
+
+def test_a_sequence_classifier(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token_id = 0
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = AnyTrainer(
+        model=classifier(),
+        args=config(tmp_path, logging_steps=1),
+        train_dataset=datasets.Dataset.from_list(classified()),
+        eval_dataset=datasets.Dataset.from_list(classified()[:4]),
+        data_collator=collator,
+        compute_metrics=lambda p: {"rows": len(p.label_ids)},
+    )
+    trainer.train()
+    expected, g0 = loop(classifier(), classified(), collator, list(LENGTHS))
+    assert [entry["g0"] for entry in trainer.state.log_history if "g0" in entry] == g0
+    assert_same(weights(trainer.model), expected)
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 4
+    assert np.isfinite(metrics["eval_loss"])
+
+
+def vision_language_model() -> nn.Module:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=99,
+            vision_feature_layer=-1,
+        )
+    )
+
+
+def described(rows_: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows_)
+    ids = torch.zeros(len(rows_), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for index, row in enumerate(rows_):
+        ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        labels[index, 5 : len(row["input_ids"])] = ids[index, 5 : len(row["input_ids"])]
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": labels,
+        "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows_]),
+    }
+
+
+def test_a_vision_language_model(tmp_path):
+    """Its loss is a mean over the targets of the batch, of which Trainer tells the model."""
+    draw = np.random.default_rng(1)
+    data = [
+        {
+            "input_ids": [99] * 4 + draw.integers(1, 98, n + 2).tolist(),
+            "pixel_values": draw.normal(size=(3, 8, 8)).astype(np.float32),
+        }
+        for n in LENGTHS
+    ]
+    trainer = AnyTrainer(
+        model=vision_language_model(),
+        args=config(tmp_path, logging_steps=1, length_threshold=16),
+        train_dataset=data,
+        data_collator=described,
+    )
+    trainer.train()
+    expected, g0 = loop(vision_language_model(), data, described, list(LENGTHS))
+    found = [entry["g0"] for entry in trainer.state.log_history if "g0" in entry]
+    assert found == pytest.approx(g0, rel=2e-3)
+    for name, weight in weights(trainer.model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_are_summed_as_trainer_does(tmp_path):
+    """Two of two rows are one of four: the same rows, divided by the same number of targets."""
+
+    def run(**more: Any) -> dict[str, torch.Tensor]:
+        trainer = AnyTrainer(
+            model=vision_language_model(),
+            args=config(tmp_path, length_threshold=16, max_steps=3, **more),
+            train_dataset=[
+                {
+                    "input_ids": [99] * 4 + [7 + i] * (n + 2),
+                    "pixel_values": np.full((3, 8, 8), i, np.float32),
+                }
+                for i, n in enumerate(LENGTHS)
+            ],
+            data_collator=described,
+        )
+        trainer.train()
+        return weights(trainer.model)
+
+    whole = run(per_device_train_batch_size=4)
+    parts = run(gradient_accumulation_steps=2)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-4, atol=2e-5)
+
+
+def test_a_run_goes_on_from_a_checkpoint(tmp_path):
+    def make(**more: Any) -> AnyTrainer:
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token_id = 0
+        return AnyTrainer(
+            model=classifier(),
+            args=config(tmp_path, save_strategy="steps", save_steps=4, **more),
+            train_dataset=classified(),
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+
+    whole = make()
+    whole.train()
+    again = make()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.resumed_step == 4
+    assert_same(weights(again.model), weights(whole.model))
+    other = make()
+    other._steps.rows._digest = "0" * 16
+    with pytest.raises(UserError, match="the training data had the digest"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+class OwnStep(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().training_step(*args, **kwargs)
+
+
+class HalfLoss(Trainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs).bfloat16()
+
+
+def test_what_an_addax_step_cannot_carry_is_refused_by_name(tmp_path):
+    def make(base: type, **more: Any) -> Any:
+        kind = type("Mixed", (AddaxMixin, base), {})
+        usual = {"model": classifier(), "args": config(tmp_path), "train_dataset": classified()}
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token_id = 0
+        return kind(**(usual | {"data_collator": DataCollatorWithPadding(tokenizer)} | more))
+
+    with pytest.raises(UserError, match="OwnStep has a training_step of its own"):
+        make(OwnStep)
+    with pytest.raises(UserError, match=r"a loss in torch.bfloat16, .*let it reduce in fp32"):
+        make(HalfLoss).train()
+    optimizer = torch.optim.SGD(classifier().parameters(), lr=0.1)
+    with pytest.raises(UserError, match="takes no optimizers"):
+        make(Trainer, optimizers=(optimizer, None))
+    with pytest.raises(UserError, match="takes no model_init"):
+        make(Trainer, model=None, model_init=classifier)
+    with pytest.raises(UserError, match="rows come one after the other"):
+        make(Trainer, train_dataset=datasets.IterableDataset.from_generator(classified))
+    with pytest.raises(UserError, match=r"the columns label and no input_ids.*override row_length"):
+        make(Trainer, train_dataset=[{"label": 1}] * 4)
+    with pytest.raises(UserError, match="takes no compute_loss_func"):
+        AddaxTrainer(tiny_model("opt"), config(tmp_path), compute_loss_func=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"input_ids": [[1, 2], [3, 4]]}, r"row 3: input_ids must be integers, one a token"),
+        ({"input_ids": [0.5, 1.5]}, r"row 3: input_ids must be integers, one a token"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 3: 3 input_ids and 2 labels"),
+        ({"input_ids": [1, 2, 3], "labels": [1, -100, -100]}, "row 3: no token after the first"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "row 3: 2 input_ids and 1 of attention_"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(row, said, tmp_path):
+    with pytest.raises(UserError, match=f"train_dataset: {said}"):
+        AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=[*columns()[:3], row])
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="give the trainer its tokenizer as processing_class"):
+        AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=rows(2, 2))
