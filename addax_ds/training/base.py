@@ -1,6 +1,7 @@
 """The trainer that all methods share: batches of a step, their loss, costs and evaluation."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
+from addax_ds.config.trials import check_steps
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
-from addax_ds.data.encoding import Example
+from addax_ds.data.encoding import Example, embeddings_of, padding_token
 from addax_ds.data.partition import Partition, partition
 from addax_ds.evaluation.likelihood import (
     scores_of_logits,
@@ -26,18 +28,19 @@ from addax_ds.evaluation.scored_set import EvaluationCollator, ScoredSet
 from addax_ds.optim.methods import BASELINES, IN_PLACE, Method
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.costs import CostMeter
-from addax_ds.training.evaluating import ScoringTrainer
+from addax_ds.training.evaluating import ScoringTrainer, check_evaluations
 from addax_ds.training.saving import SavingTrainer
 from addax_ds.utils.errors import UserError
 
 
 def plan_steps(
-    examples: Sequence[Example], settings: AddaxSettings, args: TrainingArguments
+    examples: Sequence[Example], settings: AddaxSettings, args: AddaxConfig
 ) -> tuple[Partition, StepSchedule]:
     """Divide the examples between the streams and say which of them each step sees.
 
     Raises:
-        UserError: a stream is empty or has fewer examples than its global batch.
+        UserError: a stream is empty or has fewer examples than its global batch, or the schedule
+            of the learning rate does not fit the number of steps.
     """
     lengths = [example.length for example in examples]
     streams = partition(lengths, settings.method, settings.length_threshold)
@@ -50,7 +53,15 @@ def plan_steps(
         args.seed if args.data_seed is None else args.data_seed,
         args.dataloader_drop_last,
     )
+    check_steps(args, total_steps(args, schedule))
     return streams, schedule
+
+
+def total_steps(args: TrainingArguments, schedule: StepSchedule) -> int:
+    """Return the number of steps of the training, which Trainer computes alike."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
 
 
 class StepTrainer(ScoringTrainer, SavingTrainer):
@@ -103,7 +114,10 @@ class StepTrainer(ScoringTrainer, SavingTrainer):
         args.gradient_accumulation_steps = 1
         self.partition: Partition | None = None
         self._steps: StepBatches | None = None
-        self._pad_token_id = _pad_token_id(processing_class)
+        vocabulary = embeddings_of(getattr(model, "config", None))
+        self._pad_token_id = padding_token(processing_class, vocabulary)
+        if kwargs.get("compute_metrics") is None:
+            check_evaluations(args, eval_dataset)
         if train_dataset is not None:
             self.partition, schedule = plan_steps(train_dataset, self.settings, args)
             self._steps = StepBatches(
@@ -239,13 +253,3 @@ def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Ten
     """
     scores = scores_of_logits(outputs.logits, targets_of(labels))
     return -scores[:, 0].sum() / num_items_in_batch
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return a token to pad with; masked out, so any will do where the tokenizer names none."""
-    if tokenizer is None:
-        return 0
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0

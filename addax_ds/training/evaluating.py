@@ -1,15 +1,45 @@
 """Trainer whose evaluation lets the data set score its batches, shared out over the ranks."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from addax_ds.evaluation.scored_set import ScoredSet, Scores, ScoreTable, evaluation_dataloader
 from addax_ds.utils.errors import UserError
+
+
+def check_evaluations(
+    args: TrainingArguments, dataset: ScoredSet | Mapping[str, ScoredSet] | None
+) -> None:
+    """Check that evaluations have data, and make the metric by which the best weights are chosen.
+
+    Raises:
+        UserError: they have none, or do not make it; it lists what they make.
+    """
+    chosen = args.metric_for_best_model
+    if dataset is None:
+        if args.eval_on_start or args.eval_strategy != "no":
+            raise UserError("--eval_strategy and --eval_on_start need data to evaluate on")
+        return
+    if chosen is None or args.eval_strategy == "no":
+        return
+    sets = dataset.items() if isinstance(dataset, Mapping) else [("", dataset)]
+    made = [
+        f"{name}_{metric}" if name else metric
+        for name, scored in sets
+        for metric in scored.metrics(np.full((len(scored), scored.width), -1.0))
+    ]
+    if chosen.removeprefix("eval_") not in made:
+        raise UserError(
+            f"--metric_for_best_model {chosen}: no evaluation here makes it; it must be of "
+            f"{', '.join(made)}"
+        )
 
 
 class ScoringTrainer(Trainer):

@@ -98,8 +98,14 @@ def lives(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("end", "persistent"),
-    [(returns, False), (returns, True), (fails, False), (fails, True), (exits, True)]
-    + [(is_killed, True)],
+    [
+        (returns, False),
+        (returns, True),
+        (fails, False),
+        (fails, True),
+        (exits, True),
+        (is_killed, True),
+    ],
 )
 def test_workers_outlive_a_signal_and_end_with_their_rank(end, persistent):
     own, other = multiprocessing.Pipe()
