@@ -10,10 +10,14 @@ import json
 import logging
 import math
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
@@ -42,6 +46,8 @@ def problems(args: "AddaxConfig", in_json: bool) -> Iterator[str]:
     if args.activation_checkpointing or args.gradient_checkpointing:
         yield from _checkpointing_problems(args)
     yield from _loader_problems(args)
+    if args.push_to_hub:
+        yield from _hub_problems(args)
 
 
 def check_steps(args: "AddaxConfig", steps: int) -> None:
@@ -163,6 +169,19 @@ def _loader_problems(args: "AddaxConfig") -> Iterator[str]:
         )
     except ValueError as error:
         yield f"--dataloader_num_workers {args.dataloader_num_workers}: {_said(error)}."
+
+
+def _hub_problems(args: "AddaxConfig") -> Iterator[str]:
+    """Find out what can be known of a hub without asking it."""
+    called = args.hub_model_id or Path(args.output_dir or "").absolute().name
+    try:
+        validate_repo_id(called)
+    except HFValidationError as error:
+        yield f"--push_to_hub to {shown(called)}: {_said(error)}."
+    if is_offline_mode():
+        yield "--push_to_hub: HF_HUB_OFFLINE keeps this process from the hub; unset it."
+    elif (args.hub_token or get_token()) is None:
+        yield "--push_to_hub: there is no token; log in (hf auth login), or give --hub_token."
 
 
 def _said(error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 from transformers.trainer_utils import SchedulerType
 
 from addax_ds import AddaxConfig, UserError
+from addax_ds.config import trials
 from addax_ds.config.training_arguments import RULES
 from addax_ds.config.trials import check_steps
 from addax_ds.training.base import plan_steps
@@ -64,6 +65,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_made_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**options)
+
+
+@pytest.mark.parametrize(
+    ("offline", "token", "name", "message"),
+    [
+        (False, "t", "a/b", ""),
+        (True, "t", "a/b", "HF_HUB_OFFLINE"),
+        (False, None, "a/b", "there is no token"),
+        (False, "t", "a/b/c", "--push_to_hub to a/b/c: Repo id must be"),
+        (False, "t", None, "--push_to_hub to not a name: Repo id must"),
+    ],
+)
+def test_a_hub_that_would_refuse(
+    offline: bool, token: str | None, name: str | None, message: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(trials, "is_offline_mode", lambda: offline)
+    monkeypatch.setattr(trials, "get_token", lambda: token)
+    options = {"push_to_hub": True, "hub_model_id": name, "output_dir": "not a name"}
+    if not message:
+        config(**options)
+    else:
+        with pytest.raises(UserError, match=message):
+            config(**options)
 
 
 ACCEPTED: list[dict[str, Any]] = [
