@@ -52,10 +52,13 @@ def test_a_rank_that_fails_alone_ends_all(sharding, tmp_path):
 
 
 def test_a_run_whose_processes_are_all_told_to_stop_saves_and_ends(tmp_path):
-    outcome = run("terminate", tmp_path, 1)
+    """While it evaluates, with workers of both loaders, none of which it can do without."""
+    validation = write_rows(tmp_path / "validation.jsonl", rows(6, 6, seed=1))
+    evaluation = {"validation_file": validation, "eval_strategy": "steps", "eval_steps": 1}
+    outcome = run("terminate", tmp_path, 1, **evaluation, per_device_eval_batch_size=1)
     assert outcome.status == 0, outcome.output
     assert "Stopped by SIGTERM after step 2" in outcome.output
     assert outcome.output.count("ended in order") == 1
-    assert len(workers(tmp_path)) == 2
+    assert len(workers(tmp_path)) == 4
     assert ends_in_time(workers(tmp_path))
     verify(tmp_path / "output" / "checkpoint-2")

@@ -1,12 +1,12 @@
 """Runs the recipe, which the last rank ends in a way of its own: ``ends.py HOW FOLDER FLAG ...``.
 
-It writes the ids of its data loader's workers to ``FOLDER/workers``.
+It writes the ids of its data loaders' workers to ``FOLDER/workers``.
 """
 
 import multiprocessing
-import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,30 @@ def terminate() -> None:
         process.send_signal(signal.SIGTERM)
 
 
-WAYS = {"fail": fail, "terminate": terminate}
+# A method of the trainer, which is interrupted in the second step or right before it.
+WAYS: dict[str, tuple[str, Callable[[], None]]] = {
+    "fail": ("training_step", fail),
+    "terminate": ("prediction_step", terminate),
+}
 
 
-def end_in_second_step(how: str, folder: Path) -> None:
-    step = AddaxTrainer.training_step
+def end_once(how: str, note: Path) -> None:
+    name, act = WAYS[how]
+    method = getattr(AddaxTrainer, name)
 
-    def ends(self: AddaxTrainer, *arguments: Any) -> Any:
-        if self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1:
-            workers = [str(child.pid) for child in psutil.Process().children()]
-            (folder / "workers").write_text(" ".join(workers))
-            WAYS[how]()
-        return step(self, *arguments)
+    def interrupted(self: AddaxTrainer, *arguments: Any, **options: Any) -> Any:
+        last = self.args.process_index == self.args.world_size - 1
+        if self.state.global_step == 1 and last and not note.exists():
+            note.write_text(" ".join(str(child.pid) for child in psutil.Process().children()))
+            act()
+        return method(self, *arguments, **options)
 
-    AddaxTrainer.training_step = ends  # type: ignore[method-assign]
+    setattr(AddaxTrainer, name, interrupted)
 
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("fork", force=True)  # as in a program of its own
     how, folder, *flags = sys.argv[1:]
-    end_in_second_step(how, Path(folder))
+    end_once(how, Path(folder) / "workers")
     main(flags)
-    print("ended in order", os.getpid(), flush=True)
+    print("ended in order", flush=True)
