@@ -163,6 +163,7 @@ def _loader_problems(args: "AddaxConfig") -> Iterator[str]:
     try:
         RankLoader(
             [0],  # type: ignore[arg-type]
+            collate_fn=dict,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,

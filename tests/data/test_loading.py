@@ -1,11 +1,13 @@
-"""Workers of a loader: as long as their rank, and no longer."""
+"""Workers of a loader: they live as long as their rank, and leave no file open in it."""
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +20,14 @@ from tests.support.ranks import require_permission
 pytestmark = pytest.mark.slow
 
 _kept = []  # as a trainer keeps its loader, or a trace its frames
+FILES = 100  # that a process may have open
 SECONDS = 20.0  # torch's workers look every 5 s whether their rank still lives
+
+
+def collate(items: list[int]) -> dict[str, Any]:
+    """So many tensors that no process may hold a file open for each of those of four batches."""
+    number = torch.tensor(items)
+    return {"number": number, "more": [{"tensor": number + i} for i in range(FILES // 3)]}
 
 
 class Numbers(Dataset[int]):
@@ -34,6 +43,13 @@ class Numbers(Dataset[int]):
         if self.numbers[index] < 0:
             raise ValueError("a worker's own")
         return self.numbers[index]
+
+
+def number_of(batch: dict[str, Any]) -> int:
+    number = int(batch["number"])
+    others = [int(inner["tensor"]) for inner in batch["more"]]
+    assert others == [number + i for i in range(FILES // 3)]
+    return number
 
 
 def returns() -> None:
@@ -58,15 +74,14 @@ ENDS = {returns: 0, fails: 1, exits: 3, is_killed: -signal.SIGKILL}
 def rank(end, persistent, connection) -> None:
     """Read, with signals to the workers in between, and end while there is more to read."""
     multiprocessing.set_start_method("fork", force=True)
-    loader = RankLoader(
-        Numbers(), batch_size=1, num_workers=2, persistent_workers=persistent, prefetch_factor=1
-    )
-    batches = iter(loader)
-    read = [int(next(batches)) for _ in range(4)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+    workers = {"num_workers": 2, "persistent_workers": persistent, "prefetch_factor": 2}
+    batches = iter(RankLoader(Numbers(), batch_size=1, collate_fn=collate, **workers))
+    read = [number_of(next(batches)) for _ in range(4)]
     workers = psutil.Process().children()
     for worker in workers:
         worker.terminate()
-    read += [int(next(batches)) for _ in range(26)]
+    read += [number_of(next(batches)) for _ in range(26)]
     connection.send((read, [worker.pid for worker in workers]))
     _kept.append(batches)
     end()
@@ -123,7 +138,7 @@ def test_workers_outlive_a_signal_and_end_with_their_rank(end, persistent):
 
 
 def test_an_error_in_a_worker_is_the_rank_s():
-    loader = RankLoader(Numbers(-1), batch_size=1, num_workers=1)
+    loader = RankLoader(Numbers(-1), batch_size=1, collate_fn=collate, num_workers=1)
     with pytest.raises(ValueError, match="a worker's own"):
         list(loader)
-    assert torch.equal(next(iter(loader)), torch.tensor([0]))
+    assert torch.equal(next(iter(loader))["number"], torch.tensor([0]))
