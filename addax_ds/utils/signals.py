@@ -13,7 +13,7 @@ class Flag(Protocol):
     value: bool
 
 
-def ignore_sigterm(*_: Any) -> None:
+def ignore_sigterm() -> None:
     """Ignore SIGTERM from now on, also while the interpreter ends, when handlers are gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
