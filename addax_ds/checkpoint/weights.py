@@ -253,6 +253,8 @@ def save_config(model: Any, folder: Path) -> None:
         transformers.dynamic_module_utils.custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     if model.can_generate():
+        # As it is: models are published with ones that contradict themselves, which save_pretrained
+        # refuses once Trainer has given them the tokenizer's special tokens.
         path = folder / transformers.utils.GENERATION_CONFIG_NAME
         model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
 

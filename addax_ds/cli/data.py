@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config.arguments import DEMO_TASK, DataArguments
-from addax_ds.data.encoding import Example, encode, encode_prompts
+from addax_ds.data.encoding import Example, encode, encode_prompts, padding_token
 from addax_ds.data.records import Record, prompt_completion, read_jsonl
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
@@ -55,6 +55,7 @@ def load_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: Mo
     Raises:
         UserError: the data cannot be read, or a row cannot be used.
     """
+    padding_token(tokenizer, model.vocabulary_size)
     if args.train_file is None:
         return _load_task(args, tokenizer, model)
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.memory import describe, run_inputs
-from addax_ds.training.steps import StepMixin
+from addax_ds.training.steps import StepMixin, total_steps
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.extras import MissingExtraError, naming_extras
 
@@ -65,9 +64,7 @@ def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
     parts.append(f"learning rate {args.learning_rate:g}")
     batches = (("K0", run.zeroth_order_batch), ("K1", run.first_order_batch))
     parts += [f"{name} {size}" for name, size in batches if size]
-    steps = args.max_steps
-    if steps <= 0:
-        steps = math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
+    steps = total_steps(args, schedule)
     return ", ".join([*parts, f"ranks {run.ranks}", f"steps {steps}"])
 
 

@@ -55,6 +55,7 @@ from addax_ds.sharding.registry import back_end
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.hub import reach_hub
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
+from addax_ds.training.likelihood import check_evaluations
 from addax_ds.training.steps import StepMixin, plan_steps
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.command_line import mistakes_end_the_program
@@ -106,8 +107,9 @@ def _finetune(
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
         planned = _plan_threshold(source, sharding, data, args, resumed)
-    with raise_on_all_ranks():
-        if data.train:  # the trainer does these, too, but with the model loaded
+    with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
+        check_evaluations(args, data.validation)
+        if data.train:
             lengths = [example.length for example in data.train]
             plan = plan_steps(lengths, args.settings, args)
             if resumed is not None:
@@ -209,8 +211,13 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
 
 
 def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
-    shown = not args.disable_tqdm and args.process_index == 0
-    return source.load(weights_dtype(args), sharding, args.device, progress=shown)
+    return source.load(
+        weights_dtype(args),
+        sharding,
+        args.device,
+        progress=not args.disable_tqdm and args.process_index == 0,
+        recomputes=bool(args.activation_checkpointing),
+    )
 
 
 def _plan_threshold(

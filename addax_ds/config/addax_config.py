@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from addax_ds.config import trials
 from addax_ds.config.deepspeed import check_ds_config, load_ds_config, warn_without_effect
 from addax_ds.config.settings import AddaxSettings, check_can_resume, settle
 from addax_ds.config.training_arguments import check_training_arguments
@@ -103,6 +104,8 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         with raise_on_all_ranks_at_start():
             source, config, where = self._check_before_start(given)
         self.deepspeed = config  # so that nobody reads the file again
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # as Trainer's own for load_best_model_at_end
         try:
             super().__post_init__()
         except UserError:
@@ -140,6 +143,9 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         if self.resume_from_checkpoint not in (None, False):
             check_can_resume(self.method)
         self.settings: AddaxSettings = settle(self, config or {}, where, given)
+        in_json = "scheduler" in (config or {})
+        raise_problems("These arguments cannot be used:", list(trials.problems(self, in_json)))
+        trials.warn_without_effect(self, in_json, given)
         return source, config, where
 
     def _check_devices(self) -> None:

@@ -173,7 +173,7 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
     if values.get("train_file") is None:
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
-        if values.get("load_best_model_at_end"):
+        if values.get("load_best_model_at_end") or values.get("save_strategy") == "best":
             values.setdefault("metric_for_best_model", task.metric)
     return values
 

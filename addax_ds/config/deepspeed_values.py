@@ -8,7 +8,8 @@ checked by a class of the same kind. DeepSpeed is imported when there is a JSON 
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -104,6 +105,7 @@ def value_problems(config: Mapping[str, Any]) -> Iterator[str]:
         DeepSpeedZeroOffloadParamConfig, offload, "zero_optimization.offload_param"
     )
     yield from _deepspeed_problems(config)
+    yield from _monitor_problems(config)
     yield from _schedule_problems(config)
 
 
@@ -150,6 +152,25 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield from _pydantic_problems(error, "zero_optimization")
     except Exception as error:
         yield f"zero_optimization: DeepSpeed refuses it: {_said(error)}"
+
+
+def _monitor_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield monitors whose packages cannot be imported, as rank 0 would find out."""
+    from deepspeed.monitor import utils
+
+    for block, check in (
+        ("tensorboard", utils.check_tb_availability),
+        ("wandb", utils.check_wandb_availability),
+        ("comet", utils.check_comet_availability),
+    ):
+        options = config.get(block)
+        if not isinstance(options, Mapping) or options.get("enabled") is not True:
+            continue
+        try:
+            with redirect_stdout(StringIO()):
+                check()
+        except ImportError as error:
+            yield f"{block}.enabled = true: {_said(error)}; install it, or remove the block."
 
 
 def _schedule_problems(config: Mapping[str, Any]) -> Iterator[str]:

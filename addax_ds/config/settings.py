@@ -176,6 +176,8 @@ def _contradictions(args: "AddaxConfig", given: Collection[str]) -> Iterator[str
             "--save_only_model with --load_best_model_at_end: Trainer refuses both together under "
             "DeepSpeed; remove one."
         )
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        yield "--save_strategy best needs --eval_strategy: without evaluations none is the best."
     if method in BASELINES and args.fp16:
         yield f"--method {method} trains in bf16 or fp32: remove --fp16."
     if method in BASELINES and not args.deepspeed:

@@ -25,6 +25,7 @@ _LEAST: dict[str, float] = {
     "per_device_zo_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "desync_check_steps": 0,
+    "dataloader_prefetch_factor": 1,
 }
 _LONGEST_WAIT = 10**9  # seconds; Python's time differences end not far above
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
@@ -83,7 +84,7 @@ def type_problems(content: Mapping[str, Any], types: Mapping[str, Any]) -> Itera
 def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield numbers that count or measure nothing, and texts that Trainer finds out about late."""
     for name, value in values.items():
-        if name in _OBJECTS and isinstance(value, str) and not value.lstrip().startswith("{"):
+        if name in _OBJECTS and isinstance(value, str) and not _is_object(value):
             yield f"--{name} {shown(value)}: it must be a JSON object."
         if name == "report_to":
             for report in value if isinstance(value, list) else [value]:
@@ -101,6 +102,8 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
         elif value < least or (name in _ABOVE_ZERO and value <= 0):
             bound = "above 0" if name in _ABOVE_ZERO else f"at least {least}"
             yield f"--{name} {value}: it must be {bound}."
+        elif name == "max_steps" and value == 0:
+            yield "--max_steps 0: it must be above 0, or -1 for whole epochs (--num_train_epochs)."
         elif name == "ddp_timeout" and value > _LONGEST_WAIT:
             yield f"--{name} {value}: it must be at most {_LONGEST_WAIT}."
 
@@ -121,6 +124,13 @@ def _folder_problems(folder: Path) -> Iterator[str]:
         return
     if not there.is_dir():
         yield f"--output_dir {folder}: {there} is not a folder; name another."
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False
 
 
 def _forms(annotation: Any) -> set[Any]:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
+from addax_ds.data.loading import RankLoader
 from addax_ds.data.train_rows import TrainRows
 from addax_ds.utils.errors import UserError
-from addax_ds.utils.signals import ignore_sigterm
 
 STREAMS = ("zeroth_order", "first_order")
 _ZEROTH_ORDER, _FIRST_ORDER = 0, 1  # streams, as counted into the permutations' key
@@ -249,8 +249,8 @@ class EpochSampler(Sampler[list[int]]):
         return self._steps_per_epoch
 
 
-class StepLoader(DataLoader[dict[str, Any]]):
-    """A `DataLoader` over the steps of one epoch, which `set_epoch` chooses."""
+class StepLoader(RankLoader[dict[str, Any]]):
+    """A loader over the steps of one epoch, which `set_epoch` chooses."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -279,7 +279,6 @@ def train_dataloader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
         persistent_workers=persistent_workers,
-        worker_init_fn=ignore_sigterm,  # a launcher signals workers, too, and the rank must go on
         generator=torch.Generator(),  # else each epoch draws a number from the global generator
     )
 

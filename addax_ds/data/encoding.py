@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -132,6 +133,37 @@ def _check_ids(
             f"embeddings for {vocabulary_size}: the tokenizer is another model's, or got tokens "
             "that the model did not (resize_token_embeddings)"
         )
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int | None) -> int:
+    """Return a token to pad with: the tokenizer's own, or any, as it is masked out.
+
+    Args:
+        tokenizer: of the model, if there is one.
+        vocabulary_size: see `encode`.
+
+    Raises:
+        UserError: the model has no embedding for the tokenizer's.
+    """
+    if tokenizer is None:
+        return 0
+    pad, eos, embeddings = tokenizer.pad_token_id, tokenizer.eos_token_id, vocabulary_size
+    if pad is None:
+        return 0 if eos is None or eos >= (embeddings or math.inf) else eos
+    if embeddings is not None and pad >= embeddings:
+        raise UserError(
+            f"the tokenizer pads with token {pad} ({tokenizer.pad_token!r}), and the model has "
+            f"embeddings for {embeddings}: name another as pad_token in tokenizer_config.json, as "
+            "the eos_token, or give the model one more (resize_token_embeddings)"
+        )
+    return pad
+
+
+def embeddings_of(config: Any) -> int | None:
+    """Return for how many tokens a model has embeddings, if its configuration says it."""
+    if not hasattr(config, "get_text_config"):
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from addax_ds.data.encoding import Example
+from addax_ds.data.loading import RankLoader
 from addax_ds.data.train_rows import dummy_example, pad
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
@@ -226,7 +227,7 @@ def evaluation_dataloader(
 
     It must not go through ``accelerator.prepare``, which would share it out once more.
     """
-    return DataLoader(
+    return RankLoader(
         dataset,
         batch_sampler=RankBatches(dataset.batches(size), rank, world_size),
         collate_fn=dataset.collator(pad_token_id),

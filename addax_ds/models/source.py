@@ -33,6 +33,7 @@ from addax_ds.checkpoint.weight_files import (
 )
 from addax_ds.checkpoint.weights import local_slices
 from addax_ds.config.arguments import ModelArguments
+from addax_ds.data.encoding import embeddings_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.models import demo
 from addax_ds.models.empty import empty_model
@@ -92,7 +93,7 @@ class ModelSource:
     @property
     def vocabulary_size(self) -> int | None:
         """Number of tokens that the model has embeddings for, if its configuration says it."""
-        return getattr(self.config.get_text_config(), "vocab_size", None)
+        return embeddings_of(self.config)
 
     @property
     def positions(self) -> int | None:
@@ -115,6 +116,7 @@ class ModelSource:
         device: torch.device | str = "cpu",
         *,
         progress: bool = False,
+        recomputes: bool = False,
     ) -> nn.Module:
         """Load the model; every rank has to call it.
 
@@ -130,15 +132,22 @@ class ModelSource:
                 DeepSpeed configuration of the live `TrainingArguments`.
             device: where the weights go; under ZeRO-3 that configuration says it.
             progress: whether to show a bar if it takes long.
+            recomputes: whether it is to be trained with activation checkpointing.
 
         Raises:
-            UserError: on all ranks, if one cannot load it, or some of its weights are in no file.
+            UserError: on all ranks, if one cannot load it, some of its weights are in no file, or
+                it cannot recompute.
         """
         chosen = back_end(sharding)
         where = f"cannot load the model from {self.path}"
         other_form: str | None = None
         with raise_on_all_ranks(), _refused(where):
             model = self._empty(dtype)
+            if recomputes and not model.supports_gradient_checkpointing:
+                raise UserError(
+                    f"{type(model).__name__} does not support activation checkpointing: remove "
+                    "--activation_checkpointing"
+                )
             try:
                 files = self._weight_files(model, dtype)
                 files.check(local_slices(model))

@@ -1,13 +1,16 @@
 """Loss and evaluation by the likelihood of target tokens, as causal language models have them."""
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from addax_ds.data.datasets import as_examples
+from addax_ds.data.encoding import embeddings_of, padding_token
 from addax_ds.data.train_rows import EncodedRows, TrainRows
 from addax_ds.evaluation.likelihood import (
     scores_of_logits,
@@ -30,6 +33,39 @@ if TYPE_CHECKING:
     _Steps = StepMixin
 else:
     _Steps = object  # comes before the step and the trainer
+
+
+def check_evaluations(args: TrainingArguments, dataset: Any) -> None:
+    """Check that evaluations have data, and make the metric by which the best weights are chosen.
+
+    Raises:
+        UserError: they have none, or do not make it; it lists what they make.
+    """
+    chosen = args.metric_for_best_model
+    if dataset is None:
+        if args.eval_on_start or args.eval_strategy != "no":
+            raise UserError("--eval_strategy and --eval_on_start need data to evaluate on")
+        return
+    if chosen is None or args.eval_strategy == "no":
+        return
+    sets = dataset.items() if isinstance(dataset, Mapping) else [("", dataset)]
+    made = [
+        f"{name}_{metric}" if name else metric
+        for name, scored in sets
+        for metric in _metrics_of(scored)
+    ]
+    if chosen.removeprefix("eval_") not in made:
+        raise UserError(
+            f"--metric_for_best_model {chosen}: no evaluation here makes it; it must be of "
+            f"{', '.join(made)}"
+        )
+
+
+def _metrics_of(dataset: Any) -> Iterable[str]:
+    """Return the names of what an evaluation measures."""
+    if not isinstance(dataset, ScoredSet):
+        return ("loss",)
+    return dataset.metrics(np.full((len(dataset), dataset.width), -1.0))
 
 
 class LikelihoodMixin(_Steps):
@@ -57,11 +93,14 @@ class LikelihoodMixin(_Steps):
                 f"{type(self).__name__} takes no compute_loss_func: the loss is the likelihood of "
                 "the target tokens; AddaxMixin takes that of any trainer"
             )
-        self._pad_token_id = _pad_token_id(kwargs.get("processing_class"))
+        vocabulary = embeddings_of(getattr(model, "config", None))
+        self._pad_token_id = padding_token(kwargs.get("processing_class"), vocabulary)
         self._collates = kwargs.get("data_collator") is not None
         if not self._collates:
             kwargs["data_collator"] = EvaluationCollator(self._pad_token_id)
         super().__init__(model, args, **{**kwargs, "compute_loss_func": causal_loss})
+        if self.compute_metrics is None and not self._collates:
+            check_evaluations(self.args, self.eval_dataset)
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -186,13 +225,3 @@ def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Ten
     """
     scores = scores_of_logits(outputs.logits, targets_of(labels))
     return -scores[:, 0].sum() / num_items_in_batch
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return a token to pad with; masked out, so any will do where the tokenizer names none."""
-    if tokenizer is None:
-        return 0
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
+from addax_ds.config.trials import check_steps
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.partition import Partition, partition
 from addax_ds.data.train_rows import CollatedRows, TrainRows, row_length
@@ -26,7 +28,7 @@ from addax_ds.utils.errors import UserError
 
 
 def plan_steps(
-    lengths: Sequence[int], settings: AddaxSettings, args: TrainingArguments
+    lengths: Sequence[int], settings: AddaxSettings, args: AddaxConfig, *, drop_last: bool = False
 ) -> tuple[Partition, StepSchedule]:
     """Divide the rows between the streams and say which of them each step sees.
 
@@ -34,9 +36,11 @@ def plan_steps(
         lengths: tokens of each row.
         settings: method, L_T, batch size of the zeroth-order stream.
         args: batch size of the first-order stream, ranks and seeds.
+        drop_last: whether an epoch ends before a batch that it cannot fill, whatever ``args`` say.
 
     Raises:
-        UserError: a stream is empty or has fewer rows than its global batch.
+        UserError: a stream is empty or has fewer rows than its global batch, or the schedule of
+            the learning rate does not fit the number of steps.
     """
     streams = partition(lengths, settings.method, settings.length_threshold)
     shares = args.world_size * settings.gradient_accumulation_steps
@@ -46,9 +50,17 @@ def plan_steps(
         settings.per_device_zo_batch_size * shares,
         args.per_device_train_batch_size * shares,
         args.seed if args.data_seed is None else args.data_seed,
-        args.dataloader_drop_last,
+        drop_last or args.dataloader_drop_last,
     )
+    check_steps(args, total_steps(args, schedule))
     return streams, schedule
+
+
+def total_steps(args: TrainingArguments, schedule: StepSchedule) -> int:
+    """Return the number of steps of the training, which Trainer computes alike."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * schedule.steps_per_epoch)
 
 
 class StepMixin(SavingMixin):
@@ -126,9 +138,8 @@ class StepMixin(SavingMixin):
         )
 
     def _plan(self, rows: TrainRows) -> tuple[Partition, StepSchedule]:
-        streams, schedule = plan_steps(rows.lengths.tolist(), self.settings, self.args)
-        # Nothing could fill up the last batch of an epoch.
-        return streams, replace(schedule, drop_last=schedule.drop_last or not rows.has_dummy)
+        lengths, alone = rows.lengths.tolist(), not rows.has_dummy
+        return plan_steps(lengths, self.settings, self.args, drop_last=alone)
 
     def train_rows(self, dataset: Any) -> TrainRows:
         """Return the rows of a map-style data set, of which the trainer's collator makes batches.

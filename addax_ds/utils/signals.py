@@ -1,14 +1,31 @@
 """SIGTERM as a wish to stop, which a cluster's scheduler sends before it takes a machine back."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 
-def ignore_sigterm(*_: Any) -> None:
+class Flag(Protocol):
+    """A truth value, shared between processes."""
+
+    value: bool
+
+
+def ignore_sigterm() -> None:
     """Ignore SIGTERM from now on, also while the interpreter ends, when handlers are gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def ignore_sigterm_until(flag: Flag, *_: Any) -> None:
+    """Ignore SIGTERM until the flag is set; from then on end at once with status 0."""
+
+    def handle(*_: Any) -> None:
+        if flag.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def on_sigterm(act: Callable[[], None]) -> None:

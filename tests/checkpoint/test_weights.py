@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from addax_ds import UserError
 from addax_ds.checkpoint import weight_files
@@ -383,6 +383,18 @@ def test_of_a_plain_module_the_weights_alone_are_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_generation_config_that_contradicts_itself_is_kept(tmp_path):
+    """As models are published, and Trainer has added a special token since it was loaded."""
+    model = tiny_model("llama")
+    own = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "pad_token_id": 0}
+    model.generation_config = GenerationConfig(**own)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generation_config.validate(strict=True)
+    save_weights(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert {name: getattr(loaded, name) for name in own} == own
 
 
 # ---- back ends ---------------------------------------------------------------------------------

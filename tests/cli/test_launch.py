@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from addax_ds.checkpoint.atomic import SEAL, UNFINISHED, verify
 from addax_ds.cli import train
 from addax_ds.cli.summary import _duration
+from addax_ds.models.source import ModelSource
 from tests.support.launcher import launch
 from tests.support.ranks import run_module
 from tests.support.reference import distance
 from tests.support.tiny import (
     POSITIONS,
+    VOCABULARY,
     row,
     rows,
     tiny_model,
@@ -85,6 +87,8 @@ ARGUMENTS = {
     "no-such-checkpoint": ({"resume_from_checkpoint": "/no/folder"}, ["/no/folder", "no such"]),
     "not-a-checkpoint": ({"resume_from_checkpoint": "/usr"}, ["/usr", "no checkpoint"]),
     "alpha-1": ({"alpha": 1.0}, ["alpha", "--method mezo"]),
+    "eval-on-start": ({"eval_on_start": True}, ["--eval_on_start need data"]),
+    "schedule": ({"lr_scheduler_type": "warmup_stable_decay"}, ["num_decay_steps"]),
     "unknown": ({"learning-rat": 1.0}, ["--learning_rat", "Did you mean 'learning_rate'"]),
 }
 
@@ -112,7 +116,7 @@ def refused(argv: list[str], output: Path, capsys, monkeypatch) -> str:
     def load(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the model is loaded before the mistake is found")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(ModelSource, "load", load)
     with pytest.raises(SystemExit) as exit_:
         train.main([*argv, f"--output_dir={output}"])
     assert exit_.value.code == 1
@@ -160,6 +164,39 @@ def test_demo_on_three_ranks(tmp_path, capsys, monkeypatch):
     said = refused([], tmp_path / "output", capsys, monkeypatch)
     assert "8 does not divide over 3 ranks" in said
     assert "1, 2, 4 or 8 ranks" in said
+
+
+@pytest.mark.parametrize("chosen", ["accuracy", "eval_rouge"])
+def test_a_metric_that_no_evaluation_makes(chosen, model, data, tmp_path, capsys, monkeypatch):
+    more = {"validation_file": data, "eval_strategy": "epoch", "metric_for_best_model": chosen}
+    argv = flags({"model_name_or_path": model, "train_file": data, **more})
+    said = refused(argv, tmp_path / "output", capsys, monkeypatch)
+    assert f"--metric_for_best_model {chosen}: no evaluation here makes it" in said
+    assert "it must be of loss" in said
+
+
+def test_a_pad_token_without_an_embedding(model, data, tmp_path, capsys, monkeypatch):
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    argv = flags({"model_name_or_path": tmp_path / "model", "train_file": data})
+    said = refused(argv, tmp_path / "output", capsys, monkeypatch)
+    assert f"pads with token {VOCABULARY} ('[PAD]')" in said
+    assert f"embeddings for {VOCABULARY}: name another as pad_token" in said
+
+
+def test_a_model_that_cannot_recompute(data, tmp_path, capsys):
+    sizes = {"n_positions": POSITIONS, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    config = OpenAIGPTConfig(vocab_size=VOCABULARY, **sizes)
+    config.save_pretrained(tmp_path / "model")  # and no weights, which would be missed later
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    more = {"activation_checkpointing": True, "output_dir": tmp_path / "output", "use_cpu": True}
+    more["per_device_train_batch_size"] = 4
+    argv = flags({"model_name_or_path": tmp_path / "model", "train_file": data, **more})
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    assert "OpenAIGPTLMHeadModel does not support activation" in capsys.readouterr().err
 
 
 def test_model_folder_without_a_tokenizer(model, data, tmp_path, capsys, monkeypatch):

@@ -375,7 +375,8 @@ def test_argument_files(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPat
         "append_eos": False,
         "length_threshold": 30,
         "max_steps": -1,
-        "lr_scheduler_kwargs": {"a": 1},
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": {"num_cycles": 1},
         "run_name": None,
     }
     path = tmp_path / "args.json"
@@ -385,7 +386,7 @@ def test_argument_files(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPat
     assert data.append_eos is False
     assert training.learning_rate == 1e-4
     assert training.bf16 is True
-    assert training.lr_scheduler_kwargs == {"a": 1}
+    assert training.lr_scheduler_kwargs == {"num_cycles": 1}
     assert training.report_to == ["tensorboard", "wandb"]
     assert training.settings.length_threshold == 30
     # YAML reads 1e-4 as a string; flags win over the file, wherever it stands.

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -171,6 +172,20 @@ BAD: list[tuple[str, Any]] = [
     ("optimizer.params.rounding", "up"),
     ("zero_optimization.overlap_comm", "auto"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("block", "package"),
+    [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")],
+)
+def test_a_monitor_whose_package_is_missing(
+    block: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    check_ds_config(with_key(f"{block}.enabled", False), "x.json")
+    with pytest.raises(UserError, match=rf"{block}\.enabled = true: .*{package}.*; install it"):
+        check_ds_config(with_key(f"{block}.enabled", True), "x.json")
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("path", "value"), BAD)

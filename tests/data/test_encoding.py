@@ -1,5 +1,7 @@
 """Which tokens carry loss, over tokenizers that treat spaces and specials differently."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from addax_ds.data.encoding import NO_LOSS, encode
+from addax_ds.data.encoding import NO_LOSS, encode, padding_token
 from addax_ds.data.records import Record, chat, plain_text, prompt_completion
 from addax_ds.utils.errors import UserError
 
@@ -306,3 +308,27 @@ def test_tokenizers_that_cannot_serve():
     with pytest.raises(UserError, match=r"row:1: .*no EOS token"):
         encode_one(plain_text("a film", "row:1"), without_eos)
     assert encode_one(plain_text("a film", "row:1", append_eos=False), without_eos).length > 1
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos", "embeddings", "chosen"),
+    [
+        (2, 1, 9, 2),
+        (2, 1, None, 2),
+        (8, 1, 9, 8),
+        (None, 1, 9, 1),
+        (None, 9, 9, 0),
+        (None, 9, None, 9),
+        (None, None, 9, 0),
+    ],
+)
+def test_the_token_to_pad_with(pad, eos, embeddings, chosen):
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+    assert padding_token(tokenizer, embeddings) == chosen
+
+
+def test_a_token_to_pad_with_that_has_no_embedding():
+    tokenizer = SimpleNamespace(pad_token_id=9, pad_token="[PAD]", eos_token_id=1)
+    with pytest.raises(UserError, match=r"token 9 \('\[PAD\]'\).*embeddings for 9: name another"):
+        padding_token(tokenizer, 9)
+    assert padding_token(None, 9) == 0
