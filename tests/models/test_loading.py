@@ -45,12 +45,19 @@ OTHER_MODELS = {
     "gptj": GPTJConfig(
         vocab_size=211, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=48
     ),
+    # A matrix an expert in the files, of which the model makes one a layer.
+    "experts": MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ),
 }
 BINS = ("opt-bins", "llama-bin")
-OTHER_FORMS = {
-    "old-bin": "pytorch_model.bin has the format of torch before 1.6",
-    "experts": "Transformers converts",
-}
+OTHER_FORMS = {"old-bin": "pytorch_model.bin has the format of torch before 1.6"}
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SIZES = {
     "vocab_size": 1001,
@@ -75,7 +82,6 @@ def models(tmp_path_factory) -> Path:
         llama.config.save_pretrained(folder / "models" / name)
         path = folder / "models" / name / "pytorch_model.bin"
         torch.save(llama.state_dict(), path, _use_new_zipfile_serialization=zipped)
-    write_experts(folder / "models" / "experts")
     large = tiny_model("llama", torch.bfloat16, **SIZES)
     large.save_pretrained(folder / "models" / LARGE, max_shard_size=FILE_SIZE)
     large.config.save_pretrained(folder / "models" / LARGE_BIN)
@@ -108,21 +114,6 @@ def write_bins(folder: Path, weights: dict[str, Tensor], count: int = 3) -> None
         torch.save({name: weights[name] for name in held}, folder / path)
         paths |= dict.fromkeys(held, path)
     (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": paths}))
-
-
-def write_experts(folder: Path) -> None:
-    """Files with a matrix an expert, of which Transformers makes one a layer."""
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
