@@ -86,8 +86,8 @@ def from_files(
         return {}, [], []
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-    tables = [deepcopy(_known_at_loading(model)), _table(model)]
-    candidates = [_kinds(transforms) for transforms in tables if transforms]
+    tables = [deepcopy(_known_at_loading(model)) or [], _table(model)]
+    candidates = [_kinds(table) for table in tables if table]
     groups = _Groups(model, tensors)
     renamed = {}
     in_model, prefix = dict.fromkeys(tensors, True), model.base_model_prefix
@@ -101,7 +101,7 @@ def from_files(
                 elif new != name:
                     renamed[name] = new
                 break
-    used = [each for kinds in candidates for kind in kinds for each in kind if each.was_used()]
+    used = [each for table in tables for each in table if each.was_used()]
     return renamed, list(groups.conversions()), used
 
 
