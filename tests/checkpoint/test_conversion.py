@@ -74,6 +74,21 @@ def test_a_loaded_model_is_written_as_its_files_were(family, form, tmp_path):
     assert_same(tensors_in(ours), tensors_in(start))
 
 
+def test_a_prefix_that_the_files_alone_have_is_kept(tmp_path):
+    """Gemma 3 was published by Transformers 4, whose vision model has one module more."""
+    start, ours = tmp_path / "start", tmp_path / "ours"
+    model_of("gemma3").save_pretrained(start)
+    published = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in tensors_in(start).items()
+    }
+    save_file(published, start / "model.safetensors", metadata={"format": "pt"})
+    model = loaded(start)
+    assert_same(model.state_dict(), AutoModelForCausalLM.from_pretrained(start).state_dict())
+    save_weights(model, ours)
+    assert_same(tensors_in(ours), published)
+
+
 def test_parts_of_a_slice_of_fused_experts_are_read(tmp_path):
     """What a rank holds of a tensor is what it is filled with."""
     model = model_of("mixtral")

@@ -61,7 +61,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "mixtral": MixtralConfig(**GROUPED, num_local_experts=12),
     "qwen2_moe": Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=16),
     "qwen3_moe": Qwen3MoeConfig(**EXPERTS, head_dim=8),
-    "olmoe": OlmoeConfig(**GROUPED, num_experts=4),
+    "olmoe": OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2),
     "deepseek_v3": DeepseekV3Config(
         **GROUPED,
         moe_intermediate_size=16,
