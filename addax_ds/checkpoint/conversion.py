@@ -22,11 +22,11 @@ class Conversion:
 
     Attributes:
         sources: names of what they are made of.
-        make: returns them by name, from all sources by name.
+        make: returns them by name, from all sources by name, which it takes out of the dict.
     """
 
     sources: tuple[str, ...]
-    make: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    make: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def is_of_transformers(model: nn.Module) -> bool:
@@ -127,7 +127,7 @@ def _kinds(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _renamed(name: str, new: str) -> Conversion:
-    return Conversion((name,), lambda tensors: {new: tensors[name]})
+    return Conversion((name,), lambda tensors: {new: tensors.pop(name)})
 
 
 class _Groups:
@@ -163,12 +163,12 @@ class _Groups:
 
     def _maker(
         self, first: str, converter: Any, parts: list[tuple[str, str]]
-    ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    ) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         from transformers.core_model_loading import apply_renamings
 
-        def make(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def make(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for name, pattern in parts:
-                converter.add_tensor(first, name, pattern, tensors[name])
+                converter.add_tensor(first, name, pattern, tensors.pop(name))
             made = converter.convert(first, **self._about)
             return {
                 apply_renamings(name, self._renamings): made_of[0]
