@@ -291,10 +291,13 @@ class WeightFiles:
                 _fill(file, name, wanted)
                 bar.update(wanted.data.nbytes)
             for conversion, group in made.items():
-                tensors = conversion.make(self._read(conversion))
-                for name, wanted in group:
-                    _copy(tensors[name].reshape(-1)[wanted.start :], wanted)
-                    bar.update(wanted.data.nbytes)
+                self._fill_made(conversion, group)
+                bar.update(sum(wanted.data.nbytes for _, wanted in group))
+
+    def _fill_made(self, conversion: Conversion, group: list[tuple[str, WeightSlice]]) -> None:
+        tensors = conversion.make(self._read(conversion))
+        for name, wanted in group:
+            _copy(tensors[name].reshape(-1)[wanted.start :], wanted)
 
     def _divide(
         self, slices: Iterable[WeightSlice]

@@ -94,3 +94,10 @@ def test_a_run_goes_on_with_the_date_of_its_start(run, tmp_path):
     assert digest(output, 3) == digest(output, 1)
     run(TOMORROW, output_dir=tmp_path / "afresh")
     assert digest(tmp_path / "afresh", 1) != digest(output, 1)
+
+
+def test_all_ranks_read_the_time_of_rank_0(monkeypatch):
+    """A node may be in another time zone, or start a moment later on another day."""
+    monkeypatch.setattr(train, "all_gather_object", lambda own: [TODAY.isoformat(), own])
+    monkeypatch.setattr(train, "datetime", Clock(TOMORROW))
+    assert train._template_time(None) == TODAY.isoformat()

@@ -46,7 +46,7 @@ def untied() -> nn.Module:
 def experts() -> nn.Module:
     """Experts that are one tensor in the model and many in its files."""
     torch.manual_seed(7)
-    return AutoModelForCausalLM.from_config(FAMILIES["mixtral"]).to(torch.bfloat16)
+    return AutoModelForCausalLM.from_config(FAMILIES["mixtral"])
 
 
 MODELS = {"tied-bf16": tied_bf16, "untied": untied, "experts": experts}
