@@ -33,7 +33,6 @@ from addax_ds.checkpoint.adapters import (
     save_adapters,
 )
 from addax_ds.checkpoint.identity import Progress, Run, changes
-from addax_ds.checkpoint.weight_files import WeightFiles
 from addax_ds.distributed.collectives import raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
 from addax_ds.optim.addax import Addax
@@ -202,7 +201,7 @@ def load_weights(model: nn.Module, folder: Path, progress: bool = False) -> None
         if adapters:
             load_adapters(model, folder)
         else:
-            WeightFiles(folder).fill(weights.local_slices(model), progress)
+            weights.fill(model, folder, progress)
 
 
 def _check_same_kind(folder: Path, adapters: bool) -> None:

@@ -50,6 +50,9 @@ class Run:
             does not have.
         length_threshold: L_T in tokens; None if the data is not divided by length.
         data: digest of the training data in its order; None if it has not been read yet.
+        template_time: date and time that chat templates read, in ISO 8601, local and without a
+            zone: those of the first start, or a template that writes the date would make other data
+            of the same rows on another day. None if the rows were encoded elsewhere.
     """
 
     sharding: str
@@ -63,6 +66,7 @@ class Run:
     hyperparameters: dict[str, Any]
     length_threshold: int | None = None
     data: str | None = None
+    template_time: str | None = None
 
     @classmethod
     def of(cls, args: TrainingArguments, settings: AddaxSettings, sharding: str) -> "Run":

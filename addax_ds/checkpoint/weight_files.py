@@ -7,7 +7,7 @@ system may take these back. Neither kind has a checksum that torch or safetensor
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from addax_ds.checkpoint.conversion import Conversion
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import shown
 
@@ -215,15 +216,33 @@ class WeightFiles:
         else:
             raise UserError(f"{folder}: there is neither {name} nor {index.name} in this folder")
         self._tensors = {name: (path, name) for name, path in paths.items()}
+        self._made: dict[str, tuple[Conversion, Tensor]] = {}
 
     @property
     def names(self) -> set[str]:
         """Names of the tensors."""
         return set(self._tensors)
 
-    def rename(self, name: str, new: str) -> None:
-        """Call a tensor what the model calls it; messages go on naming it as the file does."""
-        self._tensors[new] = self._tensors.pop(name)
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors what the model calls them; messages go on naming them as the files do."""
+        self._tensors = {names.get(name, name): place for name, place in self._tensors.items()}
+
+    def convert(self, conversions: Iterable[Conversion]) -> None:
+        """Make tensors of the model out of several in the files, when they are read.
+
+        Raises:
+            UserError: if what the files hold cannot be put together.
+        """
+        for conversion in conversions:
+            sources = self._read(conversion, "meta")
+            try:
+                made = conversion.make(sources)
+            except (RuntimeError, ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{self.folder}: {conversion.sources[0]} and the tensors that belong to it "
+                    f"cannot be put together: {error}"
+                ) from error
+            self._made |= {name: (conversion, tensor) for name, tensor in made.items()}
 
     def check(self, slices: Iterable[WeightSlice]) -> None:
         """Check that the files hold what ``slices`` are parts of.
@@ -231,7 +250,7 @@ class WeightFiles:
         Raises:
             UserError: for a tensor that is missing or has another shape, and for a damaged file.
         """
-        for _ in self._find(slices):
+        for _ in self._find(self._divide(slices)[0]):
             pass
 
     def check_ties(self, slices: Iterable[WeightSlice]) -> None:
@@ -241,9 +260,9 @@ class WeightFiles:
             UserError: if it is not; one of the two would be lost.
         """
         for wanted in slices:
-            found = dict.fromkeys(self._tensors[n] for n in wanted.names if n in self._tensors)
-            (path, name), *others = found
-            for other_path, other in others:
+            found = [self._tensors[n] for n in wanted.names if n in self._tensors]
+            for other_path, other in dict.fromkeys(found[1:]):
+                path, name = found[0]
                 with _opened(path) as one, _opened(other_path) as two:
                     same = torch.equal(one.whole(name), two.whole(other))
                 if not same:
@@ -264,12 +283,65 @@ class WeightFiles:
         Raises:
             UserError: see `check`.
         """
-        slices = list(slices)
-        size = sum(wanted.data.nbytes for wanted in slices)
+        held, made = self._divide(slices)
+        parts = [*held, *(wanted for group in made.values() for _, wanted in group)]
+        size = sum(wanted.data.nbytes for wanted in parts)
         with bytes_bar("Reading weights", size, progress) as bar:
-            for file, name, wanted in self._find(slices):
+            for file, name, wanted in self._find(held):
                 _fill(file, name, wanted)
                 bar.update(wanted.data.nbytes)
+            for conversion, group in made.items():
+                self._fill_made(conversion, group)
+                bar.update(sum(wanted.data.nbytes for _, wanted in group))
+
+    def _fill_made(self, conversion: Conversion, group: list[tuple[str, WeightSlice]]) -> None:
+        tensors = conversion.make(self._read(conversion))
+        for name, wanted in group:
+            _copy(tensors[name].reshape(-1)[wanted.start :], wanted)
+
+    def _divide(
+        self, slices: Iterable[WeightSlice]
+    ) -> tuple[list[WeightSlice], dict[Conversion, list[tuple[str, WeightSlice]]]]:
+        """Divide into what files hold and what is made, by conversion and with its name.
+
+        Raises:
+            UserError: for a tensor that would be made in another shape.
+        """
+        held: list[WeightSlice] = []
+        made: dict[Conversion, list[tuple[str, WeightSlice]]] = {}
+        for wanted in slices:
+            name = next((n for n in wanted.names if n in self._made), None)
+            if name is None or any(n in self._tensors for n in wanted.names):
+                held.append(wanted)
+                continue
+            conversion, tensor = self._made[name]
+            if tensor.shape != wanted.shape:
+                raise UserError(
+                    f"{self.folder}: {conversion.sources[0]} and the tensors that belong to it "
+                    f"make a {name} of shape {list(tensor.shape)}, but the model's is "
+                    f"{list(wanted.shape)}"
+                )
+            if wanted.data.numel():
+                made.setdefault(conversion, []).append((name, wanted))
+        return held, made
+
+    def _read(self, conversion: Conversion, device: str = "cpu") -> dict[str, Tensor]:
+        """Return what a conversion needs: whole tensors, or on the meta device their shapes."""
+        by_path: dict[Path, list[str]] = {}
+        for name in conversion.sources:
+            by_path.setdefault(self._tensors[name][0], []).append(name)
+        tensors = {}
+        for path, names in by_path.items():
+            with _opened(path) as file:
+                held = file.keys()
+                for name in names:
+                    known = self._tensors[name][1]
+                    _check_held(known, held, path)
+                    if device == "meta":
+                        tensors[name] = torch.empty(file.shape(known), device="meta")
+                    else:
+                        tensors[name] = file.whole(known)
+        return tensors
 
     def _find(self, slices: Iterable[WeightSlice]) -> Iterator[tuple[WeightFile, str, WeightSlice]]:
         """Yield the open file and the name of each slice's tensor; one file is open at a time."""
@@ -291,8 +363,7 @@ class WeightFiles:
             with _opened(path) as file:
                 held = file.keys()
                 for name, wanted in found:
-                    if name not in held:
-                        raise UserError(f"{path}: {name} is missing, which the index says is here")
+                    _check_held(name, held, path)
                     shape = file.shape(name)
                     if shape != list(wanted.shape):
                         raise UserError(
@@ -313,7 +384,18 @@ def _fill(file: WeightFile, name: str, wanted: WeightSlice) -> None:
         values = rows[wanted.start - first * row :][:count]
     else:
         return
+    _copy(values, wanted)
+
+
+def _copy(values: Tensor, wanted: WeightSlice) -> None:
+    """Copy the first values, as many as are wanted."""
+    values = values.reshape(-1)[: wanted.data.numel()]
     wanted.data.copy_(values.reshape(wanted.data.shape))
+
+
+def _check_held(name: str, held: set[str], path: Path) -> None:
+    if name not in held:
+        raise UserError(f"{path}: {name} is missing, which the index says is here")
 
 
 def read_index(path: Path) -> dict[str, Path]:

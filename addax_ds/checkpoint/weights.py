@@ -1,15 +1,14 @@
 """A model's weights and the files of them, the same whatever back end holds them.
 
-Files are those of Hugging Face: ``model.safetensors``, or several with an index, with the entries
-of the model's state dict, bit for bit. A rank reads the rows that its shards need and writes whole
-files, so neither the number of ranks nor the back end can be told from a folder.
+Files are those of Hugging Face: ``model.safetensors``, or several with an index, with the tensors
+that ``save_pretrained`` writes, bit for bit. A rank reads the rows that its shards need and writes
+whole files, so neither the number of ranks nor the back end can be told from a folder.
 """
 
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from addax_ds.checkpoint.atomic import writing
+from addax_ds.checkpoint.conversion import Conversion, from_files, is_of_transformers, to_files
 from addax_ds.checkpoint.weight_files import MODEL_FILE, WeightFiles, WeightSlice, bytes_bar
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.sharding.base import Sharding, canonical_name
@@ -45,8 +45,35 @@ def load_weights(sharding: Sharding, folder: str | os.PathLike, progress: bool =
         UserError: on all ranks, if one cannot; see `WeightFiles`.
     """
     with raise_on_all_ranks():
-        WeightFiles(Path(folder)).fill(local_slices(sharding.model), progress)
+        fill(sharding.model, Path(folder), progress)
     sharding.finish_step()  # what is gathered is from before
+
+
+def fill(model: nn.Module, folder: Path, progress: bool = False) -> None:
+    """Fill this rank's shards of a model that may not be attached yet; see `load_weights`."""
+    files, _ = files_of(model, folder)
+    files.fill(local_slices(model), progress)
+
+
+def files_of(
+    model: nn.Module, folder: Path, name: str = MODEL_FILE
+) -> tuple[WeightFiles, list[Any]]:
+    """Open a model's files such that they hold what the model calls its weights.
+
+    Returns:
+        The files, and what a model notes as ``_weight_conversions``; see `from_files`.
+
+    Raises:
+        UserError: see `WeightFiles`.
+    """
+    files = WeightFiles(folder, name)
+    back_end = back_end_of(model)
+    shapes = {n: _shape(tensor, back_end) for tensor, ns in _entries(model).items() for n in ns}
+    with back_end.own_classes(model):
+        names, conversions, used = from_files(model, shapes, files.names)
+    files.rename(names)
+    files.convert(conversions)
+    return files, used
 
 
 def local_slices(model: nn.Module) -> Iterator[WeightSlice]:
@@ -66,19 +93,36 @@ def local_slices(model: nn.Module) -> Iterator[WeightSlice]:
 def full_shapes(model: nn.Module) -> dict[str, Tensor]:
     """Return the unsharded state dict, tied entries once, as tensors on the meta device."""
     back_end = back_end_of(model)
-    return {
-        names[0]: torch.empty(back_end.full_shape(tensor), dtype=tensor.dtype, device="meta")
-        for tensor, names in _entries(model).items()
-    }
+    return {names[0]: _shape(tensor, back_end) for tensor, names in _entries(model).items()}
+
+
+def _shape(tensor: Tensor, back_end: type[Sharding]) -> Tensor:
+    return torch.empty(back_end.full_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
-    """Return parameters and persistent buffers with the names that they have."""
+    """Return parameters and persistent buffers with the names that they have.
+
+    Of a tied one the name that ``save_pretrained`` keeps comes first.
+    """
     entries: dict[Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
             entries.setdefault(tensor, []).append(canonical_name(name))
+    for names in entries.values():
+        if len(names) > 1:
+            names.insert(0, names.pop(names.index(_kept_name(model, names))))
     return entries
+
+
+def _kept_name(model: nn.Module, names: Sequence[str]) -> str:
+    tied = [
+        f"{name}.{pattern}".removeprefix(".")
+        for name, module in model.named_modules()
+        for pattern in getattr(module, "_tied_weights_keys", None) or ()
+    ]
+    others = (name for name in names if not any(re.search(pattern, name) for pattern in tied))
+    return next(others, max(names))
 
 
 def save_weights(
@@ -93,7 +137,8 @@ def save_weights(
     With the weights of a Transformers model its ``config.json`` and ``generation_config.json`` are
     written, so that ``from_pretrained`` loads the folder. Of any other module the weights alone.
 
-    A rank holds its shards, `CHUNK_BYTES` of what travels, and, if it writes, one file. Files of an
+    A rank holds its shards, `CHUNK_BYTES` of what travels, and, if it writes, one file and the
+    weights that its next tensors are made of: one, or those of a layer's fused experts. Files of an
     earlier save that are not overwritten are removed.
 
     Args:
@@ -106,7 +151,8 @@ def save_weights(
     folder = Path(folder)
     rank, world_size = _rank_and_world_size()
     writers = range(world_size) if writers is None else writers
-    plan = split_torch_state_dict_into_shards(full_shapes(model), max_shard_size=max_file_size)
+    made, shapes = _tensors_of_files(model)
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_file_size)
     with raise_on_all_ranks(), writing(folder):
         if rank in writers:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,14 +166,47 @@ def save_weights(
         for first in range(0, len(files), len(writers)):
             # A round in which each writer gets its file, and then all write at once.
             turns = dict(zip(files[first:], writers, strict=False))
-            kept = {
-                file: whole.gather(plan.filename_to_tensors[file], rank == writer, bar.update)
-                for file, writer in turns.items()
-            }
+            kept: dict[str, dict[str, Tensor]] = {file: {} for file in turns}
+            for file, writer in turns.items():
+                wanted: dict[Conversion, list[str]] = {}
+                for name in plan.filename_to_tensors[file]:
+                    wanted.setdefault(made[name], []).append(name)
+                for conversion, names in wanted.items():
+                    sources = whole.gather(conversion.sources, rank == writer)
+                    if rank == writer:
+                        kept[file] |= _made(conversion, sources, names)
+                    bar.update(sum(shapes[name].nbytes for name in names))
             with raise_on_all_ranks():
                 for file, writer in turns.items():
                     if rank == writer:  # taken out, or the next round would come on top
                         _write(kept.pop(file), folder / file)
+
+
+def _tensors_of_files(model: nn.Module) -> tuple[dict[str, Conversion], dict[str, Tensor]]:
+    """Return what makes each tensor of the files, and each on the meta device."""
+    weights = full_shapes(model)
+    made: dict[str, Conversion] = {}
+    shapes: dict[str, Tensor] = {}
+    with back_end_of(model).own_classes(model):
+        conversions = to_files(model, weights)
+    for conversion in conversions:
+        tensors = conversion.make({name: weights[name] for name in conversion.sources})
+        made |= dict.fromkeys(tensors, conversion)
+        shapes |= tensors
+    return made, shapes
+
+
+def _made(
+    conversion: Conversion, sources: dict[str, Tensor], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return tensors that each have memory of their own."""
+    made = conversion.make(sources)
+    return {
+        name: tensor.contiguous()
+        if (tensor := made[name]).nbytes == tensor.untyped_storage().nbytes()
+        else tensor.clone(memory_format=torch.contiguous_format)
+        for name in names
+    }
 
 
 def gather_weights(model: nn.Module, names: Iterable[str], keep: bool) -> dict[str, Tensor]:
@@ -162,17 +241,14 @@ class _WholeWeights:
         if world_size > 1:
             self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=_traffic_device())
 
-    def gather(
-        self, names: Iterable[str], keep: bool, advance: Callable[[int], Any] = lambda _: None
-    ) -> dict[str, Tensor]:
-        """See `gather_weights`; ``advance`` is told the bytes of each weight."""
+    def gather(self, names: Iterable[str], keep: bool) -> dict[str, Tensor]:
+        """See `gather_weights`."""
         kept: dict[str, Tensor] = {}
         for name in names:
             part = self._parts[name]
             if keep:
                 kept[name] = torch.empty(part.shape, dtype=part.data.dtype)
             self._collect(name, kept[name].view(-1) if keep else None)
-            advance(part.shape.numel() * part.data.element_size())
         return kept
 
     def _collect(self, name: str, whole: Tensor | None) -> None:
@@ -243,19 +319,19 @@ def save_config(model: Any, folder: Path) -> None:
     The generation config goes out as it came in. Transformers loads sampling values that do not fit
     together, which published models have, but refuses to save them once a token has changed.
     """
-    # Who has such a model has imported the library, which takes seconds and may not be installed.
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if not is_of_transformers(model):
         return
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard's
     if model.is_remote_code():
-        transformers.dynamic_module_utils.custom_object_save(model, folder, config=model.config)
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     if model.can_generate():
-        # As it is: models are published with ones that contradict themselves, which save_pretrained
-        # refuses once Trainer has given them the tokenizer's special tokens.
-        path = folder / transformers.utils.GENERATION_CONFIG_NAME
+        from transformers.utils import GENERATION_CONFIG_NAME
+
+        path = folder / GENERATION_CONFIG_NAME
         model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
 
 

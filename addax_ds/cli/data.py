@@ -3,12 +3,19 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config.arguments import DEMO_TASK, DataArguments
-from addax_ds.data.encoding import Example, encode, encode_prompts, padding_token
+from addax_ds.data.encoding import (
+    Example,
+    encode,
+    encode_prompts,
+    learnt_ends,
+    padding_token,
+)
 from addax_ds.data.records import Record, prompt_completion, read_jsonl
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
@@ -34,6 +41,7 @@ class Data:
         test: for the end, if any.
         metric: what a figure of the course of training shows beside the loss.
         test_before: whether the test set is also read before training.
+        turn_ends: of conversations, the tokens that the learnt turns of the training data end in.
     """
 
     description: str
@@ -42,15 +50,22 @@ class Data:
     test: ScoredSet | None
     metric: str = "accuracy"
     test_before: bool = True
+    turn_ends: frozenset[int] = frozenset()
 
 
-def load_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: ModelSource) -> Data:
+def load_data(
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelSource,
+    now: datetime | None = None,
+) -> Data:
     """Read and encode what the arguments name.
 
     Args:
         args: the arguments.
         tokenizer: of the model.
         model: says what positions and token ids there are.
+        now: date and time that chat templates read, local and without a zone; None for the clock.
 
     Raises:
         UserError: the data cannot be read, or a row cannot be used.
@@ -59,9 +74,9 @@ def load_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: Mo
     if args.train_file is None:
         return _load_task(args, tokenizer, model)
 
-    def read(path: str) -> list[Example]:
-        records = read_jsonl(path, tokenizer, append_eos=args.append_eos)
-        return encode(
+    def read(path: str) -> tuple[list[Record], list[Example]]:
+        records = read_jsonl(path, tokenizer, append_eos=args.append_eos, now=now)
+        return records, encode(
             records,
             tokenizer,
             max_length=args.max_length,
@@ -69,13 +84,14 @@ def load_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: Mo
             vocabulary_size=model.vocabulary_size,
         )
 
-    train = read(args.train_file)
+    records, train = read(args.train_file)
     test_file = None if args.skip_test else args.test_file
     validation, test = (
-        None if path is None else EvaluationSet(read(path))
+        None if path is None else EvaluationSet(read(path)[1])
         for path in (args.validation_file, test_file)
     )
-    return Data(args.train_file, train, validation, test)
+    ends = learnt_ends(train) if records[0].is_chat else ()
+    return Data(args.train_file, train, validation, test, turn_ends=frozenset(ends))
 
 
 def _load_task(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: ModelSource) -> Data:

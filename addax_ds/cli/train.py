@@ -23,6 +23,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from addax_ds.distributed.collectives import (
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
+from addax_ds.models.stopping import stop_at
 from addax_ds.optim.methods import BASELINES
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.baseline import BaselineTrainer
@@ -98,12 +100,14 @@ def _finetune(
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     run = Run.of(args, args.settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
+    template_time = _template_time(resumed)
     with raise_on_all_ranks():
         if resumed is not None:
             resumed.check(run)
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
-        data = load_data(data_args, tokenizer, source)
+        now = datetime.fromisoformat(template_time)
+        data = load_data(data_args, tokenizer, source, now)
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
         planned = _plan_threshold(source, sharding, data, args, resumed)
@@ -121,14 +125,17 @@ def _finetune(
         announce(source, data, plan, args, args.settings, run)
     if data.train and args.push_to_hub:
         reach_hub(args)
+    model = _load_model(source, args, sharding)
+    stop_at(model, data.turn_ends, tokenizer)
     baseline = args.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
-        _load_model(source, args, sharding),
+        model,
         args,
         train_dataset=data.train or None,
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
+    trainer.template_time = template_time
     outputs = Outputs()
     if data.train and not _train(trainer, data, resumed, outputs):
         return {}
@@ -208,6 +215,16 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     limit_waiting(args.ddp_timeout)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _template_time(resumed: resume.Checkpoint | None) -> str:
+    """Return what chat templates read as date and time; every rank has to call it.
+
+    It is that of the first start, on rank 0: neither another day nor another time zone, on another
+    node, makes other data.
+    """
+    found = None if resumed is None else resumed.written.template_time
+    return all_gather_object(found or datetime.now().isoformat())[0]
 
 
 def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,15 @@ def encode(
     return examples
 
 
+def learnt_ends(examples: Iterable[Example]) -> set[int]:
+    """Return the tokens that the learnt parts of the examples end in."""
+    ends: set[int] = set()
+    for example in examples:
+        learnt = example.labels != NO_LOSS
+        ends.update(example.input_ids[learnt & ~np.append(learnt[1:], False)].tolist())
+    return ends
+
+
 def _check_limits(max_length: int | None, model_positions: int | None) -> None:
     if max_length is None:
         return
@@ -178,11 +187,29 @@ def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> 
                 batch["special_tokens_mask"],
                 strict=True,
             ):
-                yield _Tokens(
+                tokens = _Tokens(
                     np.asarray(ids, np.int32),
                     np.asarray(offsets, np.int64).reshape(-1, 2),
                     np.asarray(added, np.bool_),
                 )
+                yield _without_doubles(tokens, tokenizer)
+
+
+def _without_doubles(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    """Drop a BOS or an EOS that stands both in the text and, from the tokenizer, beside it.
+
+    Of two BOS that of the tokenizer stays, as part of the head; of two EOS that of the text, which
+    may be learnt.
+    """
+    ids, keep = tokens.ids, np.ones(len(tokens.ids), np.bool_)
+    if not tokens.added.all():
+        text = np.flatnonzero(~tokens.added)
+        first, last = int(text[0]), int(text[-1])
+        if first > 0 and ids[first] == ids[first - 1] == tokenizer.bos_token_id:
+            keep[first] = False
+        if last + 1 < len(ids) and ids[last] == ids[last + 1] == tokenizer.eos_token_id:
+            keep[last + 1] = False
+    return _Tokens(ids[keep], tokens.offsets[keep], tokens.added[keep])
 
 
 def _call(

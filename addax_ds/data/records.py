@@ -10,15 +10,17 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from addax_ds.data.chat import Conversation, learnt_turns
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import parse_json
-from addax_ds.utils.messages import did_you_mean, shown
+from addax_ds.utils.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +36,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 64 << 20  # bytes: one object without line ends, or no text at all, fills the memory
-_ROLES = ("assistant", "user", "system", "developer", "tool", "function")
+_OPTIONAL = {"messages": ("tools", "chat_template_kwargs")}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Record:
     origin: str
     add_special_tokens: bool = True
     append_eos: bool = True
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template has written the text."""
+        return not self.add_special_tokens
 
 
 def prompt_completion(prompt: str, completion: str, origin: str, append_eos: bool = True) -> Record:
@@ -82,79 +89,60 @@ def plain_text(text: str, origin: str, append_eos: bool = True) -> Record:
 
 
 def chat(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, origin: str
+    messages: object,
+    tokenizer: PreTrainedTokenizerBase,
+    origin: str,
+    *,
+    tools: object = None,
+    template_kwargs: object = None,
+    now: datetime | None = None,
 ) -> Record:
     """Return a conversation in the tokenizer's chat template, with loss on the assistant's turns.
 
-    A turn is found by rendering prefixes: it is what the template writes for `messages[:i + 1]`
-    beyond `messages[:i]` with the generation prompt, so it is exactly what the model has to
-    produce at inference, end-of-turn mark included. Special tokens are the template's business:
-    none are added.
+    What is learnt of a turn is exactly what the model has to produce at inference, end-of-turn mark
+    included. Special tokens are the template's business: none are added.
 
     Args:
-        messages: Dicts with a "role" and a "content" string; further keys reach the template.
+        messages: A list of dicts with a "role" and a "content" string. An assistant's turn with
+            "tool_calls" needs no content; one of "weight" 0 is not learnt. Further keys reach the
+            template.
         tokenizer: Has a chat template.
         origin: Where the row comes from.
+        tools: JSON schemas of functions for the template: a list of dicts, or it as JSON.
+        template_kwargs: A dict of further variables of the template.
+        now: Date and time that the template reads, local and without a zone; None for the clock.
 
     Raises:
-        UserError: There is no template or no assistant turn, a turn is empty or comes first, the
-            template refuses the conversation, or it writes earlier turns differently once later
-            ones follow (some templates drop earlier reasoning), so that no prefix is a prefix.
+        UserError: There is no template or no turn to learn, a turn is empty or comes first, the
+            template refuses the conversation, writes nothing of a message, its tool calls or the
+            tools, or writes earlier turns differently once later ones follow (some templates drop
+            earlier reasoning), so that no prefix is a prefix.
     """
-    require_chat_template(tokenizer, origin)
-    text = _render(messages, tokenizer, origin, add_generation_prompt=False)
-    targets = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if index == 0:
-            raise UserError(f"{origin}: messages start with the assistant; put a message before")
-        if not message["content"]:
-            raise UserError(f"{origin}: messages[{index}], an assistant's turn, is empty")
-        before = _render(messages[:index], tokenizer, origin, add_generation_prompt=True)
-        through = _render(messages[: index + 1], tokenizer, origin, add_generation_prompt=False)
-        if not (through.startswith(before) and text.startswith(through)):
-            raise UserError(
-                f"{origin}: the tokenizer's chat template writes the conversation up to "
-                f"messages[{index}] differently when later text follows, so the assistant's "
-                "tokens cannot be told apart; write the rows as prompt + completion instead"
-            )
-        turn = through[len(before) :]
-        if not turn.strip():
-            raise UserError(
-                f"{origin}: the tokenizer's chat template writes nothing for messages[{index}]"
-            )
-        targets.append((len(before), len(before) + _learnt_length(turn, message["content"])))
-    if not targets:
-        raise UserError(f"{origin}: messages hold no turn of the role 'assistant' to learn from")
-    return Record(text, tuple(targets), origin, add_special_tokens=False, append_eos=False)
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
-    """Raise a `UserError` if the tokenizer cannot render conversations."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{origin}: messages need a chat template and this model's tokenizer has none; use an "
-            "instruction-tuned model, add chat_template.jinja to the model's folder, or write the "
-            "rows as prompt + completion"
-        )
+    conversation = Conversation.of(messages, tools, template_kwargs, origin)
+    text, targets = learnt_turns(conversation, tokenizer, now)
+    return Record(text, targets, origin, add_special_tokens=False, append_eos=False)
 
 
 def read_jsonl(
-    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool = True,
+    now: datetime | None = None,
 ) -> list[Record]:
     """Read a JSON Lines file (UTF-8, one object of at most 64 MiB a line, blank lines skipped).
 
     The first row decides which of `SHAPES` the file has: `prompt` and `completion` (strings, loss
     on the completion), `messages` (see `chat`) or `text` (loss on all of it). Every row must have
-    that shape and no other. A null counts as a missing column; other columns are ignored, which is
-    logged once.
+    that shape and no other. Beside `messages` there may be `tools` and `chat_template_kwargs`. A
+    null counts as a missing column; other columns are ignored, which is logged once.
 
     Args:
         path: The file.
         tokenizer: Its chat template renders `messages`; not used for the other shapes.
         append_eos: As in `Record`, for `prompt` + `completion` and `text`. A chat template ends
             its turns itself.
+        now: As in `chat`.
 
     Returns:
         One record a row, in the file's order; `origin` is "path:line".
@@ -163,7 +151,7 @@ def read_jsonl(
         UserError: The file or a row cannot be used; the message names the file and the line.
     """
     path = Path(path)
-    records = records_of(json_rows(path), path, tokenizer, append_eos=append_eos)
+    records = records_of(json_rows(path), path, tokenizer, append_eos=append_eos, now=now)
     if not records:
         raise UserError(f"{path}: the file holds no rows; expected one JSON object a line")
     return records
@@ -175,6 +163,7 @@ def records_of(
     tokenizer: PreTrainedTokenizerBase,
     *,
     append_eos: bool = True,
+    now: datetime | None = None,
 ) -> list[Record]:
     """Return the records of rows that all have the shape of the first; see `read_jsonl`.
 
@@ -183,6 +172,7 @@ def records_of(
         source: what to call all of them in messages.
         tokenizer: see `read_jsonl`.
         append_eos: see `read_jsonl`.
+        now: as in `chat`.
 
     Raises:
         UserError: a row cannot be used; the message names its origin.
@@ -194,8 +184,8 @@ def records_of(
         if shape is None:
             shape = _shape_of(row, origin)
         _require_shape(row, shape, origin, source)
-        unused.update(row.keys() - set(SHAPES[shape]))
-        records.append(_record(row, shape, tokenizer, origin, append_eos))
+        unused.update(row.keys() - {*SHAPES[shape], *_OPTIONAL.get(shape, ())})
+        records.append(_record(row, shape, tokenizer, origin, append_eos, now))
     if unused:
         logger.info("%s: columns that are not used: %s", source, _listed(unused))
     return records
@@ -309,9 +299,11 @@ def _record(
     tokenizer: PreTrainedTokenizerBase,
     origin: str,
     append_eos: bool,
+    now: datetime | None,
 ) -> Record:
     if shape == "messages":
-        record = chat(_messages(row["messages"], origin), tokenizer, origin)
+        tools, options = (row.get(column) for column in _OPTIONAL[shape])
+        record = chat(row[shape], tokenizer, origin, tools=tools, template_kwargs=options, now=now)
     elif shape == "text":
         record = plain_text(_string(row["text"], "text", origin), origin, append_eos)
     else:
@@ -331,58 +323,3 @@ def _string(value: object, name: str, origin: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{origin}: {name} must be a string, got a {type(value).__name__}")
     return value
-
-
-def _messages(value: object, origin: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{origin}: messages must be a non-empty list of {{role, content}} objects")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            kind = type(message).__name__
-            raise UserError(f"{origin}: messages[{index}] must be an object, got a {kind}")
-        for key in ("role", "content"):
-            _string(message.get(key), f"messages[{index}].{key}", origin)
-        _require_role(message["role"], f"{origin}: messages[{index}].role")
-    return value
-
-
-def _require_role(role: str, place: str) -> None:
-    """Raise if the role is a slip of the pen: its turn would be rendered, and never learnt.
-
-    Which other roles there are is the template's business.
-    """
-    if not role.strip():
-        raise UserError(f"{place} is empty; expected one of {', '.join(_ROLES)}")
-    meant = did_you_mean(role.strip().lower(), _ROLES, cutoff=0.8)
-    if role not in _ROLES and meant:
-        raise UserError(f"{place} is {shown(role)!r}.{meant}")
-
-
-def _render(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    origin: str,
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    """Return the conversation as the chat template writes it."""
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except Exception as error:  # a template is a program of the model's author
-        raise UserError(f"{origin}: the chat template refuses the messages: {error}") from error
-    assert isinstance(text, str)  # because of tokenize=False
-    return text
-
-
-def _learnt_length(turn: str, content: str) -> int:
-    """Return how many characters of an assistant's turn are learnt.
-
-    Many templates write a newline after the end-of-turn mark. Generation stops at the mark, so the
-    model never has to produce what follows. Without a mark, the whitespace is the end of the turn.
-    """
-    bare = turn.rstrip()
-    return len(turn) if bare.endswith(content.rstrip()) else len(bare)

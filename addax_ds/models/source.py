@@ -20,8 +20,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
 
 from addax_ds.checkpoint.weight_files import (
@@ -31,7 +29,7 @@ from addax_ds.checkpoint.weight_files import (
     WeightFiles,
     read_index,
 )
-from addax_ds.checkpoint.weights import local_slices
+from addax_ds.checkpoint.weights import files_of, local_slices
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.data.encoding import embeddings_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
@@ -120,11 +118,11 @@ class ModelSource:
     ) -> nn.Module:
         """Load the model; every rank has to call it.
 
-        A rank reads its shards from the files, and holds one whole weight besides, if these hold
-        the model's weights one by one: safetensors files, or else ``.bin`` files (unpickled with
-        ``weights_only=True``; the larger OPT models come in no other form). Others are loaded by
-        Transformers, which needs memory for the whole model, with a warning if it is to be sharded:
-        ``.bin`` files of torch before 1.6, experts that are fused, weights that are quantised.
+        A rank reads its shards from the files, and holds one whole weight besides, or all that
+        Transformers makes one of, such as the experts of a layer: from safetensors files, or else
+        ``.bin`` files (unpickled with ``weights_only=True``; the larger OPT models come in no other
+        form). Others are loaded by Transformers, which needs memory for the whole model, with a
+        warning if it is to be sharded: ``.bin`` files of torch before 1.6, quantised weights.
 
         Args:
             dtype: of the weights.
@@ -234,15 +232,8 @@ class ModelSource:
         folder = Path(self.path)
         if not folder.is_dir():
             folder = self._download()
-        files = WeightFiles(folder, _model_file(_files_in(folder)))
-        transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        for name in sorted(files.names):
-            renamed, converted = rename_source_key(name, renamings, converters)
-            if converted is not None:
-                raise OtherForm(f"Transformers converts {name}")
-            files.rename(name, renamed)
+        # As from_pretrained does: what is saved has the form of these files.
+        files, model._weight_conversions = files_of(model, folder, _model_file(_files_in(folder)))
         return files
 
     def _download(self) -> Path:

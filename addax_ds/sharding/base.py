@@ -7,7 +7,7 @@ and the loading of models do not know which back end they run on.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 from weakref import WeakSet
@@ -133,6 +133,11 @@ class Sharding(ABC):
         Args:
             model: or the engine around it, where there is one.
         """
+
+    @classmethod
+    def own_classes(cls, model: nn.Module) -> AbstractContextManager[None]:
+        """Give the modules, while it is entered, the classes that they had before sharding."""
+        return nullcontext()
 
     @classmethod
     def from_model(cls, model: nn.Module, param_groups: list[dict]) -> Self:

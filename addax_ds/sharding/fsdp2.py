@@ -125,6 +125,18 @@ class Fsdp2(Sharding):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    @classmethod
+    @contextmanager
+    def own_classes(cls, model: nn.Module) -> Iterator[None]:  # noqa: D102
+        sharded = [(m, type(m)) for m in model.modules() if isinstance(m, FSDPModule)]
+        for module, given in sharded:
+            module.__class__ = given.__mro__[FSDPModule._orig_cls_mro_index]
+        try:
+            yield
+        finally:
+            for module, given in sharded:
+                module.__class__ = given
+
     def _shard(self, info: ParameterInfo) -> Shard:
         held = _local(info.parameter).numel()
         data = self._fsdp_params[info.parameter].stored[:held]

@@ -3,7 +3,7 @@
 import io
 import logging
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class SavingMixin(UploadingMixin):
         partition: how the training data is divided; None if there is none.
         costs: of the training up to now.
         resumed_step: how many steps the checkpoint had that the training goes on from, or 0.
+        template_time: see `Run`; a resumed run has that of its checkpoint.
     """
 
     args: AddaxConfig
@@ -45,6 +46,7 @@ class SavingMixin(UploadingMixin):
     partition: Partition | None
     costs: CostMeter
     resumed_step: int = 0
+    template_time: str | None = None
     _progress: Progress | None = None
     _run_id: str | None = None
 
@@ -174,6 +176,7 @@ class SavingMixin(UploadingMixin):
                 return super().train(None, *args, **kwargs)
             with raise_on_all_ranks():
                 found.check(self._run)
+            self.template_time = found.written.template_time or self.template_time
             return super().train(str(found.folder), *args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -255,6 +258,7 @@ class SavingMixin(UploadingMixin):
         # DeepSpeed's engine may not have partitioned the model yet.
         engine = back_end(deepspeed=True) if self.is_deepspeed_enabled else None
         run = Run.of(self.args, self.settings, (engine or back_end_of(self.model)).name)
+        run = replace(run, template_time=self.template_time)
         if self.partition is None:
             return run
         return run.with_data(self._data_digest, self.partition.threshold)

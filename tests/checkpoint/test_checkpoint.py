@@ -250,6 +250,7 @@ def test_every_field_is_refused_warned_of_or_free():
     assert fields | RUN.hyperparameters.keys() == REFUSED.keys() | WARNED.keys() | {
         "sharding",
         "ranks",
+        "template_time",  # a resumed run takes that of its checkpoint
     }
 
 
@@ -262,11 +263,11 @@ def test_another_run_is_refused(name, tmp_path):
 
 
 def test_a_state_with_flat_hyperparameters_is_read(tmp_path, caplog):
-    """As checkpoints were before `Run.hyperparameters`."""
+    """As checkpoints were before `Run.hyperparameters`, and before `Run.template_time`."""
     path = write(tmp_path) / "addax_state.json"
     content = json.loads(path.read_text())
     content["run"] |= content["run"].pop("hyperparameters")
-    del content["run"]["zo_directions"]  # there was none
+    del content["run"]["zo_directions"], content["run"]["template_time"]  # there were none
     path.write_text(json.dumps(content))
     old = {k: v for k, v in RUN.hyperparameters.items() if k != "zo_directions"}
     written = read_run(tmp_path)

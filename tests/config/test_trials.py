@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from addax_ds.training.steps import plan_steps
 from transformers.trainer_utils import SchedulerType
 
 from addax_ds import AddaxConfig, UserError
 from addax_ds.config import trials
 from addax_ds.config.training_arguments import RULES
 from addax_ds.config.trials import check_steps
+from addax_ds.training.steps import plan_steps
 from tests.support.tiny import examples, rows
 
 CHECKPOINTING = {"activation_checkpointing": True}

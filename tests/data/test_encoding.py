@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from addax_ds.data.encoding import NO_LOSS, encode, padding_token
+from addax_ds.data.encoding import NO_LOSS, encode, encode_prompts, learnt_ends, padding_token
 from addax_ds.data.records import Record, chat, plain_text, prompt_completion
 from addax_ds.utils.errors import UserError
 
@@ -102,6 +102,47 @@ def test_completion_after_a_space(name, prompt, completion):
     assert example.labels.tolist() == [NO_LOSS] * len(before) + whole[len(before) :]
     assert example.target_count == len(whole) - len(before) > 0
     assert example.length == len(whole)
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if "bos" in name or "meta" in name])
+def test_a_text_that_begins_with_bos_gets_no_second_one(name):
+    """The tokens are those that Transformers makes of the text without adding any."""
+    tokenizer = TOKENIZERS[name]
+    text, prompt = "<s>a film It was great", "<s>a film It was"
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for record in (
+        plain_text(text, "here", False),
+        prompt_completion(prompt, " great", "here", False),
+    ):
+        example = encode_one(record, tokenizer)
+        assert example.input_ids.tolist() == whole
+        assert example.input_ids.tolist().count(tokenizer.bos_token_id) == 1
+    cut = encode_one(record, tokenizer, max_length=len(whole) - 1)
+    assert cut.input_ids.tolist() == [whole[0], *whole[2:]]
+    (asked,) = encode_prompts([Record(prompt, (), "here")], tokenizer, max_length=40)
+    assert asked.input_ids.tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_a_text_that_ends_in_eos_gets_no_second_one():
+    tokenizer = word_level("<s> $A </s>")
+    for append_eos in (True, False):
+        example = encode_one(prompt_completion("it", " was</s>", "here", append_eos), tokenizer)
+        assert example.input_ids.tolist() == tokenizer("it was")["input_ids"]
+        assert learnt_tokens(example, tokenizer) == ["was", "</s>"]
+
+
+def test_the_tokens_that_learnt_parts_end_in():
+    tokenizer = TOKENIZERS["word_level"]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "great film"},
+    ] * 2
+    tokenizer.chat_template = CHATML
+    example = encode_one(chat(messages, tokenizer, "here"), tokenizer)
+    cut = encode_one(prompt_completion("a", " film", "here", False), tokenizer)
+    film = tokenizer.convert_tokens_to_ids("film")
+    assert learnt_ends([example]) == {EOS}
+    assert learnt_ends([example, cut]) == {EOS, film}
 
 
 def test_a_token_that_straddles_the_border_is_learnt():

@@ -23,7 +23,15 @@ from addax_ds.models.source import ModelSource
 from tests.support.rank_group import Lazy, ranks_by_size
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model, tiny_tokenizer, write_model
-from tests.workers.loading_cases import CHUNK_BYTES, FILE_SIZE, LARGE, LARGE_BIN, RUN_ON, STEPS
+from tests.workers.loading_cases import (
+    CHUNK_BYTES,
+    FILE_SIZE,
+    LARGE,
+    LARGE_BIN,
+    LARGE_EXPERTS,
+    RUN_ON,
+    STEPS,
+)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {},
@@ -45,18 +53,34 @@ OTHER_MODELS = {
     "gptj": GPTJConfig(
         vocab_size=211, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=48
     ),
+    # A matrix an expert in the files, of which the model makes one a layer.
+    "experts": MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ),
 }
 BINS = ("opt-bins", "llama-bin")
-OTHER_FORMS = {
-    "old-bin": "pytorch_model.bin has the format of torch before 1.6",
-    "experts": "Transformers converts",
-}
+OTHER_FORMS = {"old-bin": "pytorch_model.bin has the format of torch before 1.6"}
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SIZES = {
     "vocab_size": 1001,
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 6,
+}
+EXPERTS = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
 }
 
 
@@ -75,11 +99,14 @@ def models(tmp_path_factory) -> Path:
         llama.config.save_pretrained(folder / "models" / name)
         path = folder / "models" / name / "pytorch_model.bin"
         torch.save(llama.state_dict(), path, _use_new_zipfile_serialization=zipped)
-    write_experts(folder / "models" / "experts")
     large = tiny_model("llama", torch.bfloat16, **SIZES)
     large.save_pretrained(folder / "models" / LARGE, max_shard_size=FILE_SIZE)
     large.config.save_pretrained(folder / "models" / LARGE_BIN)
     write_bins(folder / "models" / LARGE_BIN, large.state_dict())
+    experts = MixtralConfig(**EXPERTS)
+    AutoModelForCausalLM.from_config(experts, dtype=torch.bfloat16).save_pretrained(
+        folder / "models" / LARGE_EXPERTS, max_shard_size=FILE_SIZE
+    )
     return folder
 
 
@@ -108,21 +135,6 @@ def write_bins(folder: Path, weights: dict[str, Tensor], count: int = 3) -> None
         torch.save({name: weights[name] for name in held}, folder / path)
         paths |= dict.fromkeys(held, path)
     (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": paths}))
-
-
-def write_experts(folder: Path) -> None:
-    """Files with a matrix an expert, of which Transformers makes one a layer."""
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -191,6 +203,23 @@ def test_a_rank_holds_its_share_and_one_tensor_or_file(loaded, models):
         assert found["saving"] <= share + written + CHUNK_BYTES + buffers
         assert rank[layout, LARGE_BIN]["held"] == found["held"]
         assert rank[layout, LARGE_BIN]["loading"] <= share + largest + buffers
+
+
+@pytest.mark.slow
+def test_a_rank_holds_its_share_and_what_one_conversion_needs(loaded, models):
+    """While experts are fused there are the stack of each projection, and both together."""
+    files = list((models / "models" / LARGE_EXPERTS).glob("*.safetensors"))
+    model = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    written = max(file.stat().st_size for file in files)
+    fused = 2 * EXPERTS["hidden_size"] * EXPERTS["intermediate_size"] * 2  # w1 and w3, of bf16
+    fused *= EXPERTS["num_local_experts"]
+    buffers = 8192
+    assert 4 * fused < model / 2
+    for rank, layout in itertools.product(loaded, RUN_ON[len(loaded)]):
+        found, share = rank[layout, LARGE_EXPERTS], model / len(loaded) + buffers
+        assert found["held"] <= share
+        assert found["loading"] <= share + 2 * fused
+        assert found["saving"] <= share + written + 2 * fused + CHUNK_BYTES
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ SOURCES = {
         "def _get_fsdp_state(self)",
         "def reset_iter_state(self)",
         "def reshard(self)",
+        "orig_cls = cls.__mro__[cls._orig_cls_mro_index]",
     ),
     _fsdp_collectives: (
         "fsdp_param._sharded_param_data",  # what the foreach path of mixed precision gathers

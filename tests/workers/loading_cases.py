@@ -39,7 +39,7 @@ RUN_ON = {1: ["none", "zero3"], 2: ["fsdp2", "zero3", "zero3-offload"]}
 STEPS = (("llama", False), ("llama", True), ("opt", True))
 """Models of which ZeRO-3 takes a step, and whether they have adapters."""
 
-LARGE, LARGE_BIN, FILE_SIZE = "large", "large-bin", "400KB"
+LARGE, LARGE_BIN, LARGE_EXPERTS, FILE_SIZE = "large", "large-bin", "large-experts", "400KB"
 TOKENS = torch.arange(24).view(2, 12)
 DTYPES = {"opt": torch.float16, "llama": torch.bfloat16, "qwen3": torch.float32}
 CHUNK_BYTES = 4096
@@ -222,6 +222,7 @@ def run_case(case: tuple[Any, ...], folder: Path) -> dict[str, Any]:
     if layout == "step":
         offloaded = case == ("step", "llama", True)
         return same_steps(path, "zero3-offload" if offloaded else "zero3", adapters=case[2])
-    if name == LARGE:
-        return memory(path, folder / f"saved-{dist.get_world_size()}-{layout}", layout)
+    if name in (LARGE, LARGE_EXPERTS):
+        ending = name.removeprefix(LARGE)
+        return memory(path, folder / f"saved{ending}-{dist.get_world_size()}-{layout}", layout)
     return memory(path, None, layout) if name == LARGE_BIN else compare(path, layout)

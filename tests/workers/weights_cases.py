@@ -12,9 +12,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from addax_ds.checkpoint.weights import WeightFiles, local_slices, save_weights
+from addax_ds.checkpoint.weights import fill, local_slices, save_weights
 from addax_ds.optim.addax import unwrap
+from tests.support.families import FAMILIES
 from tests.support.layouts import LAYOUTS
 from tests.support.models import tiny_opt
 from tests.support.reference import Hyperparameters
@@ -41,7 +43,13 @@ def untied() -> nn.Module:
     return model
 
 
-MODELS = {"tied-bf16": tied_bf16, "untied": untied}
+def experts() -> nn.Module:
+    """Experts that are one tensor in the model and many in its files."""
+    torch.manual_seed(7)
+    return AutoModelForCausalLM.from_config(FAMILIES["mixtral"])
+
+
+MODELS = {"tied-bf16": tied_bf16, "untied": untied, "experts": experts}
 
 
 def other_values(model: nn.Module) -> nn.Module:
@@ -59,7 +67,7 @@ def pass_on(name: str, layout: str, source: Path, target: Path) -> dict[str, Any
     for _ in range(2):
         run.model(TOKENS)  # leaves the root, or ZeRO-3's small parameters, gathered
     with torch.no_grad():
-        WeightFiles(source / name).fill(local_slices(model))
+        fill(model, source / name)
         unwrap(run.optimizer).sharding.finish_step()
         logits = run.model(TOKENS).logits
     save_weights(model, target / name, max_file_size=MAX_FILE_SIZE)
