@@ -22,10 +22,12 @@ from addax_ds.optim.hyperparameters import (
     problems,
 )
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
+from addax_ds.optim.passes import Passes
 from addax_ds.optim.report import NonFiniteSteps, StepReport
 from addax_ds.optim.step import Closure, RunningStep
 from addax_ds.optim.update import Rounding, Step
 from addax_ds.sharding.base import Shard, Sharding
+from addax_ds.sharding.reads import outermost
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import raise_problems
 
@@ -151,6 +153,8 @@ class Addax(torch.optim.Optimizer):
         self._running: RunningStep | None = None
         self._non_finite = NonFiniteSteps()
         self._kept: SkippedUpdates | None = None
+        self._passes: Passes | None = None
+        self._told_of_unread = False
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -238,6 +242,8 @@ class Addax(torch.optim.Optimizer):
             if first:
                 self.sharding.awaiting_backward = False  # its backward will not come
             raise
+        if zeroth:
+            self._tell_of_unread({info.name for info in running.unread})
         self.zeroth_order_loss = running.zeroth_order_loss
         self.first_order_loss = running.first_order_loss
         return loss
@@ -324,6 +330,7 @@ class Addax(torch.optim.Optimizer):
         """Fix the values of a step, by parameter group: these differ in lr and weight decay."""
         self.sharding.check_unchanged()
         assert self._kept is not None
+        assert self._passes is not None
         steps = [
             Step(
                 seed=self.seed,
@@ -339,8 +346,27 @@ class Addax(torch.optim.Optimizer):
         ]
         limits = self.loss_scale.value, self.max_grad_norm
         return RunningStep(
-            self.sharding, steps, self.estimator, self._kept, *limits, self.track_norm
+            self.sharding,
+            self._passes,
+            steps,
+            self.estimator,
+            self._kept,
+            *limits,
+            self.track_norm,
         )
+
+    def _tell_of_unread(self, unread: set[str]) -> None:
+        names = [info.name for info in self.sharding.infos]
+        if unread and not self._told_of_unread:
+            logger.warning(
+                "step %d: its zeroth-order passes read %d of %d trainable parameters. The others "
+                "get no zeroth-order part while no pass reads them: %s",
+                self.index,
+                len(names) - len(unread),
+                len(names),
+                ", ".join(outermost(sorted(unread), [n for n in names if n not in unread])),
+            )
+        self._told_of_unread = True
 
     def _check_comes_first(self) -> None:
         if self._running is not None:
@@ -419,6 +445,8 @@ class Addax(torch.optim.Optimizer):
         sharding.attach(self._on_gradient)
         self._sharding = sharding
         self._kept = SkippedUpdates(sharding.shards())
+        self._passes = Passes(sharding)
+        self._told_of_unread = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own ``lr`` and ``weight_decay``, before the optimizer is attached.

@@ -7,7 +7,7 @@ and the loading of models do not know which back end they run on.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 from weakref import WeakSet
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
+from addax_ds.sharding.reads import Reads
 from addax_ds.utils.errors import UserError
 
 _WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
@@ -82,6 +83,7 @@ class Sharding(ABC):
         loads_with_collectives: whether Transformers partitions a model as it loads it.
         model: the model, whose stored weights are the shards.
         infos: the trainable parameters.
+        reads: which of them the model's code reads.
         group_elements: number of trainable elements of the whole model, by parameter group.
         awaiting_backward: whether a forward with autograd ran since the last step.
     """
@@ -96,6 +98,7 @@ class Sharding(ABC):
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
         self.infos = describe_parameters(model, param_groups, self.full_shape)
+        self.reads = Reads(model, self.infos)
         self.group_elements = [0] * len(param_groups)
         for info in self.infos:
             self.group_elements[info.group] += self.full_shape(info.parameter).numel()
@@ -342,15 +345,3 @@ def canonical_name(name: str) -> str:
     for prefix in _WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to eval mode and restore each module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
