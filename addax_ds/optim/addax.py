@@ -235,13 +235,17 @@ class Addax(torch.optim.Optimizer):
         if not zeroth and not first:
             return None
         running = self._running = self._new_step()
+        running.is_measuring = True
         try:
             loss = running.measure(zeroth, first)
         except BaseException:
             self._running = None
             if first:
-                self.sharding.awaiting_backward = False  # its backward will not come
+                self._forget_passes()  # their backward will not come
             raise
+        running.is_measuring = self.sharding.backward_ran = False
+        if loss is None:
+            self._forget_passes()
         if zeroth:
             self._tell_of_unread({info.name for info in running.unread})
         self.zeroth_order_loss = running.zeroth_order_loss
@@ -270,6 +274,7 @@ class Addax(torch.optim.Optimizer):
         zeroth = _listed(zeroth_order) if self.alpha > 0.0 else []
         first = _listed(first_order) if self.alpha < 1.0 else []
         running = self._running = self._new_step()
+        running.is_measuring = True
         try:
             running.rehearse(zeroth, first)
             self.sharding.finish_step()  # frees what is gathered
@@ -278,7 +283,7 @@ class Addax(torch.optim.Optimizer):
             raise
         finally:
             self._running = None
-            self.sharding.awaiting_backward = False
+            self._forget_passes()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -289,16 +294,20 @@ class Addax(torch.optim.Optimizer):
 
         Raises:
             ValueError: if a closure is given.
+            RuntimeError: within `measure`, or if a first-order forward ran and no backward.
             NonFiniteError: after `MAX_NON_FINITE_STEPS` steps in a row in which a loss, or the
                 update of some weights, was NaN or infinite. (Overflows of fp16 gradients count only
                 once the loss scale cannot be lowered.)
         """
         if closure is not None:
             raise ValueError("Addax.step takes no closure; measure() does")
+        self.sharding.check_unchanged()
+        if self._running is not None or self.alpha == 0.0:
+            self._check_backward_ran()
         running = self._begun_step()
         self._check_all_applied()
         self.report = running.finish(self.stop_requested)
-        self.sharding.awaiting_backward = False
+        self._forget_passes()
         self._running = None
         self.index += 1
         problems = running.problems
@@ -381,6 +390,19 @@ class Addax(torch.optim.Optimizer):
                 "before it: its backward would see other weights. Call zeroth_order() first, and "
                 "put forwards that train nothing under torch.no_grad(). If that forward is not to "
                 "be trained on, call again"
+            )
+
+    def _forget_passes(self) -> None:
+        self.sharding.awaiting_backward = self.sharding.backward_ran = False
+
+    def _check_backward_ran(self) -> None:
+        if self._running is not None and self._running.is_measuring:
+            raise RuntimeError("step() was called within a closure: call it after measure()")
+        expected = self.sharding.awaiting_backward or self._running is None
+        if self.alpha < 1.0 and expected and not self.sharding.backward_ran:
+            raise RuntimeError(
+                "no backward ran in this step: call backward() on what measure() returned, or on a "
+                "first-order loss of your own, before step()"
             )
 
     def _check_leaves_no_loss_alone(self) -> None:

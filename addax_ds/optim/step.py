@@ -31,6 +31,7 @@ class _Mode(Enum):
     APPLY = auto()
     ACCUMULATE = auto()
     TAKE_NORM = auto()
+    REFUSE = auto()
 
 
 class RunningStep:
@@ -51,6 +52,7 @@ class RunningStep:
         first_order_loss: mean over ranks and micro-batches, once it is known.
         unread: trainable parameters that no zeroth-order pass of any rank read: the loss does not
             depend on them, and they get no zeroth-order part.
+        is_measuring: whether closures are running, which may not call `Addax.step`.
         problems: what was NaN or infinite, in words.
         overflow: the same, of what a smaller loss scale may mend: nothing, or one entry.
     """
@@ -70,6 +72,7 @@ class RunningStep:
         self.first_order_loss: float | None = None
         self.problems: list[str] = []
         self.overflow: list[str] = []
+        self.is_measuring = False
         self.unread: list[ParameterInfo] = []
         self._sharding = sharding
         self._passes = passes
@@ -138,11 +141,13 @@ class RunningStep:
             return perturb(shard.data, shard.parameter_id, shard.start, step, sign, probe)
 
         means = []
+        self._mode = _Mode.REFUSE  # it would be of perturbed weights
         with self._passes.of_step():
             for each in passes:
                 with self._passes.perturbed(partial(perturbed, each.sign, each.probe)):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())
+        self._mode = _Mode.APPLY
         return means
 
     def _micro_batches(self, closures: list[Closure]) -> tuple[Tensor, Tensor]:
@@ -177,6 +182,11 @@ class RunningStep:
     def take(self, shard: Shard, gradient: Tensor) -> None:
         """Use a shard's averaged gradient as soon as it is reduced."""
         gradient = gradient[: shard.data.numel()]
+        if self._mode is _Mode.REFUSE:
+            raise RuntimeError(
+                f"{shard.name} got a gradient in a zeroth-order pass, whose weights are perturbed: "
+                "a closure of the zeroth-order part computes a loss and runs no backward"
+            )
         if self._mode is _Mode.TAKE_NORM:
             self._squares.add(shard, gradient)
         elif self._mode is _Mode.ACCUMULATE:

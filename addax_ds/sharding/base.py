@@ -86,6 +86,7 @@ class Sharding(ABC):
         reads: which of them the model's code reads.
         group_elements: number of trainable elements of the whole model, by parameter group.
         awaiting_backward: whether a forward with autograd ran since the last step.
+        backward_ran: whether a gradient arrived since, or since the passes of this step.
     """
 
     name: ClassVar[str]
@@ -103,7 +104,7 @@ class Sharding(ABC):
         for info in self.infos:
             self.group_elements[info.group] += self.full_shape(info.parameter).numel()
         self._held = [(p, p.requires_grad) for group in param_groups for p in group["params"]]
-        self.awaiting_backward = False
+        self.awaiting_backward = self.backward_ran = False
         self._hooks: list[RemovableHandle] = []
 
     # ---- any model -----------------------------------------------------------------------------
@@ -184,6 +185,19 @@ class Sharding(ABC):
 
     def _note_forward(self, *_: Any) -> None:
         self.awaiting_backward |= torch.is_grad_enabled()
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
+        """Take the gradient that has just arrived away from a parameter.
+
+        Raises:
+            UserError: if the parameter was frozen after its forward.
+        """
+        self.backward_ran = True
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            self.check_unchanged()
+        assert gradient is not None
+        return gradient
 
     def unapplied_gradient(self) -> str | None:
         """Name a parameter with a gradient that was not handed to ``on_gradient``, or None."""

@@ -5,8 +5,10 @@ forward too little (`torch.nn.MultiheadAttention` reads the weight of a child th
 So a read is what all of them have in common: ``module.weight``.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +54,7 @@ class Reads:
 
         def noting(module: nn.Module, name: str) -> Any:
             info = self._by_owner.get((module, name))
-            if info is not None:
+            if info is not None and not _by_engine(sys._getframe(1)):
                 self._read.add(info.parameter_id)
                 if self.on_read is not None:
                     self.on_read(info)
@@ -67,6 +69,11 @@ class Reads:
     def by_parameter(self) -> list[bool]:
         """Return whether each trainable parameter was read, in their order."""
         return [info.parameter_id in self._read for info in self._infos]
+
+
+def _by_engine(frame: FrameType) -> bool:
+    """Whether FSDP2 reads, which looks for its parameters at the first forward."""
+    return frame.f_globals.get("__name__", "").startswith("torch.distributed.fsdp.")
 
 
 def _readable_otherwise(model: nn.Module) -> Iterator[Any]:

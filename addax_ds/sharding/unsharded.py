@@ -93,8 +93,7 @@ class Unsharded(Sharding):
 
     def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
         def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
-            assert parameter.grad is not None
-            gradient, parameter.grad = parameter.grad.contiguous(), None
+            gradient = self._gradient_of(parameter).contiguous()
             if self.world_size > 1:
                 # These meet, as long as backward has the same order on every rank: a model that
                 # leaves out layers by chance (layerdrop) has not.
@@ -111,7 +110,7 @@ class Unsharded(Sharding):
         pass  # the weights that a pass reads are the weights that were updated
 
     def abandon(self) -> None:  # noqa: D102
-        self.awaiting_backward = False
+        self.awaiting_backward = self.backward_ran = False
         for info in self.infos:
             info.parameter.grad = None
 

@@ -154,6 +154,7 @@ class Zero3Sharding(Sharding):
     def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Hand over a reduced gradient partition, which may be padded or padding alone."""
         assert self._on_gradient is not None
+        self.backward_ran = True
         shard = self._shard(self._infos_by_parameter[parameter])
         if shard.data.numel():
             self._on_gradient(shard, gradient)
@@ -171,7 +172,7 @@ class Zero3Sharding(Sharding):
 
     def abandon(self) -> None:  # noqa: D102
         get_accelerator().synchronize()  # what is in flight uses memory that is freed here
-        self.awaiting_backward = False
+        self.awaiting_backward = self.backward_ran = False
         zero, offload = self._zero, self._zero.parameter_offload
         _inflight(offload).clear()
         for parameter in self.model.parameters():
