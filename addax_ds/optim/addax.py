@@ -240,8 +240,7 @@ class Addax(torch.optim.Optimizer):
             loss = running.measure(zeroth, first)
         except BaseException:
             self._running = None
-            if first:
-                self._forget_passes()  # their backward will not come
+            self._forget_passes()  # their backward will not come
             raise
         running.is_measuring = self.sharding.backward_ran = False
         if loss is None:

@@ -103,6 +103,7 @@ class RunningStep:
         """See `Addax.measure`; an empty list is a part that this step does not have."""
         passes = self._estimator.passes
         losses = self._perturbed_losses(zeroth_order, passes) if zeroth_order else []
+        forget_casts()  # one that was made without autograd has no gradient
         if not first_order:
             self._agree(losses, None)
             return None

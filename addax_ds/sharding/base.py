@@ -99,6 +99,13 @@ class Sharding(ABC):
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
         self.infos = describe_parameters(model, param_groups, self.full_shape)
+        for info in self.infos:
+            kind = type(self.local_slice(info.parameter)[1])
+            if kind is not Tensor:
+                raise UserError(
+                    f"{info.name} is a tensor of a kind of its own ({kind.__name__}; quantised?), "
+                    "whose elements cannot be perturbed: freeze it and train plain weights"
+                )
         self.reads = Reads(model, self.infos)
         self.group_elements = [0] * len(param_groups)
         for info in self.infos:

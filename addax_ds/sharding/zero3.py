@@ -152,7 +152,13 @@ class Zero3Sharding(Sharding):
         self._on_gradient = None
 
     def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Hand over a reduced gradient partition, which may be padded or padding alone."""
+        """Hand over a reduced gradient partition, which may be padded or padding alone.
+
+        Raises:
+            UserError: if the optimizer was detached.
+        """
+        if self._on_gradient is None:
+            self.check_unchanged()
         assert self._on_gradient is not None
         self.backward_ran = True
         shard = self._shard(self._infos_by_parameter[parameter])

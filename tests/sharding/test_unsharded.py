@@ -326,3 +326,70 @@ def test_float64_weights_are_refused():
     model = tiny_opt().double()
     with pytest.raises(addax_ds.UserError, match="float64"):
         addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)
+
+
+def test_weights_of_a_kind_of_their_own_are_refused():
+    class Quantised(torch.Tensor):
+        pass
+
+    model = torch.nn.Linear(3, 3)
+    model.weight = torch.nn.Parameter(model.weight.detach().as_subclass(Quantised))
+    with pytest.raises(addax_ds.UserError, match=r"weight is a tensor of a kind .*Quantised"):
+        addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)
+
+
+class Borrowing(torch.nn.Module):
+    """Reads weights in every way but its own module's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = torch.nn.MultiheadAttention(8, 2)
+        self.lstm = torch.nn.LSTM(8, 8)
+        self.scripted = torch.jit.script(torch.nn.Linear(8, 8))
+        self.tied = torch.nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.scripted.weight
+        self.listed = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(8))])
+        self.held = [torch.nn.Parameter(torch.randn(8))]
+        self.register_parameter("holder", self.held[0])
+        self.unused = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Embedding(2, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lstm(self.attention(x, x, x)[0])[0] + self.listed[0] * self.held[0]
+        return self.scripted(x).square().mean()
+
+
+def test_reads_in_passing_count_as_reads(caplog):
+    model, x = Borrowing(), torch.randn(3, 2, 8)
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=1.0, zo_eps=1e-2, seed=3)
+    addax_ds.attach(optimizer, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.zeroth_order(lambda: model(x))
+    optimizer.step()
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {"unused.0.weight", "unused.0.bias", "unused.1.weight"}
+    assert "read 12 of 15 trainable parameters" in caplog.text
+    assert caplog.text.rstrip().endswith("while no pass reads them: unused")
+
+
+def test_a_vision_tower_is_left_alone_by_training_on_text():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    text |= {"num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": 64}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    optimizer = addax_ds.Addax(model.parameters(), lr=1e-3, alpha=1.0)
+    addax_ds.attach(optimizer, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ids = torch.arange(12).view(2, 6)
+    for _ in range(2):
+        optimizer.zeroth_order(lambda: mean_loss(model, ids))
+        optimizer.step()
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
+    assert still
+    assert len(still) < len(before)

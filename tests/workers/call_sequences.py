@@ -6,15 +6,13 @@ swapped. It ends with the weights, or with the first error.
 
 import random
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import addax_ds
 from tests.support.cases import mean_loss
@@ -29,11 +27,15 @@ METHODS = {
     "ip-sgd": Hyperparameters(lr=0.02, alpha=0.0),
     "clipped": Hyperparameters(lr=0.02, alpha=0.1, max_grad_norm=0.5),
 }
-MODEL = {"activation": "gelu", "vocabulary": 67, "unused": True}
+VOCABULARY = 67
+
+
+def build() -> nn.Module:
+    return tiny_opt(activation="gelu", vocabulary=VOCABULARY, unused=True).train()
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
-    return [(long % 67, short % 67) for long, short in token_batches(STEPS, length=12)]
+    return [(x % VOCABULARY, y % VOCABULARY) for x, y in token_batches(STEPS, length=12)]
 
 
 class Walk:
@@ -177,7 +179,11 @@ class Walk:
 
 
 STEP = ("measure", "backward", "step")
-OTHERS = [name for name in vars(Walk) if name[0] != "_" and name not in (*STEP, "of_rank", "zeroth", "first")]
+OTHERS = [
+    name
+    for name in vars(Walk)
+    if name[0] != "_" and name not in (*STEP, "of_rank", "zeroth", "first")
+]
 
 
 def calls(seed: int) -> list[str]:
@@ -202,7 +208,7 @@ def run_case(layout: str, key: tuple[str, int]) -> dict[str, Any]:
 
 def walk(layout: str, method: str, names: list[str]) -> dict[str, Any]:
     h = METHODS[method]
-    run = LAYOUTS[layout].run(tiny_opt(**MODEL).train(), h)
+    run = LAYOUTS[layout].run(build(), h)
     with tempfile.TemporaryDirectory() as folder:
         each = Walk(run, h.alpha, Path(folder))
         result: dict[str, Any] = {"calls": [], "error": None}
