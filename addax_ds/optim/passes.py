@@ -40,9 +40,9 @@ class Passes:
     def of_step(self) -> Iterator[None]:
         """Surround all passes of a step: eval mode, no autograd, and reads are noted."""
         model, sharding = self._sharding.model, self._sharding
-        with torch.no_grad(), evaluation_mode(model), sharding.forward_only(), _eager():
-            with sharding.reads.noted():
-                yield
+        in_eval = evaluation_mode(model)
+        with torch.no_grad(), in_eval, sharding.forward_only(), _eager(), sharding.reads.noted():
+            yield
 
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:

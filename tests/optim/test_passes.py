@@ -1,6 +1,7 @@
 """No zeroth-order pass reads what another has computed from its weights, on any back end."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,14 +22,17 @@ def results(tmp_path_factory) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+# To compile around DeepSpeed's hooks takes 20 seconds.
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [pair for pair in product(LAYOUTS, KINDS) if pair != ("ZeRO-3 x2", "compiled")],
+)
 def test_what_remembers_weights_changes_nothing(results, layout, kind):
     for rank in results[layout]:
         found, twin = rank[kind]["remembering"], rank[kind]["twin"]
         plus, minus = rank[kind]["explicit"]
-        assert abs(plus - minus) > 1e-3 * plus
-        assert twin["seen"][:2] == pytest.approx([plus, minus], rel=1e-5)
+        assert abs(plus - minus) > 1e-4 * plus
+        assert twin["seen"][:2] == pytest.approx([plus, minus], rel=5e-6)
         assert len(found["seen"]) == 3 * STEPS
         assert found["seen"] == twin["seen"]
         assert twin["weights"]

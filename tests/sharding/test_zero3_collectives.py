@@ -1,6 +1,7 @@
 """What a step communicates under ZeRO-3: four gathers, one reduce-scatter, 24 bytes of losses.
 
-Beside them 8 bytes that count unread parameters, and 24 at its end: whether something was not finite, whether to stop, and a norm.
+Beside them 8 bytes that count unread parameters, and 24 at its end: whether something was not
+finite, whether to stop, and a norm.
 """
 
 import json

@@ -19,7 +19,7 @@ from tests.support.reference import Hyperparameters
 
 STEPS = 3
 SIZE = 16
-H = Hyperparameters(lr=0.05, alpha=0.5, zo_eps=1e-2, seed=3)
+H = Hyperparameters(lr=0.05, alpha=0.5, zo_eps=5e-2, seed=3)
 Context = Callable[[], AbstractContextManager[Any]]
 
 

@@ -179,26 +179,29 @@ class Walk:
 
 
 STEP = ("measure", "backward", "step")
-OTHERS = [
-    name
-    for name in vars(Walk)
-    if name[0] != "_" and name not in (*STEP, "of_rank", "zeroth", "first")
+HELPERS = ("of_rank", "zeroth", "first")
+CALLS = [name for name in vars(Walk) if not name.startswith("_") and name not in HELPERS]
+HARMLESS = [
+    *("evaluate", "evaluate_and_stay", "evaluate_announced", "generate", "inference_mode"),
+    *("eval_mode", "train_mode", "state_of_model", "state_of_optimizer", "save", "weights"),
+    *("zero_grad", "unfreeze"),
 ]
+"""Calls that are legal everywhere."""
 
 
 def calls(seed: int) -> list[str]:
-    """The calls of a walk: those of some steps, with one to three changes."""
+    """The calls of a walk: some steps, calls in between, and half the time a slip."""
     chance = random.Random(seed)
     found = list(STEP) * chance.randint(2, STEPS)
-    for _ in range(chance.randint(1, 3)):
-        change, place = chance.random(), chance.randrange(len(found))
-        if change < 0.8:
-            found.insert(place, chance.choice(OTHERS))
-        elif change < 0.9:
-            found.pop(place)
-        else:
-            found.insert(place, found.pop(chance.randrange(len(found))))
-    return found
+    for _ in range(chance.randint(2, 5)):
+        found.insert(chance.randrange(len(found)), chance.choice(HARMLESS))
+    if chance.random() < 0.5:
+        slip, place = chance.choice(("insert", "leave out", "move")), chance.randrange(len(found))
+        moved = found.pop(place) if slip != "insert" else chance.choice(CALLS)
+        if slip != "leave out":
+            found.insert(chance.randrange(len(found)), moved)
+    # Backward updates in place: weights are those of a number of steps after a step alone.
+    return found[: len(found) - found[::-1].index("step")]
 
 
 def run_case(layout: str, key: tuple[str, int]) -> dict[str, Any]:
