@@ -223,7 +223,8 @@ class Addax(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: if called twice in a step or after a backward of the same step; without
-                ``first_order`` if there is something to clip or to scale.
+                ``first_order`` if there is something to clip or to scale; if the zeroth-order
+                passes read no trainable parameter.
             TypeError: if a loss is of a type narrower than fp32, in which the difference of two
                 losses is lost.
         """

@@ -5,16 +5,19 @@ then the difference of nothing, or has the wrong sign. Each kind is met here, fo
 
 - `torch.autocast` and `torch.nn.utils.parametrize.cached` remember by parameter what they have
   computed, until their outermost block ends: forgotten before and after each pass.
-- Graphs of `torch.compile` read weights past the hooks that perturb them: the passes run eagerly.
+- Graphs of `torch.compile` read weights past the hooks that perturb them: compiled modules run
+  uncompiled. (Compiled functions that hold no weights, such as flex attention, stay as they are.)
 - A module may store a tensor in its forward, or count on its ``train()`` to merge weights: what it
   stored is taken back after each pass, and the mode is set without calling ``train()``.
 """
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from inspect import ismethod
 from itertools import chain
 from operator import is_
+from types import MethodType
 from typing import Any
 
 import torch
@@ -40,8 +43,8 @@ class Passes:
     def of_step(self) -> Iterator[None]:
         """Surround all passes of a step: eval mode, no autograd, and reads are noted."""
         model, sharding = self._sharding.model, self._sharding
-        in_eval = evaluation_mode(model)
-        with torch.no_grad(), in_eval, sharding.forward_only(), _eager(), sharding.reads.noted():
+        modes = evaluation_mode(model), uncompiled(model)
+        with torch.no_grad(), modes[0], modes[1], sharding.forward_only(), sharding.reads.noted():
             yield
 
     @contextmanager
@@ -66,11 +69,41 @@ def forget_casts() -> None:
     parametrize._cache.clear()
 
 
-def _eager() -> AbstractContextManager[Any]:
-    # Not imported for this: that takes seconds, and nothing is compiled without it.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call compiled modules uncompiled: those of the model, and wrappers around any."""
+    dynamo: Any = sys.modules.get("torch._dynamo")  # takes seconds to import; without it, none is
+    if dynamo is None:
+        yield
+        return
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                stack.enter_context(_replaced(module, "_compiled_call_impl", None))
+            compiled = getattr(module, "forward", None)
+            original = getattr(compiled, "_torchdynamo_orig_callable", None)
+            if original is not None:
+                bound = MethodType(original, module) if ismethod(compiled) else original
+                stack.enter_context(_replaced(module, "forward", bound))
+        wrapper = dynamo.OptimizedModule
+        call = wrapper.__call__
+        stack.callback(setattr, wrapper, "__call__", call)
+        wrapper.__call__ = lambda self, *args, **kwargs: self._orig_mod(*args, **kwargs)
+        yield
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give a module another attribute of its own for a while."""
+    attributes = vars(module)
+    before = dict(attributes)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        del attributes[name]
+        if name in before:
+            attributes[name] = before[name]
 
 
 @contextmanager

@@ -285,6 +285,11 @@ class RunningStep:
         infos = zip(self._sharding.infos, read.tolist(), strict=True)
         self.unread = [info for info, ranks in infos if not ranks]
         self._unread_ids = {info.parameter_id for info in self.unread}
+        if len(self.unread) == len(self._sharding.infos):
+            raise RuntimeError(
+                "the zeroth-order passes read no trainable parameter: their closures have to call "
+                "the model that the optimizer is attached to, and not in a compiled function"
+            )
 
     def _take_estimate(self, losses: list[float]) -> None:
         """Complete the step by its coefficients, or leave that part out if they are not finite."""

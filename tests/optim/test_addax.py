@@ -159,6 +159,12 @@ def test_a_change_between_backward_and_step(what):
         optimizer.step()
 
 
+def test_a_closure_that_does_not_call_the_model():
+    _, optimizer = toy()
+    with pytest.raises(RuntimeError, match="read no trainable parameter"):
+        optimizer.zeroth_order(lambda: torch.tensor(1.0))
+
+
 def test_half_precision_loss():
     model, optimizer = toy()
     before = weights(model)
@@ -337,7 +343,7 @@ def test_non_finite_losses_skip_the_part_and_stop_after_ten_in_a_row(caplog):
 def test_one_infinite_loss_of_two_is_enough():
     model, optimizer = toy(alpha=1.0)
     losses = iter([torch.tensor(1.0), torch.tensor(torch.inf)])
-    assert optimizer.zeroth_order(lambda: next(losses)) == 0.0
+    assert optimizer.zeroth_order(lambda: 0 * model(X) + next(losses)) == 0.0
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -25,7 +25,11 @@ def results(tmp_path_factory) -> Iterator[Any]:
 # To compile around DeepSpeed's hooks takes 20 seconds.
 @pytest.mark.parametrize(
     ("layout", "kind"),
-    [pair for pair in product(LAYOUTS, KINDS) if pair != ("ZeRO-3 x2", "compiled")],
+    [
+        pair
+        for pair in product(LAYOUTS, KINDS)
+        if pair[0] != "ZeRO-3 x2" or "compiled" not in pair[1]
+    ],
 )
 def test_what_remembers_weights_changes_nothing(results, layout, kind):
     for rank in results[layout]:

@@ -130,14 +130,35 @@ class Model(nn.Module):
         return x.float().square().mean()
 
 
-def compiled(model: nn.Module) -> Any:
-    """Compiled in both modes before it is trained."""
-    fast = torch.compile(model, backend="eager")
+def warmed(model: nn.Module, call: Any) -> Any:
+    """Call the model compiled in both modes, before it is trained."""
     with torch.no_grad():
         for mode in (False, True):
             model.train(mode)
-            fast(torch.ones(4, SIZE))
-    return fast
+            call(torch.ones(4, SIZE))
+    return call
+
+
+def compiled(model: nn.Module) -> Any:
+    return warmed(model, torch.compile(model, backend="eager"))
+
+
+def compiled_in_place(model: nn.Module) -> Any:
+    model.compile(backend="eager")
+    return warmed(model, model)
+
+
+def compiled_forwards(model: nn.Module) -> Any:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = torch.compile(module.forward, backend="eager")
+    return warmed(model, model)
+
+
+class Compiled(Layer):
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class Kind(NamedTuple):
@@ -159,6 +180,9 @@ KINDS = {
     "buffer": Kind(InBuffer, Layer),
     "merged": Kind(MergingInEval, Merging),
     "compiled": Kind(LINEAR, LINEAR, wrap=compiled),
+    "compiled forwards": Kind(LINEAR, LINEAR, wrap=compiled_forwards),
+    "compiled methods": Kind(Compiled, Layer, wrap=lambda model: warmed(model, model)),
+    "compiled in place": Kind(LINEAR, LINEAR, wrap=compiled_in_place),
 }
 
 
