@@ -116,11 +116,20 @@ class Unsharded(Sharding):
 
     def check_unchanged(self) -> None:  # noqa: D102
         super().check_unchanged()
-        if any(isinstance(module, FSDPModule) for module in self.model.modules()):
-            raise UserError(
-                "fully_shard was applied after the optimizer was attached, which then no longer "
-                "sees the weights: shard first, then make the optimizer and attach it"
-            )
+        owned = set()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                raise UserError(
+                    "fully_shard was applied after the optimizer was attached, which then no "
+                    "longer sees the weights: shard first, then make the optimizer and attach it"
+                )
+            owned.update(module._parameters.values())
+        for info in self.infos:
+            if info.parameter not in owned:
+                raise UserError(
+                    f"{info.name} was replaced by another parameter after the optimizer was "
+                    "attached, which would train the old one: make a new optimizer and attach it"
+                )
 
     @property
     def world_size(self) -> int:  # noqa: D102

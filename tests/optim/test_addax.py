@@ -147,6 +147,13 @@ def test_a_parameter_frozen_between_its_forward_and_its_backward():
         loss.backward()
 
 
+def test_a_parameter_that_was_replaced():
+    model, optimizer = toy()
+    model.layers[1].weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(UserError, match=r"layers\.1\.weight was replaced by another"):
+        optimizer.zeroth_order(lambda: model(X))
+
+
 @pytest.mark.parametrize("what", ["detached", "requires_grad"])
 def test_a_change_between_backward_and_step(what):
     model, optimizer = toy()
