@@ -70,6 +70,9 @@ class Addax(torch.optim.Optimizer):
     one of the paper on the same batch: its variance falls with q, and a step takes 2 q
     zeroth-order passes (`addax_ds.optim.estimator`).
 
+    Parameters that no zeroth-order pass of a step reads, on any rank, get no zeroth-order part in
+    it (`addax_ds.sharding.reads`).
+
     For bf16 and fp16 weights the update credits, in place of z, what the passes at +eps and -eps
     see of it after rounding (`addax_ds.optim.update`).
 

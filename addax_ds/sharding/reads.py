@@ -2,7 +2,7 @@
 
 What a back end gathers says too much (a block at once, small parameters always), and a module's
 forward too little (`torch.nn.MultiheadAttention` reads the weight of a child that it never calls).
-So a read is what all of them have in common: ``module.weight``.
+So a read is what all of them have in common: ``module.weight``, or a loop over ``parameters()``.
 """
 
 import sys
@@ -16,6 +16,9 @@ from torch import nn
 
 if TYPE_CHECKING:
     from addax_ds.sharding.base import ParameterInfo
+
+_FSDP2 = ("torch.distributed.fsdp.",)  # looks for its parameters at the first forward
+_ENGINES = (*_FSDP2, "deepspeed.")
 
 
 class Reads:
@@ -50,30 +53,53 @@ class Reads:
     def noted(self) -> Iterator[None]:
         """Note what the body reads, and forget what was noted before."""
         self._read = set(self._always)
-        usual = nn.Module.__getattr__
+        get, named = nn.Module.__getattr__, nn.Module.named_parameters
 
-        def noting(module: nn.Module, name: str) -> Any:
+        def noting_get(module: nn.Module, name: str) -> Any:
             info = self._by_owner.get((module, name))
-            if info is not None and not _by_engine(sys._getframe(1)):
+            if info is not None and not _called_by(_FSDP2, sys._getframe(1)):
+                self._announce(info)
                 self._read.add(info.parameter_id)
-                if self.on_read is not None:
-                    self.on_read(info)
-            return usual(module, name)
+            return get(module, name)
 
-        nn.Module.__getattr__ = noting  # type: ignore[method-assign]
+        def noting_named(
+            module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+        ) -> Iterator[tuple[str, nn.Parameter]]:
+            # An engine goes through the parameters of each module that runs.
+            by_engine = _called_by(_ENGINES, sys._getframe(1))
+            for name, parameter in named(module, prefix, recurse, remove_duplicate):
+                owner, _, own = name.removeprefix(f"{prefix}.").rpartition(".")
+                info = self._by_owner.get((module.get_submodule(owner), own))
+                if info is None or by_engine:
+                    yield name, parameter
+                    continue
+                self._announce(info)
+                yield name, parameter
+                # Not if the first one is all that was asked for, as for the model's dtype.
+                self._read.add(info.parameter_id)
+
+        nn.Module.__getattr__ = noting_get  # type: ignore[method-assign]
+        nn.Module.named_parameters = noting_named  # type: ignore[method-assign]
         try:
             yield
         finally:
-            nn.Module.__getattr__ = usual  # type: ignore[method-assign]
+            nn.Module.__getattr__ = get  # type: ignore[method-assign]
+            nn.Module.named_parameters = named  # type: ignore[method-assign]
+
+    def _announce(self, info: "ParameterInfo") -> None:
+        if self.on_read is not None:
+            self.on_read(info)
 
     def by_parameter(self) -> list[bool]:
         """Return whether each trainable parameter was read, in their order."""
         return [info.parameter_id in self._read for info in self._infos]
 
 
-def _by_engine(frame: FrameType) -> bool:
-    """Whether FSDP2 reads, which looks for its parameters at the first forward."""
-    return frame.f_globals.get("__name__", "").startswith("torch.distributed.fsdp.")
+def _called_by(packages: tuple[str, ...], frame: FrameType | None) -> bool:
+    """Return whether a frame is of a package; those of `torch.nn.Module` itself are passed over."""
+    while frame is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").startswith(packages)
 
 
 def _readable_otherwise(model: nn.Module) -> Iterator[Any]:

@@ -352,11 +352,14 @@ class Borrowing(torch.nn.Module):
         self.listed = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(8))])
         self.held = [torch.nn.Parameter(torch.randn(8))]
         self.register_parameter("holder", self.held[0])
+        self.looped = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
         self.unused = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Embedding(2, 8)])
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(next(self.unused.parameters()).dtype)
         x = self.lstm(self.attention(x, x, x)[0])[0] + self.listed[0] * self.held[0]
-        return self.scripted(x).square().mean()
+        penalty = sum(p.square().sum() for p in self.looped.parameters())
+        return self.scripted(x).square().mean() + penalty
 
 
 def test_reads_in_passing_count_as_reads(caplog):
@@ -364,11 +367,19 @@ def test_reads_in_passing_count_as_reads(caplog):
     optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=1.0, zo_eps=1e-2, seed=3)
     addax_ds.attach(optimizer, model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer.zeroth_order(lambda: model(x))
+    g0 = optimizer.zeroth_order(lambda: model(x))
+    explicit = []
+    for sign in (1, -1):
+        other = Borrowing().eval()
+        with torch.no_grad():
+            for n, p in other.named_parameters():
+                p.add_(addax_ds.gaussian(3, 0, n, 0, p.numel()).view(p.shape), alpha=sign * 1e-2)
+            explicit.append(other(x).item())
+    assert g0 == pytest.approx((explicit[0] - explicit[1]) / 2e-2, rel=1e-3)
     optimizer.step()
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {"unused.0.weight", "unused.0.bias", "unused.1.weight"}
-    assert "read 12 of 15 trainable parameters" in caplog.text
+    assert "read 14 of 17 trainable parameters" in caplog.text
     assert caplog.text.rstrip().endswith("while no pass reads them: unused")
 
 
