@@ -16,7 +16,11 @@ pytestmark = pytest.mark.slow
 
 LAYOUTS = ("unsharded x1", "ZeRO-3 x2", "FSDP2 x2")
 WALKS = [(method, seed) for seed in range(examples(5)) for method in METHODS]
-TORCHS_OWN = "Trying to backward through the graph a second time"
+TORCHS_OWN = (
+    "Trying to backward through the graph a second time",
+    # FSDP2 keeps the buffers of its first forward, which inference mode made for itself alone.
+    "Inplace update to inference tensor",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_a_walk_ends_like_the_float64_loop_or_with_a_sentence(results, layout, w
         if error is not None:
             assert error["said"] == results[layout][0][walk]["error"]["said"]
             assert len(error["said"]) > 20
-            if TORCHS_OWN not in error["said"]:
+            if not error["said"].startswith(TORCHS_OWN):
                 assert "/addax_ds/" in error["where"], ending
                 assert error["type"] in ("RuntimeError", "UserError"), ending
             continue
