@@ -133,10 +133,11 @@ class ModuleState:
             for name, value in self._attributes.items()
             if type(value) in (dict, list) and name not in ("_parameters", "_modules")
         ]
+        # Not of integers: those may be the quantised weights of a model, whose copy costs as much.
         self._values = [
             (tensor, tensor._version, tensor.clone())
             for tensor in _tensors(self._attributes)
-            if not tensor.is_inference()
+            if tensor.is_floating_point() and not tensor.is_inference()
         ]
 
     def restore(self) -> bool:
