@@ -297,7 +297,16 @@ class Zero3Sharding(Sharding):
 
         They were partitioned since the last pass that saw other weights. One collective for all of
         them, where each module would else fetch its own.
+
+        Raises:
+            UserError: under inference mode, if a backward is to come: what it gathers is no use to
+                autograd.
         """
+        if torch.is_inference_mode_enabled() and self.awaiting_backward and not self.backward_ran:
+            raise UserError(
+                "under ZeRO-3 there is no forward in torch.inference_mode() between a forward and "
+                "its backward: use torch.no_grad(), or evaluate before measure() or after step()"
+            )
         missing = [
             parameter
             for parameter in self._zero.persistent_parameters

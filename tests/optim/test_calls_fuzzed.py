@@ -20,6 +20,7 @@ TORCHS_OWN = (
     "Trying to backward through the graph a second time",
     # FSDP2 keeps the buffers of its first forward, which inference mode made for itself alone.
     "Inplace update to inference tensor",
+    "Setting requires_grad=True on inference tensor",  # gathered by ZeRO-3 in inference mode
 )
 
 
