@@ -80,6 +80,7 @@ class Zero3Sharding(Sharding):
             start, data = self.local_slice(info.parameter)
             self._ranges[info.parameter] = start, data.numel()
         self._perturb: Perturb | None = None
+        self._inference = False
         self._on_gradient: OnGradient | None = None
         self._forward_coordinator = _new_coordinator(zero.parameter_offload)
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
@@ -293,20 +294,24 @@ class Zero3Sharding(Sharding):
         self._zero.parameter_offload.partition_all_parameters()
 
     def _gather_persistent(self, *_: Any) -> None:
-        """At the start of a pass, gather the small parameters that DeepSpeed keeps whole.
+        """At the start of a forward, gather the small parameters that DeepSpeed keeps whole.
 
         They were partitioned since the last pass that saw other weights. One collective for all of
         them, where each module would else fetch its own.
 
+        What inference mode has gathered is of no use to autograd.
+
         Raises:
-            UserError: under inference mode, if a backward is to come: what it gathers is no use to
-                autograd.
+            UserError: under inference mode, if a backward is to come.
         """
         if torch.is_inference_mode_enabled() and self.awaiting_backward and not self.backward_ran:
             raise UserError(
                 "under ZeRO-3 there is no forward in torch.inference_mode() between a forward and "
                 "its backward: use torch.no_grad(), or evaluate before measure() or after step()"
             )
+        if self._inference and not torch.is_inference_mode_enabled():
+            self._partition_all()
+        self._inference = torch.is_inference_mode_enabled()
         missing = [
             parameter
             for parameter in self._zero.persistent_parameters

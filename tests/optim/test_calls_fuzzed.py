@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.workers.call_sequences import METHODS, batches, build
 pytestmark = pytest.mark.slow
 
 LAYOUTS = ("unsharded x1", "ZeRO-3 x2", "FSDP2 x2")
-WALKS = [(method, seed) for seed in range(examples(5)) for method in METHODS]
+WALKS = list(zip(cycle(METHODS), range(examples(24)), strict=False))
 TORCHS_OWN = (
     "Trying to backward through the graph a second time",
     # FSDP2 keeps the buffers of its first forward, which inference mode made for itself alone.
