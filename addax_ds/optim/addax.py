@@ -320,6 +320,7 @@ class Addax(torch.optim.Optimizer):
         self._non_finite.count(self.report.index, problems)
 
     def _on_gradient(self, shard: Shard, gradient: Tensor) -> None:
+        self.sharding.backward_ran = True  # a back end notes it too, of a rank with empty shards
         self._begun_step().take(shard, gradient)
 
     def _begun_step(self) -> RunningStep:
