@@ -79,7 +79,7 @@ class Reads:
                 self._read.add(info.parameter_id)
 
         nn.Module.__getattr__ = noting_get  # type: ignore[method-assign]
-        nn.Module.named_parameters = noting_named  # type: ignore[method-assign]
+        nn.Module.named_parameters = noting_named  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

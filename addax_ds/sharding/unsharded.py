@@ -116,7 +116,7 @@ class Unsharded(Sharding):
 
     def check_unchanged(self) -> None:  # noqa: D102
         super().check_unchanged()
-        owned = set()
+        owned: set[Tensor | None] = set()
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 raise UserError(

@@ -190,12 +190,12 @@ HARMLESS = [
 
 
 def calls(seed: int) -> list[str]:
-    """The calls of a walk: some steps, calls in between, and half the time a slip."""
+    """The calls of a walk: some steps, calls in between, and mostly a slip."""
     chance = random.Random(seed)
     found = list(STEP) * chance.randint(2, STEPS)
     for _ in range(chance.randint(2, 5)):
         found.insert(chance.randrange(len(found)), chance.choice(HARMLESS))
-    if chance.random() < 0.5:
+    if chance.random() < 0.75:
         slip, place = chance.choice(("insert", "leave out", "move")), chance.randrange(len(found))
         moved = found.pop(place) if slip != "insert" else chance.choice(CALLS)
         if slip != "leave out":
