@@ -160,16 +160,13 @@ def _checkpointing_problems(args: "AddaxConfig") -> Iterator[str]:
 
 
 def _loader_problems(args: "AddaxConfig") -> Iterator[str]:
+    names = ("num_workers", "prefetch_factor", "persistent_workers")
+    options = {name: getattr(args, f"dataloader_{name}") for name in names}
     try:
-        RankLoader(
-            [0],  # type: ignore[arg-type]
-            collate_fn=dict,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
-        )
+        RankLoader([0], collate_fn=dict, **options)  # type: ignore[arg-type]
     except ValueError as error:
-        yield f"--dataloader_num_workers {args.dataloader_num_workers}: {_said(error)}."
+        given = ", ".join(f"--dataloader_{name} {value}" for name, value in options.items())
+        yield f"{given}: {_said(error)}."
 
 
 def _hub_problems(args: "AddaxConfig") -> Iterator[str]:

@@ -71,6 +71,16 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         """See `Addax.zeroth_order`."""
         return self.optimizer.zeroth_order(closure)
 
+    def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
+        """Put a gradient into its bucket.
+
+        Raises:
+            UserError: for a parameter that was frozen between its forward and its backward.
+        """
+        if param.grad is None:
+            self.sharding.check_unchanged()
+        super().reduce_ready_partitions_and_remove_grads(param)
+
     def partition_grads(
         self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]
     ) -> None:

@@ -22,10 +22,12 @@ from addax_ds.optim.hyperparameters import (
     problems,
 )
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
+from addax_ds.optim.passes import Passes
 from addax_ds.optim.report import NonFiniteSteps, StepReport
 from addax_ds.optim.step import Closure, RunningStep
 from addax_ds.optim.update import Rounding, Step
 from addax_ds.sharding.base import Shard, Sharding
+from addax_ds.sharding.reads import outermost
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import raise_problems
 
@@ -67,6 +69,9 @@ class Addax(torch.optim.Optimizer):
     With several directions :math:`g^0 z` is the mean of :math:`g^0_k z_k`, each measured like the
     one of the paper on the same batch: its variance falls with q, and a step takes 2 q
     zeroth-order passes (`addax_ds.optim.estimator`).
+
+    Parameters that no zeroth-order pass of a step reads, on any rank, get no zeroth-order part in
+    it (`addax_ds.sharding.reads`).
 
     For bf16 and fp16 weights the update credits, in place of z, what the passes at +eps and -eps
     see of it after rounding (`addax_ds.optim.update`).
@@ -151,6 +156,8 @@ class Addax(torch.optim.Optimizer):
         self._running: RunningStep | None = None
         self._non_finite = NonFiniteSteps()
         self._kept: SkippedUpdates | None = None
+        self._passes: Passes | None = None
+        self._told_of_unread = False
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -219,7 +226,8 @@ class Addax(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: if called twice in a step or after a backward of the same step; without
-                ``first_order`` if there is something to clip or to scale.
+                ``first_order`` if there is something to clip or to scale; if the zeroth-order
+                passes read no trainable parameter.
             TypeError: if a loss is of a type narrower than fp32, in which the difference of two
                 losses is lost.
         """
@@ -231,13 +239,18 @@ class Addax(torch.optim.Optimizer):
         if not zeroth and not first:
             return None
         running = self._running = self._new_step()
+        running.is_measuring = True
         try:
             loss = running.measure(zeroth, first)
         except BaseException:
             self._running = None
-            if first:
-                self.sharding.awaiting_backward = False  # its backward will not come
+            self._forget_passes()  # their backward will not come
             raise
+        running.is_measuring = self.sharding.backward_ran = False
+        if loss is None:
+            self._forget_passes()
+        if zeroth:
+            self._tell_of_unread({info.name for info in running.unread})
         self.zeroth_order_loss = running.zeroth_order_loss
         self.first_order_loss = running.first_order_loss
         return loss
@@ -264,6 +277,7 @@ class Addax(torch.optim.Optimizer):
         zeroth = _listed(zeroth_order) if self.alpha > 0.0 else []
         first = _listed(first_order) if self.alpha < 1.0 else []
         running = self._running = self._new_step()
+        running.is_measuring = True
         try:
             running.rehearse(zeroth, first)
             self.sharding.finish_step()  # frees what is gathered
@@ -272,7 +286,7 @@ class Addax(torch.optim.Optimizer):
             raise
         finally:
             self._running = None
-            self.sharding.awaiting_backward = False
+            self._forget_passes()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -283,16 +297,20 @@ class Addax(torch.optim.Optimizer):
 
         Raises:
             ValueError: if a closure is given.
+            RuntimeError: within `measure`, or if a first-order forward ran and no backward.
             NonFiniteError: after `MAX_NON_FINITE_STEPS` steps in a row in which a loss, or the
                 update of some weights, was NaN or infinite. (Overflows of fp16 gradients count only
                 once the loss scale cannot be lowered.)
         """
         if closure is not None:
             raise ValueError("Addax.step takes no closure; measure() does")
+        self.sharding.check_unchanged()
+        if self._running is not None or self.alpha == 0.0:
+            self._check_backward_ran()
         running = self._begun_step()
         self._check_all_applied()
         self.report = running.finish(self.stop_requested)
-        self.sharding.awaiting_backward = False
+        self._forget_passes()
         self._running = None
         self.index += 1
         problems = running.problems
@@ -302,6 +320,7 @@ class Addax(torch.optim.Optimizer):
         self._non_finite.count(self.report.index, problems)
 
     def _on_gradient(self, shard: Shard, gradient: Tensor) -> None:
+        self.sharding.backward_ran = True  # a back end notes it too, of a rank with empty shards
         self._begun_step().take(shard, gradient)
 
     def _begun_step(self) -> RunningStep:
@@ -324,6 +343,7 @@ class Addax(torch.optim.Optimizer):
         """Fix the values of a step, by parameter group: these differ in lr and weight decay."""
         self.sharding.check_unchanged()
         assert self._kept is not None
+        assert self._passes is not None
         steps = [
             Step(
                 seed=self.seed,
@@ -339,8 +359,27 @@ class Addax(torch.optim.Optimizer):
         ]
         limits = self.loss_scale.value, self.max_grad_norm
         return RunningStep(
-            self.sharding, steps, self.estimator, self._kept, *limits, self.track_norm
+            self.sharding,
+            self._passes,
+            steps,
+            self.estimator,
+            self._kept,
+            *limits,
+            self.track_norm,
         )
+
+    def _tell_of_unread(self, unread: set[str]) -> None:
+        names = [info.name for info in self.sharding.infos]
+        if unread and not self._told_of_unread:
+            logger.warning(
+                "step %d: its zeroth-order passes read %d of %d trainable parameters. The others "
+                "get no zeroth-order part while no pass reads them: %s",
+                self.index,
+                len(names) - len(unread),
+                len(names),
+                ", ".join(outermost(sorted(unread), [n for n in names if n not in unread])),
+            )
+        self._told_of_unread = True
 
     def _check_comes_first(self) -> None:
         if self._running is not None:
@@ -355,6 +394,19 @@ class Addax(torch.optim.Optimizer):
                 "before it: its backward would see other weights. Call zeroth_order() first, and "
                 "put forwards that train nothing under torch.no_grad(). If that forward is not to "
                 "be trained on, call again"
+            )
+
+    def _forget_passes(self) -> None:
+        self.sharding.awaiting_backward = self.sharding.backward_ran = False
+
+    def _check_backward_ran(self) -> None:
+        if self._running is not None and self._running.is_measuring:
+            raise RuntimeError("step() was called within a closure: call it after measure()")
+        expected = self.sharding.awaiting_backward or self._running is None
+        if self.alpha < 1.0 and expected and not self.sharding.backward_ran:
+            raise RuntimeError(
+                "no backward ran in this step: call backward() on what measure() returned, or on a "
+                "first-order loss of your own, before step()"
             )
 
     def _check_leaves_no_loss_alone(self) -> None:
@@ -419,6 +471,8 @@ class Addax(torch.optim.Optimizer):
         sharding.attach(self._on_gradient)
         self._sharding = sharding
         self._kept = SkippedUpdates(sharding.shards())
+        self._passes = Passes(sharding)
+        self._told_of_unread = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own ``lr`` and ``weight_decay``, before the optimizer is attached.

@@ -24,9 +24,10 @@ class StepReport:
         first_order_loss: mean over ranks and micro-batches of the first-order loss; None if
             `Addax.measure` did not compute it.
         zeroth_order_norm: norm of the zeroth-order part of the update, lr * alpha * |g0| * sqrt(d)
-            for d trainable elements, over sqrt(q) for q directions; ||z|| is sqrt(d) to a relative
-            1 / sqrt(2 d), and directions are as good as orthogonal (weights narrower than fp32 were
-            perturbed by rounded multiples of z, whose norm differs a little).
+            for d trainable elements (those of unread parameters left out), over sqrt(q) for q
+            directions; ||z|| is sqrt(d) to a relative 1 / sqrt(2 d), and directions are as good as
+            orthogonal (weights narrower than fp32 were perturbed by rounded multiples of z, whose
+            norm differs a little).
         first_order_norm: norm of the first-order part, lr * (1 - alpha) * ||g1||, after clipping;
             None unless `Addax.track_norm` was set or the gradient is clipped.
         gradient_norm: ||g1|| over all parameters, before weighting and clipping; None likewise.

@@ -15,9 +15,10 @@ from torch import Tensor
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.estimator import Estimate, Estimator, Pass
 from addax_ds.optim.gradients import GradientSums, SkippedUpdates, SquaredNorms
+from addax_ds.optim.passes import Passes, forget_casts
 from addax_ds.optim.report import StepReport
 from addax_ds.optim.update import Step, apply_update, perturb
-from addax_ds.sharding.base import Shard, Sharding, evaluation_mode
+from addax_ds.sharding.base import ParameterInfo, Shard, Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class _Mode(Enum):
     APPLY = auto()
     ACCUMULATE = auto()
     TAKE_NORM = auto()
+    REFUSE = auto()
 
 
 class RunningStep:
@@ -37,6 +39,7 @@ class RunningStep:
 
     Args:
         sharding: the back end.
+        passes: the zeroth-order passes over its model.
         steps: the values of the step, by parameter group; the coefficients are not known yet.
         estimator: the zeroth-order part.
         kept: flags of the weights, which are unset here.
@@ -47,6 +50,9 @@ class RunningStep:
     Attributes:
         zeroth_order_loss: mean over ranks, as the estimator has it, once it is known.
         first_order_loss: mean over ranks and micro-batches, once it is known.
+        unread: trainable parameters that no zeroth-order pass of any rank read: the loss does not
+            depend on them, and they get no zeroth-order part.
+        is_measuring: whether closures are running, which may not call `Addax.step`.
         problems: what was NaN or infinite, in words.
         overflow: the same, of what a smaller loss scale may mend: nothing, or one entry.
     """
@@ -54,6 +60,7 @@ class RunningStep:
     def __init__(
         self,
         sharding: Sharding,
+        passes: Passes,
         steps: list[Step],
         estimator: Estimator,
         kept: SkippedUpdates,
@@ -65,7 +72,10 @@ class RunningStep:
         self.first_order_loss: float | None = None
         self.problems: list[str] = []
         self.overflow: list[str] = []
+        self.is_measuring = False
+        self.unread: list[ParameterInfo] = []
         self._sharding = sharding
+        self._passes = passes
         self._loss_scale = loss_scale
         self._max_grad_norm = max_grad_norm
         self._track_norm = track_norm
@@ -74,6 +84,7 @@ class RunningStep:
         self._estimate: Estimate | None = None
         self._mode = _Mode.APPLY
         self._updated: set[int] = set()
+        self._unread_ids: set[int] = set()
         self._applied_first_order = steps[0].alpha < 1.0
         self._sums = GradientSums()
         self._squares = SquaredNorms()
@@ -92,6 +103,7 @@ class RunningStep:
         """See `Addax.measure`; an empty list is a part that this step does not have."""
         passes = self._estimator.passes
         losses = self._perturbed_losses(zeroth_order, passes) if zeroth_order else []
+        forget_casts()  # one that was made without autograd has no gradient
         if not first_order:
             self._agree(losses, None)
             return None
@@ -122,7 +134,6 @@ class RunningStep:
                 loss, _ = self._micro_batches(first_order)
                 self._backward(loss, mode)
 
-    @torch.no_grad()
     def _perturbed_losses(self, closures: list[Closure], passes: Sequence[Pass]) -> list[Tensor]:
         """Return this rank's mean loss of each pass."""
         step = self._steps[0]
@@ -131,11 +142,13 @@ class RunningStep:
             return perturb(shard.data, shard.parameter_id, shard.start, step, sign, probe)
 
         means = []
-        with evaluation_mode(self._sharding.model), self._sharding.forward_only():
+        self._mode = _Mode.REFUSE  # it would be of perturbed weights
+        with self._passes.of_step():
             for each in passes:
-                with self._sharding.perturbed(partial(perturbed, each.sign, each.probe)):
+                with self._passes.perturbed(partial(perturbed, each.sign, each.probe)):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())
+        self._mode = _Mode.APPLY
         return means
 
     def _micro_batches(self, closures: list[Closure]) -> tuple[Tensor, Tensor]:
@@ -170,6 +183,11 @@ class RunningStep:
     def take(self, shard: Shard, gradient: Tensor) -> None:
         """Use a shard's averaged gradient as soon as it is reduced."""
         gradient = gradient[: shard.data.numel()]
+        if self._mode is _Mode.REFUSE:
+            raise RuntimeError(
+                f"{shard.name} got a gradient in a zeroth-order pass, whose weights are perturbed: "
+                "a closure of the zeroth-order part computes a loss and runs no backward"
+            )
         if self._mode is _Mode.TAKE_NORM:
             self._squares.add(shard, gradient)
         elif self._mode is _Mode.ACCUMULATE:
@@ -192,11 +210,15 @@ class RunningStep:
             gradient,
             shard.parameter_id,
             shard.start,
-            self._steps[shard.group],
+            self._step_of(shard),
             decayed=shard.decayed,
             kept=self._kept.flag(shard),
         )
         self._updated.add(shard.parameter_id)
+
+    def _step_of(self, shard: Shard) -> Step:
+        step = self._steps[shard.group]
+        return replace(step, coefficients=()) if shard.parameter_id in self._unread_ids else step
 
     def _clip(self) -> bool:
         """Find the norm of g1 from its squares and scale the step by it.
@@ -234,12 +256,16 @@ class RunningStep:
         Returns:
             Whether the first-order loss, if there is one, is finite.
         """
-        losses = zeroth_order if first_order is None else [*zeroth_order, first_order]
+        values = zeroth_order if first_order is None else [*zeroth_order, first_order]
+        if zeroth_order:
+            values = [*values, torch.tensor(self._sharding.reads.by_parameter().count(False))]
         device = self._sharding.device
         # fp64, as g0 is a small difference of two of these sums.
-        total = torch.stack([loss.to(device, torch.float64) for loss in losses])
+        total = torch.stack([value.to(device, torch.float64) for value in values])
         self._sharding.sum_over_ranks(total)
         means = (total / self._sharding.world_size).tolist()
+        if zeroth_order and means.pop():
+            self._agree_on_unread()
         if first_order is not None:
             self.first_order_loss = means.pop()
         if means:
@@ -250,6 +276,20 @@ class RunningStep:
         self._applied_first_order = False
         self._sums.clear()
         return False
+
+    def _agree_on_unread(self) -> None:
+        """Find what no rank has read; a collective of its own, which others do without."""
+        read = torch.tensor(self._sharding.reads.by_parameter(), dtype=torch.float64)
+        read = read.to(self._sharding.device)
+        self._sharding.sum_over_ranks(read)
+        infos = zip(self._sharding.infos, read.tolist(), strict=True)
+        self.unread = [info for info, ranks in infos if not ranks]
+        self._unread_ids = {info.parameter_id for info in self.unread}
+        if len(self.unread) == len(self._sharding.infos):
+            raise RuntimeError(
+                "the zeroth-order passes read no trainable parameter: their closures have to call "
+                "the model that the optimizer is attached to, and not in a compiled function"
+            )
 
     def _take_estimate(self, losses: list[float]) -> None:
         """Complete the step by its coefficients, or leave that part out if they are not finite."""
@@ -275,6 +315,7 @@ class RunningStep:
             if shard.parameter_id not in self._updated:
                 self._update(shard, self._sums.take(shard, None))
         self._sharding.finish_step()
+        forget_casts()
         device, groups = self._sharding.device, len(self._steps)
         values = torch.zeros(2 + groups, dtype=torch.float64, device=device)
         values[0] = self._kept.any()
@@ -311,7 +352,10 @@ class RunningStep:
     def _report(self, stop_requested: bool) -> StepReport:
         step, norms = self._steps[0], self._norms
         lrs = [group.lr for group in self._steps]
-        sizes = [math.sqrt(elements) for elements in self._sharding.group_elements]
+        elements = list(self._sharding.group_elements)
+        for info in self.unread:
+            elements[info.group] -= self._sharding.full_shape(info.parameter).numel()
+        sizes = list(map(math.sqrt, elements))
         # Independent z are nearly orthogonal, so their coefficients add up in squares.
         weight_of_z = step.alpha * math.hypot(*step.coefficients)
         return StepReport(

@@ -7,7 +7,7 @@ and the loading of models do not know which back end they run on.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 from weakref import WeakSet
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
+from addax_ds.sharding.reads import Reads
 from addax_ds.utils.errors import UserError
 
 _WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
@@ -82,8 +83,10 @@ class Sharding(ABC):
         loads_with_collectives: whether Transformers partitions a model as it loads it.
         model: the model, whose stored weights are the shards.
         infos: the trainable parameters.
+        reads: which of them the model's code reads.
         group_elements: number of trainable elements of the whole model, by parameter group.
         awaiting_backward: whether a forward with autograd ran since the last step.
+        backward_ran: whether a gradient arrived since, or since the passes of this step.
     """
 
     name: ClassVar[str]
@@ -96,11 +99,19 @@ class Sharding(ABC):
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
         self.infos = describe_parameters(model, param_groups, self.full_shape)
+        for info in self.infos:
+            kind = type(self.local_slice(info.parameter)[1])
+            if kind is not Tensor:
+                raise UserError(
+                    f"{info.name} is a tensor of a kind of its own ({kind.__name__}; quantised?), "
+                    "whose elements cannot be perturbed: freeze it and train plain weights"
+                )
+        self.reads = Reads(model, self.infos)
         self.group_elements = [0] * len(param_groups)
         for info in self.infos:
             self.group_elements[info.group] += self.full_shape(info.parameter).numel()
         self._held = [(p, p.requires_grad) for group in param_groups for p in group["params"]]
-        self.awaiting_backward = False
+        self.awaiting_backward = self.backward_ran = False
         self._hooks: list[RemovableHandle] = []
 
     # ---- any model -----------------------------------------------------------------------------
@@ -186,6 +197,19 @@ class Sharding(ABC):
 
     def _note_forward(self, *_: Any) -> None:
         self.awaiting_backward |= torch.is_grad_enabled()
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
+        """Take the gradient that has just arrived away from a parameter.
+
+        Raises:
+            UserError: if the parameter was frozen after its forward.
+        """
+        self.backward_ran = True
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            self.check_unchanged()
+        assert gradient is not None
+        return gradient
 
     def unapplied_gradient(self) -> str | None:
         """Name a parameter with a gradient that was not handed to ``on_gradient``, or None."""
@@ -347,15 +371,3 @@ def canonical_name(name: str) -> str:
     for prefix in _WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to eval mode and restore each module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -147,8 +147,7 @@ class Fsdp2(Sharding):
 
     def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
         def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
-            assert parameter.grad is not None
-            gradient, parameter.grad = _local(parameter.grad), None
+            gradient = _local(self._gradient_of(parameter))
             shard = self._shard(info)
             if shard.data.numel():
                 on_gradient(shard, gradient.reshape(-1))
@@ -169,7 +168,7 @@ class Fsdp2(Sharding):
         self._reshard()  # what is still gathered is from before the update
 
     def abandon(self) -> None:  # noqa: D102
-        self.awaiting_backward = False
+        self.awaiting_backward = self.backward_ran = False
         self._reshard()  # which drops what is being gathered or reduced, too
         for parameter, fsdp_param in self._fsdp_params.items():
             parameter.grad = None

@@ -8,10 +8,10 @@ During a perturbed pass a block of the model sees ``theta + c z`` because its pa
 point to perturbed copies while the block runs, and to the untouched weights again afterwards. A
 block is an element of an outermost ``nn.ModuleList`` (a decoder layer); what lies outside all
 blocks, and what blocks share, is perturbed for the whole pass. So the extra memory is one block
-plus the embeddings, and a module may read any parameter of its own block.
+plus the embeddings. A parameter of a block that is read while its block does not run is perturbed
+from then on.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -35,8 +35,6 @@ from addax_ds.sharding.base import (
 )
 from addax_ds.utils.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 
 class Unsharded(Sharding):
     """Sharding back end of a plain model, in one process or replicated on several ranks.
@@ -56,7 +54,6 @@ class Unsharded(Sharding):
             if not info.parameter.is_contiguous():
                 raise UserError(f"{info.name} is not contiguous: call .contiguous() on its data")
         self._replicate()
-        self._warned_of_blocks = False
         self._blocks, self._outside = _split_into_blocks(model, self.infos)
 
     @classmethod
@@ -77,26 +74,26 @@ class Unsharded(Sharding):
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
         swapped: dict[nn.Parameter, Tensor] = {}
-        ran: set[nn.Module] = set()
         hooks = []
         try:
             for block, infos in self._blocks:
-                enter = partial(_enter_block, infos, perturb, swapped, ran)
+                enter = partial(_swap_in, infos, perturb, swapped)
                 leave = partial(_swap_out, infos, swapped)
                 hooks.append(block.register_forward_pre_hook(enter))
                 hooks.append(block.register_forward_hook(leave, always_call=True))
             _swap_in(self._outside, perturb, swapped)
+            # What another module reads of a block that does not run, it keeps for the whole pass.
+            self.reads.on_read = lambda info: _swap_in([info], perturb, swapped)
             yield
-            self._warn_of_unseen_blocks(ran)
         finally:
+            self.reads.on_read = None
             for hook in hooks:
                 hook.remove()
             _swap_out(self.infos, swapped)
 
     def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
         def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
-            assert parameter.grad is not None
-            gradient, parameter.grad = parameter.grad.contiguous(), None
+            gradient = self._gradient_of(parameter).contiguous()
             if self.world_size > 1:
                 # These meet, as long as backward has the same order on every rank: a model that
                 # leaves out layers by chance (layerdrop) has not.
@@ -113,17 +110,26 @@ class Unsharded(Sharding):
         pass  # the weights that a pass reads are the weights that were updated
 
     def abandon(self) -> None:  # noqa: D102
-        self.awaiting_backward = False
+        self.awaiting_backward = self.backward_ran = False
         for info in self.infos:
             info.parameter.grad = None
 
     def check_unchanged(self) -> None:  # noqa: D102
         super().check_unchanged()
-        if any(isinstance(module, FSDPModule) for module in self.model.modules()):
-            raise UserError(
-                "fully_shard was applied after the optimizer was attached, which then no longer "
-                "sees the weights: shard first, then make the optimizer and attach it"
-            )
+        owned: set[Tensor | None] = set()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                raise UserError(
+                    "fully_shard was applied after the optimizer was attached, which then no "
+                    "longer sees the weights: shard first, then make the optimizer and attach it"
+                )
+            owned.update(module._parameters.values())
+        for info in self.infos:
+            if info.parameter not in owned:
+                raise UserError(
+                    f"{info.name} was replaced by another parameter after the optimizer was "
+                    "attached, which would train the old one: make a new optimizer and attach it"
+                )
 
     @property
     def world_size(self) -> int:  # noqa: D102
@@ -142,17 +148,6 @@ class Unsharded(Sharding):
         if self.world_size > 1:
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 dist.broadcast(tensor.data, src=0)
-
-    def _warn_of_unseen_blocks(self, ran: set[nn.Module]) -> None:
-        """Warn, once, of blocks that no pass went through: what read them read them unperturbed."""
-        unseen = [infos[0].name for block, infos in self._blocks if infos and block not in ran]
-        if unseen and not self._warned_of_blocks:
-            self._warned_of_blocks = True
-            logger.warning(
-                "the forward pass did not call the modules of %s: their weights were not perturbed "
-                "and, if something else reads them, g0 does not account for them",
-                ", ".join(unseen),
-            )
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -209,20 +204,8 @@ def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Par
     return own
 
 
-def _enter_block(
-    infos: list[ParameterInfo],
-    perturb: Perturb,
-    swapped: dict[nn.Parameter, Tensor],
-    ran: set[nn.Module],
-    block: nn.Module,
-    *_: Any,
-) -> None:
-    ran.add(block)
-    _swap_in(infos, perturb, swapped)
-
-
 def _swap_in(
-    infos: list[ParameterInfo], perturb: Perturb, swapped: dict[nn.Parameter, Tensor]
+    infos: list[ParameterInfo], perturb: Perturb, swapped: dict[nn.Parameter, Tensor], *_: Any
 ) -> None:
     for info in infos:
         if info.parameter not in swapped:

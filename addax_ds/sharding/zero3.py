@@ -80,6 +80,7 @@ class Zero3Sharding(Sharding):
             start, data = self.local_slice(info.parameter)
             self._ranges[info.parameter] = start, data.numel()
         self._perturb: Perturb | None = None
+        self._inference = False
         self._on_gradient: OnGradient | None = None
         self._forward_coordinator = _new_coordinator(zero.parameter_offload)
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
@@ -152,8 +153,15 @@ class Zero3Sharding(Sharding):
         self._on_gradient = None
 
     def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Hand over a reduced gradient partition, which may be padded or padding alone."""
+        """Hand over a reduced gradient partition, which may be padded or padding alone.
+
+        Raises:
+            UserError: if the optimizer was detached.
+        """
+        if self._on_gradient is None:
+            self.check_unchanged()
         assert self._on_gradient is not None
+        self.backward_ran = True
         shard = self._shard(self._infos_by_parameter[parameter])
         if shard.data.numel():
             self._on_gradient(shard, gradient)
@@ -171,7 +179,7 @@ class Zero3Sharding(Sharding):
 
     def abandon(self) -> None:  # noqa: D102
         get_accelerator().synchronize()  # what is in flight uses memory that is freed here
-        self.awaiting_backward = False
+        self.awaiting_backward = self.backward_ran = False
         zero, offload = self._zero, self._zero.parameter_offload
         _inflight(offload).clear()
         for parameter in self.model.parameters():
@@ -286,11 +294,24 @@ class Zero3Sharding(Sharding):
         self._zero.parameter_offload.partition_all_parameters()
 
     def _gather_persistent(self, *_: Any) -> None:
-        """At the start of a pass, gather the small parameters that DeepSpeed keeps whole.
+        """At the start of a forward, gather the small parameters that DeepSpeed keeps whole.
 
         They were partitioned since the last pass that saw other weights. One collective for all of
         them, where each module would else fetch its own.
+
+        What inference mode has gathered is of no use to autograd.
+
+        Raises:
+            UserError: under inference mode, if a backward is to come.
         """
+        if torch.is_inference_mode_enabled() and self.awaiting_backward and not self.backward_ran:
+            raise UserError(
+                "under ZeRO-3 there is no forward in torch.inference_mode() between a forward and "
+                "its backward: use torch.no_grad(), or evaluate before measure() or after step()"
+            )
+        if self._inference and not torch.is_inference_mode_enabled():
+            self._partition_all()
+        self._inference = torch.is_inference_mode_enabled()
         missing = [
             parameter
             for parameter in self._zero.persistent_parameters

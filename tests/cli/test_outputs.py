@@ -15,6 +15,7 @@ from addax_ds.checkpoint import checkpoint
 from addax_ds.checkpoint.atomic import SEAL, atomic_folder
 from addax_ds.cli import train
 from addax_ds.cli.outputs import Outputs
+from addax_ds.config import trials
 from addax_ds.training import hub
 from addax_ds.training.saving import SavingMixin
 from tests.support.tiny import rows, write_model, write_rows
@@ -90,6 +91,14 @@ def test_a_generation_config_that_transformers_would_not_save_is_kept(
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def with_a_hub(monkeypatch) -> None:
+    """What is known of the hub without asking it does not forbid an upload."""
+    monkeypatch.setattr(trials, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(trials, "get_token", lambda: "token")
+
+
+@pytest.mark.usefixtures("with_a_hub")
 def test_an_upload_that_fails_costs_nothing_else(model, data, tmp_path, capsys, monkeypatch):
     output, uploads = tmp_path / "output", []
     waits: list[float] = []
@@ -169,6 +178,7 @@ def test_an_output_that_fails_is_named_and_the_next_one_tried(caplog):
         outputs.require_all()
 
 
+@pytest.mark.usefixtures("with_a_hub")
 def test_a_repository_out_of_reach_is_known_before_the_model_is_loaded(
     model, data, tmp_path, capsys, monkeypatch
 ):

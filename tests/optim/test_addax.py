@@ -84,6 +84,94 @@ def test_two_backwards_in_a_step(alpha):
         model(X).backward()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_step_whose_loss_was_not_run_backward(alpha):
+    model, optimizer = toy(alpha=alpha)
+    twin, reference = toy(alpha=alpha)
+    losses = (lambda: model(X), lambda: model(X))
+    loss, before = optimizer.measure(*losses), weights(model)
+    with pytest.raises(RuntimeError, match=r"no backward ran in this step: call backward\(\)"):
+        optimizer.step()
+    assert same(weights(model), before)
+    loss.backward()
+    optimizer.step()
+    one_step(twin, reference)
+    assert same(weights(model), weights(twin))
+
+
+def test_a_step_of_nothing():
+    model, optimizer = toy(alpha=0.0)
+    one_step(model, optimizer)
+    with pytest.raises(RuntimeError, match="no backward ran"):
+        optimizer.step()
+    assert optimizer.index == 1
+    one_step(model, optimizer)
+
+
+def test_a_step_without_a_first_order_part_needs_no_backward():
+    model, optimizer = toy()
+    optimizer.zeroth_order(lambda: model(X))
+    optimizer.step()
+    optimizer.measure(lambda: model(X), lambda: model(X) * torch.nan)
+    optimizer.step()
+    assert optimizer.index == 2
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_neither_a_backward_nor_a_step_within_a_zeroth_order_pass(alpha):
+    model, optimizer = toy(alpha=alpha)
+    twin, reference = toy(alpha=alpha)
+    before = weights(model)
+
+    def backward():
+        with torch.enable_grad():
+            model(X).backward()
+
+    for inside, message in (
+        (backward, "got a gradient in a zeroth-order"),
+        (optimizer.step, "within a"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.zeroth_order(lambda inside=inside: inside() or model(X))
+        optimizer.zero_grad()
+        assert same(weights(model), before)
+    assert one_step(model, optimizer) == one_step(twin, reference)
+    assert same(weights(model), weights(twin))
+
+
+def test_a_parameter_frozen_between_its_forward_and_its_backward():
+    model, optimizer = toy()
+    loss = optimizer.measure(lambda: model(X), lambda: model(X))
+    model.head.weight.requires_grad_(False)
+    with pytest.raises(UserError, match="requires_grad of a parameter has changed"):
+        loss.backward()
+
+
+def test_a_parameter_that_was_replaced():
+    model, optimizer = toy()
+    model.layers[1].weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(UserError, match=r"layers\.1\.weight was replaced by another"):
+        optimizer.zeroth_order(lambda: model(X))
+
+
+@pytest.mark.parametrize("what", ["detached", "requires_grad"])
+def test_a_change_between_backward_and_step(what):
+    model, optimizer = toy()
+    optimizer.measure(lambda: model(X), lambda: model(X)).backward()
+    if what == "detached":
+        optimizer.sharding.detach()
+    else:
+        model.head.weight.requires_grad_(False)
+    with pytest.raises(UserError, match=what):
+        optimizer.step()
+
+
+def test_a_closure_that_does_not_call_the_model():
+    _, optimizer = toy()
+    with pytest.raises(RuntimeError, match="read no trainable parameter"):
+        optimizer.zeroth_order(lambda: torch.tensor(1.0))
+
+
 def test_half_precision_loss():
     model, optimizer = toy()
     before = weights(model)
@@ -262,7 +350,7 @@ def test_non_finite_losses_skip_the_part_and_stop_after_ten_in_a_row(caplog):
 def test_one_infinite_loss_of_two_is_enough():
     model, optimizer = toy(alpha=1.0)
     losses = iter([torch.tensor(1.0), torch.tensor(torch.inf)])
-    assert optimizer.zeroth_order(lambda: next(losses)) == 0.0
+    assert optimizer.zeroth_order(lambda: 0 * model(X) + next(losses)) == 0.0
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
 

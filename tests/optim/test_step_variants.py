@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import addax_ds
 from tests.support.cases import float64_outcome
 from tests.support.layouts import LAYOUTS, on_layouts
 from tests.support.reference import distance, norm
@@ -15,7 +16,9 @@ from tests.workers.step_variants import (
     NARROW,
     POISON_ROW,
     POISONED,
+    ROUTED,
     RUNS,
+    expert_of,
     global_batches,
 )
 
@@ -65,6 +68,32 @@ def test_the_second_forward_has_the_dropout_of_the_first(results, layout):
     for rank in results[layout]:
         weights = rank["dropout, norm taken"]["weights"]
         assert all(torch.equal(weights[n], w) for n, w in rank["dropout"]["weights"].items())
+
+
+# ---- parameters that a step does not read -------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_no_rank_reads_in_a_step_gets_no_zeroth_order_part(results, layout):
+    ranks = LAYOUTS[layout].world_size
+    for rank in results[layout]:
+        found = rank["routed", None]
+        wanted = {name: weight.clone() for name, weight in found["start"].items()}
+        for step, g0 in enumerate(found["g0"]):
+            assert g0 != 0.0
+            chosen = {f"layers.0.experts.{expert_of(r, step)}." for r in range(ranks)}
+            read = [n for n in wanted if n.startswith((*chosen, "borrowed"))]
+            for name in read:
+                w = wanted[name]
+                z = addax_ds.gaussian(ROUTED.seed, step, name, 0, w.numel()).view(w.shape)
+                w -= ROUTED.lr * g0 * z
+            elements = sum(wanted[name].numel() for name in read)
+            norm_of_step = ROUTED.lr * abs(g0) * elements**0.5
+            assert found["norms"][step] == pytest.approx(norm_of_step)
+        for name, weight in wanted.items():
+            torch.testing.assert_close(found["end"][name], weight, rtol=1e-5, atol=1e-6)
+        for name in ("layers.0.experts.3.weight", "layers.0.experts.3.bias"):
+            assert torch.equal(found["end"][name], found["start"][name])
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------

@@ -154,12 +154,13 @@ def test_weights_and_modes_survive_a_closure_that_raises():
 
 def test_perturbation_needs_one_block_more_not_a_second_model():
     model, optimizer = build(CASES["untied"])
-    stored = {p.data_ptr() for p in model.parameters()}
+    parameters = list(model.parameters())  # to go through them in a pass would be to read them
+    stored = {p.data_ptr() for p in parameters}
     peak = 0
 
     def measure(*_):
         nonlocal peak
-        extra = sum(p.numel() for p in model.parameters() if p.data_ptr() not in stored)
+        extra = sum(p.numel() for p in parameters if p.data_ptr() not in stored)
         peak = max(peak, extra)
 
     handles = [m.register_forward_pre_hook(measure) for m in model.modules()]
@@ -210,8 +211,10 @@ def test_overflows_without_a_scaled_loss_are_counted_like_any_other():
     optimizer = addax_ds.Addax(model.parameters(), lr=1e9, alpha=1.0)
     addax_ds.attach(optimizer, model)
 
+    x = token_batches(1)[0][0]
+
     def losses(values: Iterator[float]) -> Callable[[], Tensor]:
-        return lambda: torch.tensor(next(values))
+        return lambda: 0 * mean_loss(model, x).float() + next(values)
 
     for _ in range(MAX_NON_FINITE_STEPS - 1):
         optimizer.zeroth_order(losses(iter([1e4, -1e4])))
@@ -247,26 +250,24 @@ class Nested(torch.nn.Module):
 
 
 @pytest.mark.parametrize("read_table", [False, True])
-def test_lists_of_lists_are_perturbed_and_uncalled_blocks_are_named(read_table, caplog):
+def test_blocks_that_are_read_without_being_called_are_perturbed_too(read_table, caplog):
     model, x = Nested(), torch.randn(3, 8)
     optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=1.0, zo_eps=1e-2, seed=3)
     addax_ds.attach(optimizer, model)
     g0 = optimizer.zeroth_order(lambda: model(x, read_table))
     optimizer.step()
+    assert torch.equal(model.tables[0].weight, Nested().tables[0].weight) is not read_table
     explicit = []
     for sign in (1, -1):
         other = Nested()
         with torch.no_grad():
-            for n, p in other.experts.named_parameters(prefix="experts"):
-                p.add_(
-                    sign
-                    * torch.tensor(1e-2)
-                    * addax_ds.gaussian(3, 0, n, 0, p.numel()).view(p.shape)
-                )
+            for n, p in other.named_parameters():
+                z = addax_ds.gaussian(3, 0, n, 0, p.numel()).view(p.shape)
+                p.add_(z, alpha=sign * 1e-2)
             explicit.append(other(x, read_table).item())
     assert g0 == pytest.approx((explicit[0] - explicit[1]) / 2e-2, rel=1e-4)
     optimizer.zeroth_order(lambda: model(x, read_table))
-    assert caplog.text.count("tables.0.weight") == 1
+    assert caplog.text.count("while no pass reads them: tables") == (0 if read_table else 1)
 
 
 def test_detach_gives_the_model_back():
@@ -326,3 +327,81 @@ def test_float64_weights_are_refused():
     model = tiny_opt().double()
     with pytest.raises(addax_ds.UserError, match="float64"):
         addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)
+
+
+def test_weights_of_a_kind_of_their_own_are_refused():
+    class Quantised(torch.Tensor):
+        pass
+
+    model = torch.nn.Linear(3, 3)
+    model.weight = torch.nn.Parameter(model.weight.detach().as_subclass(Quantised))
+    with pytest.raises(addax_ds.UserError, match=r"weight is a tensor of a kind .*Quantised"):
+        addax_ds.attach(addax_ds.Addax(model.parameters(), lr=0.1), model)
+
+
+class Borrowing(torch.nn.Module):
+    """Reads weights in every way but its own module's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = torch.nn.MultiheadAttention(8, 2)
+        self.lstm = torch.nn.LSTM(8, 8)
+        self.scripted = torch.jit.script(torch.nn.Linear(8, 8))
+        self.tied = torch.nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.scripted.weight
+        self.listed = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(8))])
+        self.held = [torch.nn.Parameter(torch.randn(8))]
+        self.register_parameter("holder", self.held[0])
+        self.looped = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+        self.unused = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Embedding(2, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(next(self.unused.parameters()).dtype)
+        x = self.lstm(self.attention(x, x, x)[0])[0] + self.listed[0] * self.held[0]
+        penalty = sum(p.square().sum() for p in self.looped.parameters())
+        return self.scripted(x).square().mean() + penalty
+
+
+def test_reads_in_passing_count_as_reads(caplog):
+    model, x = Borrowing(), torch.randn(3, 2, 8)
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=1.0, zo_eps=1e-2, seed=3)
+    addax_ds.attach(optimizer, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    g0 = optimizer.zeroth_order(lambda: model(x))
+    explicit = []
+    for sign in (1, -1):
+        other = Borrowing().eval()
+        with torch.no_grad():
+            for n, p in other.named_parameters():
+                p.add_(addax_ds.gaussian(3, 0, n, 0, p.numel()).view(p.shape), alpha=sign * 1e-2)
+            explicit.append(other(x).item())
+    assert g0 == pytest.approx((explicit[0] - explicit[1]) / 2e-2, rel=1e-3)
+    optimizer.step()
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {"unused.0.weight", "unused.0.bias", "unused.1.weight"}
+    assert "read 14 of 17 trainable parameters" in caplog.text
+    assert caplog.text.rstrip().endswith("while no pass reads them: unused")
+
+
+def test_a_vision_tower_is_left_alone_by_training_on_text():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    text |= {"num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": 64}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    optimizer = addax_ds.Addax(model.parameters(), lr=1e-3, alpha=1.0)
+    addax_ds.attach(optimizer, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ids = torch.arange(12).view(2, 6)
+    for _ in range(2):
+        optimizer.zeroth_order(lambda: mean_loss(model, ids))
+        optimizer.step()
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
+    assert still
+    assert len(still) < len(before)

@@ -15,6 +15,11 @@ from addax_ds.utils.errors import UserError
 _LONG = os.environ.get("ADDAX_FUZZ_EXAMPLES")
 
 
+def examples(count: int) -> int:
+    """Number of examples of a test that draws its own."""
+    return int(_LONG or count)
+
+
 def fuzzed(examples: int) -> settings:
     """The same examples in every run of the suite; others, and so many, in a long run."""
     return settings(

@@ -44,6 +44,7 @@ def float64_loop(
         projected = [two_point(loss, parameters, z, long, h.zo_eps) for z in directions]
         if h.alpha == 0:
             projected = [0.0] * h.zo_directions
+        read = depends_on(loss(long), parameters) if h.alpha > 0 else set()
         gradients = dict.fromkeys(parameters)
         if h.alpha < 1:
             grads = torch.autograd.grad(loss(short), list(parameters.values()), allow_unused=True)
@@ -52,7 +53,8 @@ def float64_loop(
             for n, p in parameters.items():
                 decay = h.lr * h.weight_decay if p.ndim >= 2 else 0.0
                 g1 = gradients[n] if gradients[n] is not None else torch.zeros_like(p)
-                g0_z = sum(g0 * z[n] for g0, z in zip(projected, directions, strict=True))
+                pairs = zip(projected, directions, strict=True) if n in read else ()
+                g0_z = sum(g0 * z[n] for g0, z in pairs)
                 gradient = h.alpha * g0_z / h.zo_directions + (1 - h.alpha) * g1
                 p.copy_(p * (1 - decay) - h.lr * gradient)
         history.append(summary(projected))
@@ -67,6 +69,12 @@ def directions_of(
         n: addax_ds.gaussian(h.seed, step, n, 0, p.numel(), probe=probe).view(p.shape).double()
         for n, p in parameters.items()
     }
+
+
+def depends_on(loss: Tensor, parameters: dict[str, Tensor]) -> set[str]:
+    """Names of the parameters that a loss depends on, by autograd."""
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {n for n, gradient in zip(parameters, grads, strict=True) if gradient is not None}
 
 
 def summary(projected: list[float]) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
 
 from addax_ds.optim.addax import unwrap
 from tests.support.cases import Case, mean_loss
@@ -164,11 +165,62 @@ def replay(layout: Layout, dtype: torch.dtype, poison: float | None) -> dict[str
     return result
 
 
+# ---- parameters that a step does not read -------------------------------------------------------
+
+ROUTED = Hyperparameters(lr=0.05, alpha=1.0, zo_eps=2.0**-7)
+EXPERTS = 4
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6) for _ in range(EXPERTS)])
+        self.expert = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[self.expert](x)
+
+
+class Routed(nn.Module):
+    """Sends a batch to one expert, and multiplies by a weight of a module that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.ModuleList([Experts()])
+        self.borrowed = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers[0](x) @ self.borrowed.weight).square().mean()
+
+
+def expert_of(rank: int, step: int) -> int:
+    return rank % 2 + step
+
+
+def routed(layout: Layout) -> dict[str, Any]:
+    """Two steps, in which each rank sends its batch to one expert, and all of them to few."""
+    model = Routed()
+    experts = model.layers[0]
+    # ZeRO-3 gathers all experts together; it could not follow a rank to one of them.
+    set_z3_leaf_modules(model, [Experts])
+    run = layout.run(model, ROUTED)
+    found: dict[str, Any] = {"start": run.weights(), "g0": [], "norms": []}
+    for step in range(2):
+        experts.expert = expert_of(dist.get_rank(), step)
+        found["g0"].append(run.train(lambda: run.model(torch.ones(3, 6)), None))
+        found["norms"].append(unwrap(run.optimizer).report.zeroth_order_norm)
+    found["end"] = run.weights()
+    run.close()
+    return found
+
+
 POISONS = {"None": None, "nan": float("nan"), "inf": float("inf")}
 RUNS: list[Any] = [
     *EXACT,
     *DROPOUT,
     *(("early NaN", clip) for clip in (0.0, 0.5)),
+    ("routed", None),
     *((dtype, poison) for dtype in NARROW for poison in POISONS),
 ]
 
@@ -184,4 +236,6 @@ def run_case(layout: str, run: Any) -> dict[str, Any]:
     kind, value = run
     if kind == "early NaN":
         return early_nan(LAYOUTS[layout], Hyperparameters(alpha=0.0, max_grad_norm=value))
+    if kind == "routed":
+        return routed(LAYOUTS[layout])
     return replay(LAYOUTS[layout], NARROW[kind], POISONS[value])
