@@ -1,5 +1,6 @@
 """The ready DeepSpeed JSONs of ``ds_configs/``, by name."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def find_preset(source: str) -> str:
     Raises:
         UserError: a bare name that neither a file nor a ready JSON has.
     """
-    if not re.fullmatch(r"[\w-]+", source) or Path(source).is_file():
+    if not re.fullmatch(r"[\w-]+", source) or os.path.isfile(source):
         return source
     presets = {path.stem: path for folder in reversed(_FOLDERS) for path in folder.glob("*.json")}
     if source not in presets:

@@ -137,7 +137,7 @@ def find_shape(model: str, dtype: str = "bf16") -> ModelShape:
             )
         return shape_of(OPTConfig(**OPT_FAMILY[known]), model, dtype)
     path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if os.path.isdir(path) else path
     content = _read(path)
     for kernel in ("attn_implementation", "_attn_implementation"):
         content.pop(kernel, None)  # it may be code from the hub, which is not asked

@@ -1,5 +1,6 @@
 """Lookup of the task that ``--task`` names."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -28,13 +29,13 @@ def find_task(name: str, data: str | None = None) -> Task:
         )
     if data is None:
         return task
-    if not Path(data).exists():
+    if not os.path.exists(data):
         raise UserError(f"--task_data {data}: there is no such file or folder")
     return task.with_local_data(data)
 
 
 def _from_file(file: Path, variable: str) -> Task:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"--task {file}:{variable}: there is no file {file}")
     try:
         found = runpy.run_path(str(file))
