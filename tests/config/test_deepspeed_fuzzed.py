@@ -267,7 +267,9 @@ def test_values_that_no_argument_can_have(name, value, says):
 @given(st.dictionaries(TEXT, JSON, max_size=3) | JSON)
 def test_yaml_files_are_read_or_refused(folder, content):
     path = folder / "fuzz.yaml"
-    path.write_text(yaml.safe_dump(content, allow_unicode=False, sort_keys=False), errors="surrogatepass")
+    path.write_text(
+        yaml.safe_dump(content, allow_unicode=False, sort_keys=False), errors="surrogatepass"
+    )
     result, refusal = outcome(lambda: read_argument_file(path))
     if result is None:
         assert str(path) in refusal
