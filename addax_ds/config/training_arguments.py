@@ -100,7 +100,6 @@ RULES: dict[str, Rule] = {
     **only((None, False, ""), {"fsdp": _FSDP}),
     **no_effect(
         {
-            "remove_unused_columns": "Records are encoded before Trainer sees them.",
             "do_train": "The command always trains.",
             "do_predict": "Test rows are evaluated at the end whenever there are any.",
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def as_examples(
-    dataset: MapDataset, name: str, tokenizer: PreTrainedTokenizerBase | None
+    dataset: MapDataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    model_positions: int | None = None,
+    vocabulary_size: int | None = None,
+    now: datetime | None = None,
 ) -> Sequence[Example]:
     """Return the examples of a data set, whose first row decides how the others are read.
 
@@ -28,6 +36,9 @@ def as_examples(
             ``attention_mask`` marks with 0 is left out); or that have one of `records.SHAPES`.
         name: what to call the data set in messages.
         tokenizer: for rows of text.
+        model_positions: see `encode`.
+        vocabulary_size: see `encode`.
+        now: date and time that chat templates read.
 
     Raises:
         UserError: there are no rows, or one cannot be used; the message names its number.
@@ -36,34 +47,46 @@ def as_examples(
         raise UserError(f"{name} holds no rows")
     first = dataset[0]
     if isinstance(first, Example):
-        return dataset if isinstance(dataset, Sequence) else [dataset[i] for i in _numbers(dataset)]
+        return [dataset[index] for index in range(len(dataset))]
     if not isinstance(first, Mapping):
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
-    rows = [(f"{name}: row {index}", dataset[index]) for index in _numbers(dataset)]
+    rows = ((f"{name}: row {index}", dataset[index]) for index in range(len(dataset)))
     if "input_ids" in first:
-        return [_example(row, origin) for origin, row in rows]
+        limits = model_positions or math.inf, vocabulary_size or math.inf
+        return [_example(row, origin, *limits) for origin, row in rows]
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
-    records = records_of(rows, name, tokenizer)
-    return encode(records, tokenizer, max_length=None, model_positions=None)
+    return encode(
+        records_of(rows, name, tokenizer, now=now),
+        tokenizer,
+        max_length=None,
+        model_positions=model_positions,
+        vocabulary_size=vocabulary_size,
+    )
 
 
-def _numbers(dataset: MapDataset) -> range:
-    return range(len(dataset))
-
-
-def _example(row: Mapping[str, Any], origin: str) -> Example:
+def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: float) -> Example:
     """Return the example of a tokenised row."""
     ids = _integers(row, "input_ids", origin)
     given = row.get("labels") is not None
     labels = _integers(row, "labels", origin) if given else ids
-    if row.get("attention_mask") is not None:
-        kept = _integers(row, "attention_mask", origin)
-        if len(kept) != len(ids):
-            raise UserError(f"{origin}: {len(ids)} input_ids and {len(kept)} of attention_mask")
-        ids, labels = ids[kept != 0], labels[kept != 0] if len(labels) == len(kept) else labels
-    if len(labels) != len(ids):
-        raise UserError(f"{origin}: {len(ids)} input_ids and {len(labels)} labels")
+    masked = row.get("attention_mask") is not None
+    mask = _integers(row, "attention_mask", origin) if masked else np.ones_like(ids)
+    if not len(ids) == len(labels) == len(mask):
+        raise UserError(
+            f"{origin}: {len(ids)} input_ids, {len(labels)} labels and {len(mask)} of "
+            "attention_mask; expected equally many"
+        )
+    ids, labels = ids[mask != 0], labels[mask != 0]
+    if len(ids) > positions:
+        raise UserError(
+            f"{origin}: {len(ids)} tokens, and the model takes {positions:.0f}: shorten the row"
+        )
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise UserError(
+            f"{origin}: input_ids from {ids.min()} to {ids.max()}, and the model has embeddings "
+            f"for {vocabulary:.0f}: the tokenizer is another model's"
+        )
     example = Example(ids, labels, origin)
     if not example.target_count:
         raise UserError(

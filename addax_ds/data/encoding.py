@@ -175,6 +175,13 @@ def embeddings_of(config: Any) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
+def longest_of(config: Any) -> int | None:
+    """Return the longest sequence that a model takes, if its configuration has a limit."""
+    if not hasattr(config, "get_text_config"):
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     """Yield the tokens of every record, in order."""
     for add_special_tokens, group in groupby(records, key=lambda record: record.add_special_tokens):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from ctypes import c_bool
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.sharedctypes import RawValue
 from multiprocessing.util import Finalize
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,29 +46,47 @@ class RankLoader(DataLoader[T]):
         **options: Any,
     ) -> None:
         if num_workers > 0:
-            options["worker_init_fn"] = partial(ignore_sigterm_until, _end_of(os.getpid()))
+            options["worker_init_fn"] = partial(ignore_sigterm_until, _flag_of_end(os.getpid()))
             collate_fn = partial(_by_value, collate_fn)
         super().__init__(dataset, collate_fn=collate_fn, num_workers=num_workers, **options)
 
 
 @cache
-def _end_of(pid: int) -> Flag:
-    """Return whether this process ends, for its workers to see."""
+def _flag_of_end(pid: int) -> Flag:
+    """Return a flag that is set when this process ends, for its workers to see; one a process."""
     ends = RawValue(c_bool, False)  # without a lock: a signal may interrupt whoever reads it
     # What has a priority runs before Python ends the processes that are left.
     Finalize(None, partial(setattr, ends, "value", True), exitpriority=0)
     return ends
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """A tensor as NumPy holds any dtype of it: its bytes."""
+
+    data: NDArray[np.uint8]
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Bytes":
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        return cls(flat.numpy(), tensor.dtype, tensor.shape)
+
+    def tensor(self) -> Tensor:
+        return torch.from_numpy(self.data).view(self.dtype).view(self.shape)
+
+
 class _ByValue(dict[str, Any]):
     """A batch that another process gets as a plain one, with its own tensors."""
 
     def __reduce__(self) -> Any:
-        return _converted, (_converted(dict(self), Tensor, Tensor.numpy), np.ndarray, _tensor)
+        return _converted, (dict(self), _Bytes, _Bytes.tensor)
 
 
 def _by_value(collate_fn: Callable[[list[Any]], dict[str, Any]], items: list[Any]) -> _ByValue:
-    return _ByValue(collate_fn(items))
+    # Here, where an error reaches the rank. In the thread that sends batches it would be lost.
+    return _ByValue(_converted(dict(collate_fn(items)), Tensor, _Bytes.of))
 
 
 def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
@@ -78,7 +98,3 @@ def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
     if isinstance(value, list):
         return [_converted(inner, kind, convert) for inner in value]
     return value
-
-
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(array)

@@ -151,7 +151,7 @@ class CollatedRows(TrainRows):
 
     @property
     def digest(self) -> str:
-        """16 hex digits for all numbers and texts in the rows, and their order."""
+        """16 hex digits for numbers, texts and arrays in the rows, and their order."""
         return self._digest
 
 
@@ -209,7 +209,8 @@ def dummy_example(pad_token_id: int) -> Example:
 def _plain(value: Any) -> Any:
     """Return what JSON can hold of an array, a tensor or an image; of others only the type."""
     if isinstance(value, Tensor):
-        value = value.cpu().contiguous().view(-1).view(torch.uint8)
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return [str(value.dtype), value.shape, hashlib.sha256(flat.numpy().tobytes()).hexdigest()]
     array = np.asarray(value)
     if array.dtype == object:
         return type(value).__name__

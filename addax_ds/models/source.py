@@ -31,7 +31,7 @@ from addax_ds.checkpoint.weight_files import (
 )
 from addax_ds.checkpoint.weights import files_of, local_slices
 from addax_ds.config.arguments import ModelArguments
-from addax_ds.data.encoding import embeddings_of
+from addax_ds.data.encoding import embeddings_of, longest_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.models import demo
 from addax_ds.models.empty import empty_model
@@ -96,7 +96,7 @@ class ModelSource:
     @property
     def positions(self) -> int | None:
         """Longest sequence that the model takes, if it has a limit."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return longest_of(self.config)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.

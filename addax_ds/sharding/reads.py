@@ -1,4 +1,4 @@
-"""Notes which trainable parameters the code of a model reads, in the same words on every back end.
+"""Notes which trainable parameters the code of a model reads, in the same way on every back end.
 
 What a back end gathers says too much (a block at once, small parameters always), and a module's
 forward too little (`torch.nn.MultiheadAttention` reads the weight of a child that it never calls).

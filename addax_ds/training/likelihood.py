@@ -1,17 +1,19 @@
 """Loss and evaluation by the likelihood of target tokens, as causal language models have them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from addax_ds.data.datasets import as_examples
-from addax_ds.data.encoding import embeddings_of, padding_token
+from addax_ds.data.encoding import NO_LOSS, Example, embeddings_of, longest_of, padding_token
 from addax_ds.data.train_rows import EncodedRows, TrainRows
+from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import (
     scores_of_logits,
     target_scores,
@@ -108,8 +110,32 @@ class LikelihoodMixin(_Steps):
         """Return the examples of a data set, unless the user has a collator."""
         if self._collates:
             return super().train_rows(dataset)
-        examples = as_examples(dataset, "train_dataset", self._tokenizer)
-        return EncodedRows(examples, self._pad_token_id)
+        return EncodedRows(self._examples(dataset, "train_dataset"), self._pad_token_id)
+
+    def _examples(self, dataset: Any, name: str) -> Sequence[Example]:
+        if self.template_time is None:  # the same on all ranks, whatever their clocks say
+            self.template_time = all_gather_object(datetime.now().isoformat())[0]
+        tokenizer: Any = self.processing_class
+        config: Any = getattr(self.model, "config", None)
+        return as_examples(
+            dataset,
+            name,
+            tokenizer,
+            model_positions=longest_of(config),
+            vocabulary_size=embeddings_of(config),
+            now=datetime.fromisoformat(self.template_time),
+        )
+
+    def _count_targets(self, batches: list[dict[str, Any]]) -> Tensor | int | None:
+        """Count the targets of all ranks; nothing predicts position 0, whatever the model says."""
+        if any("labels" not in batch for batch in batches):
+            raise UserError(
+                f"{type(self).__name__}: the data_collator makes no labels, from which the loss is "
+                "computed"
+            )
+        own = sum(int((batch["labels"][:, 1:] != NO_LOSS).sum()) for batch in batches)
+        counts = self.accelerator.gather(torch.tensor([own], device=self.args.device))
+        return int(counts.sum())
 
     def micro_batch_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
         """Return a loss whose mean over ranks and micro-batches is that over all target tokens.
@@ -117,22 +143,11 @@ class LikelihoodMixin(_Steps):
         In fp64. The sum is divided by the global number of targets, and multiplied by the number of
         ranks and micro-batches: whoever takes the step takes a mean over them.
         """
-        if "labels" not in batch:
-            raise UserError(
-                f"{type(self).__name__}: the data_collator makes no labels, of which the loss is"
-            )
         inputs = self._prepare_inputs({**batch, **target_tensors(batch["labels"])})
         with self.compute_loss_context_manager():
             scores = target_scores(model, inputs, inputs["targets"], inputs["positions"])
         parts = self.args.world_size * self.settings.gradient_accumulation_steps
-        if isinstance(targets, Tensor):
-            targets = targets.double()  # of an int64 tensor the quotient would be fp32
         return -scores[:, 0].sum() * (parts / targets)
-
-    @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        own: Any = self.processing_class
-        return own
 
     # ---- evaluation ----------------------------------------------------------------------------
 
@@ -165,7 +180,7 @@ class LikelihoodMixin(_Steps):
         if chosen is None:
             raise UserError(f"{type(self).__name__}: evaluation needs an eval_dataset")
         if not isinstance(chosen, ScoredSet):
-            chosen = EvaluationSet(as_examples(chosen, "eval_dataset", self._tokenizer))
+            chosen = EvaluationSet(self._examples(chosen, "eval_dataset"))
         if self.compute_metrics is not None:
             return super().get_eval_dataloader(chosen)
         args = self.args

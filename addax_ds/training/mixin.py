@@ -4,7 +4,7 @@ import logging
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,17 @@ from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_ATTACHED: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
+# The model keeps its back end alive, by its hooks.
+_TRAINED: WeakKeyDictionary[nn.Module, ReferenceType[Sharding]] = WeakKeyDictionary()
 
 MAX_NAMED_EXAMPLES = 20
 """Largest number of examples of a non-finite step in the log."""
 
 
-# Trainers whose training_step is Trainer's, within a context that AddaxConfig does not ask for.
+# Trainers of TRL whose own training_step is Trainer's within activation offloading.
 _CARRIED = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
+# What of a trainer an Addax step replaces.
+_REPLACED = ("training_step", "get_train_dataloader", "create_optimizer")
 
 
 class AddaxMixin(StepMixin):
@@ -59,9 +62,18 @@ class AddaxMixin(StepMixin):
 
     methods = IN_PLACE
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__:
+            _check_bases(cls)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _check_step(type(self))
         super().__init__(*args, **kwargs)
+        if getattr(self.args, "activation_offloading", False):
+            raise UserError(
+                f"{type(self).__name__} takes no activation_offloading: zeroth-order passes keep "
+                "no activations; --activation_checkpointing saves those of the first-order one"
+            )
         if not self.is_deepspeed_enabled:
             # Accelerate would wrap a model on several ranks in DistributedDataParallel.
             self.model._is_accelerate_prepared = True  # type: ignore[union-attr]
@@ -88,13 +100,14 @@ class AddaxMixin(StepMixin):
             assert model is not None
             _check_dtype(model, self.args)
             back_end_of(model).free_gathered(model)
-            if model in _ATTACHED:  # by an earlier trainer, as in a notebook
-                _ATTACHED.pop(model).detach()
+            earlier = _TRAINED.pop(model, lambda: None)()
+            if earlier is not None:  # of another trainer, as in a notebook
+                earlier.detach()
             self.optimizer = Addax(
                 [p for p in model.parameters() if p.requires_grad],
                 **asdict(self.settings.hyperparameters),
             )
-            _ATTACHED[model] = attach(self.optimizer, model)
+            _TRAINED[model] = ref(attach(self.optimizer, model))
         return self.optimizer
 
     def training_step(
@@ -129,7 +142,7 @@ class AddaxMixin(StepMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the values of the last step to what Trainer reports while it trains."""
-        if "loss" in logs and self.addax.report is not None:
+        if "loss" in logs and self.optimizer is not None and self.addax.report is not None:
             # The optimizer has freed all gradients, so Trainer reports a norm of 0.
             logs.pop("grad_norm", None)
             report = self.addax.report
@@ -246,13 +259,22 @@ def _check_dtype(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def _check_step(trainer: type) -> None:
+def _check_bases(trainer: type) -> None:
     """Raise `UserError` if a base class does in its step what an Addax step would leave out."""
-    for base in trainer.__mro__[trainer.__mro__.index(AddaxMixin) + 1 :]:
-        if base is Trainer:
-            return
-        if "training_step" in vars(base) and base.__name__ not in _CARRIED:
-            raise UserError(
-                f"{base.__name__} has a training_step of its own, which an Addax step cannot "
-                "carry: give AddaxMixin a trainer whose data and compute_loss are all that it does"
-            )
+    after = trainer.__mro__[trainer.__mro__.index(AddaxMixin) + 1 :]
+    if Trainer not in after:
+        raise UserError(
+            f"{trainer.__name__}: AddaxMixin comes first among the base classes, as in "
+            "class AddaxSFTTrainer(AddaxMixin, trl.SFTTrainer)"
+        )
+    others = [base for base in after[: after.index(Trainer)] if not issubclass(AddaxMixin, base)]
+    for base in others:
+        if base.__name__ in _CARRIED and base.__module__.startswith("trl."):
+            continue
+        for method in _REPLACED:
+            if method in vars(base):
+                raise UserError(
+                    f"{base.__name__} has a {method} of its own, which an Addax step cannot "
+                    "carry: give AddaxMixin a trainer whose data and compute_loss are all that it "
+                    "changes"
+                )

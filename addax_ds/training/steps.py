@@ -1,7 +1,6 @@
 """What all methods share: batches of a step, their loss, and what they cost."""
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from addax_ds.config.trials import check_steps
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.partition import Partition, partition
 from addax_ds.data.train_rows import CollatedRows, TrainRows, row_length
+from addax_ds.distributed.collectives import check_same_on_all_ranks
 from addax_ds.optim.methods import BASELINES, IN_PLACE, Method
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.costs import CostMeter
@@ -78,24 +78,30 @@ class StepMixin(SavingMixin):
     """Methods that this trainer runs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # By name, as not every trainer has its config second.
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        self._check_arguments(given)
-        # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
-        config = copy.copy(given["args"])
-        config.gradient_accumulation_steps = 1
-        self.settings: AddaxSettings = config.settings
+        def own(value: Any) -> Any:
+            """Replace the config, wherever a trainer has it among its arguments."""
+            if not isinstance(value, AddaxConfig):
+                return value
+            # A step of Trainer's loop is a whole step here: micro-batches are told apart inside.
+            value = copy.copy(value)
+            value.gradient_accumulation_steps = 1
+            return value
+
+        self._check_arguments(args, kwargs)
         self.partition: Partition | None = None
         self._steps: StepBatches | None = None
         self._losses: list[tuple[str, int, Tensor]] = []
-        super().__init__(**{**given, "args": config})
+        named = {name: own(value) for name, value in kwargs.items()}
+        super().__init__(*map(own, args), **named)
         if self.train_dataset is not None:
             self._prepare_steps(self.train_dataset)
         self.costs = CostMeter(self.args.device)
         self.add_callback(_Meter(self))
 
-    def _check_arguments(self, given: dict[str, Any]) -> None:
-        name, args = type(self).__name__, given.get("args")
+    def _check_arguments(self, positional: tuple[Any, ...], given: dict[str, Any]) -> None:
+        name = type(self).__name__
+        args = given.get("args")
+        args = next((value for value in positional if isinstance(value, AddaxConfig)), args)
         if not isinstance(args, AddaxConfig):
             raise UserError(
                 f"{name} takes an addax_ds.AddaxConfig, which has the fields of "
@@ -118,6 +124,7 @@ class StepMixin(SavingMixin):
         ):
             if given.get(argument) is not None:
                 raise UserError(f"{name} takes no {argument}: {instead}")
+        self.settings: AddaxSettings = args.settings
 
     def _prepare_steps(self, dataset: Any) -> None:
         """Divide the training data between the streams."""
@@ -128,6 +135,8 @@ class StepMixin(SavingMixin):
                 "and rows by number (datasets: load it without streaming)"
             )
         rows = self.train_rows(dataset)
+        # Ranks with other rows would take another number of steps, and wait for each other.
+        check_same_on_all_ranks({"the training data": rows.digest})
         self.partition, schedule = self._plan(rows)
         self._steps = StepBatches(
             rows,
@@ -138,8 +147,8 @@ class StepMixin(SavingMixin):
         )
 
     def _plan(self, rows: TrainRows) -> tuple[Partition, StepSchedule]:
-        lengths, alone = rows.lengths.tolist(), not rows.has_dummy
-        return plan_steps(lengths, self.settings, self.args, drop_last=alone)
+        lengths = rows.lengths.tolist()
+        return plan_steps(lengths, self.settings, self.args, drop_last=not rows.has_dummy)
 
     def train_rows(self, dataset: Any) -> TrainRows:
         """Return the rows of a map-style data set, of which the trainer's collator makes batches.
@@ -217,15 +226,27 @@ class StepMixin(SavingMixin):
         if stream not in inputs:
             return []
         targets = inputs.get(f"{stream}_targets")
-        if targets is None:  # Trainer counts them, on all ranks, where the loss divides by them
-            targets = self._get_num_items_in_batch(inputs[stream], self.args.device)
+        if targets is None:
+            targets = self._count_targets(inputs[stream])
 
         def noted(number: int, batch: dict[str, Tensor]) -> Tensor:
-            loss = self.micro_batch_loss(model, batch, targets)
+            # TRL's trainers collect metrics in compute_loss: not those of perturbed weights.
+            metrics = getattr(self, "_metrics", None)
+            if stream == "zeroth_order" and metrics is not None:
+                self._metrics = copy.deepcopy(metrics)
+            try:
+                loss = self.micro_batch_loss(model, batch, targets)
+            finally:
+                if metrics is not None:
+                    self._metrics = metrics
             self._losses.append((stream, number, loss.detach()))
             return loss
 
         return [partial(noted, number, batch) for number, batch in enumerate(inputs[stream])]
+
+    def _count_targets(self, batches: list[dict[str, Any]]) -> Tensor | int | None:
+        """Count the targets of all ranks as Trainer does, where the loss divides by them."""
+        return self._get_num_items_in_batch(batches, self.args.device)
 
     def micro_batch_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
         """Return a loss whose mean over ranks and micro-batches is that of the step.

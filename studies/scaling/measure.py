@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from addax_ds.training.stepsline import BaselineTrainer
 from transformers import TrainerCallback
 
 from addax_ds.config.addax_config import AddaxConfig
@@ -31,6 +30,7 @@ from addax_ds.distributed.collectives import all_gather_object, shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import BASELINES, ZEROTH_ORDER
 from addax_ds.sharding.registry import back_end_of
+from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.costs import peak_memory
 from addax_ds.training.steps import StepMixin
 from addax_ds.training.trainer import AddaxTrainer

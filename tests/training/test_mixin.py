@@ -148,7 +148,9 @@ def test_several_evaluation_sets(tmp_path):
         model=tiny_model("opt"), args=config(tmp_path), eval_dataset=sets, train_dataset=columns()
     )
     metrics = trainer.evaluate()
-    assert {"eval_short_loss", "eval_long_loss"} <= metrics.keys()
+    for name, dataset in sets.items():
+        assert metrics[f"eval_{name}_loss"] == trainer.evaluate(dataset)["eval_loss"]
+    assert metrics["eval_short_loss"] != metrics["eval_long_loss"]
 
 
 def test_a_second_trainer_of_the_same_model_goes_on_from_its_weights(tmp_path):
@@ -346,6 +348,30 @@ def test_a_run_goes_on_from_a_checkpoint(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_a_trainer_may_take_its_arguments_in_any_form(tmp_path):
+    class Weighted(Trainer):
+        def __init__(self, *args: Any, weight: float = 1.0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.weight = weight
+
+    class Mixed(AddaxMixin, Weighted):
+        pass
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token_id = 0
+    more = {"train_dataset": classified(), "data_collator": DataCollatorWithPadding(tokenizer)}
+    results = []
+    for positional, named in (
+        ((classifier(), config(tmp_path)), {}),
+        ((), {"model": classifier(), "args": config(tmp_path)}),
+    ):
+        trainer = Mixed(*positional, weight=0.5, **named, **more)
+        assert trainer.weight == 0.5
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert_same(*results)
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 
@@ -369,6 +395,8 @@ def test_what_an_addax_step_cannot_carry_is_refused_by_name(tmp_path):
 
     with pytest.raises(UserError, match="OwnStep has a training_step of its own"):
         make(OwnStep)
+    with pytest.raises(UserError, match="Last: AddaxMixin comes first among the base classes"):
+        type("Last", (Trainer, AddaxMixin), {})
     with pytest.raises(UserError, match=r"a loss in torch.bfloat16, .*let it reduce in fp32"):
         make(HalfLoss).train()
     optimizer = torch.optim.SGD(classifier().parameters(), lr=0.1)
@@ -389,9 +417,11 @@ def test_what_an_addax_step_cannot_carry_is_refused_by_name(tmp_path):
     [
         ({"input_ids": [[1, 2], [3, 4]]}, r"row 3: input_ids must be integers, one a token"),
         ({"input_ids": [0.5, 1.5]}, r"row 3: input_ids must be integers, one a token"),
-        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 3: 3 input_ids and 2 labels"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 3: 3 input_ids, 2 labels and 3 of"),
         ({"input_ids": [1, 2, 3], "labels": [1, -100, -100]}, "row 3: no token after the first"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, "row 3: 2 input_ids and 1 of attention_"),
+        ({"input_ids": [1, 2, 211]}, "row 3: input_ids from 1 to 211, and the model has"),
+        ({"input_ids": [1, 2] * 40}, "row 3: 80 tokens, and the model takes 48"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "row 3: 2 input_ids, 2 labels and 1 of"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(row, said, tmp_path):

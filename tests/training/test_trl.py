@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaForSequenceClassification
 
 from addax_ds import AddaxMixin, UserError
 from tests.support.rank_group import Lazy, RankGroup
+from tests.support.reference import distance
 from tests.support.tiny import tiny_model
 
 trl_cases = pytest.importorskip("tests.workers.trl_cases")
@@ -43,22 +44,25 @@ def alone(folder) -> Lazy[str, Any]:
     return Lazy(trl_cases.KINDS, lambda kind: trl_cases.run_case(kind, folder, "none", 1))
 
 
+def assert_same_steps(kind: str, folder: Path, found: Any, expected: Any) -> None:
+    start = dict(trl_cases.load(kind, folder).state_dict())
+    moved = distance(start, expected["weights"])
+    assert distance(found["weights"], expected["weights"]) < 0.01 * moved
+    assert found["g0"] == pytest.approx(expected["g0"], rel=0.02, abs=0.02)
+
+
 @pytest.mark.parametrize("kind", trl_cases.KINDS)
 def test_ten_steps_equal_a_plain_loop_with_the_same_loss(kind, folder, alone):
     found = alone[kind]
     expected = trl_cases.plain_loop(kind, folder, found["rows"])
     assert len(found["g0"]) == trl_cases.STEPS
-    assert found["g0"] == pytest.approx(expected["g0"], rel=0.02, abs=0.02)
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-3)
+    assert_same_steps(kind, folder, found, expected)
 
 
 @pytest.mark.parametrize("kind", trl_cases.KINDS)
-def test_two_ranks_take_the_steps_of_one(kind, alone, of_two_ranks):
+def test_two_ranks_take_the_steps_of_one(kind, folder, alone, of_two_ranks):
     for found in of_two_ranks(kind):
-        assert found["g0"] == pytest.approx(alone[kind]["g0"], rel=0.02, abs=0.02)
-        for name, weight in alone[kind]["weights"].items():
-            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-3)
+        assert_same_steps(kind, folder, found, alone[kind])
 
 
 def test_the_rest_of_a_trainer_works_as_before(folder, tmp_path):
@@ -93,6 +97,10 @@ def test_the_rest_of_a_trainer_works_as_before(folder, tmp_path):
     losses = [e["eval_loss"] for e in whole.state.log_history if "eval_loss" in e]
     assert len(losses) == 3
     assert len(set(losses)) == 3
+    accuracies = [
+        e["eval_mean_token_accuracy"] for e in whole.state.log_history if "eval_loss" in e
+    ]
+    assert accuracies[-1] == whole.evaluate()["eval_mean_token_accuracy"], "of no training rows"
     again = make(tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     for name, weight in again.model.state_dict().items():
@@ -104,6 +112,5 @@ def test_the_rest_of_a_trainer_works_as_before(folder, tmp_path):
 def test_a_trainer_that_generates_in_its_step_is_refused_by_name():
     import trl
 
-    mixed = type("Mixed", (AddaxMixin, trl.GRPOTrainer), {})
-    with pytest.raises(UserError, match=r"\w+ has a training_step of its own"):
-        mixed()
+    with pytest.raises(UserError, match="GRPOTrainer has a training_step of its own"):
+        type("Mixed", (AddaxMixin, trl.GRPOTrainer), {})
