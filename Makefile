@@ -58,9 +58,15 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# tests/conftest.py says which tests share a worker. A selection runs in one.
+# Ranks of a real launcher wait by spinning, so nothing runs beside them. tests/conftest.py says
+# which of the others share a worker. A selection runs in one.
 test: lint
-	$(VENV_PATH) pytest -q $(or $(ARGS),-n 2 --dist loadgroup)
+ifeq ($(ARGS),)
+	$(VENV_PATH) pytest -q -m "not launcher" -n 2 --dist loadgroup
+	$(VENV_PATH) pytest -q -m launcher
+else
+	$(VENV_PATH) pytest -q $(ARGS)
+endif
 
 test-quick: $(STAMP)
 	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadgroup $(ARGS)

@@ -30,16 +30,11 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file with one worker, and files with real launchers with one; the longest come first.
-
-    Ranks of DeepSpeed's launcher wait by spinning, so two of its launches at once take minutes.
-    """
+    """Keep a file with one worker, and begin with files that start ranks, as they take longest."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    launching = {item.path for item in items if item.get_closest_marker("launcher")}
-    items.sort(key=lambda item: (item.path not in launching, item.path not in slow))
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
-        group = "launchers" if item.path in launching else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.hookimpl(tryfirst=True)
