@@ -77,7 +77,7 @@ def check_steps(args: "AddaxConfig", steps: int) -> None:
         raise
 
 
-def warn_without_effect(args: "AddaxConfig", in_json: bool, given: Collection[str]) -> None:
+def warn_of_unused_arguments(args: "AddaxConfig", in_json: bool, given: Collection[str]) -> None:
     """Log a warning for each argument that another one keeps from having an effect.
 
     Args:
@@ -116,8 +116,7 @@ class _Hidden:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """Return an argument that is an object, or the JSON of one, or nothing."""
-    return dict((json.loads(value) if isinstance(value, str) else value) or {})
+    return dict(value or {})  # AddaxConfig has read the JSON of one
 
 
 def _schedule_problems(args: "AddaxConfig", steps: int) -> Iterator[str]:
