@@ -88,7 +88,7 @@ def read_run_id(folder: Path) -> str | None:
 
 def write_run_id(folder: Path, run_id: str | None) -> None:
     """Write the id of a run into a checkpoint, if it has one."""
-    if run_id is not None:
+    if run_id:
         (folder / RUN_ID_NAME).write_text(f"{run_id}\n", encoding="utf-8")
 
 

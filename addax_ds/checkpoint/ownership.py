@@ -40,7 +40,8 @@ def held(args: TrainingArguments) -> Iterator[None]:
     """
     assert args.output_dir is not None
     folder = Path(args.output_dir)
-    lock = FileLock(folder / LOCK, is_singleton=True)
+    # A lock that is the file's existence would take the file that is touched here for another's.
+    lock = FileLock(folder / LOCK, is_singleton=True, fallback_to_soft=False)
     made, locked = False, False
     try:
         with raise_on_all_ranks():
@@ -50,6 +51,8 @@ def held(args: TrainingArguments) -> Iterator[None]:
                     folder.mkdir(parents=True, exist_ok=True)
                     Path(lock.lock_file).touch()
                 locked = _acquire(lock, args)
+                if not locked:
+                    Path(lock.lock_file).unlink(missing_ok=True)
         yield
     finally:
         if locked:
@@ -79,13 +82,18 @@ def _acquire(lock: FileLock, args: TrainingArguments) -> bool:
         logger.warning(
             "%s cannot be locked (%s): nothing keeps a second run out of the folder, so start "
             "none there before this one has ended",
-            *(lock.lock_file, error),
+            lock.lock_file,
+            error,
         )
         return False
     return True
 
 
-def claim(args: TrainingArguments, resumed: Path | None, own: str | None = None) -> str | None:
+NEW = ""
+"""Stands for the id of a run that has none yet; None is that of a run without one."""
+
+
+def claim(args: TrainingArguments, resumed: Path | None, own: str | None = NEW) -> str | None:
     """Return the id of a run whose ``output_dir`` has no other's checkpoints.
 
     Every rank has to call it, with the folder held; all get the same.
@@ -93,15 +101,15 @@ def claim(args: TrainingArguments, resumed: Path | None, own: str | None = None)
     Args:
         args: say where checkpoints are, and whether this rank sees them.
         resumed: the checkpoint that the run goes on from, or None.
-        own: id of a run that starts afresh once more in the same process.
+        own: id of a run that starts afresh once more in the same process, or `NEW`.
 
     Raises:
         UserError: on all ranks, with the names of another run's checkpoints.
     """
-    if resumed is None:
-        own = own or all_gather_object(uuid.uuid4().hex)[0]
-    else:
+    if resumed is not None:
         own = checkpoint.read_run_id(resumed)
+    elif own == NEW:
+        own = all_gather_object(uuid.uuid4().hex)[0]
     with raise_on_all_ranks():
         if args.should_save:
             _refuse_others(Path(args.output_dir or "."), own, resumed)
@@ -117,11 +125,14 @@ def _refuse_others(output_dir: Path, own: str | None, resumed: Path | None) -> N
     if others:
         # Of many, those that a resume would take first.
         names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")
-        remedy = (
-            "go on from them with --resume_from_checkpoint True, or remove them"
-            if resumed is None
-            else "or move them away"
-        )
+        # Without it no run can go on from it: of a baseline, or written with --save_only_model.
+        resumable = (output_dir / others[0] / checkpoint.STATE_NAME).is_file()
+        if resumed is not None:
+            remedy = "or move them away"
+        elif resumable:
+            remedy = "go on from them with --resume_from_checkpoint True, or remove them"
+        else:
+            remedy = "or remove them"
         raise UserError(
             f"--output_dir {output_dir}: it holds {names} of another run, which this one would "
             f"replace or delete. Give this one its own --output_dir, {remedy}"

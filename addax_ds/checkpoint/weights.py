@@ -167,16 +167,22 @@ def save_weights(
             # A round in which each writer gets its file, and then all write at once.
             turns = dict(zip(files[first:], writers, strict=False))
             kept: dict[str, dict[str, Tensor]] = {file: {} for file in turns}
+            problem: Exception | None = None
             for file, writer in turns.items():
                 wanted: dict[Conversion, list[str]] = {}
                 for name in plan.filename_to_tensors[file]:
                     wanted.setdefault(made[name], []).append(name)
                 for conversion, names in wanted.items():
                     sources = whole.gather(conversion.sources, rank == writer)
-                    if rank == writer:
-                        kept[file] |= _made(conversion, sources, names)
+                    try:
+                        if rank == writer:
+                            kept[file] |= _made(conversion, sources, names)
+                    except Exception as error:  # the other ranks wait for this one to take part
+                        problem = error
                     bar.update(sum(shapes[name].nbytes for name in names))
             with raise_on_all_ranks():
+                if problem is not None:
+                    raise problem
                 for file, writer in turns.items():
                     if rank == writer:  # taken out, or the next round would come on top
                         _write(kept.pop(file), folder / file)

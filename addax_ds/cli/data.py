@@ -70,7 +70,7 @@ def load_data(
     Raises:
         UserError: the data cannot be read, or a row cannot be used.
     """
-    padding_token(tokenizer, model.vocabulary_size)
+    padding_token(tokenizer, model.vocabulary_size)  # the trainer does it when there is a model
     if args.train_file is None:
         return _load_task(args, tokenizer, model)
 

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.checkpoint.identity import Run
 from addax_ds.cli.data import Data
+from addax_ds.cli.outputs import output_folder
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.batches import StepSchedule
 from addax_ds.data.partition import Partition
@@ -52,7 +53,7 @@ def announce(
         logger.info("%s", streams.describe([example.length for example in data.train]))
         logger.info("Method: %s", _method(args, run, schedule))
         logger.info("Memory: %s", _memory(source, data, streams, args, settings, run))
-    logger.info("Output: %s", _folder(args).resolve())
+    logger.info("Output: %s", output_folder(args).resolve())
 
 
 def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
@@ -122,7 +123,7 @@ def report(trainer: StepMixin, title: str, metric: str) -> dict[str, float]:
     Returns:
         On rank 0 what ``all_results.json`` holds.
     """
-    folder = _folder(trainer.args)
+    folder = output_folder(trainer.args)
     if not trainer.is_world_process_zero():
         return {}
     results: dict[str, float] = json.loads((folder / "all_results.json").read_text())
@@ -131,7 +132,7 @@ def report(trainer: StepMixin, title: str, metric: str) -> dict[str, float]:
             before, after = results.get(f"test_{name}_before"), results[f"test_{name}"]
             change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
             logger.info("Test %s: %s", name, change)
-    if "train_runtime" in results:
+    if trainer.state.global_step and "train_runtime" in results:
         curves = _draw(trainer, folder / "training.png", title, metric)
         logger.info(
             "%s; the most memory of a rank: %.2f GB\nModel:   %s\nCurves:  %s",
@@ -163,8 +164,3 @@ def _draw(trainer: StepMixin, path: Path, title: str, metric: str) -> str:
         return f"not drawn, {error}"
     plotting.training_curves(trainer.state.log_history, path, title, metric)
     return str(path.resolve())
-
-
-def _folder(args: TrainingArguments) -> Path:
-    assert args.output_dir is not None
-    return Path(args.output_dir)

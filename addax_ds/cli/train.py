@@ -18,7 +18,6 @@ Raises:
 import hashlib
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +35,7 @@ import addax_ds
 from addax_ds.checkpoint import ownership, resume
 from addax_ds.checkpoint.identity import Run
 from addax_ds.cli.data import Data, load_data
-from addax_ds.cli.outputs import Outputs
+from addax_ds.cli.outputs import Outputs, output_folder
 from addax_ds.cli.summary import Duration, announce, report
 from addax_ds.config.addax_config import AddaxConfig, divide_batches
 from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
@@ -48,7 +47,7 @@ from addax_ds.distributed.collectives import (
     raise_on_all_ranks,
     shutdown,
 )
-from addax_ds.distributed.startup import init_deepspeed
+from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
 from addax_ds.models.stopping import stop_at
@@ -70,8 +69,6 @@ _PACKAGE = Path(__file__).parents[1]
 _OF_ONE_RANK = ("local_rank", "output_dir")
 _PREDICTIONS = "predictions_test.jsonl"
 _RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDICTIONS)
-# As launchers name it; the same that Accelerate reads.
-_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,13 +132,15 @@ def _finetune(
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
-    trainer.template_time = template_time
+    trainer.template_time, trainer.saves_at_end = template_time, True
     outputs = Outputs()
     if data.train and not _train(trainer, data, resumed, outputs):
         return {}
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
         with outputs.one("the results of the test rows"):
+            if not data.train:
+                _remove_results(trainer)
             trainer.save_metrics("test", {**_before(trainer), **metrics})
         with outputs.one("the answers to the test rows"):
             _save_predictions(trainer, data.test)
@@ -167,7 +166,7 @@ def _train(
     if isinstance(trainer, AddaxTrainer):
         on_sigterm(trainer.request_stop)
     result = trainer.train(resume_from_checkpoint=resumed)
-    folder = _folder(trainer.args)
+    folder = output_folder(trainer.args)
     if trainer.stopped:
         logger.info(
             "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
@@ -180,9 +179,7 @@ def _train(
         trainer.save_complete_model(folder / "model")
     metrics, dev = {**result.metrics, **_costs(trainer)}, _on_dev(trainer)
     with outputs.one("the results of the training"):
-        if trainer.is_world_process_zero():
-            for name in _RESULTS:  # of other weights, if there are any
-                (folder / name).unlink(missing_ok=True)
+        _remove_results(trainer)
         trainer.save_metrics("train", metrics)
         if dev:
             trainer.save_metrics("dev", dev)
@@ -196,12 +193,11 @@ def _train(
 
 def _start_logging() -> None:
     """Let rank 0 alone speak, except for errors: before the arguments, which may be warned of."""
-    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("addax_ds")
     package.handlers = [handler]
-    package.setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    package.setLevel(logging.INFO if launched_as_rank_zero() else logging.ERROR)
 
 
 def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
@@ -292,9 +288,11 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder(args: TrainingArguments) -> Path:
-    assert args.output_dir is not None
-    return Path(args.output_dir)
+def _remove_results(trainer: StepMixin) -> None:
+    """Remove results of other weights, if there are any; Trainer would add to them."""
+    if trainer.is_world_process_zero():
+        for name in _RESULTS:
+            (output_folder(trainer.args) / name).unlink(missing_ok=True)
 
 
 def _costs(trainer: StepMixin) -> dict[str, float]:
@@ -346,7 +344,7 @@ def _save_predictions(trainer: AddaxTrainer | BaselineTrainer, test: ScoredSet) 
     rows = list(test.predictions(trainer.scores))
     if rows and trainer.is_world_process_zero():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path = _folder(trainer.args) / _PREDICTIONS
+        path = output_folder(trainer.args) / _PREDICTIONS
         path.write_text("".join(lines), encoding="utf-8")
 
 

@@ -8,15 +8,16 @@ import torch
 from transformers import TrainingArguments
 
 from addax_ds.config import trials
-from addax_ds.config.deepspeed import check_ds_config, load_ds_config, warn_without_effect
+from addax_ds.config.deepspeed import check_ds_config, load_ds_config, warn_of_unused_keys
 from addax_ds.config.settings import AddaxSettings, check_can_resume, settle
 from addax_ds.config.training_arguments import check_training_arguments
-from addax_ds.config.values import value_problems
+from addax_ds.config.values import OBJECTS, value_problems
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.optim.hyperparameters import IN_JSON_PARAMS, HyperparameterFlags
 from addax_ds.optim.methods import BASELINES, Method
 from addax_ds.utils.command_line import flag
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.files import parse_json
 from addax_ds.utils.messages import raise_problems
 
 # Where Transformers' own defaults would be refused or would not run.
@@ -137,15 +138,18 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         if source:
             config, where = load_ds_config(source)
             check_ds_config(config, where)
-            warn_without_effect(config, where)
+            warn_of_unused_keys(config, where)
         raise_problems("These arguments cannot be used:", list(value_problems(vars(self))))
+        for name in OBJECTS:  # Transformers would make numbers of texts in them
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, parse_json(value))
         check_training_arguments(self)
         if self.resume_from_checkpoint not in (None, False):
             check_can_resume(self.method)
         self.settings: AddaxSettings = settle(self, config or {}, where, given)
         in_json = "scheduler" in (config or {})
         raise_problems("These arguments cannot be used:", list(trials.problems(self, in_json)))
-        trials.warn_without_effect(self, in_json, given)
+        trials.warn_of_unused_arguments(self, in_json, given)
         return source, config, where
 
     def _check_devices(self) -> None:

@@ -306,6 +306,8 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--eval_strategy needs dev rows, and there are none with --{name} 0."
     if values.get("num_train") == 0 and (values.get("skip_test") or values.get("num_test") == 0):
         yield "--num_train 0 leaves only the test rows, and they are not to be read."
+    if values.get("num_train") == 0 and values.get("push_to_hub"):
+        yield "--push_to_hub needs a trained model, and nothing is trained with --num_train 0."
 
 
 def _ranks() -> int:

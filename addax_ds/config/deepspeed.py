@@ -112,7 +112,7 @@ def check_ds_config(config: Mapping[str, Any], where: str) -> None:
     raise_problems(f"{where} cannot be used with Addax:", problems)
 
 
-def warn_without_effect(config: Mapping[str, Any], where: str) -> None:
+def warn_of_unused_keys(config: Mapping[str, Any], where: str) -> None:
     """Log a warning for each key of `config` that changes nothing here."""
     for path, _ in _leaves(config):
         rule = DS_KEYS.get(path)
@@ -154,7 +154,7 @@ def ds_config(
     """
     config, where = load_ds_config(path_or_dict)
     check_ds_config(config, where)
-    warn_without_effect(config, where)
+    warn_of_unused_keys(config, where)
     if config.get("gradient_accumulation_steps") not in (None, AUTO, 1):
         raise UserError(
             f"{where}: gradient_accumulation_steps is Trainer's. Without it write 1, and give "

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from addax_ds.distributed.startup import launched_as_rank_zero
 from addax_ds.utils.extras import naming_extras
-from addax_ds.utils.messages import shown
+from addax_ds.utils.messages import on_one_line, shown
 
 AUTO = "auto"
 
@@ -105,7 +106,8 @@ def value_problems(config: Mapping[str, Any]) -> Iterator[str]:
         DeepSpeedZeroOffloadParamConfig, offload, "zero_optimization.offload_param"
     )
     yield from _deepspeed_problems(config)
-    yield from _monitor_problems(config)
+    if launched_as_rank_zero():  # which alone writes to them
+        yield from _monitor_problems(config)
     yield from _schedule_problems(config)
 
 
@@ -227,7 +229,7 @@ def _silent() -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    return shown(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+    return on_one_line(f"{type(error).__name__}: {error}")
 
 
 def _value(value: Any) -> str:

@@ -23,14 +23,15 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from addax_ds.data.loading import RankLoader
-from addax_ds.utils.messages import raise_problems, shown
+from addax_ds.distributed.startup import launched_as_rank_zero
+from addax_ds.utils.messages import on_one_line, raise_problems, shown
 
 if TYPE_CHECKING:
     from addax_ds.config.addax_config import AddaxConfig
 
 logger = logging.getLogger(__name__)
 
-_STEPS = 1000  # of a run that counts epochs, and at most so many rates are looked at
+_STEPS = 1000  # of a run that counts epochs; of a longer one about as many rates are looked at
 _TRAINERS_OWN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
@@ -46,7 +47,7 @@ def problems(args: "AddaxConfig", in_json: bool) -> Iterator[str]:
     if args.activation_checkpointing or args.gradient_checkpointing:
         yield from _checkpointing_problems(args)
     yield from _loader_problems(args)
-    if args.push_to_hub:
+    if args.push_to_hub and launched_as_rank_zero():  # which alone uploads
         yield from _hub_problems(args)
 
 
@@ -76,7 +77,7 @@ def check_steps(args: "AddaxConfig", steps: int) -> None:
         raise
 
 
-def warn_without_effect(args: "AddaxConfig", in_json: bool, given: Collection[str]) -> None:
+def warn_of_unused_arguments(args: "AddaxConfig", in_json: bool, given: Collection[str]) -> None:
     """Log a warning for each argument that another one keeps from having an effect.
 
     Args:
@@ -105,13 +106,17 @@ def warn_without_effect(args: "AddaxConfig", in_json: bool, given: Collection[st
             logger.warning("--%s has no effect: %s.", name, reason)
 
 
+def repository(args: "AddaxConfig") -> str:
+    """Return the name of the repository that ``push_to_hub`` uploads to, as Trainer has it."""
+    return args.hub_model_id or Path(args.output_dir or "").absolute().name
+
+
 class _Hidden:
     hidden_size = 1
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """Return an argument that is an object, or the JSON of one, or nothing."""
-    return dict((json.loads(value) if isinstance(value, str) else value) or {})
+    return dict(value or {})  # AddaxConfig has read the JSON of one
 
 
 def _schedule_problems(args: "AddaxConfig", steps: int) -> Iterator[str]:
@@ -171,7 +176,7 @@ def _loader_problems(args: "AddaxConfig") -> Iterator[str]:
 
 def _hub_problems(args: "AddaxConfig") -> Iterator[str]:
     """Find out what can be known of a hub without asking it."""
-    called = args.hub_model_id or Path(args.output_dir or "").absolute().name
+    called = repository(args)
     try:
         validate_repo_id(called)
     except HFValidationError as error:
@@ -183,4 +188,4 @@ def _hub_problems(args: "AddaxConfig") -> Iterator[str]:
 
 
 def _said(error: Exception) -> str:
-    return shown(" ".join(f"{error}".split()), 300).removesuffix(".")
+    return on_one_line(f"{error}").removesuffix(".")

@@ -29,7 +29,7 @@ _LEAST: dict[str, float] = {
 }
 _LONGEST_WAIT = 10**9  # seconds; Python's time differences end not far above
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-_OBJECTS = (
+OBJECTS = (
     "lr_scheduler_kwargs",
     "activation_checkpointing_kwargs",
     "gradient_checkpointing_kwargs",
@@ -84,7 +84,7 @@ def type_problems(content: Mapping[str, Any], types: Mapping[str, Any]) -> Itera
 def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield numbers that count or measure nothing, and texts that Trainer finds out about late."""
     for name, value in values.items():
-        if name in _OBJECTS and isinstance(value, str) and not _is_object(value):
+        if name in OBJECTS and isinstance(value, str) and not _is_object(value):
             yield f"--{name} {shown(value)}: it must be a JSON object."
         if name == "report_to":
             for report in value if isinstance(value, list) else [value]:

@@ -85,7 +85,7 @@ def learnt_turns(
     """
     origin, messages = conversation.origin, conversation.messages
     require_chat_template(tokenizer, origin)
-    with _clock_at(now):
+    with _clock_at(now or datetime.now()):
         text = _render(conversation, tokenizer)
         targets = []
         for index in (i for i, learnt in enumerate(conversation.learnt) if learnt):
@@ -203,10 +203,12 @@ def _options(value: object, origin: str) -> dict[str, Any]:
         kind = type(value).__name__
         raise UserError(f"{origin}: chat_template_kwargs must be an object, got a {kind}")
     taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    reserved = next((name for name in value if name in taken), None)
+    # "documents" is an argument that is handed on to the template.
+    reserved = next((name for name in value if name in taken and name != "documents"), None)
     if reserved is not None:
         raise UserError(
-            f"{origin}: chat_template_kwargs.{reserved} is no variable of the chat template"
+            f"{origin}: chat_template_kwargs.{reserved} is no variable of the chat template; take "
+            "it out"
         )
     return value
 
@@ -215,15 +217,14 @@ def _options(value: object, origin: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _clock_at(now: datetime | None) -> Iterator[None]:
+def _clock_at(now: datetime) -> Iterator[None]:
     """Let chat templates read a moment that stands still, in no country's spelling."""
     from transformers.utils import chat_template_utils
 
     templates: Any = chat_template_utils  # whose strftime_now reads the module's datetime
     clock, spelling = templates.datetime, locale.setlocale(locale.LC_TIME)
     locale.setlocale(locale.LC_TIME, "C")
-    if now is not None:
-        templates.datetime = SimpleNamespace(now=lambda: now)
+    templates.datetime = SimpleNamespace(now=lambda: now)
     try:
         yield
     finally:
@@ -269,6 +270,8 @@ def _check_written(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:
     """Check that the template has written all that carries meaning, by leaving it out.
+
+    Content that occurs anywhere in the text counts as written.
 
     Raises:
         UserError: the text is the same without it.

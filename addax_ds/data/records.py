@@ -302,8 +302,8 @@ def _record(
     now: datetime | None,
 ) -> Record:
     if shape == "messages":
-        tools, options = (row.get(column) for column in _OPTIONAL[shape])
-        record = chat(row[shape], tokenizer, origin, tools=tools, template_kwargs=options, now=now)
+        more = {"tools": row.get("tools"), "template_kwargs": row.get("chat_template_kwargs")}
+        record = chat(row[shape], tokenizer, origin, **more, now=now)
     elif shape == "text":
         record = plain_text(_string(row["text"], "text", origin), origin, append_eos)
     else:

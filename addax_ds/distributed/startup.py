@@ -23,6 +23,8 @@ _COMPILES_SECONDS = 120.0
 _SAID_AFTER_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _WAITING = "Waiting for another process to compile DeepSpeed's collectives: %s"
+# As launchers name it; the same that Accelerate reads.
+_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 # Kept, as rank 0 serves it: the process group's own store shares the server while this one lives.
 _start_store: dist.TCPStore | None = None
@@ -54,6 +56,11 @@ def raise_on_all_ranks_at_start() -> Iterator[None]:
             f"{os.environ['MASTER_PORT']}; its own output says more ({error})"
         ) from error
     raise_any(problem, [word or None for word in words])
+
+
+def launched_as_rank_zero() -> bool:
+    """Return whether this is rank 0 by what its launcher says, before there is a process group."""
+    return next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0") == "0"
 
 
 def _first_words(word: str) -> list[str]:
@@ -148,7 +155,7 @@ def compiling_alone(lock: Path) -> Iterator[None]:
             that cannot be looked into.
     """
     path = lock.with_name("addax_ds.lock")
-    own = FileLock(path)
+    own = FileLock(path, fallback_to_soft=False)
     try:
         _acquire(own)
     except (NotImplementedError, OSError) as error:

@@ -1,14 +1,15 @@
 """``push_to_hub``: the repository is found before there is a model, and an upload may fail."""
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
 from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.config.trials import repository
 from addax_ds.distributed.collectives import limit_waiting, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
@@ -30,7 +31,7 @@ def reach_hub(args: AddaxConfig) -> None:
     Raises:
         UserError: on all ranks, if there is no such repository and it cannot be made.
     """
-    name = args.hub_model_id or Path(args.output_dir or ".").absolute().name
+    name = repository(args)
     what = f"the repository {name} cannot be reached, so training does not start"
     with raise_on_all_ranks(), _hub_errors(what):
         if args.process_index == 0:
@@ -53,16 +54,37 @@ class UploadingMixin(Trainer):
         limit_waiting(_UPLOAD_SECONDS)  # the other ranks wait for the one that uploads
         try:
             with raise_on_all_ranks(), _hub_errors(what):
+                if self.hub_model_id is None:  # Trainer does it beside collectives of the others
+                    given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
+                    self.init_hf_repo(given.get("token"), given.get("private"))
+            # Errors in Trainer's collectives reach all ranks; rank 0 is alone after them.
+            with raise_on_all_ranks(), _hub_errors(what):
                 return super().push_to_hub(*args, **kwargs)
         finally:
             limit_waiting(self.args.ddp_timeout)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._warn_of_failed_uploads()  # Trainer forgets those that are done
         try:
             with _hub_errors(f"the upload of {checkpoint_folder} has failed"):
                 super()._push_from_checkpoint(checkpoint_folder)
         except UserError as error:  # a training goes on without it
             logger.warning("%s", error)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_uploads()
+
+    def _warn_of_failed_uploads(self) -> None:
+        """Log what uploads of checkpoints, which run in threads, have ended with; each once."""
+        uploads = getattr(self, "push_in_progress", None)
+        if uploads is None:
+            return
+        done = [job for job in uploads.jobs if job.done()]
+        uploads.jobs = [job for job in uploads.jobs if job not in done]
+        for error in filter(None, (job.exception() for job in done)):
+            what = f"the upload of a checkpoint in {self.args.output_dir} has failed"
+            logger.warning("%s", _said(what, error))
 
 
 @contextmanager
@@ -72,4 +94,8 @@ def _hub_errors(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of the hub, of the network, of a model card, for want of a token
-        raise UserError(f"--push_to_hub: {what} ({type(error).__name__}: {error})") from error
+        raise UserError(_said(what, error)) from error
+
+
+def _said(what: str, error: BaseException) -> str:
+    return f"--push_to_hub: {what} ({type(error).__name__}: {error})"

@@ -39,6 +39,7 @@ class SavingMixin(UploadingMixin):
         costs: of the training up to now.
         resumed_step: how many steps the checkpoint had that the training goes on from, or 0.
         template_time: see `Run`; a resumed run has that of its checkpoint.
+        saves_at_end: whether the model is to be saved after the training, also without checkpoints.
     """
 
     args: AddaxConfig
@@ -47,8 +48,9 @@ class SavingMixin(UploadingMixin):
     costs: CostMeter
     resumed_step: int = 0
     template_time: str | None = None
+    saves_at_end: bool = False
     _progress: Progress | None = None
-    _run_id: str | None = None
+    _run_id: str | None = ownership.NEW
 
     @property
     def addax(self) -> Addax:
@@ -95,10 +97,26 @@ class SavingMixin(UploadingMixin):
             self._save_trainer_state(staging)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
+        self._rotate(step)
+
+    def _rotate(self, step: int) -> None:
+        """Remove this run's checkpoints beyond the limit; that of a step and the best one stay."""
         with raise_on_all_ranks():
             if self.args.should_save:
-                best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+                root, limit = Path(self.args.output_dir or "."), self.args.save_total_limit
+                best = self.state.best_model_checkpoint
                 checkpoint.rotate(root, step, limit, best, self._run_id)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer would delete other runs' checkpoints, too, when the limit is 1.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        if limit == 1 and self.state.best_global_step:
+            self._rotate(self.state.best_global_step)
+        return output
 
     def _name_best(self, root: Path) -> None:
         """Note where the best checkpoint is, or will be in a moment."""
@@ -188,8 +206,9 @@ class SavingMixin(UploadingMixin):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         limit_waiting(self.args.ddp_timeout)  # now that DeepSpeed has made its groups
         assert self.model is not None
-        root = Path(self.args.output_dir or ".")
-        checkpoint.rehearse_saving(self.model, root, self.args, self.processing_class)
+        if self.saves_at_end or self.args.save_strategy != "no":
+            root = Path(self.args.output_dir or ".")
+            checkpoint.rehearse_saving(self.model, root, self.args, self.processing_class)
         if resume_from_checkpoint is None:
             self.start_afresh(prepared[0])
         else:

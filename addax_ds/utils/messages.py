@@ -25,6 +25,11 @@ def shown(text: str, limit: int = 60) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
+def on_one_line(text: str) -> str:
+    """Return what an exception of another program says, for a message."""
+    return shown(" ".join(text.split()), 300)
+
+
 def raise_problems(title: str, problems: Sequence[str]) -> None:
     """Raise one `UserError` that lists every problem; do nothing when there is none."""
     if problems:

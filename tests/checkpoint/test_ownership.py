@@ -127,6 +127,18 @@ def test_a_file_system_without_locks_is_warned_of(error, tmp_path, monkeypatch, 
         (tmp_path / "new" / "output").touch()
     assert f"{tmp_path / 'new' / ownership.LOCK} cannot be locked" in caplog.text
     assert "nothing keeps a second run out" in caplog.text
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"output"}
+
+
+def test_a_kernel_without_locks_refuses_no_run(tmp_path, monkeypatch, caplog):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(ownership, "WAIT_SECONDS", 0.1)
+    with caplog.at_level(logging.WARNING), ownership.held(alone(tmp_path / "new")):
+        assert "cannot be locked" in caplog.text
+    assert not (tmp_path / "new").exists(), "nothing has been written"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -150,15 +162,26 @@ def test_a_run_from_the_start_has_an_id_of_its_own(tmp_path):
     assert ownership.claim(alone(tmp_path), None, found[0]) == found[0]
 
 
+def test_a_run_without_an_id_may_start_once_more_in_its_folder(tmp_path):
+    write(tmp_path, {2: None, 4: None})
+    own = ownership.claim(alone(tmp_path), tmp_path / "checkpoint-4")
+    assert ownership.claim(alone(tmp_path), None, own) is None
+
+
+@pytest.mark.parametrize("resumable", [True, False])
 @pytest.mark.parametrize("run_id", [OTHER, None])
-def test_a_run_from_the_start_leaves_a_used_folder_alone(run_id, tmp_path):
+def test_a_run_from_the_start_leaves_a_used_folder_alone(run_id, resumable, tmp_path):
     write(tmp_path, dict.fromkeys((2, 4, 6, 8), run_id))
+    (tmp_path / "checkpoint-6" / checkpoint.STATE_NAME).touch()
+    if resumable:
+        (tmp_path / "checkpoint-8" / checkpoint.STATE_NAME).touch()
+    remedy = "go on from them with --resume_from_checkpoint True, or" if resumable else "or"
     with pytest.raises(UserError) as error:
         ownership.claim(alone(tmp_path), None)
     assert str(error.value) == (
         f"--output_dir {tmp_path}: it holds checkpoint-8, checkpoint-6, checkpoint-4 and 1 more of "
         "another run, which this one would replace or delete. Give this one its own --output_dir, "
-        "go on from them with --resume_from_checkpoint True, or remove them"
+        f"{remedy} remove them"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from addax_ds import UserError
-from addax_ds.checkpoint import weight_files
+from addax_ds.checkpoint import weight_files, weights
 from addax_ds.checkpoint.weight_files import OtherForm, WeightFiles, WeightSlice
 from addax_ds.checkpoint.weights import local_slices, save_weights
 from tests.support.ranks import run_ranks
@@ -375,6 +375,27 @@ def test_a_save_replaces_an_earlier_one(tmp_path):
             t.nbytes for t in state.values()
         )
     assert (tmp_path / "notes.safetensors").exists()
+
+
+def test_a_writer_that_fails_still_takes_part_for_the_others(tmp_path, monkeypatch):
+    gather, gathered = weights._WholeWeights.gather, []
+
+    def counted(self: Any, names: Any, keep: bool) -> Any:
+        gathered.append(names)
+        return gather(self, names, keep)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("no such conversion")
+
+    monkeypatch.setattr(weights._WholeWeights, "gather", counted)
+    save_weights(tiny_model("llama"), tmp_path / "whole")
+    expected = list(gathered)
+    gathered.clear()
+    monkeypatch.setattr(weights, "_made", fail)
+    with pytest.raises(ValueError, match="no such conversion"):
+        save_weights(tiny_model("llama"), tmp_path / "none")
+    assert len(expected) > 1
+    assert gathered == expected
 
 
 def test_of_a_plain_module_the_weights_alone_are_written(tmp_path):

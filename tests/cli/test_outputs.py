@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,14 @@ def test_an_upload_that_fails_costs_nothing_else(model, data, tmp_path, capsys, 
     waits: list[float] = []
     monkeypatch.setattr(hub, "limit_waiting", waits.append)
 
-    def fail(self: Any, **given: Any) -> None:
+    def fail(self: Any, **given: Any) -> Future[None]:
         uploads.append({path.name for path in Path(given["folder_path"]).iterdir()})
-        raise ConnectionError("the network is down")
+        error = ConnectionError("the network is down")
+        if not given.get("run_as_future"):
+            raise error
+        job: Future[None] = Future()
+        job.set_exception(error)
+        return job
 
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: type("Repo", (), {"repo_id": "a/b"}))
     monkeypatch.setattr(HfApi, "upload_folder", fail)
@@ -116,7 +122,8 @@ def test_an_upload_that_fails_costs_nothing_else(model, data, tmp_path, capsys, 
     # Those of the two checkpoints do not end the training.
     assert len(uploads) == 3
     assert waits[0] > 24 * 3600 > waits[1], "other ranks wait for the upload, and not ever after"
-    assert said.count(f"the upload of {output}/checkpoint-") == 2
+    what = f"--push_to_hub: the upload of a checkpoint in {output} has failed (ConnectionError"
+    assert said.count(what) == 2
     (reason,) = said.split("addax_ds: error: ")[1:]
     assert reason.startswith(
         "The run has ended, and this is missing:\n  - the upload: --push_to_hub"
@@ -176,12 +183,22 @@ def test_an_output_that_fails_is_named_and_the_next_one_tried(caplog):
     assert [bool(entry.exc_info) for entry in caplog.records] == [False, True], "a bug has a trace"
     with pytest.raises(UserError, match="- number 1: no room\n  - number 2: 'a bug'"):
         outputs.require_all()
+    with outputs.one("number 1"):  # again, and it succeeds
+        pass
+    with outputs.one("number 2"):
+        raise OSError("still no room")
+    with pytest.raises(UserError, match=r"missing:\n  - number 2: still no room$"):
+        outputs.require_all()
 
 
 @pytest.mark.usefixtures("with_a_hub")
 def test_a_repository_out_of_reach_is_known_before_the_model_is_loaded(
     model, data, tmp_path, capsys, monkeypatch
 ):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
     monkeypatch.setattr(train, "_load_model", lambda *_: pytest.fail("the model is loaded"))
     output = tmp_path / "output"
     status, said = ended(flags(model, data, output, push_to_hub=True), capsys)

@@ -246,8 +246,16 @@ def test_a_task_whose_answers_are_written(model, tmp_path, capsys):
 @pytest.mark.parametrize("task", ["cb", "squad"])
 def test_without_training_rows_the_model_is_tested_as_it_is(task, model, tmp_path, capsys):
     output = tmp_path / "output"
+    output.mkdir()
+    earlier = {"train_runtime": 1.0, "train_steps": 3, "test_of_the_earlier": 1.0}
+    (output / "all_results.json").write_text(json.dumps(earlier))
+    (output / "training.png").write_bytes(b"curves")
     train.main(flags(model, output, task, num_train=0))
+    assert not earlier.keys() & read(output / "all_results.json").keys()
+    assert (output / "training.png").read_bytes() == b"curves"
+    (output / "training.png").unlink()
     said = capsys.readouterr().err
+    assert "Trained" not in said
     assert "0 training examples" in said
     assert "nothing is trained, and arguments of training have no effect" in said
     assert "4 test rows, not 1000: 4 rows in the validation split" in said
@@ -288,6 +296,7 @@ def test_two_ranks_that_share_the_model_predict_the_same_to_the_bit(model, tmp_p
         ({"validation_file": __file__}, "--validation_file needs --train_file"),
         ({"num_train": 0, "eval_strategy": "epoch"}, "needs dev rows, and there are none"),
         ({"num_train": 0, "skip_test": True}, "leaves only the test rows"),
+        ({"num_train": 0, "push_to_hub": True}, "--push_to_hub needs a trained model"),
         ({"num_train": 5, "num_dev": 12}, "none is left for train"),
     ],
 )

@@ -15,7 +15,8 @@ from tests.support.ranks import ROOT, free_port
 from tests.support.tiny import rows, write_model, write_rows
 
 pytestmark = [
-    *(pytest.mark.slow, pytest.mark.launcher),
+    pytest.mark.slow,
+    pytest.mark.launcher,
     pytest.mark.usefixtures("program_alone"),
 ]
 

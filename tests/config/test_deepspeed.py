@@ -186,6 +186,8 @@ def test_a_monitor_whose_package_is_missing(
     with pytest.raises(UserError, match=rf"{block}\.enabled = true: .*{package}.*; install it"):
         check_ds_config(with_key(f"{block}.enabled", True), "x.json")
     assert not capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")  # rank 0 alone writes to it
+    check_ds_config(with_key(f"{block}.enabled", True), "x.json")
 
 
 @pytest.mark.parametrize(("path", "value"), BAD)

@@ -90,6 +90,24 @@ def test_a_hub_that_would_refuse(
             config(**options)
 
 
+def test_a_rank_that_does_not_upload_needs_no_token(monkeypatch: Any) -> None:
+    monkeypatch.setattr(trials, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(trials, "get_token", lambda: None)
+    args = config(hub_model_id="a/b")
+    args.push_to_hub = True
+    for rank, refused in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert bool(list(trials.problems(args, in_json=False))) is refused
+
+
+def test_an_object_in_json_is_what_the_text_says() -> None:
+    """Transformers would make numbers of the texts in it, and read none after a blank."""
+    options = {**CHECKPOINTING, "activation_checkpointing_kwargs": ' {"determinism_check": "none"}'}
+    assert config(**options).activation_checkpointing_kwargs == {"determinism_check": "none"}
+    with pytest.raises(UserError, match="1e-7"):
+        config(**of_schedule("polynomial") | {"lr_scheduler_kwargs": '{"lr_end": "1e-7"}'})
+
+
 ACCEPTED: list[dict[str, Any]] = [
     of_schedule("cosine_with_min_lr", min_lr=1e-6),
     of_schedule("warmup_stable_decay", num_decay_steps=4),

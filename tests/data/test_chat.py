@@ -92,6 +92,10 @@ def test_variables_of_the_template_reach_it(tmp_path, caplog):
     with caplog.at_level("INFO", logger="addax_ds"):
         (found,) = read_jsonl(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer_with(DEEP))
     assert found.text.startswith("think hard\n<|im_start|>system")
+    documents = {"chat_template_kwargs": {"documents": [{"title": "a"}]}, "messages": DIALOGUE}
+    template = "{{ documents[0].title }}\n" + CHATML
+    path = write_rows(tmp_path / "more.jsonl", [documents])
+    assert next(iter(read_jsonl(path, tokenizer_with(template)))).text.startswith("a\n<|im_start|>")
     assert learnt(found) == learnt(record(DIALOGUE))
     (message,) = caplog.messages
     assert message.endswith("not used: id")
@@ -161,6 +165,12 @@ def test_a_template_reads_the_moment_that_it_is_given(monkeypatch):
     assert spelling.set == ["C", "de_DE"]
     today = record(DIALOGUE, DATED).text.partition("\n")[0]
     assert str(datetime.now().year) in today
+
+
+def test_the_clock_stands_still_within_a_conversation():
+    """Or a turn would not be found in a text of a microsecond later."""
+    found = record(DIALOGUE, "{{ strftime_now('%f') }}\n" + CHATML)
+    assert learnt(found) == learnt(record(DIALOGUE))
 
 
 class Spelling:

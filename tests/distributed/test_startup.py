@@ -1,5 +1,7 @@
 """DeepSpeed's start waits for a compilation in progress; one that was killed holds nobody up."""
 
+import errno
+import fcntl
 import logging
 import os
 import subprocess
@@ -114,6 +116,16 @@ def test_init_and_processes_of_other_users_do_not_matter(lock, monkeypatch):
     monkeypatch.setattr(psutil, "process_iter", lambda: [Hidden(owner + 1), Hidden(owner, pid=1)])
     with compiling_alone(lock):
         assert not lock.exists()
+
+
+def test_a_kernel_without_locks_is_named(lock, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot be locked .*TORCH_EXTENSIONS_DIR"):  # noqa: SIM117
+        with compiling_alone(lock):
+            pytest.fail("others may compile, too")
 
 
 HOLDER = """

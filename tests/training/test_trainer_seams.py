@@ -46,7 +46,9 @@ OVERRIDDEN = {
     ),
     "_save_checkpoint": ("model trial", "saving"),
     "_load_best_model": ("", "saving"),
+    "_finalize_training": ("trial num_train_samples start_time", "saving"),
     "_push_from_checkpoint": ("checkpoint_folder", "hub"),
+    "_finish_current_push": ("", "hub"),
 }
 CALLED = {
     "_prepare_inputs": ("inputs", "steps, likelihood"),
