@@ -110,7 +110,7 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 def reports_here(report: str) -> bool:
     """Return whether Trainer could report to a value of ``report_to``."""
-    if report in ("all", "none"):
+    if report not in integration_utils.INTEGRATION_TO_CALLBACK:  # all of them, or none
         return True
     return bool(getattr(integration_utils, f"is_{_PACKAGES.get(report, report)}_available")())
 

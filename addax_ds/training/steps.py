@@ -100,8 +100,8 @@ class StepMixin(SavingMixin):
 
     def _check_arguments(self, positional: tuple[Any, ...], given: dict[str, Any]) -> None:
         name = type(self).__name__
-        args = given.get("args")
-        args = next((value for value in positional if isinstance(value, AddaxConfig)), args)
+        args = given.get("args")  # or one of the others, not the second for every trainer
+        args = next((v for v in positional if isinstance(v, TrainingArguments)), args)
         if not isinstance(args, AddaxConfig):
             raise UserError(
                 f"{name} takes an addax_ds.AddaxConfig, which has the fields of "
