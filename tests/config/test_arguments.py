@@ -68,7 +68,8 @@ WORKS = """
     log_on_each_node logging_first_step logging_nan_inf_filter logging_steps logging_strategy
     lr_scheduler_kwargs max_grad_norm max_steps metric_for_best_model num_train_epochs
     output_dir per_device_eval_batch_size per_device_train_batch_size project push_to_hub
-    remove_unused_columns report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name
+    remove_unused_columns report_to restore_callback_states_from_checkpoint
+    resume_from_checkpoint run_name
     save_on_each_node save_only_model save_steps save_strategy save_total_limit seed
     skip_memory_metrics tf32 trackio_bucket_id trackio_space_id trackio_static_space_id
     use_cache use_cpu warmup_steps weight_decay
