@@ -105,6 +105,7 @@ def _finetune(
         tokenizer = source.load_tokenizer()
         now = datetime.fromisoformat(template_time)
         data = load_data(data_args, tokenizer, source, now)
+    digest = data_digest(data.train)
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
         planned = _plan_threshold(source, sharding, data, args, resumed)
@@ -114,8 +115,8 @@ def _finetune(
             lengths = [example.length for example in data.train]
             plan = plan_steps(lengths, args.settings, args)
             if resumed is not None:
-                resumed.check(run.with_data(data_digest(data.train), plan[0].threshold))
-    check_same_on_all_ranks(dict(_identity(args, model_args, data)))
+                resumed.check(run.with_data(digest, plan[0].threshold))
+    check_same_on_all_ranks(dict(_identity(args, model_args, data, digest)))
     if data.train:
         ownership.claim(args, None if resumed is None else resumed.folder)
     if args.process_index == 0:
@@ -261,7 +262,7 @@ def _plan_threshold(
 
 
 def _identity(
-    args: AddaxConfig, model_args: ModelArguments, data: Data
+    args: AddaxConfig, model_args: ModelArguments, data: Data, digest: str
 ) -> Iterator[tuple[str, str]]:
     """Yield what has to be the same on all ranks, by names for a message."""
     yield "version of addax_ds", addax_ds.__version__
@@ -275,7 +276,7 @@ def _identity(
     if deepspeed_config is not None:
         for key, value in deepspeed_config.config.items():
             yield f"{key} in the DeepSpeed config", str(value)
-    yield "training data", data_digest(data.train)
+    yield "training data", digest
     for name, dataset in (("validation data", data.validation), ("test data", data.test)):
         if dataset is not None:
             yield name, data_digest(dataset.examples)

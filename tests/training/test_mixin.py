@@ -194,13 +194,25 @@ def loop(model: nn.Module, data: list[Any], collate: Any, lengths: Any, **more: 
     return weights(model), g0
 
 
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+
+
+def padding() -> DataCollatorWithPadding:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token_id = 0
+    return DataCollatorWithPadding(tokenizer)
+
+
 def classifier() -> nn.Module:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
-    return LlamaForSequenceClassification(
-        LlamaConfig(**shape, **heads, num_labels=3, pad_token_id=0)
-    )
+    return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0))
 
 
 def classified() -> list[dict[str, Any]]:
@@ -212,9 +224,7 @@ def classified() -> list[dict[str, Any]]:
 
 
 def test_a_sequence_classifier(tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token_id = 0
-    collator = DataCollatorWithPadding(tokenizer)
+    collator = padding()
     trainer = AnyTrainer(
         model=classifier(),
         args=config(tmp_path, logging_steps=1),
@@ -243,18 +253,10 @@ def vision_language_model() -> nn.Module:
         patch_size=4,
         projection_dim=16,
     )
-    text = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-    )
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision,
-            text_config=text,
+            text_config=LlamaConfig(**LLAMA),
             image_token_index=99,
             vision_feature_layer=-1,
         )
@@ -327,13 +329,11 @@ def test_micro_batches_are_summed_as_trainer_does(tmp_path):
 
 def test_a_run_goes_on_from_a_checkpoint(tmp_path):
     def make(**more: Any) -> AnyTrainer:
-        tokenizer = tiny_tokenizer()
-        tokenizer.pad_token_id = 0
         return AnyTrainer(
             model=classifier(),
             args=config(tmp_path, save_strategy="steps", save_steps=4, **more),
             train_dataset=classified(),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=padding(),
         )
 
     whole = make()
@@ -357,9 +357,7 @@ def test_a_trainer_may_take_its_arguments_in_any_form(tmp_path):
     class Mixed(AddaxMixin, Weighted):
         pass
 
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token_id = 0
-    more = {"train_dataset": classified(), "data_collator": DataCollatorWithPadding(tokenizer)}
+    more = {"train_dataset": classified(), "data_collator": padding()}
     results = []
     for positional, named in (
         ((classifier(), config(tmp_path)), {}),
@@ -389,9 +387,7 @@ def test_what_an_addax_step_cannot_carry_is_refused_by_name(tmp_path):
     def make(base: type, **more: Any) -> Any:
         kind = type("Mixed", (AddaxMixin, base), {})
         usual = {"model": classifier(), "args": config(tmp_path), "train_dataset": classified()}
-        tokenizer = tiny_tokenizer()
-        tokenizer.pad_token_id = 0
-        return kind(**(usual | {"data_collator": DataCollatorWithPadding(tokenizer)} | more))
+        return kind(**(usual | {"data_collator": padding()} | more))
 
     with pytest.raises(UserError, match="OwnStep has a training_step of its own"):
         make(OwnStep)
