@@ -304,11 +304,13 @@ class Addax(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("Addax.step takes no closure; measure() does")
+        if self._running is not None and self._running.is_measuring:
+            raise RuntimeError("step() was called within a closure: call it after measure()")
         self.sharding.check_unchanged()
+        self._check_all_applied()
         if self._running is not None or self.alpha == 0.0:
             self._check_backward_ran()
         running = self._begun_step()
-        self._check_all_applied()
         self.report = running.finish(self.stop_requested)
         self._forget_passes()
         self._running = None
@@ -400,8 +402,6 @@ class Addax(torch.optim.Optimizer):
         self.sharding.awaiting_backward = self.sharding.backward_ran = False
 
     def _check_backward_ran(self) -> None:
-        if self._running is not None and self._running.is_measuring:
-            raise RuntimeError("step() was called within a closure: call it after measure()")
         expected = self.sharding.awaiting_backward or self._running is None
         if self.alpha < 1.0 and expected and not self.sharding.backward_ran:
             raise RuntimeError(
