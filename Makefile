@@ -13,6 +13,7 @@ PYTHON ?= python3
 ARGS ?=
 
 VENV := .venv
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/installed
 PIP_INSTALL := $(VENV)/bin/python -m pip install -c constraints.txt
 # DeepSpeed compiles its operators on first use and looks for ninja on PATH.
@@ -58,18 +59,18 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# Ranks of a real launcher wait by spinning, so nothing runs beside them. tests/conftest.py says
-# which of the others share a worker. A selection runs in one.
+# A file stays with one worker, for its fixtures. Ranks of a real launcher wait by spinning, so
+# nothing runs beside them. A selection runs in one process.
 test: lint
 ifeq ($(ARGS),)
-	$(VENV_PATH) pytest -q -m "not launcher" -n 2 --dist loadgroup
+	$(VENV_PATH) pytest -q -m "not launcher" $(TWO_WORKERS)
 	$(VENV_PATH) pytest -q -m launcher
 else
 	$(VENV_PATH) pytest -q $(ARGS)
 endif
 
 test-quick: $(STAMP)
-	$(VENV_PATH) pytest -q -m "not slow" -n 2 --dist loadgroup $(ARGS)
+	$(VENV_PATH) pytest -q -m "not slow" $(TWO_WORKERS) $(ARGS)
 
 # For machines with a CUDA GPU; two or more of them are used as two ranks over NCCL.
 test-gpu: $(STAMP)
