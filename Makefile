@@ -4,6 +4,7 @@
 #   make test-quick                  all rooms, without the tests that start processes
 #   make bench                       the benchmarks, on a CPU
 #   make test-gpu                    what only a GPU can show
+#   make gpu-kit                     what part1.sh and part2.sh of benchmarks/gpu need, without a network
 #   make faults                      kills, damaged files, a full disk; about half an hour
 #   make install PYTHON=python3.12   the interpreter that .venv is made from
 # On a machine without a GPU, pip takes a CPU build of torch 2.13.0 where PIP_FIND_LINKS or
@@ -28,7 +29,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.
     "addax_ds needs Python 3.11 or 3.12, but %s is %d.%d. Remove .venv if there is one, and " \
     "name another interpreter: make install PYTHON=python3.12" % (sys.executable, v[0], v[1]))
 
-.PHONY: install demo test test-quick test-gpu faults bench lint clean
+.PHONY: install demo test test-quick test-gpu gpu-kit faults bench lint clean
 
 install: $(STAMP)
 
@@ -77,6 +78,10 @@ test-gpu: $(STAMP)
 	@$(VENV)/bin/python -c '$(NEEDS_CUDA)'
 	DS_ACCELERATOR=cuda $(VENV_PATH) pytest -q tests/gpu
 	$(VENV_PATH) deepspeed --num_gpus 1 benchmarks/step.py --shape opt-125m
+
+# For a bare GPU machine; benchmarks/gpu/pack.py says what it has and how to use the kit there.
+gpu-kit: $(STAMP)
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)/bin/python -m benchmarks.gpu.pack
 
 # Kills runs at random moments and looks at what is left; tests/faults says what else.
 faults: $(STAMP)

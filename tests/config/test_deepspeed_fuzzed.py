@@ -171,7 +171,7 @@ def test_deepspeed_files_that_cannot_be_used(content, says, folder):
     assert len(message) < 1000
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("read", [load_ds_config, read_argument_file])
 @pytest.mark.parametrize("name", ["folder", "pipe", "long"])
 def test_what_is_not_a_file(name, read, tmp_path):

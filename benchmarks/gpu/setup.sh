@@ -1,0 +1,36 @@
+# Sourced by part1.sh and part2.sh in the checkout's root; a second time it installs nothing.
+: "${OUT:?names the folder for what is measured}"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cuda} ADDAX_CACHE=/tmp/addax_cache
+site=/tmp/gpukit_site
+if [ ! -e $site/complete ]; then
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target $site .gpukit/wheels/*.whl || exit 1
+  cp -r .gpukit/site/. $site/
+  touch $site/complete
+fi
+export PYTHONPATH=$site:$PWD PATH=$site/bin:$PATH
+
+# part SECONDS NAME COMMAND...: within a time limit; shows the end of what it says, keeps it all.
+part() {
+  local limit=$1 name=$2 start=$SECONDS
+  shift 2
+  echo "##### $name (at most $limit s)"
+  timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  echo "##### $name: status $?, $((SECONDS - start)) s"
+  tail -"${LINES_SHOWN:-25}" "$OUT/$name.log" | cut -c1-200
+}
+
+# point SECONDS NAME FLAGS...: one point of the scaling study, random weights on one rank.
+point() {
+  local limit=$1 name=$2
+  shift 2
+  part "$limit" "$name" python3 launch/scaling.py --ranks 1 --steps 4 --project 8 \
+    --folder "/tmp/gpukit_scaling/$name" --output "$OUT/$name" "$@"
+  tail -3 /tmp/gpukit_scaling/"$name"/points/*/*/output.log 2>/dev/null | cut -c1-200
+}
+
+# The replies of such machines hold few files: one archive, and what stands at the top.
+keep() {
+  tar -C "$OUT" -czf "$OUT/$1.tgz" --exclude='*.tgz' . && find "$OUT" -mindepth 1 ! -name '*.tgz' -delete
+}
