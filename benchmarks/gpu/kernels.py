@@ -57,10 +57,8 @@ def large(elements: int) -> list[dict[str, Any]]:
     kept = torch.zeros(1, dtype=torch.int32, device="cuda")
     calls: dict[str, Callable[[], object]] = {"copy": partial(out.copy_, weight)}
     for name, (operation, has_gradient) in OPERATIONS.items():
-        tensors: tuple[Any, ...] = (
-            (weight, weight, gradient) if has_gradient else (out, weight, None)
-        )
-        calls[name] = partial(kernels.fused, *tensors, operation, 0, kept)
+        target, read = (weight, gradient) if has_gradient else (out, None)
+        calls[name] = partial(kernels.fused, target, weight, read, operation, 0, kept)
     rows = []
     for name, call in calls.items():
         taken = milliseconds(call)
