@@ -31,6 +31,7 @@ from addax_ds.sharding.base import (
     materialize,
     padded,
 )
+from addax_ds.sharding.fsdp2_versions import BEFORE_2_13, param_groups, reset_iter_state
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -236,7 +237,7 @@ class Fsdp2(Sharding):
                 "attach the optimizer to the whole model"
             )
         if is_root:  # None if no forward has run yet
-            self._root.reset_iter_state()
+            reset_iter_state(self._root)
 
     # ---- collectives ---------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class Fsdp2(Sharding):
 def _param_groups(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            yield from module._get_fsdp_state()._fsdp_param_groups
+            yield from param_groups(module)
 
 
 def _fsdp_params(model: nn.Module) -> Iterator[Any]:
@@ -285,6 +286,12 @@ def _check(fsdp_param: Any) -> None:
         raise UserError(
             "Addax needs shards that are contiguous in the parameter, along dimension 0: call "
             "fully_shard without shard_placement_fn"
+        )
+    if BEFORE_2_13 and fsdp_param.pin_memory:
+        raise UserError(
+            f"FSDP2 of torch {torch.__version__} hands over offloaded gradients before they have "
+            "arrived in pinned memory: use torch 2.13 or later, or "
+            "CPUOffloadPolicy(pin_memory=False)"
         )
 
 

@@ -2,15 +2,25 @@
 
 import inspect
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fully_shard
+from torch.distributed.fsdp._fully_shard import (
+    _fsdp_collectives,
+    _fsdp_param_group,
+    _fully_shard,
+)
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
-SOURCES = {
+from addax_ds.sharding import fsdp2
+from addax_ds.sharding.fsdp2_versions import BEFORE_2_13
+from addax_ds.utils.errors import UserError
+
+SOURCES: dict[Any, tuple[str, ...]] = {
     FSDPParam: (
         "self._sharded_param_data = padded_sharded_param.view(-1)",
         "sharded_param_data = self._sharded_param_data",  # what all_gather_inputs gathers
@@ -31,18 +41,9 @@ SOURCES = {
         # reshard_after_forward=True: the same mesh, and nothing is kept of a smaller one
         "self.mesh_info != self.post_forward_mesh_info",
     ),
-    FSDPState: (
-        "self._fsdp_param_groups",
-        "self._is_root",
-        "self._comm_ctx.post_forward_order.clear()",
-        "fsdp_param_group._reset_iter_state()",
-        # An abandoned pass: what it has in flight is dropped by the same method.
-        "self._comm_ctx.reduce_scatter_states.clear()",
-        "self._state_ctx.post_backward_final_callback_queued = False",
-    ),
+    FSDPState: ("self._is_root", "self._comm_ctx.post_forward_order.clear()"),
     _fully_shard: (
         "def _get_fsdp_state(self)",
-        "def reset_iter_state(self)",
         "def reshard(self)",
         "orig_cls = cls.__mro__[cls._orig_cls_mro_index]",
     ),
@@ -54,12 +55,66 @@ SOURCES = {
     ),
 }
 
+if BEFORE_2_13:
+    SOURCES[FSDPState] += (
+        "self._fsdp_param_group",
+        "self._modules_to_run_forward",
+        "self._state_ctx.iter_forward_root",
+        "self._state_ctx.post_backward_final_callback_queued = False",
+    )
+    SOURCES[FSDPParamGroup] += (
+        "self.all_gather_copy_in_stream = ",
+        "self.all_gather_stream = ",
+        "self.reduce_scatter_stream = ",
+        "self.all_reduce_stream = ",
+        "self.all_gather_state: ",
+        "self.reduce_scatter_state",
+        "self._all_gather_result: ",
+        "self._post_reduce_event: ",
+        "self._all_reduce_state: ",
+        "self._reshard_after_forward_event: ",
+        "self._post_forward_indices: ",
+        "def _wait_all_gather_streams_on_event(",
+        "def _to_sharded(self)",
+    )
+else:
+    SOURCES[FSDPState] += (
+        "self._fsdp_param_groups",
+        "fsdp_param_group._reset_iter_state()",
+        # An abandoned pass: what it has in flight is dropped by the same method.
+        "self._comm_ctx.reduce_scatter_states.clear()",
+        "self._state_ctx.post_backward_final_callback_queued = False",
+    )
+    SOURCES[_fully_shard] += ("def reset_iter_state(self)",)
+    SOURCES[_fsdp_collectives] += ("has_post_acc_grad_hook",)  # pinned gradients are waited for
+
+
+def source(owner: Any) -> str:
+    """Of the module, where communication of a group of parameters is another class beside it."""
+    return inspect.getsource(_fsdp_param_group if owner is FSDPParamGroup else owner)
+
+
+def test_gradients_that_have_not_arrived_in_pinned_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(fsdp2, "BEFORE_2_13", True)
+    mesh = SimpleNamespace(size=lambda: 1)
+    param = SimpleNamespace(
+        mesh_info=SimpleNamespace(mesh=mesh),
+        is_dtensor=False,
+        fsdp_placement=SimpleNamespace(dim=0),
+        pin_memory=True,
+    )
+    monkeypatch.setattr(fsdp2.dist, "get_world_size", lambda: 1)
+    with pytest.raises(UserError, match=r"CPUOffloadPolicy\(pin_memory=False\)"):
+        fsdp2._check(param)
+    param.pin_memory = False
+    fsdp2._check(param)
+
 
 @pytest.mark.parametrize(
     ("owner", "text"), [(owner, text) for owner, texts in SOURCES.items() for text in texts]
 )
 def test_torch_still_has_the_seam(owner, text):
-    assert text in inspect.getsource(owner), (
+    assert text in source(owner), (
         f"torch {torch.__version__}: {owner.__name__} has no {text!r} any more; "
         "addax_ds/sharding/fsdp2.py relies on it"
     )
