@@ -13,11 +13,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from addax_ds.planner.shapes import opt_shape
+from benchmarks.live import MODELS
 from benchmarks.plan import examine, offloaded
 from tests.workers.teardown import shut_down
 
 LAYERS = {"model": "tiny", "zeroth": (8, 60, 59), "first": (8, 60, 20)}
-VOCABULARY = {"model": "opt-11m", "zeroth": (2, 64, 63), "first": (2, 32, 8)}
+MODELS["wide"] = opt_shape(96, 2, 2, vocab_size=8000)
+VOCABULARY = {"model": "wide", "zeroth": (2, 64, 63), "first": (2, 32, 8)}
 ON_ONE_RANK = [{**LAYERS, "sharding": "zero3", "method": "addax"}]
 ON_TWO_RANKS = [
     *({**LAYERS, "sharding": "zero3", "method": m} for m in ("addax", "sgd", "adamw")),
@@ -43,7 +46,7 @@ ON_TWO_RANKS = [
         **VOCABULARY,
         "sharding": "zero3",
         "method": "addax",
-        "zero_optimization": offloaded("opt-11m"),
+        "zero_optimization": offloaded("wide"),
         "accumulation": 2,
     },
 ]
