@@ -86,6 +86,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         method="addax",
         sharding=arguments.sharding,
         ranks=arguments.gpus * arguments.nodes,
+        replicas=_replicas(arguments),
         zeroth_order=None,
         first_order=None,
         checkpointing=arguments.activation_checkpointing,
@@ -122,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--gpus", type=int, default=8, help="GPUs of a node")
     add("--nodes", type=int, default=1, help="nodes")
+    add(
+        "--replicas",
+        default="1",
+        help="copies of the weights, each sharded over its part of the GPUs: a number, or node",
+    )
     add("--gpu_memory", type=float, default=80.0, help="of a GPU, in GB (1e9 bytes)")
     add(
         "--reserve",
@@ -230,6 +236,21 @@ def _check_length(arguments: argparse.Namespace, shape: ModelShape, length: int)
             f"--length_threshold {threshold} is not below --length {length}: no sequence would be "
             "zeroth-order"
         )
+
+
+def _replicas(arguments: argparse.Namespace) -> int:
+    """Return the copies of the weights."""
+    asked, gpus = arguments.replicas, arguments.gpus * arguments.nodes
+    replicas = str(arguments.nodes) if asked == "node" else asked
+    if not replicas.isdecimal() or not int(replicas) or gpus % int(replicas):
+        raise UserError(
+            f"--replicas {asked}: it must be node, or a number that divides the {gpus} GPUs"
+        )
+    if int(replicas) > 1 and not rules_of(arguments.sharding).has_replicas:
+        raise UserError(
+            f"--replicas {asked} cannot be planned with --sharding {arguments.sharding}: use fsdp2"
+        )
+    return int(replicas)
 
 
 def _zero3(arguments: argparse.Namespace, shape: ModelShape) -> Zero3Settings:

@@ -83,7 +83,9 @@ def _memory(
     )
     kernel = source.attn_implementation
     try:
-        inputs = run_inputs(source.config, kernel, run.sharding, examples, args, settings)
+        inputs = run_inputs(
+            source.config, kernel, run.sharding, examples, args, settings, run.replicas
+        )
         return f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
     except UserError as error:
         return f"not planned, {error}"

@@ -52,6 +52,7 @@ from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
 from addax_ds.models.stopping import stop_at
 from addax_ds.optim.methods import BASELINES
+from addax_ds.distributed.nodes import replicas_of
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.hub import reach_hub
@@ -95,7 +96,9 @@ def _finetune(
     model_args: ModelArguments, data_args: DataArguments, args: AddaxConfig
 ) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
-    run = Run.of(args, args.settings, sharding)
+    with raise_on_all_ranks():
+        replicas = replicas_of(model_args.replicas, args)
+    run = replace(Run.of(args, args.settings, sharding), replicas=replicas)
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
     with raise_on_all_ranks():
@@ -108,7 +111,7 @@ def _finetune(
     digest = data_digest(data.train)
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
-        planned = _plan_threshold(source, sharding, data, args, resumed)
+        planned = _plan_threshold(source, run, data, args, resumed)
     with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
         check_evaluations(args, data.validation)
         if data.train:
@@ -123,7 +126,7 @@ def _finetune(
         announce(source, data, plan, args, args.settings, run)
     if data.train and args.push_to_hub:
         reach_hub(args)
-    model = _load_model(source, args, sharding)
+    model = _load_model(source, args, run)
     stop_at(model, data.turn_ends, tokenizer)
     baseline = args.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
@@ -224,11 +227,12 @@ def _template_time(resumed: resume.Checkpoint | None) -> str:
     return all_gather_object(found or datetime.now().isoformat())[0]
 
 
-def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
+def _load_model(source: ModelSource, args: TrainingArguments, run: Run) -> nn.Module:
     return source.load(
         weights_dtype(args),
-        sharding,
+        run.sharding,
         args.device,
+        replicas=run.replicas,
         progress=not args.disable_tqdm and args.process_index == 0,
         recomputes=bool(args.activation_checkpointing),
     )
@@ -236,7 +240,7 @@ def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> 
 
 def _plan_threshold(
     source: ModelSource,
-    sharding: str,
+    run: Run,
     data: Data,
     args: AddaxConfig,
     resumed: resume.Checkpoint | None,
@@ -247,7 +251,16 @@ def _plan_threshold(
     """
     fixed = None if resumed is None else resumed.written.length_threshold
     kernel = source.attn_implementation
-    plan = plan_threshold(source.config, kernel, sharding, data.train, args, args.settings, fixed)
+    plan = plan_threshold(
+        source.config,
+        kernel,
+        run.sharding,
+        data.train,
+        args,
+        args.settings,
+        fixed,
+        replicas=run.replicas,
+    )
     args.settings = replace(args.settings, length_threshold=plan.length)
     if plan.parts > 1:
         divide_batches(args, plan.parts)

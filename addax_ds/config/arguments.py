@@ -71,6 +71,11 @@ class ModelArguments:
         "fsdp2, or none: whole on each rank (default without --deepspeed).",
         choices=tuple(BACK_ENDS),
     )
+    replicas: str = flag(
+        "1",
+        "Copies of the weights, each sharded over its part of the ranks: a number, or node for one "
+        "copy a node, so that weights do not travel between nodes. For --sharding fsdp2.",
+    )
     cpu_threads: int = flag(
         1,
         "Threads of one rank on a CPU. Ranks that contend for cores are many times "
@@ -171,6 +176,7 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_preset(values["deepspeed"])
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
+    _check_replicas(values)
     if values.get("train_file") is None:
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
         if values.get("load_best_model_at_end") or values.get("save_strategy") == "best":
@@ -262,11 +268,24 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
             )
 
 
+def _check_replicas(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the back end serves no replicas."""
+    chosen = back_end(values.get("sharding"), bool(values.get("deepspeed")))
+    if values.get("replicas", "1") != "1" and chosen.why_one_copy is not None:
+        raise UserError(
+            f"--replicas {values['replicas']} cannot be used with --sharding {chosen.name}: "
+            f"{chosen.why_one_copy}."
+        )
+
+
 def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("model_name_or_path") is None:
         for name in ("model_revision", "trust_remote_code"):
             if values.get(name):
                 yield f"--{name} has no effect without --model_name_or_path."
+    replicas = values.get("replicas", "1")
+    if replicas != "node" and not (replicas.isdecimal() and int(replicas) > 0):
+        yield f"--replicas {replicas}: it must be a number from 1 on, or node."
     if values.get("cpu_threads", 1) < 1:
         yield "--cpu_threads must be at least 1."
 

@@ -113,6 +113,7 @@ class ModelSource:
         sharding: str = "none",
         device: torch.device | str = "cpu",
         *,
+        replicas: int = 1,
         progress: bool = False,
         recomputes: bool = False,
     ) -> nn.Module:
@@ -129,6 +130,7 @@ class ModelSource:
             sharding: name of the back end (`addax_ds.sharding.registry`); ZeRO-3 takes the
                 DeepSpeed configuration of the live `TrainingArguments`.
             device: where the weights go; under ZeRO-3 that configuration says it.
+            replicas: copies of the weights, each sharded over consecutive ranks.
             progress: whether to show a bar if it takes long.
             recomputes: whether it is to be trained with activation checkpointing.
 
@@ -136,7 +138,8 @@ class ModelSource:
             UserError: on all ranks, if one cannot load it, some of its weights are in no file, or
                 it cannot recompute.
         """
-        chosen = back_end(sharding)
+        chosen, on = back_end(sharding), torch.device(device)
+        layout = {"replicas": replicas} if replicas > 1 else {}
         where = f"cannot load the model from {self.path}"
         other_form: str | None = None
         with raise_on_all_ranks(), _refused(where):
@@ -154,8 +157,10 @@ class ModelSource:
                 other_form = str(error)
         other_form = next(filter(None, all_gather_object(other_form)), None)
         if other_form is not None:
-            return self._load_whole(dtype, chosen, other_form)
-        chosen.lay_out(model, torch.device(device))
+            model = self._load_whole(dtype, chosen, other_form)
+            chosen.shard_loaded(model, on, **layout)
+            return model
+        chosen.lay_out(model, on, **layout)
         with raise_on_all_ranks(), _refused(where):
             files.fill(local_slices(model), progress)
         return model
@@ -193,7 +198,6 @@ class ModelSource:
                     f"its files lack {len(missing)} weights that config.json asks for, such as "
                     f"{missing[0]}; training would start from random ones"
                 )
-        sharding.shard_loaded(model)
         return model
 
     def _empty(self, dtype: torch.dtype) -> Any:

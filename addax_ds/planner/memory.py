@@ -28,7 +28,8 @@ class Inputs:
         shape: of the model.
         method: "sgd" and "adamw" are torch's, in DeepSpeed's ZeRO-3 optimizer.
         sharding: name of the back end (`addax_ds.planner.rules`).
-        ranks: number of GPUs over which they are sharded.
+        ranks: number of GPUs.
+        replicas: copies of the weights; each is sharded over its part of the GPUs.
         zeroth_order: batch of the passes without a backward, which follow each other, so that their
             number does not matter; None without such passes.
         first_order: batch of the pass with a backward; None without it.
@@ -50,6 +51,12 @@ class Inputs:
     zero3: Zero3Settings = field(default_factory=Zero3Settings)
     accumulation: int = 1
     cuda: bool = True
+    replicas: int = 1
+
+    @property
+    def sharded_over(self) -> int:
+        """GPUs that hold one copy of the weights together."""
+        return self.ranks // self.replicas
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def _sum_bytes(inputs: Inputs) -> int:
 
 def _shards(inputs: Inputs) -> list[int]:
     """Return the elements of each parameter that a rank holds, padding included."""
-    return rules_of(inputs.sharding).shards(inputs.shape, inputs.ranks)
+    return rules_of(inputs.sharding).shards(inputs.shape, inputs.sharded_over)
 
 
 def _sums(inputs: Inputs) -> dict[int, int]:

@@ -145,23 +145,23 @@ def _largest_threshold(request: Request, ranks: int) -> int | None:
 def gpus_needed(
     inputs: Inputs, budget: int, host_memory: int | None = None, gpus_per_node: int = 1
 ) -> int | None:
-    """Return the fewest GPUs, up to 8 or in steps of 8, on which a step fits.
+    """Return the fewest GPUs, up to 8 or in steps of 8, on which a step of one copy fits.
 
     One alone gathers nothing and reduces nothing, and may need less than two do; from two on memory
     falls with their number, but for padding. Host memory may rise: pinned shards are rounded up.
 
     Args:
-        inputs: the run; its number of ranks is not read.
+        inputs: the run; its numbers of ranks and replicas are not read.
         budget: bytes that a rank has for tensors.
         host_memory: bytes of a node's host memory; None if there is enough.
         gpus_per_node: ranks that share it.
     """
 
     def in_gpu(ranks: int) -> bool:
-        return step_memory(replace(inputs, ranks=ranks)).total <= budget
+        return step_memory(replace(inputs, ranks=ranks, replicas=1)).total <= budget
 
     def in_host(ranks: int) -> bool:
-        own = host_bytes(replace(inputs, ranks=ranks))
+        own = host_bytes(replace(inputs, ranks=ranks, replicas=1))
         return host_memory is None or own * min(ranks, gpus_per_node) <= host_memory
 
     if in_gpu(1) and in_host(1):
@@ -189,6 +189,7 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
         "gpus": inputs.ranks,
         "nodes": inputs.ranks // request.gpus_per_node,
         "gpus_per_node": request.gpus_per_node,
+        "replicas": inputs.replicas,
         "gpu_memory": request.gpu_memory,
         "reserve": request.reserve,
         "host_memory": request.host_memory,
@@ -249,7 +250,8 @@ def as_table(request: Request, plans: list[Plan]) -> str:
     scale, size = ("billion", 1e9) if shape.parameters >= 1e9 else ("million", 1e6)
     heads = [
         f"{shape.name}: {shape.parameters / size:.3g} {scale} parameters, {shape.dtype}, "
-        f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
+        f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB"
+        f"{f', {inputs.replicas} copies' if inputs.replicas > 1 else ''}, "
         f"{request.reserve / GB:g} GB of it kept free",
         ", ".join(_batches(request, plans)),
     ]

@@ -21,10 +21,12 @@ class Rules:
     Attributes:
         is_sharded: whether a rank needs less memory if there are more of them.
         uses_deepspeed: whether the settings of a DeepSpeed JSON apply.
+        has_replicas: whether there may be several copies of the weights, each sharded.
     """
 
     is_sharded = False
     uses_deepspeed = False
+    has_replicas = False
 
     def runs(self, method: Method) -> bool:
         """Return whether a method runs: torch's optimizers need DeepSpeed's."""
@@ -55,6 +57,7 @@ class Rules:
 
 class _Fsdp2(Rules):
     is_sharded = True
+    has_replicas = True
 
     def shards(self, shape: ModelShape, ranks: int) -> list[int]:
         parameters = range(len(shape.sizes))
@@ -63,7 +66,8 @@ class _Fsdp2(Rules):
     def make_engine(
         self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
     ) -> Engine:
-        return Fsdp2Pass(ledger, inputs.shape, inputs.ranks, perturbed, gloo=not inputs.cuda)
+        ranks, gloo = inputs.sharded_over, not inputs.cuda
+        return Fsdp2Pass(ledger, inputs.shape, ranks, perturbed, gloo, inputs.replicas > 1)
 
 
 class _Zero3(Rules):

@@ -32,6 +32,8 @@ class Fsdp2Pass(Engine):
         ranks: over which parameters are sharded.
         perturbed: whether what travels is a perturbed copy.
         gloo: whether gloo reduces, which copies what it is given.
+        replicated: whether reduced gradients are summed over replicas, too; FSDP2 keeps them until
+            the end of the backward (``_all_reduce_state``).
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class Fsdp2Pass(Engine):
         ranks: int,
         perturbed: bool,
         gloo: bool = False,
+        replicated: bool = False,
     ) -> None:
         super().__init__(ledger)
+        self._replicated, self._kept = replicated, 0
         self._gloo = gloo and ranks > 1
         self._ranks, self._perturbed = ranks, perturbed
         self._groups = dict(enumerate(shape.block_parameters))
@@ -93,7 +97,7 @@ class Fsdp2Pass(Engine):
         for group in list(self._whole):
             self._reshard(group)
         self._free_deferred()
-        self.ledger.add("buckets", -self._reduced)
+        self.ledger.add("buckets", -self._reduced - self._kept)
 
     def _unshard(self, group: int) -> None:
         """Gather all of a group into one buffer (``foreach_all_gather``)."""
@@ -142,6 +146,9 @@ class Fsdp2Pass(Engine):
         result = self._shards[group] + (self._reduced if self._gloo else 0)
         self.ledger.add("buckets", result)
         self.reduced(self._groups[group])
+        if self._replicated:
+            self._kept += self._shards[group]
+            result -= self._shards[group]
         self.ledger.add("buckets", -result)
 
 

@@ -81,6 +81,9 @@ class Sharding(ABC):
         loads_whole_on: ranks that need memory for the whole model where Transformers loads it;
             None if they hold the whole model anyway.
         loads_with_collectives: whether Transformers partitions a model as it loads it.
+        why_one_copy: why ``--replicas`` cannot be given; None if `lay_out` and `shard_loaded` take
+            a keyword ``replicas``, the number of copies of the weights, each sharded over
+            consecutive ranks.
         model: the model, whose stored weights are the shards.
         infos: the trainable parameters.
         reads: which of them the model's code reads.
@@ -95,6 +98,7 @@ class Sharding(ABC):
     is_placed: ClassVar[bool] = True
     loads_whole_on: ClassVar[str | None] = "every rank"
     loads_with_collectives: ClassVar[bool] = False
+    why_one_copy: ClassVar[str | None] = "this back end knows no replicas"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
@@ -134,8 +138,8 @@ class Sharding(ABC):
         """
 
     @classmethod  # noqa: B027
-    def shard_loaded(cls, model: nn.Module) -> None:
-        """Take over, in place, a model that Transformers has loaded."""
+    def shard_loaded(cls, model: nn.Module, device: torch.device) -> None:
+        """Take over, in place, a model that Transformers has loaded; see `lay_out`."""
 
     @classmethod  # noqa: B027
     def free_gathered(cls, model: Any) -> None:

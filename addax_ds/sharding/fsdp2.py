@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
@@ -78,6 +79,7 @@ class Fsdp2(Sharding):
 
     name = "fsdp2"
     launch_command = "`torchrun --nproc_per_node N -m addax_ds.cli.train --sharding fsdp2 ...`"
+    why_one_copy = None
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         if not isinstance(model, FSDPModule):
@@ -106,13 +108,15 @@ class Fsdp2(Sharding):
         return any(isinstance(module, FSDPModule) for module in model.modules())
 
     @classmethod
-    def lay_out(cls, model: Any, device: torch.device) -> None:  # noqa: D102
-        shard_model(model)
+    def lay_out(cls, model: Any, device: torch.device, *, replicas: int = 1) -> None:  # noqa: D102
+        shard_model(model, **_mesh(device, replicas))
         materialize(model, device)
 
     @classmethod
-    def shard_loaded(cls, model: nn.Module) -> None:  # noqa: D102
-        shard_model(model)
+    def shard_loaded(  # noqa: D102
+        cls, model: nn.Module, device: torch.device, *, replicas: int = 1
+    ) -> None:
+        shard_model(model, **_mesh(device, replicas))
 
     @staticmethod
     def local_slice(parameter: Tensor) -> tuple[int, Tensor]:  # noqa: D102
@@ -257,6 +261,14 @@ class Fsdp2(Sharding):
     def device(self) -> torch.device:  # noqa: D102
         # With CPU offload the shards live elsewhere than the collectives.
         return next(iter(self._fsdp_params.values())).device
+
+
+def _mesh(device: torch.device, replicas: int) -> dict[str, DeviceMesh]:
+    """Return the option of ``fully_shard`` for so many copies; one is its default."""
+    if replicas == 1:
+        return {}
+    shape = (replicas, dist.get_world_size() // replicas)
+    return {"mesh": init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))}
 
 
 def _param_groups(model: nn.Module) -> Iterator[Any]:

@@ -46,6 +46,7 @@ class Unsharded(Sharding):
     name = "none"
     is_placed = False
     loads_whole_on = None
+    why_one_copy = "each rank holds a copy of the whole model as it is"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         _check_whole(model)

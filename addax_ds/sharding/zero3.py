@@ -68,6 +68,11 @@ class Zero3Sharding(Sharding):
     uses_deepspeed = True
     loads_whole_on = "rank 0"
     loads_with_collectives = True
+    why_one_copy = (
+        "of DeepSpeed's two ways to replicate shards, zero_hpz_partition_size gathers from copies "
+        "that neither perturbation nor update reaches, and mics_shard_size takes an optimizer of "
+        "its own: use --sharding fsdp2"
+    )
     engine: DeepSpeedEngine
 
     def __init__(self, zero: Any) -> None:

@@ -53,6 +53,7 @@ def plan_threshold(
     args: AddaxConfig,
     settings: AddaxSettings,
     fixed: int | None = None,
+    replicas: int = 1,
 ) -> AutoThreshold:
     """Find the largest L_T whose step should fit on every rank; all ranks have to call it.
 
@@ -67,6 +68,7 @@ def plan_threshold(
         args: of the run.
         settings: how it trains.
         fixed: L_T of the checkpoint that the run goes on from: rows alone are to be found.
+        replicas: copies of the weights.
 
     Returns:
         The same on all ranks.
@@ -90,7 +92,7 @@ def plan_threshold(
             # Rows of either stream may be the longest ones, which L_T decides.
             both = examples, examples
             try:
-                inputs = run_inputs(config, attention, sharding, both, args, settings)
+                inputs = run_inputs(config, attention, sharding, both, args, settings, replicas)
             except UserError as error:
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
             search = _Search(inputs, examples, args, (budget, host), fixed)

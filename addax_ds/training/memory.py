@@ -31,6 +31,7 @@ def run_inputs(
     streams: tuple[Sequence[Example], Sequence[Example]],
     args: TrainingArguments,
     settings: AddaxSettings,
+    replicas: int = 1,
 ) -> Inputs:
     """Return what the memory of a run's steps depends on.
 
@@ -42,6 +43,7 @@ def run_inputs(
             for a stream that there is not.
         args: of the run.
         settings: how it trains.
+        replicas: copies of the weights.
 
     Raises:
         UserError: the planner cannot follow the model.
@@ -64,6 +66,7 @@ def run_inputs(
         method=settings.method,
         sharding=sharding,
         ranks=args.world_size,
+        replicas=replicas,
         zeroth_order=zeroth,
         first_order=first,
         checkpointing=bool(args.activation_checkpointing),
