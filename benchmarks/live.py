@@ -37,7 +37,7 @@ from addax_ds.optim.methods import ZEROTH_ORDER, Method
 from addax_ds.planner.shapes import OPT_FAMILY
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import category_of
-from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.sharding.fsdp2 import options_for, shard_model
 from addax_ds.sharding.zero3 import Zero3Sharding
 from addax_ds.utils.dtypes import DTYPES
 from benchmarks.common import SHAPES, all_live_tensors
@@ -122,7 +122,7 @@ def torch_step(case: dict[str, Any]) -> tuple[Any, Callable[[], None], Any]:
     """Return the model, what runs a step, and the optimizer of FSDP2 or an unsharded model."""
     model = random_model(case)
     if case["sharding"] == "fsdp2":
-        shard_model(model)
+        shard_model(model, **options_for(torch.device("cpu"), case["replicas"]))
     optimizer = Addax(model.parameters(), lr=1e-6, alpha=ALPHAS[case["method"]])
     attach(optimizer, model)
     zeroth, first = _closures(model, case)

@@ -54,6 +54,7 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
             Zero3Settings.from_json(case["zero_optimization"], shape.hidden),
             case["accumulation"],
             cuda=False,
+            replicas=case["replicas"],
         )
     )
 
@@ -61,7 +62,13 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
 def completed(case: dict[str, Any]) -> dict[str, Any]:
     """Fill in what a case does not say; bucket sizes are those that Trainer puts for "auto"."""
     automatic = automatic_sizes(MODELS[case["model"]]["hidden_size"])
-    usual = {"attention": None, "checkpointing": False, "accumulation": 1, "dtype": "bf16"}
+    usual = {
+        "attention": None,
+        "checkpointing": False,
+        "accumulation": 1,
+        "dtype": "bf16",
+        "replicas": 1,
+    }
     batches = {"zeroth": (1, 128, 127), "first": (1, 64, 63)}
     return {**usual, **batches, "zero_optimization": automatic, **case}
 

@@ -47,12 +47,12 @@ from addax_ds.distributed.collectives import (
     raise_on_all_ranks,
     shutdown,
 )
+from addax_ds.distributed.nodes import replicas_of
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.source import ModelSource
 from addax_ds.models.stopping import stop_at
 from addax_ds.optim.methods import BASELINES
-from addax_ds.distributed.nodes import replicas_of
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.hub import reach_hub

@@ -100,7 +100,7 @@ def _plan(request: Request, method: Method) -> Plan:
     if method == "mezo":
         length = None
     elif looked_up:
-        length = _largest_threshold(request, request.inputs.ranks) or GRAIN
+        length = _largest_threshold(request, request.inputs) or GRAIN
     elif method == "addax":
         length = request.length_threshold
     inputs = _with_batches(request, method, length)
@@ -121,7 +121,9 @@ def _plan(request: Request, method: Method) -> Plan:
         host_per_node,
         memory.total <= request.budget and in_host,
         needed,
-        _largest_threshold(request, needed) if looked_up and needed else length,
+        _largest_threshold(request, replace(request.inputs, ranks=needed, replicas=1))
+        if looked_up and needed
+        else length,
     )
 
 
@@ -135,9 +137,14 @@ def _with_batches(request: Request, method: Method, length: int | None) -> Input
     return replace(request.inputs, method=method, zeroth_order=zeroth, first_order=first)
 
 
-def _largest_threshold(request: Request, ranks: int) -> int | None:
-    """Return the largest L_T with which addax's first-order pass fits on so many ranks."""
-    probe = replace(_with_batches(request, "addax", GRAIN), zeroth_order=None, ranks=ranks)
+def _largest_threshold(request: Request, on: Inputs) -> int | None:
+    """Return the largest L_T with which addax's first-order pass fits, on the ranks of ``on``."""
+    probe = replace(
+        _with_batches(request, "addax", GRAIN),
+        zeroth_order=None,
+        ranks=on.ranks,
+        replicas=on.replicas,
+    )
     lengths = [*range(GRAIN, request.length, GRAIN), request.length]
     return largest_threshold(probe, lengths, request.budget, request.targets)
 

@@ -109,14 +109,14 @@ class Fsdp2(Sharding):
 
     @classmethod
     def lay_out(cls, model: Any, device: torch.device, *, replicas: int = 1) -> None:  # noqa: D102
-        shard_model(model, **_mesh(device, replicas))
+        shard_model(model, **options_for(device, replicas))
         materialize(model, device)
 
     @classmethod
     def shard_loaded(  # noqa: D102
         cls, model: nn.Module, device: torch.device, *, replicas: int = 1
     ) -> None:
-        shard_model(model, **_mesh(device, replicas))
+        shard_model(model, **options_for(device, replicas))
 
     @staticmethod
     def local_slice(parameter: Tensor) -> tuple[int, Tensor]:  # noqa: D102
@@ -263,8 +263,8 @@ class Fsdp2(Sharding):
         return next(iter(self._fsdp_params.values())).device
 
 
-def _mesh(device: torch.device, replicas: int) -> dict[str, DeviceMesh]:
-    """Return the option of ``fully_shard`` for so many copies; one is its default."""
+def options_for(device: torch.device, replicas: int) -> dict[str, DeviceMesh]:
+    """Return the options of `shard_model` for so many copies of the weights."""
     if replicas == 1:
         return {}
     shape = (replicas, dist.get_world_size() // replicas)

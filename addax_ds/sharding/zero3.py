@@ -69,9 +69,8 @@ class Zero3Sharding(Sharding):
     loads_whole_on = "rank 0"
     loads_with_collectives = True
     why_one_copy = (
-        "of DeepSpeed's two ways to replicate shards, zero_hpz_partition_size gathers from copies "
-        "that neither perturbation nor update reaches, and mics_shard_size takes an optimizer of "
-        "its own: use --sharding fsdp2"
+        "zero_hpz_partition_size gathers from copies of the shards, which neither perturbation nor "
+        "update reaches, and DeepSpeed 0.19 has no mics_shard_size any more; use --sharding fsdp2"
     )
     engine: DeepSpeedEngine
 

@@ -50,7 +50,10 @@ ON_TWO_RANKS = [
         "accumulation": 2,
     },
 ]
-CASES = {1: ON_ONE_RANK, 2: ON_TWO_RANKS}
+ON_FOUR_RANKS = [
+    {**LAYERS, "first": (1, 16, 4), "sharding": "fsdp2", "method": "ip-sgd", "replicas": 2}
+]
+CASES = {1: ON_ONE_RANK, 2: ON_TWO_RANKS, 4: ON_FOUR_RANKS}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
