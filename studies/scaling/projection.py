@@ -12,6 +12,12 @@ stays inside. Each link carries the same, and the slowest one sets the pace:
 
     seconds = calls rounds (N - 1) latency + rounds (N - 1) / N payload / bandwidth
 
+With a copy of the weights on each node (``--replicas node``) all-gathers and reduce-scatters stay
+inside a node, perturbing and updating shrink with its GPUs alone, and each reduce-scatter is
+followed by an all-reduce of what a GPU has of it, over the nodes. The GPUs of a node do that at the
+same time, so together they send between nodes what one ring over the nodes would, of the whole
+payload.
+
 Nothing is said about how much of it runs beside compute. Two bounds are given: none of it,
 ``compute + communication``, and as much as can be, ``max(compute, communication)``. Stragglers,
 congestion, other algorithms than rings, kernels that gain from larger batches, and memory are left
@@ -21,7 +27,7 @@ out.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from studies.collectives import Collectives, ring_bytes
+from studies.collectives import ALL_REDUCE, REDUCE_SCATTER, Collectives, ring_bytes
 
 LABEL = "model, not measured"
 """Stands in every output beside what this module computes."""
@@ -105,11 +111,31 @@ def communication_seconds(
     )
 
 
-def project(work: Work, ranks: int, network: Network) -> Projection:
-    """Project a step to a number of ranks."""
+def project(work: Work, ranks: int, network: Network, *, copy_a_node: bool = False) -> Projection:
+    """Project a step to a number of ranks, with one copy of the weights or one on each node."""
+    nodes = -(-ranks // network.gpus_per_node) if copy_a_node else 1
+    seconds = communication_seconds(work.collectives, ranks, network)
+    if nodes > 1:
+        stay = [c for c in work.collectives if c.kind != ALL_REDUCE]
+        go_on = [c for c in work.collectives if c.kind == ALL_REDUCE]
+        seconds = (
+            communication_seconds(stay, ranks // nodes, network)
+            + communication_seconds(go_on, ranks, network)
+            + _between_nodes(stay, nodes, network)
+        )
     return Projection(
         ranks=ranks,
-        compute_s=work.fixed_s + work.sharded_s / ranks,
-        communication_s=communication_seconds(work.collectives, ranks, network),
+        compute_s=work.fixed_s + work.sharded_s * nodes / ranks,
+        communication_s=seconds,
         tokens=work.tokens * ranks,
+    )
+
+
+def _between_nodes(collectives: Sequence[Collectives], nodes: int, network: Network) -> float:
+    """Return the seconds of the all-reduces over nodes that follow reduce-scatters."""
+    return sum(
+        2 * c.calls * (nodes - 1) * network.latency_s
+        + ring_bytes(2, c.payload, nodes) / network.inter_node
+        for c in collectives
+        if c.kind == REDUCE_SCATTER
     )

@@ -160,18 +160,26 @@ def bases(points: Iterable[Measured]) -> list[Basis]:
 
 
 def projections(found: Iterable[Basis], numbers: Iterable[int], network: Network) -> list[Row]:
-    """Return a row for each workload and number of GPUs."""
+    """Return a row for each workload and number of GPUs.
+
+    Of FSDP2 with a copy of the weights on each node, too.
+    """
     sizes = list(numbers)
-    return [
-        {
-            **_about(basis),
-            **_predicted(projected := project(basis.work, ranks, network)),
-            "tokens_per_second_no_overlap": projected.tokens / projected.slowest_s,
-            "tokens_per_second_full_overlap": projected.tokens / projected.fastest_s,
-        }
-        for basis in found
-        for ranks in sizes
-    ]
+    rows = []
+    for basis in found:
+        for ranks in sizes:
+            projected = project(basis.work, ranks, network)
+            row = {
+                **_about(basis),
+                **_predicted(projected),
+                "tokens_per_second_no_overlap": projected.tokens / projected.slowest_s,
+                "tokens_per_second_full_overlap": projected.tokens / projected.fastest_s,
+            }
+            if basis.measured.point.sharding == "fsdp2":
+                copies = project(basis.work, ranks, network, copy_a_node=True)
+                row |= {f"{name}_copy_a_node": value for name, value in _seconds(copies).items()}
+            rows.append(row)
+    return rows
 
 
 def checks(
@@ -223,6 +231,12 @@ def _about(basis: Basis) -> Row:
 def _predicted(projected: Projection) -> Row:
     return {
         "ranks": projected.ranks,
+        **_seconds(projected),
+    }
+
+
+def _seconds(projected: Projection) -> Row:
+    return {
         "compute_seconds": projected.compute_s,
         "communication_seconds": projected.communication_s,
         "step_seconds_no_overlap": projected.slowest_s,

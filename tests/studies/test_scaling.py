@@ -145,6 +145,24 @@ def test_projection_by_hand():
     assert projected.tokens == 128
 
 
+def test_with_a_copy_a_node_gradients_alone_go_between_nodes():
+    """Eight GPUs on two nodes: rings of four inside, of two between."""
+    network = Network(4, intra_node=10.0, inter_node=2.0, latency_s=0.5)
+    collectives = (
+        Collectives(ALL_GATHER, 2, calls=2, payload=40),
+        Collectives(REDUCE_SCATTER, 2, calls=1, payload=20),
+        Collectives(ALL_REDUCE, 2, calls=1, payload=8),
+    )
+    work = Work(2.0, 6.0, 32.0, collectives)
+    projected = project(work, 8, network, copy_a_node=True)
+    inside = (2 * 3 * 0.5 + 30 / 10) + (3 * 0.5 + 15 / 10)
+    between = 2 * 0.5 + 2 * 10 / 2
+    over_all = 2 * 7 * 0.5 + 2 * 7 / 2
+    assert projected.communication_s == inside + between + over_all
+    assert projected.compute_s == 2.0 + 6.0 / 4
+    assert project(work, 4, network, copy_a_node=True) == project(work, 4, network)
+
+
 def test_a_ring_over_nodes_has_the_pace_of_their_link():
     scattered = [Collectives(REDUCE_SCATTER, 2, 1, 160)]
     silent = Network(8, 100.0, 10.0, 0.0)
