@@ -127,8 +127,12 @@ class _Running(Generic[J]):
 
 
 def script(name: str) -> str:
-    """Return the path of a program that is installed beside this Python, such as ``deepspeed``."""
-    return str(Path(sys.executable).with_name(name))
+    """Return the path of a package's program, such as ``deepspeed``: beside this Python, or on PATH.
+
+    Packages that were installed into a folder of their own have theirs elsewhere.
+    """
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or str(beside)
 
 
 def environment() -> dict[str, str]:
