@@ -20,6 +20,7 @@ from torch import Tensor
 from addax_ds import kernels
 from addax_ds.kernels import cpu, reference
 from addax_ds.kernels.operation import STREAM_ROUNDING, Draw, Operation
+from tests.support.slices import fused
 
 X86 = platform.machine() == "x86_64"
 # Native width, AVX2 and SSE2 as on older processors, and a width for which there is no intrinsic.
@@ -143,14 +144,14 @@ def check_fused(module: ModuleType, draw: Draw, start: int, count: int, rng: ran
     inside = slice(offset, offset + count)
 
     expected, expected_kept = weight.clone(), new_kept()
-    reference.fused(expected[inside], weight[inside], gradient, operation, start, expected_kept)
+    fused(reference, expected[inside], weight[inside], gradient, operation, start, expected_kept)
     kept = rng.choice((None, new_kept()))
     in_place = rng.random() < 0.5
     before = None if gradient is None else gradient.clone()
     out, source = weight.clone(), weight.clone()
     with threads(rng.choice((1, 2))):
         read = out if in_place else source
-        module.fused(out[inside], read[inside], gradient, operation, start, kept)
+        fused(module, out[inside], read[inside], gradient, operation, start, kept)
     case = (dtype, gradient_type, operation, start, count, offset, in_place)
     assert torch.equal(bits(out), bits(expected)), case  # its surroundings included
     assert kept is None or torch.equal(kept, expected_kept), case
@@ -169,12 +170,12 @@ def check_conversions(module: ModuleType) -> None:
     for dtype, stochastic in ROUNDED[1:]:
         weight = every.view(dtype)
         out = torch.empty_like(weight)
-        module.fused(out, weight, None, Operation(DRAW, stochastic=stochastic), 0)
+        fused(module, out, weight, None, Operation(DRAW, stochastic=stochastic), 0)
         assert torch.equal(bits(out), every), (dtype, stochastic)
     for dtype in (torch.float16, torch.bfloat16):
         values = ties(dtype)
         out = torch.full((len(values),), -0.0, dtype=dtype)
-        module.fused(out, out, -values, Operation(DRAW, c1=1.0), 7)
+        fused(module, out, out, -values, Operation(DRAW, c1=1.0), 7)
         expected = values.to(dtype)
         expected[expected.isinf()] = -0.0
         assert torch.equal(bits(out), bits(expected)), dtype
@@ -214,7 +215,7 @@ def check_stochastic_rounding(module: ModuleType) -> None:
         expected[too_large] = 1.5
         out = torch.full((len(value),), 1.5, dtype=dtype)
         operation = Operation(DRAW, c0=0.0, c1=-1.0, stochastic=True)
-        module.fused(out, out, value, operation, 5)
+        fused(module, out, out, value, operation, 5)
         assert torch.equal(out.double(), expected), dtype
 
 
@@ -266,7 +267,7 @@ def test_what_is_not_finite_keeps_the_weight_and_is_reported(build, dtype, stoch
                 out, kept = torch.tensor([weight], dtype=dtype), new_kept()
                 slope = torch.tensor([sign * gradient], dtype=dtype)
                 operation = Operation(DRAW, c1=sign, stochastic=stochastic)
-                module.fused(out, out, slope, operation, 9, kept)
+                fused(module, out, out, slope, operation, 9, kept)
                 case = (module, weight, gradient)
                 assert torch.equal(bits(out), bits(torch.tensor([expected], dtype=dtype))), case
                 assert kept.item() == (1 if is_kept else 7), case
@@ -279,7 +280,7 @@ def test_the_bits_of_a_nan_that_is_kept_stay(build, dtype):
     assert weight.isnan().all()
     for module in (cpu, reference):
         out = torch.empty_like(weight)
-        module.fused(out, weight, torch.ones(40), Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
+        fused(module, out, weight, torch.ones(40), Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
         assert torch.equal(bits(out), bits(weight)), module
 
 
@@ -290,7 +291,7 @@ def test_one_kept_element_is_reported_wherever_it_is(build):
         for at in {*range(min(count, 70)), *range(max(count - 70, 0), count)}:
             gradient[at] = math.nan
             out, kept = torch.ones(count), new_kept()
-            cpu.fused(out, out, gradient, Operation(DRAW, c1=1.0), start, kept)
+            fused(cpu, out, out, gradient, Operation(DRAW, c1=1.0), start, kept)
             gradient[at] = 0.0
             assert kept.item() == 1, (start, count, at)
             assert torch.equal(out, torch.ones(count))
@@ -299,7 +300,7 @@ def test_one_kept_element_is_reported_wherever_it_is(build):
     with threads(2):
         for expected in (1, 7):
             kept = new_kept()
-            cpu.fused(gradient, gradient, gradient, Operation(DRAW, c1=1.0), 0, kept)
+            fused(cpu, gradient, gradient, gradient, Operation(DRAW, c1=1.0), 0, kept)
             assert kept.item() == expected
             gradient[-1] = 0.0
 
@@ -310,7 +311,7 @@ def check_nan_gradients(module: ModuleType) -> None:
     gradient = nans.repeat(1000).view(torch.float32)
     for dtype, stochastic in ROUNDED:
         out, kept = torch.ones(5000, dtype=dtype), new_kept()
-        module.fused(out, out, gradient, Operation(DRAW, c1=1.0, stochastic=stochastic), 0, kept)
+        fused(module, out, out, gradient, Operation(DRAW, c1=1.0, stochastic=stochastic), 0, kept)
         assert torch.equal(out, torch.ones(5000, dtype=dtype)), (dtype, stochastic)
         assert kept.item() == 1
 
@@ -326,7 +327,7 @@ def check_elements_beside_a_slice(module: ModuleType) -> None:
     reference.gaussian(z, DRAW, 0)
     at = z.abs().argmin().item()
     weight, kept = torch.zeros(1, dtype=torch.float16), new_kept()
-    module.fused(weight, weight, None, Operation(DRAW, c2=(-6e4 / z[at].item(),)), at, kept)
+    fused(module, weight, weight, None, Operation(DRAW, c2=(-6e4 / z[at].item(),)), at, kept)
     assert weight.item() == pytest.approx(6e4, rel=1e-3)
     assert kept.item() == 7
 
@@ -345,14 +346,14 @@ def check_overflowing_passes(module: ModuleType) -> None:
         weight[::2].neg_()
         plus, minus = torch.empty_like(weight), torch.empty_like(weight)
         for seen, sign in ((plus, 1), (minus, -1)):
-            module.fused(seen, weight, None, Operation(DRAW, c2=(-sign * zo_eps,)), 3)
+            fused(module, seen, weight, None, Operation(DRAW, c2=(-sign * zo_eps,)), 3)
             assert seen.isfinite().all()
         assert ((plus == weight) ^ (minus == weight)).double().mean() > 0.9
         exact = weight.double() - 0.125 * (plus.double() - minus.double())
         inside = exact.abs() <= largest
         assert 0.4 < inside.double().mean() < 0.6
         out = torch.empty_like(weight)
-        module.fused(out, weight, None, Operation(DRAW, c2=(0.125,), zo_eps=zo_eps), 3)
+        fused(module, out, weight, None, Operation(DRAW, c2=(0.125,), zo_eps=zo_eps), 3)
         assert torch.equal(out, torch.where(inside, exact.to(dtype), weight)), dtype
 
 
@@ -384,7 +385,7 @@ def test_a_gradient_of_another_type_counts_as_fp32(gradient_type):
     for g in (gradient, gradient.float()):
         results.append(torch.empty_like(weight))
         operation = Operation(DRAW, c1=0.1, c2=(0.1,), stochastic=True)
-        kernels.fused(results[-1], weight, g, operation, 5)
+        fused(kernels, results[-1], weight, g, operation, 5)
     assert torch.equal(*results)
 
 
@@ -396,22 +397,22 @@ def test_tensors_must_be_contiguous():
         (torch.zeros(10), torch.zeros(10), weight[::2]),
     ):
         with pytest.raises(AssertionError):
-            kernels.fused(out, source, gradient, Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
+            fused(kernels, out, source, gradient, Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
     with pytest.raises(AssertionError):
         kernels.gaussian(weight[::2], DRAW, 0)
 
 
-@pytest.mark.parametrize("kept", [torch.zeros(1), torch.zeros(2, dtype=torch.int32)])
-def test_the_mark_for_kept_weights_is_one_int32(kept):
+@pytest.mark.parametrize("kept", [torch.zeros(1), torch.zeros(0, dtype=torch.int32)])
+def test_marks_for_kept_weights_are_int32_and_one_for_each_slice(kept):
     weight = torch.zeros(20)
     with pytest.raises(AssertionError):
-        kernels.fused(weight, weight, None, Operation(DRAW), 0, kept)
+        fused(kernels, weight, weight, None, Operation(DRAW), 0, kept)
 
 
 def test_fp32_is_not_rounded_stochastically():
     weight = torch.zeros(20)
     with pytest.raises(AssertionError):
-        kernels.fused(weight, weight, None, Operation(DRAW, stochastic=True), 0)
+        fused(kernels, weight, weight, None, Operation(DRAW, stochastic=True), 0)
 
 
 # ---- Triton --------------------------------------------------------------------------------------
