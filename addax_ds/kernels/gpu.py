@@ -234,24 +234,49 @@ def fused_kernel(
         high = tl.where(is_later, middle, high)
         low = tl.where(is_later, low, middle)
     row = table + low * COLUMNS
-    weight = tl.load(row + 1).to(tl.pointer_type(WEIGHT))
-    target = weight if out is None else out + tl.load(row + 2)
-    gradient = None if GRADIENT is None else tl.load(row + 3).to(tl.pointer_type(GRADIENT))
     mark = None if kept is None else kept + tl.load(row + 8)
     first = program - tl.load(row).to(tl.int32)  # of the part's programs this is the one
     count = tl.load(row + 6)
     draw = (seed_low, seed_high, tl.load(row + 7).to(tl.int32), step, probe_and_stream)
     of_part = (first, tl.load(row + 4), tl.load(row + 5), count)
     numbers = (c0, c1, c2, zo_eps)
+    BITS: tl.constexpr = WEIGHT.primitive_bitwidth
+    # How an address is aligned the compiler learns where the address is made.
     if tl.load(row + 9) != 0:
+        weight = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 16)
         _work(
-            *(target, weight, gradient, mark, numbers, draw, of_part),
-            *(STREAM_ROUNDING, DIRECTIONS, REALISED, STOCHASTIC, BLOCK, True),
+            weight if out is None else out + tl.multiple_of(tl.load(row + 2), 128 // BITS),
+            weight,
+            None
+            if GRADIENT is None
+            else tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(GRADIENT)), 16),
+            mark,
+            numbers,
+            draw,
+            of_part,
+            STREAM_ROUNDING,
+            DIRECTIONS,
+            REALISED,
+            STOCHASTIC,
+            BLOCK,
+            True,
         )
     else:
+        weight = tl.load(row + 1).to(tl.pointer_type(WEIGHT))
         _work(
-            *(target, weight, gradient, mark, numbers, draw, of_part),
-            *(STREAM_ROUNDING, DIRECTIONS, REALISED, STOCHASTIC, BLOCK, False),
+            weight if out is None else out + tl.load(row + 2),
+            weight,
+            None if GRADIENT is None else tl.load(row + 3).to(tl.pointer_type(GRADIENT)),
+            mark,
+            numbers,
+            draw,
+            of_part,
+            STREAM_ROUNDING,
+            DIRECTIONS,
+            REALISED,
+            STOCHASTIC,
+            BLOCK,
+            False,
         )
 
 
@@ -281,10 +306,10 @@ def _work(
     base = number.to(tl.int64) * (BLOCK * 8)
     if WHOLE:
         # Offsets of 32 bits from aligned addresses, and tiles that are inside or not.
-        out = tl.multiple_of(out, 16) + base
-        weight = tl.multiple_of(weight, 16) + base
+        out += base
+        weight += base
         if gradient is not None:
-            gradient = tl.multiple_of(gradient, 16) + base
+            gradient += base
         is_inside = inside // 16 < count // 128 - number * (BLOCK // 16)
     else:
         element = element + base - skipped

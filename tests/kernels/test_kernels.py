@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from addax_ds import kernels
 from addax_ds.kernels import cpu, reference
-from addax_ds.kernels.operation import STREAM_ROUNDING, Draw, Operation
+from addax_ds.kernels.operation import STREAM_ROUNDING, Draw, Operation, Slice
 from tests.support.slices import fused
 
 X86 = platform.machine() == "x86_64"
@@ -157,6 +158,45 @@ def check_fused(module: ModuleType, draw: Draw, start: int, count: int, rng: ran
     assert kept is None or torch.equal(kept, expected_kept), case
     assert torch.equal(bits(source), bits(weight)), case
     assert gradient is None or torch.equal(bits(gradient), bits(before)), case
+
+
+def check_many_slices(module: ModuleType, number: int, seed: int) -> None:
+    """Compare one call over slices of several parameters with the reference, one by one."""
+    rng = random.Random(seed)
+    for _ in range(number):
+        dtype = rng.choice(WEIGHTS)
+        stochastic = dtype != torch.float32 and rng.random() < 0.5
+        draw = Draw(rng.getrandbits(64), 7, 0, rng.getrandbits(30))
+        c1, zo_eps = rng.choice((0.0, 0.1)), rng.choice((0.0, 1e-3))
+        operation = Operation(draw, 0.875, c1, (1e-3,), zo_eps, stochastic)
+        gradient_type = rng.choice((dtype, torch.float32))
+        slices, gradients, kept = [], [] if c1 else None, torch.zeros(9, dtype=torch.int32)
+        for index in rng.sample(range(9), rng.randrange(1, 9)):
+            start, count = random_slice(rng)
+            offset = rng.choice((0, 0, rng.randrange(MARGIN)))  # often aligned
+            stored = random_tensor(rng, count + MARGIN, dtype)[offset : offset + count]
+            slices.append(Slice(stored, rng.getrandbits(32), start, index))
+            if gradients is not None:
+                gradients.append(torch.randn(count).to(gradient_type))
+        buffer, parts = kernels.room_for(slices)
+        expected_kept, expected = kept.clone(), []
+        for at, each in enumerate(slices):
+            expected.append(torch.empty_like(each.data))
+            alone = [Slice(each.data, each.parameter_id, each.start, each.index)]
+            gradient = None if gradients is None else [gradients[at]]
+            reference.fused(alone, operation, expected[-1], gradient, expected_kept)
+        module.fused(slices, operation, buffer, gradients, kept)
+        for part, each in zip(parts, expected, strict=True):
+            assert torch.equal(bits(part), bits(each))
+        module.fused(slices, operation, None, gradients, kept)
+        for each, result in zip(slices, expected, strict=True):
+            assert torch.equal(bits(each.data), bits(result))
+        assert torch.equal(kept, expected_kept)
+
+
+def test_cpp_works_on_many_slices_at_once(build):
+    check_many_slices(cpu, 100, seed=1)
+    check_many_slices(reference, 5, seed=2)
 
 
 @pytest.mark.slow
@@ -425,6 +465,7 @@ def test_triton_equals_the_reference_under_the_interpreter(tmp_path):
         "import tests.kernels.test_kernels as t; from addax_ds import kernels\n"
         "module = kernels.implementation('cpu'); assert module.__name__.endswith('gpu')\n"
         "t.check_random_slices(module, 150, seed=3); t.check_conversions(module)\n"
+        "t.check_many_slices(module, 20, seed=4)\n"
         "t.check_stochastic_rounding(module); t.check_overflowing_passes(module)\n"
         "t.check_nan_gradients(module); t.check_elements_beside_a_slice(module)\n"
         "print('compared')"
@@ -469,16 +510,29 @@ def test_triton_compiles_without_fused_multiply_add(
     if weight is None:
         ptx = compiled(gpu.gaussian_kernel, {"out": "*fp32"}, {}, gpu.OPTIONS)
     else:
-        types = {"out": weight, "weight": weight, "gradient": gradient, "kept": kept}
+        out = weight if kept is None else None  # both of these, with a gradient or without one
+        types = {"table": "*i64", "out": out, "kept": kept}
         types |= {"c0": "fp32", "c1": "fp32", "c2": directions * ("fp32",), "zo_eps": "fp32"}
         constants = {"STREAM_ROUNDING": 1, "DIRECTIONS": directions}
         constants |= {"REALISED": realised, "STOCHASTIC": stochastic}
-        constants |= {name: None for name in ("gradient", "kept") if types[name] is None}
+        constants |= {"WEIGHT": element(weight), "GRADIENT": gradient and element(gradient)}
+        constants |= {name: None for name in ("out", "kept") if types[name] is None}
         ptx = compiled(gpu.fused_kernel, types, constants, gpu.OPTIONS)
         fusing = compiled(gpu.fused_kernel, types, constants, {"enable_fp_fusion": True})
         assert re.search(r"\bfma\.rn\.f32", fusing)
+        narrow = weight != "*fp32"
+        assert re.search(
+            r"\bld\.global\S*\.v2\.b32" if narrow else r"\bld\.global\S*\.v4\.b32", ptx
+        )
     assert not re.search(r"\bfma\.|\.ftz|\bsqrt\.approx|\bmad\.rn", ptx)
     assert re.search(r"\bsqrt\.rn\.f32", ptx)
+
+
+def element(pointer: str) -> Any:
+    """The type in Triton that a pointer of its signatures points to."""
+    import triton.language as tl
+
+    return {"*i16": tl.int16, "*fp16": tl.float16, "*fp32": tl.float32}[pointer]
 
 
 def compiled(kernel, types: dict, constants: dict, options: dict) -> str:
@@ -494,5 +548,8 @@ def compiled(kernel, types: dict, constants: dict, options: dict) -> str:
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    # As at run time, where addresses that the allocator gives are multiples of 16.
+    pointers = [i for i, kind in enumerate(signature.values()) if str(kind).startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
