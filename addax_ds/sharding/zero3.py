@@ -214,10 +214,23 @@ class Zero3Sharding(Sharding):
         usual = offload.param_coordinator
         self._partition_all()
         offload.param_coordinator = self._forward_coordinator
-        with self._abandoned_on_error():
+        with self._abandoned_on_error(), self._without_backward_hooks():
             yield
         self._partition_all()
         offload.param_coordinator = usual
+
+    @contextmanager
+    def _without_backward_hooks(self) -> Iterator[None]:
+        """Leave out the hooks by which DeepSpeed follows a backward: a fifth of a step's time."""
+        hooks = [(h.hooks_dict_ref(), h.id) for h in self._zero.parameter_offload.backward_hooks]
+        usual = [(of_module, key, of_module[key]) for of_module, key in hooks]
+        for of_module, key in hooks:
+            of_module[key] = _nothing
+        try:
+            yield
+        finally:
+            for of_module, key, hook in usual:
+                of_module[key] = hook
 
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
@@ -324,6 +337,10 @@ class Zero3Sharding(Sharding):
         ]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
+
+
+def _nothing(*_: Any) -> None:
+    """Change neither the input nor the output of a module, as a hook."""
 
 
 def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
