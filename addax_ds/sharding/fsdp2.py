@@ -61,6 +61,14 @@ class _PerturbableParam(FSDPParam):
     def _sharded_param_data(self, value: Tensor) -> None:
         vars(self)["_sharded_param_data"] = value
 
+    def reset_sharded_param(self) -> None:
+        """Look, at the first forward, whether the shard was replaced: at what is stored."""
+        unit, self.unit = self.unit, None
+        try:
+            super().reset_sharded_param()
+        finally:
+            self.unit = unit
+
     @property
     def stored(self) -> Tensor:
         """Flat view of the shard as it is stored, with padding."""

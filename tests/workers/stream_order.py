@@ -47,7 +47,8 @@ def no_wait_at_the_end(patch: pytest.MonkeyPatch, run: Run) -> None:
 
 
 def no_wait_before_copies(patch: pytest.MonkeyPatch, run: Run) -> None:
-    run.model(input_ids=torch.zeros(1, 2, dtype=torch.long))  # makes FSDP2's streams
+    with torch.no_grad():
+        run.model(input_ids=torch.zeros(1, 2, dtype=torch.long))  # makes FSDP2's streams
     context = run.model._get_fsdp_state()._comm_ctx
     for name in ("all_gather_copy_in_stream", "all_gather_stream"):
         patch.setattr(getattr(context, name), "wait_stream", lambda other: None)
