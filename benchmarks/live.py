@@ -29,7 +29,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from addax_ds import Addax, attach
 from addax_ds.data.encoding import NO_LOSS
-from addax_ds.evaluation.likelihood import positions_of, target_scores, targets_of
+from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.integrations.stage3 import Stage3
 from addax_ds.optim import step
 from addax_ds.optim.gradients import GradientSums
@@ -70,12 +70,11 @@ def batch_of(rows: int, length: int, targets: int) -> dict[str, Tensor]:
 
 def closure(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     """Return what computes the loss of a batch, as `StepMixin` does."""
-    targets = targets_of(batch["labels"])
-    positions = positions_of(targets)
+    prepared = {**batch, **target_tensors(batch["labels"])}
 
     def loss() -> Tensor:
-        scores = target_scores(model, batch, targets, positions)
-        return -scores[:, 0].sum() / targets.numel()
+        scores = target_scores(model, prepared)
+        return -scores[:, 0].sum() / batch["labels"].numel()
 
     return loss
 

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run as a script
 
 from addax_ds.kernels import cpu, reference
-from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.kernels.operation import Draw, Operation, Slice
 from benchmarks.common import collect_provenance
 
 DRAW = Draw(seed=1, step=2, parameter_id=3)
@@ -63,15 +63,14 @@ def contenders(elements: int) -> tuple[Contenders, dict[str, int]]:
         ("perturb bf16", "torch"): torch_perturb,
         ("update bf16", "torch"): torch_update,
     }
+    slices = [Slice(weight, DRAW.parameter_id, START)]
     for name, kernels in (("reference", reference), ("cpp", cpu)):
         calls |= {
             ("gaussian fp32", name): partial(kernels.gaussian, z, DRAW, START),
-            ("perturb bf16", name): partial(kernels.fused, out, weight, None, PERTURB, START),
-            ("update bf16", name): partial(
-                kernels.fused, weight, weight, narrow_gradient, UPDATE, START
-            ),
+            ("perturb bf16", name): partial(kernels.fused, slices, PERTURB, out),
+            ("update bf16", name): partial(kernels.fused, slices, UPDATE, None, [narrow_gradient]),
             ("update bf16, fp32 gradient", name): partial(
-                kernels.fused, weight, weight, gradient, UPDATE, START
+                kernels.fused, slices, UPDATE, None, [gradient]
             ),
         }
     moved = {

@@ -45,7 +45,7 @@ from addax_ds.data.partition import partition
 from addax_ds.data.records import prompt_completion
 from addax_ds.data.train_rows import EncodedRows
 from addax_ds.evaluation.likelihood import scores_of_logits, targets_of
-from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.kernels.operation import Draw, Operation, Slice
 from addax_ds.models import demo
 from addax_ds.tasks import TASKS
 from benchmarks.common import collect_provenance
@@ -130,7 +130,7 @@ class Experiment:
             plus, minus = (self.perturbed[sign][name] for sign in (+1, -1))
             for out, c2 in ((plus, -self.zo_eps), (minus, self.zo_eps)):
                 operation = Operation(draw, c2=(c2,), stochastic=rounding == "stochastic")
-                kernels.fused(out, weight, None, operation, 0)
+                kernels.fused([Slice(weight, operation.draw.parameter_id, 0)], operation, out)
             z = addax_ds.gaussian(self.seed, number, name, 0, weight.numel())
             sums = self._sums(z, plus, minus, self.gradients[name])
             table[1 if name in self.gains else 2] += sums

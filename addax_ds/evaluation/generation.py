@@ -99,7 +99,7 @@ class GenerationSet(ScoredSet):
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Measure the likelihood of the right answers, and write others."""
-        scores = target_scores(model, batch, batch["targets"], batch["positions"])
+        scores = target_scores(model, batch)
         written = self._write(model, batch["prompt_ids"], batch["prompt_mask"])
         return torch.cat((scores, written.double()), dim=1)
 

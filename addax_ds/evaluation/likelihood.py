@@ -43,53 +43,79 @@ def positions_of(targets: Tensor) -> Tensor:
     return found if len(found) else torch.zeros(1, dtype=torch.int64, device=targets.device)
 
 
-def target_tensors(labels: Tensor) -> dict[str, Tensor]:
-    """Return ``targets`` and their ``positions``, which `target_scores` takes, from labels."""
+def target_tensors(labels: Tensor, row: Tensor | None = None) -> dict[str, Tensor]:
+    """Return what `target_scores` needs to know of labels.
+
+    On a GPU this waits for the device: make it of a batch before it goes there.
+
+    Args:
+        labels: int64 ``(sequences, length)``, not shifted.
+        row: int64 ``(sequences,)``, the row of the model's input in which each sequence is; None if
+            there is one for each.
+
+    Returns:
+        int64 tensors: ``positions`` as `positions_of` has them; of each target token
+        ``target_sequence``, ``target_row``, ``target_position`` (its index in ``positions``) and
+        ``target_token``; and ``target_count`` of each sequence.
+    """
     targets = targets_of(labels)
-    return {"targets": targets, "positions": positions_of(targets)}
+    positions = positions_of(targets)
+    return {"positions": positions, **_target_tokens(targets[:, positions], row)}
 
 
-def target_scores(
-    model: Any,
-    inputs: Mapping[str, Tensor],
-    targets: Tensor,
-    positions: Tensor,
-    row: Tensor | None = None,
-) -> Tensor:
+def _target_tokens(targets: Tensor, row: Tensor | None = None) -> dict[str, Tensor]:
+    mask = targets != NO_LOSS
+    sequence, position = mask.nonzero(as_tuple=True)
+    return {
+        "target_sequence": sequence,
+        "target_row": sequence if row is None else row[sequence],
+        "target_position": position,
+        "target_token": targets[mask],
+        "target_count": mask.sum(dim=1),
+    }
+
+
+def target_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Run a model and return each sequence's log-likelihood of its targets, and their number.
 
-    The softmax is taken in fp32, the sum in fp64.
+    The softmax is taken in fp32, the sum in fp64. Nothing waits for a GPU.
 
     Args:
         model: a causal language model, in the wrappers of DeepSpeed and PEFT or without. One that
             does not take ``logits_to_keep`` computes the logits of all positions
             (`takes_positions`).
-        inputs: ``input_ids`` and ``attention_mask``, int64 ``(rows, length)``; the rest is ignored.
-        targets: int64 ``(sequences, length)``, see `targets_of`; the model's input may end where no
-            sequence has a target any more.
-        positions: of the targets, `positions_of`.
-        row: int64 ``(sequences,)``, the row of each sequence; None if there is one for each.
+        batch: ``input_ids`` and ``attention_mask``, int64 ``(rows, length)``, and `target_tensors`;
+            the rest is ignored. The model's input may end where no sequence has a target any more.
 
     Returns:
         fp64 ``(sequences, 2)``.
     """
-    arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    arguments = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    positions = batch["positions"]
     if takes_positions(model):
         logits = model(**arguments, logits_to_keep=positions).logits
     else:
         logits = model(**arguments).logits[:, positions]
-    return scores_of_logits(logits, targets[:, positions], row)
+    return _scores(logits, batch)
 
 
-def scores_of_logits(logits: Tensor, targets: Tensor, row: Tensor | None = None) -> Tensor:
-    """Return what `target_scores` does, from ``(rows, length, vocabulary)`` logits of any type."""
-    mask = targets != NO_LOSS
-    sequence, position = mask.nonzero(as_tuple=True)
-    chosen = logits[sequence if row is None else row[sequence], position].float()
-    losses = F.cross_entropy(chosen, targets[mask], reduction="none")
-    sums = torch.zeros(len(targets), dtype=torch.float64, device=logits.device)
-    sums.index_add_(0, sequence, -losses.double())
-    return torch.stack((sums, mask.sum(dim=1).double()), dim=1)
+def scores_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return what `target_scores` does, from ``(rows, length, vocabulary)`` logits of any type.
+
+    Args:
+        logits: of all positions.
+        targets: int64 ``(rows, length)``, see `targets_of`.
+    """
+    return _scores(logits, _target_tokens(targets))
+
+
+def _scores(logits: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+    chosen = logits[tokens["target_row"], tokens["target_position"]].float()
+    losses = F.cross_entropy(chosen, tokens["target_token"], reduction="none")
+    counts = tokens["target_count"]
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=logits.device)
+    sums.index_add_(0, tokens["target_sequence"], -losses.double())
+    return torch.stack((sums, counts.double()), dim=1)
 
 
 def takes_positions(model: Any) -> bool:

@@ -118,7 +118,7 @@ class EvaluationSet(ScoredSet):
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-likelihood of each example's target tokens, and their number."""
-        return target_scores(model, batch, batch["targets"], batch["positions"], batch["row"])
+        return target_scores(model, batch)
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Return the metrics.
@@ -179,11 +179,7 @@ class SharedRowCollator(EvaluationCollator):
     """
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``attention_mask``, and for each example ``row`` and targets.
-
-        ``row``, int64 ``(examples,)``, says which row of the input is its own; ``targets`` are
-        `targets_of` the examples, and ``positions`` where they are.
-        """
+        """Return ``input_ids``, ``attention_mask`` and the `target_tensors` of the examples."""
         rows: dict[bytes, int] = {}
         inputs: list[Example] = []
         own = []
@@ -198,8 +194,7 @@ class SharedRowCollator(EvaluationCollator):
         return {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
-            **target_tensors(pad(examples, self._pad_token_id)["labels"]),
-            "row": torch.tensor(own),
+            **target_tensors(pad(examples, self._pad_token_id)["labels"], torch.tensor(own)),
         }
 
 

@@ -85,8 +85,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]
     ) -> None:
         """Apply the step to each shard whose gradient a bucket's reduce-scatter delivered."""
-        for parameter, gradient in zip(params_to_release, grad_partitions, strict=True):
-            self.sharding.deliver(parameter, gradient)
+        self.sharding.deliver(params_to_release, grad_partitions)
+        for parameter in params_to_release:
             if parameter.grad is not None and not get_accelerator().is_synchronized_device():
                 # A gradient too large for the bucket is read where it lies, on this stream.
                 parameter.grad.record_stream(get_accelerator().current_stream())

@@ -11,13 +11,14 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from addax_ds.kernels import reference
-from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.kernels.operation import Draw, Operation, Slice
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,40 +42,55 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 @torch.no_grad()
 def fused(
-    out: Tensor,
-    weight: Tensor,
-    gradient: Tensor | None,
+    slices: Sequence[Slice],
     operation: Operation,
-    start: int,
+    out: Tensor | None = None,
+    gradients: Sequence[Tensor] | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """Compute an `Operation` over one slice.
+    """Compute an `Operation` over slices of any number of parameters; on a GPU in one launch.
 
     Args:
-        out: flat tensor like ``weight``, and possibly ``weight`` itself.
-        weight: flat, contiguous; fp32, bf16 or fp16.
-        gradient: flat, contiguous, as long as ``weight``, of any floating type; None for none. It
-            is moved to the weights' device if it is elsewhere.
+        slices: all of one dtype and on one device.
         operation: the equation's coefficients, z and rounding.
-        start: flat index of the slice's first element in the unsharded parameter.
-        kept: int32, one element, on the weights' device; None if nobody asks. Set to 1 if an
-            element kept its weight because its result was NaN or infinite, and left alone if none
-            did. Nothing waits for a GPU.
+        out: flat tensor of the slices' dtype, which `operation.offsets` divides among them (of
+            `room_for`, or of one slice as long as that); None to overwrite the slices.
+        gradients: flat, contiguous, as long as their slices, of any one floating type; None for
+            none. They are moved to the weights' device if they are elsewhere.
+        kept: int32, flat, on the weights' device; None if nobody asks. The element `Slice.index` is
+            set to 1 if an element of that slice kept its weight because its result was NaN or
+            infinite, and left alone if none did. Nothing waits for a GPU.
     """
-    tensors = [out, weight]
+    weights = [each.data for each in slices]
+    dtype, device = weights[0].dtype, weights[0].device
+    assert dtype in (torch.float32, torch.bfloat16, torch.float16)
+    assert all(w.is_contiguous() and w.dtype == dtype and w.device == device for w in weights)
+    assert not operation.stochastic or dtype != torch.float32
     if operation.c1 == 0.0:
-        gradient = None
-    if gradient is not None:
-        dtype = weight.dtype if gradient.dtype == weight.dtype else torch.float32
-        gradient = gradient.to(weight.device, dtype)
-        tensors.append(gradient)
-    assert all(t.is_contiguous() and t.numel() == weight.numel() for t in tensors)
-    assert out.dtype == weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    assert out.device == weight.device
-    assert not operation.stochastic or weight.dtype != torch.float32
+        gradients = None
+    if gradients is not None:
+        narrow = dtype if gradients[0].dtype == dtype else torch.float32
+        gradients = [gradient.to(device, narrow) for gradient in gradients]
+        lengths = zip(gradients, weights, strict=True)
+        assert all(g.is_contiguous() and g.numel() == w.numel() for g, w in lengths)
+    if out is not None:
+        assert out.is_contiguous()
+        assert (out.dtype, out.device) == (dtype, device)
     if kept is not None:
-        assert (kept.dtype, kept.numel(), kept.device) == (torch.int32, 1, weight.device)
-    implementation(weight.device.type).fused(out, weight, gradient, operation, start, kept)
+        assert (kept.dtype, kept.device) == (torch.int32, device)
+        assert kept.numel() > max(each.index for each in slices)
+    implementation(device.type).fused(slices, operation, out, gradients, kept)
+
+
+def room_for(slices: Sequence[Slice]) -> tuple[Tensor, list[Tensor]]:
+    """Allocate a buffer for copies of slices, which share dtype and device.
+
+    Returns:
+        The buffer, to be given to `fused`, and its parts, as long as the slices.
+    """
+    lengths = [n for each in slices for n in (each.data.numel(), each.room - each.data.numel())]
+    buffer = slices[0].data.new_empty(sum(lengths))
+    return buffer, list(buffer.split(lengths)[::2])
 
 
 @functools.cache
@@ -133,7 +149,7 @@ def _agrees(module: ModuleType, device_type: str) -> bool:
             weight.view(torch.int16)[0] = -1  # a NaN with sign and payload, which is kept
             for zo_eps in (0.0, 0.01):
                 operation = Operation(draw, 0.875, 0.5, (0.25, -0.5), zo_eps, stochastic=True)
-                kernels.fused(weight, weight, z, operation, start, kept)
+                kernels.fused([Slice(weight, 2, start)], operation, None, [z], kept)
             result += [weight.view(torch.int16).cpu(), kept.cpu()]
         results.append(result)
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))

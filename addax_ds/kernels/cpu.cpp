@@ -506,7 +506,7 @@ Run choose(bool stochastic, bool has_gradient, bool same_type, bool has_d) {
 
 }  // namespace
 
-// The interface to addax_ds/kernels/cpu.py. The pointers to gradient and kept may be null.
+// The interface to addax_ds/kernels/cpu.py. The pointers to out, gradients and kept may be null.
 extern "C" {
 
 void addax_gaussian(float* out, int64_t start, int64_t count, uint64_t seed, uint32_t step,
@@ -514,17 +514,32 @@ void addax_gaussian(float* out, int64_t start, int64_t count, uint64_t seed, uin
   gaussian(out, {start, count, threads}, {seed, parameter_id, step, probe << 1});
 }
 
-// type: 0 fp32, 1 bf16, 2 fp16. same_type: the gradient has the type of the weights, else fp32.
-void addax_fused(void* out, const void* weight, const void* gradient, int32_t* kept, int type,
-                 int same_type, int stochastic, float c0, float c1, const float* c2,
-                 int directions, float zo_eps, int64_t start, int64_t count, uint64_t seed,
-                 uint32_t step, uint32_t parameter_id, uint32_t probe, int threads) {
-  const bool has_gradient = gradient != nullptr, has_d = directions > 0;
+// A slice of a parameter: operation.py's Slice.row.
+struct Row {
+  void* weight;
+  int64_t start, count;
+  uint32_t parameter_id;
+  int32_t index;
+};
+
+// out: a buffer in which slice i begins at element offsets[i], or null: the weights are overwritten.
+// gradients: one for each slice. kept: element `index` of it is a slice's. type: 0 fp32, 1 bf16,
+// 2 fp16. same_type: the gradients have the type of the weights, else fp32.
+void addax_fused(const Row* rows, int64_t slices, char* out, const int64_t* offsets,
+                 const void* const* gradients, int32_t* kept, int type, int same_type,
+                 int stochastic, float c0, float c1, const float* c2, int directions, float zo_eps,
+                 uint64_t seed, uint32_t step, uint32_t probe, int threads) {
+  const bool has_gradient = gradients != nullptr, has_d = directions > 0;
   const Run run = type == 0   ? choose<Float32, false>(has_gradient, same_type, has_d)
                   : type == 1 ? choose<BFloat16>(stochastic, has_gradient, same_type, has_d)
                               : choose<Float16>(stochastic, has_gradient, same_type, has_d);
-  run(out, weight, gradient, kept, {c0, c1, c2, directions, zo_eps}, {start, count, threads},
-      {seed, parameter_id, step, probe << 1});
+  for (int64_t i = 0; i < slices; i++) {
+    const Row& row = rows[i];
+    run(out != nullptr ? out + offsets[i] * (type == 0 ? 4 : 2) : row.weight, row.weight,
+        has_gradient ? gradients[i] : nullptr, kept != nullptr ? kept + row.index : nullptr,
+        {c0, c1, c2, directions, zo_eps}, {row.start, row.count, threads},
+        {seed, row.parameter_id, step, probe << 1});
+  }
 }
 
 int addax_lanes() { return LANES; }

@@ -15,13 +15,15 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.kernels.operation import Draw, Operation, Slice, offsets
 from addax_ds.utils.files import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -42,37 +44,40 @@ _DIGEST_BYTES = 32
 
 def gaussian(out: Tensor, draw: Draw, start: int) -> None:
     """See `addax_ds.kernels.gaussian`."""
-    load().addax_gaussian(out.data_ptr(), start, out.numel(), *_draw(draw), torch.get_num_threads())
-
-
-def fused(
-    out: Tensor,
-    weight: Tensor,
-    gradient: Tensor | None,
-    operation: Operation,
-    start: int,
-    kept: Tensor | None = None,
-) -> None:
-    """See `addax_ds.kernels.fused`."""
-    directions = len(operation.c2)
-    load().addax_fused(
-        out.data_ptr(),
-        weight.data_ptr(),
-        None if gradient is None else gradient.data_ptr(),
-        None if kept is None else kept.data_ptr(),
-        _TYPES[weight.dtype],
-        gradient is not None and gradient.dtype == weight.dtype,
-        operation.stochastic,
-        *(operation.c0, operation.c1, (ctypes.c_float * directions)(*operation.c2), directions),
-        operation.zo_eps,
-        *(start, weight.numel()),
-        *_draw(operation.draw),
+    load().addax_gaussian(
+        *(out.data_ptr(), start, out.numel()),
+        *(draw.seed, draw.step, draw.parameter_id, draw.probe),
         torch.get_num_threads(),
     )
 
 
-def _draw(draw: Draw) -> tuple[int, int, int, int]:
-    return draw.seed, draw.step, draw.parameter_id, draw.probe
+def fused(
+    slices: Sequence[Slice],
+    operation: Operation,
+    out: Tensor | None = None,
+    gradients: Sequence[Tensor] | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """See `addax_ds.kernels.fused`."""
+    dtype, draw, directions = slices[0].data.dtype, operation.draw, len(operation.c2)
+    load().addax_fused(
+        b"".join([each.row for each in slices]),
+        len(slices),
+        *((None, None) if out is None else (out.data_ptr(), _int64(offsets(slices)))),
+        None if gradients is None else _int64([each.data_ptr() for each in gradients]),
+        None if kept is None else kept.data_ptr(),
+        _TYPES[dtype],
+        gradients is not None and gradients[0].dtype == dtype,
+        operation.stochastic,
+        *(operation.c0, operation.c1, (ctypes.c_float * directions)(*operation.c2), directions),
+        operation.zo_eps,
+        *(draw.seed, draw.step, draw.probe),
+        torch.get_num_threads(),
+    )
+
+
+def _int64(numbers: list[int]) -> bytes:
+    return array("q", numbers).tobytes()
 
 
 @functools.cache
@@ -91,15 +96,14 @@ def open_library(path: Path) -> ctypes.CDLL:
     """Load a library made from `SOURCE`."""
     library = ctypes.CDLL(str(path))
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    draw = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32]
-    library.addax_gaussian.argtypes = [pointer, i64, i64, *draw, i32]
+    u32, u64, f32 = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_float
+    library.addax_gaussian.argtypes = [pointer, i64, i64, u64, u32, u32, u32, i32]
     library.addax_gaussian.restype = None
     library.addax_fused.argtypes = [
-        *(pointer, pointer, pointer, pointer),
+        *(ctypes.c_char_p, i64, pointer, ctypes.c_char_p, ctypes.c_char_p, pointer),
         *(i32, i32, i32),
-        *(ctypes.c_float, ctypes.c_float, ctypes.POINTER(ctypes.c_float), i32, ctypes.c_float),
-        *(i64, i64),
-        *draw,
+        *(f32, f32, ctypes.POINTER(f32), i32, f32),
+        *(u64, u32, u32),
         i32,
     ]
     library.addax_fused.restype = None

@@ -6,16 +6,31 @@ interpreter cannot see either, and by Triton's defaults multiply and add are fus
 
 bf16 tensors travel as int16. Directions are unrolled: registers and compile time grow with their
 number.
+
+A launch covers any number of slices, by a table of their addresses in the GPU's memory. It holds
+the whole tiles of a slice apart from its ragged ends: whole tiles at aligned addresses are read and
+written in words of 64 bits.
 """
 
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw, Operation
+from addax_ds.kernels.operation import (
+    STREAM_ROUNDING,
+    STREAM_Z,
+    Draw,
+    Operation,
+    Slice,
+    offsets,
+    unpacked,
+)
 
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 """Compile options of the kernels; fusion would change the bits of z."""
@@ -24,6 +39,8 @@ _TILE = 128
 _LANES = 16
 # Counters of a program, eight elements each. The interpreter wants few programs.
 BLOCK = 1 << 11 if triton.knobs.runtime.interpret else 1 << 9
+_ALIGNED_BYTES = 16  # of the address of a whole tile
+COLUMNS = tl.constexpr(10)
 
 
 def gaussian(out: Tensor, draw: Draw, start: int) -> None:
@@ -37,29 +54,91 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
-    out: Tensor,
-    weight: Tensor,
-    gradient: Tensor | None,
+    slices: Sequence[Slice],
     operation: Operation,
-    start: int,
+    out: Tensor | None = None,
+    gradients: Sequence[Tensor] | None = None,
     kept: Tensor | None = None,
 ) -> None:
     """See `addax_ds.kernels.fused`."""
-    if weight.numel() == 0:
-        return
+    weight = slices[0].data
     with _device(weight):
-        fused_kernel[_grid(start, weight.numel())](
-            _as_integers(out),
-            _as_integers(weight),
-            None if gradient is None else _as_integers(gradient),
-            kept,
+        table, rows, programs = _table(
+            b"".join([each.row for each in slices]),
+            None if out is None else (out.data_ptr() % _ALIGNED_BYTES, *offsets(slices)[:-1]),
+            None if gradients is None else tuple(each.data_ptr() for each in gradients),
+            (weight.itemsize, 0 if gradients is None else gradients[0].itemsize),
+            weight.device,
+            torch.cuda.current_stream().cuda_stream if weight.is_cuda else 0,
+        )
+        if programs == 0:
+            return
+        seed_low, seed_high, _, *rest = _counter(operation.draw, STREAM_Z)
+        fused_kernel[(programs,)](
+            *(table, rows, None if out is None else _as_integers(out), kept),
             *(operation.c0, operation.c1, operation.c2 or (0.0,), operation.zo_eps),
-            *_slice(start, weight.numel()),
-            *_counter(operation.draw, STREAM_Z),
-            *(STREAM_ROUNDING, len(operation.c2), operation.zo_eps != 0.0),
-            *(operation.stochastic, BLOCK),
+            *(seed_low, seed_high, *rest),
+            *(STREAM_ROUNDING, len(operation.c2), operation.zo_eps != 0.0, operation.stochastic),
+            *(_TYPES[weight.dtype], None if gradients is None else _TYPES[gradients[0].dtype]),
+            BLOCK,
             **OPTIONS,
         )
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _table(
+    rows: bytes,
+    begins: tuple[int, ...] | None,
+    gradients: tuple[int, ...] | None,
+    sizes: tuple[int, int],
+    device: torch.device,
+    stream: int,
+) -> tuple[Tensor, int, int]:
+    """Return a table of parts of slices, their number, and the programs that work on them.
+
+    It holds numbers alone, so it serves until another set of slices has the same ones, and what
+    comes again in every step (most of it) is copied to the GPU once. A stream has its own, as
+    nothing would order its copy before the kernels of another one.
+
+    Args:
+        rows: `Slice.row` of each slice.
+        begins: address of the output modulo `_ALIGNED_BYTES`, then the slices' `offsets` in it;
+            None if the weights are overwritten.
+        gradients: their addresses, or None.
+        sizes: bytes of an element of the weights, and of the gradients.
+        device: of the table.
+        stream: handle of the stream that it is used on.
+    """
+    parts: list[tuple[int, ...]] = []
+    programs = 0
+    for number, (address, start, count, parameter_id, index) in enumerate(unpacked(rows)):
+        base = 0 if begins is None else begins[0] + begins[number + 1] * sizes[0]
+        gradient = 0 if gradients is None else gradients[number]
+        for low, high in _cut(start, count):
+            at = address + low * sizes[0], base + low * sizes[0], gradient + low * sizes[1]
+            whole = (start + low) % _TILE == 0 and (high - low) % _TILE == 0
+            whole = whole and all(each % _ALIGNED_BYTES == 0 for each in at)
+            offset = 0 if begins is None else begins[number + 1] + low
+            place = (start + low) // _TILE, (start + low) % _TILE, high - low
+            parts.append(
+                (programs, at[0], offset, at[2], *place, _signed(parameter_id), index, whole)
+            )
+            programs += _grid(start + low, high - low)[0]
+    table = torch.tensor(parts, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), len(parts), programs
+
+
+def _cut(start: int, count: int) -> Iterator[tuple[int, int]]:
+    """Cut a slice into its whole tiles and the ends before and after them, where there are any."""
+    stop = start + count
+    first, last = -(-start // _TILE) * _TILE, stop // _TILE * _TILE
+    borders = (start, first, last, stop) if first < last else (start, stop)
+    for low, high in pairwise(borders):
+        if low < high:
+            yield low - start, high - start
 
 
 def _device(tensor: Tensor) -> torch.cuda.device | nullcontext:
@@ -82,7 +161,11 @@ def _counter(draw: Draw, stream: int) -> tuple[int, ...]:
     As signed integers of 32 bits, since Triton compiles anew for every type of integer.
     """
     words = (draw.seed, draw.seed >> 32, draw.parameter_id, draw.step, draw.probe << 1 | stream)
-    return tuple((word + (1 << 31)) % (1 << 32) - (1 << 31) for word in words)
+    return tuple(map(_signed, words))
+
+
+def _signed(word: int) -> int:
+    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
@@ -120,33 +203,116 @@ def gaussian_kernel(
         tl.store(out + second, odd, mask=(second >= 0) & (second < count))
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=("rows", *_SCALARS))
 def fused_kernel(
-    out: tl.tensor,
-    weight: tl.tensor,
-    gradient: tl.tensor | None,
+    table: tl.tensor,
+    rows: tl.tensor,
+    out: tl.tensor | None,
     kept: tl.tensor | None,
     c0: tl.tensor,
     c1: tl.tensor,
     c2: tl.tuple,
     zo_eps: tl.tensor,
-    first_tile: tl.tensor,
-    skipped: tl.tensor,
-    count: tl.tensor,
     seed_low: tl.tensor,
     seed_high: tl.tensor,
-    parameter_id: tl.tensor,
     step: tl.tensor,
     probe_and_stream: tl.tensor,
     STREAM_ROUNDING: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     REALISED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """An `Operation` over a slice; see `_slice` and `_counter`."""
-    local = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    element = (local // 16) * 128 + local % 16 - skipped
+    """An `Operation` over slices; see `_table` and `_counter`. The type int16 stands for bf16."""
+    program = tl.program_id(0)
+    low, high = rows * 0, rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_later = tl.load(table + middle * COLUMNS) > program
+        high = tl.where(is_later, middle, high)
+        low = tl.where(is_later, low, middle)
+    row = table + low * COLUMNS
+    mark = None if kept is None else kept + tl.load(row + 8)
+    first = program - tl.load(row).to(tl.int32)  # of the part's programs this is the one
+    count = tl.load(row + 6)
+    draw = (seed_low, seed_high, tl.load(row + 7).to(tl.int32), step, probe_and_stream)
+    of_part = (first, tl.load(row + 4), tl.load(row + 5), count)
+    numbers = (c0, c1, c2, zo_eps)
+    BITS: tl.constexpr = WEIGHT.primitive_bitwidth
+    # How an address is aligned the compiler learns where the address is made.
+    if tl.load(row + 9) != 0:
+        weight = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 16)
+        _work(
+            weight if out is None else out + tl.multiple_of(tl.load(row + 2), 128 // BITS),
+            weight,
+            None
+            if GRADIENT is None
+            else tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(GRADIENT)), 16),
+            mark,
+            numbers,
+            draw,
+            of_part,
+            STREAM_ROUNDING,
+            DIRECTIONS,
+            REALISED,
+            STOCHASTIC,
+            BLOCK,
+            True,
+        )
+    else:
+        weight = tl.load(row + 1).to(tl.pointer_type(WEIGHT))
+        _work(
+            weight if out is None else out + tl.load(row + 2),
+            weight,
+            None if GRADIENT is None else tl.load(row + 3).to(tl.pointer_type(GRADIENT)),
+            mark,
+            numbers,
+            draw,
+            of_part,
+            STREAM_ROUNDING,
+            DIRECTIONS,
+            REALISED,
+            STOCHASTIC,
+            BLOCK,
+            False,
+        )
+
+
+@triton.jit
+def _work(
+    out: tl.tensor,
+    weight: tl.tensor,
+    gradient: tl.tensor | None,
+    mark: tl.tensor | None,
+    numbers: tl.tuple,
+    draw: tl.tuple,
+    of_part: tl.tuple,
+    STREAM_ROUNDING: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REALISED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """A program's share of one row of the table."""
+    c0, c1, c2, zo_eps = numbers
+    seed_low, seed_high, parameter_id, step, probe_and_stream = draw
+    number, first_tile, skipped, count = of_part
+    inside = tl.arange(0, BLOCK)
+    local = number.to(tl.int64) * BLOCK + inside
+    element = (inside // 16) * 128 + inside % 16
+    base = number.to(tl.int64) * (BLOCK * 8)
+    if WHOLE:
+        # Offsets of 32 bits from aligned addresses, and tiles that are inside or not.
+        out += base
+        weight += base
+        if gradient is not None:
+            gradient += base
+        is_inside = inside // 16 < count // 128 - number * (BLOCK // 16)
+    else:
+        element = element + base - skipped
     z_words = ()  # of all directions: static loops are unrolled, so tuples may grow in them
     for k in tl.static_range(DIRECTIONS):
         probe = probe_and_stream + 2 * k
@@ -168,7 +334,10 @@ def fused_kernel(
             z += (_normals(z_words[k][i]),)  # type: ignore[assignment]
         for half in tl.static_range(2):
             at = element + 32 * i + 16 * half
-            mask = (at >= 0) & (at < count)
+            if WHOLE:  # noqa: SIM108 (an expression would hold two types)
+                mask = is_inside
+            else:
+                mask = (at >= 0) & (at < count)
             stored = tl.load(weight + at, mask=mask, other=0)
             wide = _widen(stored)
             value = wide * c0
@@ -195,8 +364,8 @@ def fused_kernel(
             finite = _is_finite(_widen(rounded))
             tl.store(out + at, tl.where(finite, rounded, stored), mask=mask)
             keeping |= mask & ~finite
-    if kept is not None:
-        tl.store(kept + tl.zeros((BLOCK,), tl.int32), 1, mask=keeping)
+    if mark is not None:
+        tl.store(mark + tl.zeros((BLOCK,), tl.int32), 1, mask=keeping)
 
 
 @triton.jit

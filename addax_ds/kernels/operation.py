@@ -1,10 +1,19 @@
 """The operation that all kernels implement."""
 
+import struct
+from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from torch import Tensor
 
 STREAM_Z = 0
 STREAM_ROUNDING = 1
+
+_ROW = struct.Struct("<QqqIi")
+_ALIGNMENT = 256  # elements: 512 bytes of 16-bit weights, as for tensors of torch on a GPU
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,44 @@ class Draw:
     step: int
     parameter_id: int
     probe: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """A slice of a parameter, as it is stored.
+
+    Attributes:
+        data: flat, contiguous; fp32, bf16 or fp16.
+        parameter_id: 32 bits.
+        start: flat index of the slice's first element in the unsharded parameter.
+        index: number of the parameter's mark for kept weights.
+    """
+
+    data: Tensor
+    parameter_id: int
+    start: int
+    index: int = 0
+
+    @cached_property
+    def row(self) -> bytes:
+        """What kernels need to know, 32 bytes: address, start, count, id and index."""
+        data = self.data
+        return _ROW.pack(data.data_ptr(), self.start, data.numel(), self.parameter_id, self.index)
+
+    @cached_property
+    def room(self) -> int:
+        """Elements that the slice takes in a buffer of several, so that each begins aligned."""
+        return -(-self.data.numel() // _ALIGNMENT) * _ALIGNMENT
+
+
+def unpacked(rows: bytes) -> list[tuple[int, ...]]:
+    """Return address, start, count, id and index of each of several slices' rows."""
+    return list(_ROW.iter_unpack(rows))
+
+
+def offsets(slices: Sequence[Slice]) -> list[int]:
+    """Return where each slice begins in one buffer of all of them, and the buffer's length."""
+    return [0, *accumulate(each.room for each in slices)]
 
 
 @dataclass(frozen=True)
@@ -45,7 +92,8 @@ class Operation:
     directions: all of ``c2``) is left out. Within d, ``round`` is always to nearest.
 
     Attributes:
-        draw: which rounding bits, and the z of the first direction.
+        draw: which rounding bits, and the z of the first direction. Where an operation covers
+            slices of several parameters, each has its own id.
         c0: coefficient of the weight.
         c1: coefficient of the gradient.
         c2: coefficients of d, one for each direction; empty if that term is left out.

@@ -8,12 +8,13 @@ bit-identical on every device that rounds as IEEE 754 asks.
 Source of the generator: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw, Operation
+from addax_ds.kernels.operation import STREAM_ROUNDING, STREAM_Z, Draw, Operation, Slice, offsets
 
 _TILE = 128  # elements that share a tile: 16 lanes of 8 rows
 _LANES = 16
@@ -60,14 +61,33 @@ def gaussian(out: Tensor, draw: Draw, start: int) -> None:
 
 
 def fused(
+    slices: Sequence[Slice],
+    operation: Operation,
+    out: Tensor | None = None,
+    gradients: Sequence[Tensor] | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """See `addax_ds.kernels.fused`."""
+    for number, (each, begin) in enumerate(zip(slices, offsets(slices), strict=False)):
+        weight = each.data
+        _fused_slice(
+            weight if out is None else out[begin : begin + weight.numel()],
+            weight,
+            None if gradients is None else gradients[number],
+            replace(operation, draw=replace(operation.draw, parameter_id=each.parameter_id)),
+            each.start,
+            None if kept is None else kept[each.index : each.index + 1],
+        )
+
+
+def _fused_slice(
     out: Tensor,
     weight: Tensor,
     gradient: Tensor | None,
     operation: Operation,
     start: int,
-    kept: Tensor | None = None,
+    kept: Tensor | None,
 ) -> None:
-    """See `addax_ds.kernels.fused`."""
     device = weight.device
     for low, high, first in chunks(start, weight.numel(), device):
         count = high - low

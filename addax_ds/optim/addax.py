@@ -321,9 +321,9 @@ class Addax(torch.optim.Optimizer):
         self.loss_scale = self.loss_scale.after(bool(running.overflow))
         self._non_finite.count(self.report.index, problems)
 
-    def _on_gradient(self, shard: Shard, gradient: Tensor) -> None:
+    def _on_gradients(self, shards: Sequence[Shard], gradients: Sequence[Tensor]) -> None:
         self.sharding.backward_ran = True  # a back end notes it too, of a rank with empty shards
-        self._begun_step().take(shard, gradient)
+        self._begun_step().take(shards, gradients)
 
     def _begun_step(self) -> RunningStep:
         """Return the running step; at alpha 0 a caller's own backward may begin one without passes.
@@ -468,9 +468,9 @@ class Addax(torch.optim.Optimizer):
             )
         if self._sharding is not None:
             self._sharding.detach()
-        sharding.attach(self._on_gradient)
+        sharding.attach(self._on_gradients)
         self._sharding = sharding
-        self._kept = SkippedUpdates(sharding.shards())
+        self._kept = SkippedUpdates([info.name for info in sharding.infos])
         self._passes = Passes(sharding)
         self._told_of_unread = False
 

@@ -1,7 +1,5 @@
 """First-order gradients between their reduction and the update: accumulated, or measured."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -68,21 +66,18 @@ class SkippedUpdates:
     """Flags parameters in which a non-finite update was skipped.
 
     Args:
-        shards: of all parameters that may be updated.
+        names: of the trainable parameters, in their order.
     """
 
-    def __init__(self, shards: Iterable[Shard]) -> None:
-        shards = list(shards)
-        self._names = [shard.name for shard in shards]
-        self._positions = {shard.parameter_id: i for i, shard in enumerate(shards)}
-        self._flags = torch.zeros(len(shards), dtype=torch.int32)  # `flag` moves them
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._flags = torch.zeros(len(names), dtype=torch.int32)  # `flags` moves them
 
-    def flag(self, shard: Shard) -> Tensor:
-        """Return the flag of a parameter, int32 of shape ``(1,)``, to be set to 1."""
-        if self._flags.device != shard.data.device:  # a model may be moved after it was attached
-            self._flags = self._flags.to(shard.data.device)
-        position = self._positions[shard.parameter_id]
-        return self._flags[position : position + 1]
+    def flags(self, device: torch.device) -> Tensor:
+        """Return the flags, int32 of shape ``(parameters,)``, to be set to 1."""
+        if self._flags.device != device:  # a model may be moved after it was attached
+            self._flags = self._flags.to(device)
+        return self._flags
 
     def any(self) -> Tensor:
         """Return 1 if a flag is set, int32 of shape ``()``, without a device sync."""

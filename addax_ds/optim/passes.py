@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from addax_ds.sharding.base import Perturb, Sharding
+from addax_ds.sharding.base import Perturb, Sharding, modules_of
 
 
 class Passes:
@@ -77,7 +77,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules_of(model):
             if module._compiled_call_impl is not None:
                 stack.enter_context(_replaced(module, "_compiled_call_impl", None))
             compiled = getattr(module, "forward", None)
@@ -112,14 +112,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Without ``eval()``, which a module may take for the order to merge its weights.
     """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    training = [module for module in modules_of(model) if module.training]
+    _set_training(training, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        _set_training(training, True)
+
+
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        attributes = vars(module)
+        if "training" in attributes and type(module).__setattr__ is nn.Module.__setattr__:
+            attributes["training"] = mode  # `nn.Module` would look for a parameter of that name
+        else:
+            module.training = mode
 
 
 class ModuleState:

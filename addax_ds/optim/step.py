@@ -84,7 +84,7 @@ class RunningStep:
         self._estimate: Estimate | None = None
         self._mode = _Mode.APPLY
         self._updated: set[int] = set()
-        self._unread_ids: set[int] = set()
+        self._unread: set[int] = set()
         self._applied_first_order = steps[0].alpha < 1.0
         self._sums = GradientSums()
         self._squares = SquaredNorms()
@@ -138,8 +138,8 @@ class RunningStep:
         """Return this rank's mean loss of each pass."""
         step = self._steps[0]
 
-        def perturbed(sign: int, probe: int, shard: Shard) -> Tensor:
-            return perturb(shard.data, shard.parameter_id, shard.start, step, sign, probe)
+        def perturbed(sign: int, probe: int, shards: Sequence[Shard]) -> list[Tensor]:
+            return perturb(shards, step, sign, probe)
 
         means = []
         self._mode = _Mode.REFUSE  # it would be of perturbed weights
@@ -180,45 +180,51 @@ class RunningStep:
 
     # ---- gradients -----------------------------------------------------------------------------
 
-    def take(self, shard: Shard, gradient: Tensor) -> None:
-        """Use a shard's averaged gradient as soon as it is reduced."""
-        gradient = gradient[: shard.data.numel()]
+    @torch.no_grad()
+    def take(self, shards: Sequence[Shard], gradients: Sequence[Tensor]) -> None:
+        """Use averaged gradients of shards as soon as they are reduced."""
         if self._mode is _Mode.REFUSE:
             raise RuntimeError(
-                f"{shard.name} got a gradient in a zeroth-order pass, whose weights are perturbed: "
-                "a closure of the zeroth-order part computes a loss and runs no backward"
+                f"{shards[0].name} got a gradient in a zeroth-order pass, whose weights are "
+                "perturbed: a closure of the zeroth-order part computes a loss and runs no backward"
             )
-        if self._mode is _Mode.TAKE_NORM:
-            self._squares.add(shard, gradient)
-        elif self._mode is _Mode.ACCUMULATE:
-            self._sums.add(shard, gradient)
-        else:
-            self._update(shard, self._sums.take(shard, gradient))
+        pairs = [
+            (shard, gradient if (n := shard.data.numel()) == gradient.numel() else gradient[:n])
+            for shard, gradient in zip(shards, gradients, strict=True)
+        ]
+        if self._mode is _Mode.APPLY:
+            self._update([(shard, self._sums.take(shard, g)) for shard, g in pairs])
+            return
+        use = self._squares.add if self._mode is _Mode.TAKE_NORM else self._sums.add
+        for shard, gradient in pairs:
+            use(shard, gradient)
 
-    @torch.no_grad()
-    def _update(self, shard: Shard, gradient: Tensor | None) -> None:
-        if shard.parameter_id in self._updated:
-            raise RuntimeError(
-                f"{shard.name} got a second gradient in one step: with updates in place each step "
-                "is one backward followed by step(). To accumulate gradients, give measure() one "
-                "closure for each micro-batch"
-            )
-        if self._track_norm and gradient is not None and not self._norms:
-            self._squares.add(shard, gradient)
-        apply_update(
-            shard.data,
-            gradient,
-            shard.parameter_id,
-            shard.start,
-            self._step_of(shard),
-            decayed=shard.decayed,
-            kept=self._kept.flag(shard),
-        )
-        self._updated.add(shard.parameter_id)
+    def _update(self, pairs: Sequence[tuple[Shard, Tensor | None]]) -> None:
+        """Update shards by their gradients, those that are alike in one call."""
+        alike: dict[tuple, list[tuple[Shard, Tensor | None]]] = {}
+        for shard, gradient in pairs:
+            if shard.index in self._updated:
+                raise RuntimeError(
+                    f"{shard.name} got a second gradient in one step: with updates in place each "
+                    "step is one backward followed by step(). To accumulate gradients, give "
+                    "measure() one closure for each micro-batch"
+                )
+            self._updated.add(shard.index)
+            if self._track_norm and gradient is not None and not self._norms:
+                self._squares.add(shard, gradient)
+            weight, decays = shard.data, self._steps[shard.group].weight_decay != 0.0
+            types = weight.dtype, None if gradient is None else gradient.dtype
+            key = (*types, weight.device, shard.group, shard.decayed and decays, self._reads(shard))
+            alike.setdefault(key, []).append((shard, gradient))
+        for (*_, device, group, decayed, is_read), members in alike.items():
+            step = self._steps[group] if is_read else replace(self._steps[group], coefficients=())
+            shards = [shard for shard, _ in members]
+            gradients = [gradient for _, gradient in members if gradient is not None] or None
+            apply_update(shards, gradients, step, decayed, self._kept.flags(device))
 
-    def _step_of(self, shard: Shard) -> Step:
-        step = self._steps[shard.group]
-        return replace(step, coefficients=()) if shard.parameter_id in self._unread_ids else step
+    def _reads(self, shard: Shard) -> bool:
+        """Return whether a zeroth-order pass of any rank has read a parameter."""
+        return shard.index not in self._unread
 
     def _clip(self) -> bool:
         """Find the norm of g1 from its squares and scale the step by it.
@@ -284,7 +290,7 @@ class RunningStep:
         self._sharding.sum_over_ranks(read)
         infos = zip(self._sharding.infos, read.tolist(), strict=True)
         self.unread = [info for info, ranks in infos if not ranks]
-        self._unread_ids = {info.parameter_id for info in self.unread}
+        self._unread = {info.index for info in self.unread}
         if len(self.unread) == len(self._sharding.infos):
             raise RuntimeError(
                 "the zeroth-order passes read no trainable parameter: their closures have to call "
@@ -309,11 +315,11 @@ class RunningStep:
         Args:
             stop_requested: this rank's wish, which all ranks will find in the report.
         """
+        self._sharding.hand_over()
         if self._mode is _Mode.ACCUMULATE:
             self._clip_sums()
-        for shard in self._sharding.shards():
-            if shard.parameter_id not in self._updated:
-                self._update(shard, self._sums.take(shard, None))
+        late = self._sharding.shards(without=self._updated)
+        self._update([(shard, self._sums.take(shard, None)) for shard in late])
         self._sharding.finish_step()
         forget_casts()
         device, groups = self._sharding.device, len(self._steps)

@@ -11,6 +11,7 @@ Perturbing (``theta + c z``) and updating are the same operation, `addax_ds.kern
 Everything that it needs besides the tensors stands in an immutable `Step`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from addax_ds import kernels
-from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.kernels.operation import Draw, Operation, Slice
 
 Rounding = Literal["stochastic", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = ("stochastic", "nearest")
@@ -54,61 +55,58 @@ class Step:
     gradient_scale: float = 1.0
 
 
-def perturb(
-    weight: Tensor, parameter_id: int, start: int, step: Step, sign: int, probe: int = 0
-) -> Tensor:
-    """Return ``weight + sign * zo_eps * z`` as a new tensor; ``weight`` is not written.
+def perturb(slices: Sequence[Slice], step: Step, sign: int, probe: int = 0) -> list[Tensor]:
+    """Return ``weight + sign * zo_eps * z`` of each slice, which is not written.
 
     Args:
-        weight: flat slice of a parameter.
-        parameter_id: id of the parameter (`noise.parameter_id`).
-        start: flat index of the slice's first element in the unsharded parameter.
+        slices: of any parameters.
         step: the step; ``seed``, ``index`` and ``zo_eps`` are used.
         sign: +1 or -1; 0 for a copy.
         probe: number of the direction z within the step.
 
     Returns:
-        Tensor like ``weight``, rounded to nearest; an element that would become NaN or infinite is
-        the weight itself.
+        A new tensor like the data of each slice, rounded to nearest; an element that would become
+        NaN or infinite is the weight itself. Those of one dtype share a buffer.
     """
-    out = torch.empty_like(weight)
-    draw = Draw(step.seed, step.index, parameter_id, probe)
-    operation = Operation(draw, c2=(-sign * step.zo_eps,))
-    kernels.fused(out, weight, None, operation, start)
-    return out
+    operation = Operation(Draw(step.seed, step.index, 0, probe), c2=(-sign * step.zo_eps,))
+    alike: dict[tuple[torch.dtype, torch.device], list[Slice]] = {}
+    for each in slices:
+        alike.setdefault((each.data.dtype, each.data.device), []).append(each)
+    copies: dict[Slice, Tensor] = {}
+    for group in alike.values():
+        buffer, parts = kernels.room_for(group)
+        kernels.fused(group, operation, buffer)
+        copies.update(zip(group, parts, strict=True))
+    return [copies[each] for each in slices]
 
 
 def apply_update(
-    weight: Tensor,
-    gradient: Tensor | None,
-    parameter_id: int,
-    start: int,
+    slices: Sequence[Slice],
+    gradients: Sequence[Tensor] | None,
     step: Step,
     decayed: bool,
     kept: Tensor | None = None,
 ) -> None:
-    """Apply one step to a slice in place; an element that it would make NaN or infinite stays.
+    """Apply one step to slices in place; an element that it would make NaN or infinite stays.
 
     Args:
-        weight: flat slice of a parameter, fp32, bf16 or fp16, as it was when `perturb` was called;
-            overwritten.
-        gradient: the averaged first-order gradient g1 of the slice, any floating type, or None for
-            a parameter without one.
-        parameter_id: id of the parameter.
-        start: flat index of the slice's first element in the unsharded parameter.
+        slices: fp32, bf16 or fp16, as they were when `perturb` was called, all of one dtype and on
+            one device; overwritten.
+        gradients: the averaged first-order gradient g1 of each slice, flat, all of any one floating
+            type; None for parameters without one.
         step: the step with its measured ``coefficients``.
-        decayed: whether weight decay applies to this parameter.
-        kept: int32 tensor of one element on the weights' device, set to 1 if an element stayed for
-            that reason and left alone otherwise; None if nobody asks.
+        decayed: whether weight decay applies to these parameters.
+        kept: int32 tensor on the weights' device, whose element `Slice.index` is set to 1 if an
+            element of that slice stayed for that reason; None if nobody asks.
     """
+    narrow = slices[0].data.dtype != torch.float32
     c0 = 1.0 - step.lr * step.weight_decay if decayed else 1.0
     c1 = step.lr * (1.0 - step.alpha) * step.gradient_scale
     c2 = tuple(step.lr * step.alpha * coefficient for coefficient in step.coefficients)
     zo_eps = 0.0
     # In fp32 the realised difference is z to within 1e-4 for weights around 1 and an eps of 1e-3.
-    if weight.dtype != torch.float32:
+    if narrow:
         c2, zo_eps = tuple(c / (2 * step.zo_eps) for c in c2), step.zo_eps
-    stochastic = step.rounding == "stochastic" and weight.dtype != torch.float32
-    draw = Draw(step.seed, step.index, parameter_id)
-    operation = Operation(draw, c0, c1, c2, zo_eps, stochastic)
-    kernels.fused(weight, weight, gradient, operation, start, kept)
+    stochastic = narrow and step.rounding == "stochastic"
+    operation = Operation(Draw(step.seed, step.index, 0), c0, c1, c2, zo_eps, stochastic)
+    kernels.fused(slices, operation, None, gradients, kept)

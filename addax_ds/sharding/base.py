@@ -6,7 +6,7 @@ and the loading of models do not know which back end they run on.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
+from addax_ds.kernels.operation import Slice
 from addax_ds.sharding.reads import Reads
 from addax_ds.utils.errors import UserError
 
@@ -26,40 +27,38 @@ _ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models whose gradients an optimizer applies."""
 
 
-@dataclass(frozen=True)
-class Shard:
+@dataclass(frozen=True, eq=False)
+class Shard(Slice):
     """The slice of one trainable parameter that this rank holds.
+
+    ``data`` is a flat view of the stored weights, without padding: writing to it writes the
+    weights. ``index`` counts the trainable parameters.
 
     Attributes:
         name: canonical parameter name, equal on all back ends.
-        parameter_id: 32-bit id of the name.
-        start: flat index of the slice's first element in the unsharded parameter.
-        data: flat view of the stored weights, without padding; writing to it writes the weights.
         decayed: whether weight decay applies (parameters of two or more dimensions; the biases and
             norm gains that MeZO exempts by name have one).
         group: index of the optimizer's parameter group.
     """
 
-    name: str
-    parameter_id: int
-    start: int
-    data: Tensor
-    decayed: bool
-    group: int
+    name: str = ""
+    decayed: bool = False
+    group: int = 0
 
 
-Perturb = Callable[[Shard], Tensor]
-"""Returns a perturbed copy of a shard's ``data``."""
+Perturb = Callable[[Sequence[Shard]], list[Tensor]]
+"""Returns a perturbed copy of the ``data`` of each shard."""
 
-OnGradient = Callable[[Shard, Tensor], None]
-"""Takes a shard and its averaged gradient, flat and at least as long as the shard."""
+OnGradients = Callable[[Sequence[Shard], Sequence[Tensor]], None]
+"""Takes shards and their averaged gradients, flat and at least as long as the shards."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParameterInfo:
     """Facts about a trainable parameter, apart from its shard."""
 
     parameter: nn.Parameter
+    index: int
     name: str
     parameter_id: int
     decayed: bool
@@ -117,6 +116,10 @@ class Sharding(ABC):
         self._held = [(p, p.requires_grad) for group in param_groups for p in group["params"]]
         self.awaiting_backward = self.backward_ran = False
         self._hooks: list[RemovableHandle] = []
+        self._shards: dict[ParameterInfo, Shard] = {}
+        self._on_gradients: OnGradients | None = None
+        self._waiting: list[tuple[Shard, Tensor]] = []
+        self._unit_waiting: object = None
 
     # ---- any model -----------------------------------------------------------------------------
 
@@ -216,19 +219,35 @@ class Sharding(ABC):
         return gradient
 
     def unapplied_gradient(self) -> str | None:
-        """Name a parameter with a gradient that was not handed to ``on_gradient``, or None."""
+        """Name a parameter with a gradient that was not handed to ``on_gradients``, or None."""
         return next((info.name for info in self.infos if info.parameter.grad is not None), None)
 
-    def shards(self) -> Iterator[Shard]:
-        """Yield this rank's part of every trainable parameter, empty ones left out."""
+    def shards(self, without: Container[int] = ()) -> Iterator[Shard]:
+        """Yield this rank's part of every trainable parameter, empty ones left out.
+
+        Args:
+            without: numbers of parameters that are left out, too.
+        """
         for info in self.infos:
-            shard = self._shard(info)
-            if shard.data.numel():
+            if info.index not in without and (shard := self._shard(info)).data.numel():
                 yield shard
 
-    @abstractmethod
     def _shard(self, info: ParameterInfo) -> Shard:
-        """Return this rank's part of a trainable parameter, which may be empty."""
+        """Return this rank's part of a trainable parameter, which may be empty.
+
+        The same object as long as the weights lie at the same place.
+        """
+        shard, stored = self._shards.get(info), self._stored(info)
+        if shard is None or shard.data.data_ptr() != stored.data_ptr():
+            start, part = self.local_slice(info.parameter)
+            data = stored.detach().view(-1)[: part.numel()]
+            place = data, info.parameter_id, start, info.index
+            shard = self._shards[info] = Shard(*place, info.name, info.decayed, info.group)
+        return shard
+
+    def _stored(self, info: ParameterInfo) -> Tensor:
+        """Return the tensor that begins with this rank's part of a parameter."""
+        return info.parameter
 
     @abstractmethod
     def forward_only(self) -> AbstractContextManager[None]:
@@ -238,8 +257,10 @@ class Sharding(ABC):
     def perturbed(self, perturb: Perturb) -> AbstractContextManager[None]:
         """Show perturbed weights to forward passes; stored weights are never written."""
 
-    def attach(self, on_gradient: OnGradient) -> None:
-        """Call ``on_gradient`` for each reduced gradient shard as soon as it exists.
+    def attach(self, on_gradients: OnGradients) -> None:
+        """Call ``on_gradients`` with reduced gradient shards as soon as they exist.
+
+        What is reduced together is handed over together.
 
         Raises:
             UserError: if another optimizer is attached to the model.
@@ -250,6 +271,7 @@ class Sharding(ABC):
                 "gradients: call detach() on what its attach() returned, first"
             )
         _ATTACHED.add(self.model)
+        self._on_gradients = on_gradients
         self._hooks.append(self.model.register_forward_hook(self._note_forward))
 
     def detach(self) -> None:
@@ -258,6 +280,29 @@ class Sharding(ABC):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._on_gradients = None
+        self._waiting.clear()
+
+    def _hold(self, shard: Shard, gradient: Tensor, unit: object, complete: bool) -> None:
+        """Keep a gradient until its unit is complete, or backward ends, and hand all over then."""
+        if unit is not self._unit_waiting:
+            self.hand_over()
+            self._unit_waiting = unit
+        if shard.data.numel():
+            if not self._waiting:
+                # Runs when this backward ends, which may leave a unit incomplete.
+                torch.autograd.Variable._execution_engine.queue_callback(self.hand_over)
+            self._waiting.append((shard, gradient))
+        if complete:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Hand over gradients that wait for others of their unit."""
+        if self._waiting:
+            assert self._on_gradients is not None
+            shards, gradients = zip(*self._waiting, strict=True)
+            self._waiting.clear()
+            self._on_gradients(shards, gradients)
 
     def backward(self, loss: Tensor) -> None:
         """Run a backward that is not the last of its step."""
@@ -338,7 +383,7 @@ def describe_parameters(
                     f"parameters {by_id[pid]!r} and {name!r} share the id {pid:#010x}, so they "
                     "would share their z: rename one of the two modules"
                 )
-            infos.append(ParameterInfo(parameter, name, pid, len(shape) >= 2, group))
+            infos.append(ParameterInfo(parameter, len(infos), name, pid, len(shape) >= 2, group))
     return infos
 
 
@@ -354,6 +399,17 @@ def padded(data: Tensor, numel: int) -> Tensor:
     """Pad a flat copy of a shard to the length that is gathered; the padding is never read."""
     missing = numel - data.numel()
     return torch.cat((data, data.new_zeros(missing))) if missing else data
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return what ``model.modules()`` yields, in another order and several times as fast."""
+    found = {model: None}
+    for module in (queue := [model]):
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                queue.append(child)
+    return queue
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -23,10 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from addax_ds.sharding.base import (
-    OnGradient,
+    OnGradients,
     ParameterInfo,
     Perturb,
-    Shard,
     Sharding,
     blocks,
     materialize,
@@ -51,23 +50,57 @@ def shard_model(model: nn.Module, **options: Any) -> None:
 
 
 class _PerturbableParam(FSDPParam):
-    """FSDP2's state of a parameter; gathers a perturbed copy while ``perturb`` is set."""
+    """FSDP2's state of a parameter; gathers a perturbed copy while its unit has ``perturb``."""
 
-    perturb: Callable[[Tensor], Tensor] | None = None
+    unit: "_Unit | None" = None
 
     @property
     def _sharded_param_data(self) -> Tensor:
-        stored = self.stored
-        return stored if self.perturb is None else self.perturb(stored)
+        unit = self.unit
+        return self.stored if unit is None or unit.perturb is None else unit.copy_of(self)
 
     @_sharded_param_data.setter
     def _sharded_param_data(self, value: Tensor) -> None:
         vars(self)["_sharded_param_data"] = value
 
+    def reset_sharded_param(self) -> None:
+        """Look, at the first forward, whether the shard was replaced: at what is stored."""
+        unit, self.unit = self.unit, None
+        try:
+            super().reset_sharded_param()
+        finally:
+            self.unit = unit
+
     @property
     def stored(self) -> Tensor:
         """Flat view of the shard as it is stored, with padding."""
         return vars(self)["_sharded_param_data"]
+
+
+class _Unit:
+    """Parameters that are gathered and reduced together: one `FSDPParamGroup`.
+
+    Attributes:
+        infos: its trainable parameters.
+        perturb: makes copies of them, by their states, while a pass is to see perturbed weights.
+    """
+
+    def __init__(self, infos: list[ParameterInfo]) -> None:
+        self.infos = infos
+        self.perturb: Callable[[_Unit], dict[FSDPParam, Tensor]] | None = None
+        self._copies: dict[FSDPParam, Tensor] = {}
+
+    def copy_of(self, fsdp_param: _PerturbableParam) -> Tensor:
+        """Return a copy, made with those of the unit when the first one is asked for."""
+        if fsdp_param not in self._copies:
+            assert self.perturb is not None
+            self._copies = self.perturb(self)
+        return self._copies.pop(fsdp_param)
+
+    def forget(self) -> None:
+        """Show stored weights from now on."""
+        self.perturb = None
+        self._copies.clear()
 
 
 class Fsdp2(Sharding):
@@ -91,9 +124,16 @@ class Fsdp2(Sharding):
         self.free_gathered(model)
         super().__init__(model, param_groups)
         self._fsdp_params: dict[Tensor, Any] = {}
-        for fsdp_param in _fsdp_params(model):
-            _check(fsdp_param)
-            self._fsdp_params[fsdp_param.sharded_param] = fsdp_param
+        self._units: list[_Unit] = []
+        infos = {info.parameter: info for info in self.infos}
+        self._groups = list(_param_groups(model))
+        for group in self._groups:
+            _check_group(group)
+            for fsdp_param in group.fsdp_params:
+                _check(fsdp_param)
+                self._fsdp_params[fsdp_param.sharded_param] = fsdp_param
+            own = [infos.get(fsdp_param.sharded_param) for fsdp_param in group.fsdp_params]
+            self._units.append(_Unit([info for info in own if info is not None]))
         for info in self.infos:
             if info.parameter not in self._fsdp_params:
                 raise UserError(
@@ -101,7 +141,6 @@ class Fsdp2(Sharding):
                     "gradient: freeze it, or call fully_shard without ignored_params"
                 )
         _warn_of_narrow_passes(self._fsdp_params.values())
-        self._starts = {info.parameter: _start(info.parameter) for info in self.infos}
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
@@ -142,31 +181,30 @@ class Fsdp2(Sharding):
             for module, given in sharded:
                 module.__class__ = given
 
-    def _shard(self, info: ParameterInfo) -> Shard:
-        held = _local(info.parameter).numel()
-        data = self._fsdp_params[info.parameter].stored[:held]
-        start = self._starts[info.parameter]
-        return Shard(info.name, info.parameter_id, start, data, info.decayed, info.group)
+    def _stored(self, info: ParameterInfo) -> Tensor:
+        return vars(self._fsdp_params[info.parameter])["_sharded_param_data"]
 
     # ---- first order ---------------------------------------------------------------------------
 
-    def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
-        def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
-            gradient = _local(self._gradient_of(parameter))
-            shard = self._shard(info)
-            if shard.data.numel():
-                on_gradient(shard, gradient.reshape(-1))
+    def attach(self, on_gradients: OnGradients) -> None:  # noqa: D102
+        def hook(info: ParameterInfo, unit: _Unit, parameter: nn.Parameter) -> None:
+            gradient = _local(self._gradient_of(parameter)).reshape(-1)
+            # The gradients of a unit are parts of one tensor and come in the order of `infos`.
+            self._hold(self._shard(info), gradient, unit, complete=info is unit.infos[-1])
 
-        super().attach(on_gradient)
+        super().attach(on_gradients)
         for fsdp_param in self._fsdp_params.values():
             fsdp_param.__class__ = _PerturbableParam
-        for info in self.infos:
-            handle = info.parameter.register_post_accumulate_grad_hook(partial(hook, info))
-            self._hooks.append(handle)
+        for unit in self._units:
+            for info in unit.infos:
+                self._fsdp_params[info.parameter].unit = unit
+                own = partial(hook, info, unit)
+                self._hooks.append(info.parameter.register_post_accumulate_grad_hook(own))
 
     def detach(self) -> None:  # noqa: D102
         super().detach()
         for fsdp_param in self._fsdp_params.values():
+            vars(fsdp_param).pop("unit", None)
             fsdp_param.__class__ = FSDPParam
 
     def finish_step(self) -> None:  # noqa: D102
@@ -174,6 +212,7 @@ class Fsdp2(Sharding):
 
     def abandon(self) -> None:  # noqa: D102
         self.awaiting_backward = self.backward_ran = False
+        self._waiting.clear()
         self._reshard()  # which drops what is being gathered or reduced, too
         for parameter, fsdp_param in self._fsdp_params.items():
             parameter.grad = None
@@ -186,7 +225,7 @@ class Fsdp2(Sharding):
         # With replicas, what is reduced over shards waits here to be reduced over replicas.
         waiting = {
             fsdp_param.sharded_param
-            for group in _param_groups(self._root)
+            for group in self._groups
             if group._partial_reduce_output is not None
             for fsdp_param in group.fsdp_params
         }
@@ -217,20 +256,21 @@ class Fsdp2(Sharding):
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
         self._reshard()  # what is still gathered would be seen unperturbed
-        for info in self.infos:
-            self._fsdp_params[info.parameter].perturb = self._perturbed_copy(info, perturb)
+
+        def copies(unit: _Unit) -> dict[FSDPParam, Tensor]:
+            shards = [self._shard(info) for info in unit.infos]
+            found = zip(unit.infos, perturb(shards), strict=True)
+            states = [(self._fsdp_params[info.parameter], copy) for info, copy in found]
+            return {state: padded(copy, state.stored.numel()) for state, copy in states}
+
+        for unit in self._units:
+            unit.perturb = copies
         try:
             yield
         finally:
-            for info in self.infos:
-                self._fsdp_params[info.parameter].perturb = None
+            for unit in self._units:
+                unit.forget()
             self._reshard()  # what is still gathered is perturbed
-
-    def _perturbed_copy(self, info: ParameterInfo, perturb: Perturb) -> Callable[[Tensor], Tensor]:
-        def copy(stored: Tensor) -> Tensor:
-            return padded(perturb(self._shard(info)), stored.numel())
-
-        return copy
 
     def _reshard(self) -> None:
         """Free all that is gathered; the root is not resharded by its own forward."""
@@ -277,14 +317,12 @@ def _param_groups(model: nn.Module) -> Iterator[Any]:
             yield from param_groups(module)
 
 
-def _fsdp_params(model: nn.Module) -> Iterator[Any]:
-    for group in _param_groups(model):
-        if group.post_forward_mesh_info not in (None, group.mesh_info):
-            raise UserError(
-                "fully_shard(reshard_after_forward=<a number>) gathers for backward from "
-                "copies that an update in place would not reach: use True or False"
-            )
-        yield from group.fsdp_params
+def _check_group(group: Any) -> None:
+    if group.post_forward_mesh_info not in (None, group.mesh_info):
+        raise UserError(
+            "fully_shard(reshard_after_forward=<a number>) gathers for backward from "
+            "copies that an update in place would not reach: use True or False"
+        )
 
 
 def _check(fsdp_param: Any) -> None:

@@ -45,8 +45,9 @@ class Reads:
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
             if parameter in by_parameter
         }
+        self._names = {name for _, name in self._by_owner}
         undecidable = by_parameter.keys() & set(_readable_otherwise(model))
-        self._always = {by_parameter[parameter].parameter_id for parameter in undecidable}
+        self._always = {by_parameter[parameter].index for parameter in undecidable}
         self._read: set[int] = set()
 
     @contextmanager
@@ -54,29 +55,28 @@ class Reads:
         """Note what the body reads, and forget what was noted before."""
         self._read = set(self._always)
         get, named = nn.Module.__getattr__, nn.Module.named_parameters
+        by_owner, names, read = self._by_owner, self._names, self._read
 
+        # Engines look for missing attributes of modules some ten thousand times a pass.
         def noting_get(module: nn.Module, name: str) -> Any:
-            info = self._by_owner.get((module, name))
-            if info is not None and not _called_by(_FSDP2, sys._getframe(1)):
-                self._announce(info)
-                self._read.add(info.parameter_id)
+            if name in names:
+                info = by_owner.get((module, name))
+                if (
+                    info is not None
+                    and (self.on_read is not None or info.index not in read)
+                    and not _called_by(_FSDP2, sys._getframe(1))
+                ):
+                    self._announce(info)
+                    read.add(info.index)
             return get(module, name)
 
         def noting_named(
             module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
         ) -> Iterator[tuple[str, nn.Parameter]]:
+            pairs = named(module, prefix, recurse, remove_duplicate)
             # An engine goes through the parameters of each module that runs.
             by_engine = _called_by(_ENGINES, sys._getframe(1))
-            for name, parameter in named(module, prefix, recurse, remove_duplicate):
-                owner, _, own = name.removeprefix(f"{prefix}.").rpartition(".")
-                info = self._by_owner.get((module.get_submodule(owner), own))
-                if info is None or by_engine:
-                    yield name, parameter
-                    continue
-                self._announce(info)
-                yield name, parameter
-                # Not if the first one is all that was asked for, as for the model's dtype.
-                self._read.add(info.parameter_id)
+            return pairs if by_engine else self._noting(module, prefix, pairs)
 
         nn.Module.__getattr__ = noting_get  # type: ignore[method-assign]
         nn.Module.named_parameters = noting_named  # type: ignore[method-assign, assignment]
@@ -86,13 +86,26 @@ class Reads:
             nn.Module.__getattr__ = get  # type: ignore[method-assign]
             nn.Module.named_parameters = named  # type: ignore[method-assign]
 
+    def _noting(
+        self, module: nn.Module, prefix: str, pairs: Iterator[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in pairs:
+            owner, _, own = name.removeprefix(f"{prefix}.").rpartition(".")
+            info = self._by_owner.get((module.get_submodule(owner), own))
+            if info is not None:
+                self._announce(info)
+            yield name, parameter
+            if info is not None:
+                # Not if the first one is all that was asked for, as for the model's dtype.
+                self._read.add(info.index)
+
     def _announce(self, info: "ParameterInfo") -> None:
         if self.on_read is not None:
             self.on_read(info)
 
     def by_parameter(self) -> list[bool]:
         """Return whether each trainable parameter was read, in their order."""
-        return [info.parameter_id in self._read for info in self._infos]
+        return [info.index in self._read for info in self._infos]
 
 
 def _called_by(packages: tuple[str, ...], frame: FrameType | None) -> bool:

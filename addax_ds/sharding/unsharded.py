@@ -25,13 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from addax_ds.sharding.base import (
-    OnGradient,
+    OnGradients,
     ParameterInfo,
     Perturb,
-    Shard,
     Sharding,
     blocks,
     materialize,
+    modules_of,
 )
 from addax_ds.utils.errors import UserError
 
@@ -56,6 +56,8 @@ class Unsharded(Sharding):
                 raise UserError(f"{info.name} is not contiguous: call .contiguous() on its data")
         self._replicate()
         self._blocks, self._outside = _split_into_blocks(model, self.infos)
+        in_blocks = [info.parameter.numel() for _, infos in self._blocks for info in infos]
+        self._largest = max(in_blocks, default=0)
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
@@ -66,25 +68,24 @@ class Unsharded(Sharding):
         materialize(model, device)
         model.tie_weights()  # giving them memory one by one has cut the ties
 
-    def _shard(self, info: ParameterInfo) -> Shard:
-        return _shard(info)
-
     def forward_only(self) -> AbstractContextManager[None]:  # noqa: D102
         return nullcontext()
 
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
-        swapped: dict[nn.Parameter, Tensor] = {}
+        swapped: dict[ParameterInfo, Tensor] = {}
         hooks = []
         try:
             for block, infos in self._blocks:
-                enter = partial(_swap_in, infos, perturb, swapped)
+                enter = partial(self._swap_in, infos, perturb, swapped)
                 leave = partial(_swap_out, infos, swapped)
                 hooks.append(block.register_forward_pre_hook(enter))
                 hooks.append(block.register_forward_hook(leave, always_call=True))
-            _swap_in(self._outside, perturb, swapped)
+            self._swap_in(self._outside, perturb, swapped)
             # What another module reads of a block that does not run, it keeps for the whole pass.
-            self.reads.on_read = lambda info: _swap_in([info], perturb, swapped)
+            self.reads.on_read = lambda info: (
+                None if info in swapped else self._swap_in([info], perturb, swapped)
+            )
             yield
         finally:
             self.reads.on_read = None
@@ -92,17 +93,35 @@ class Unsharded(Sharding):
                 hook.remove()
             _swap_out(self.infos, swapped)
 
-    def attach(self, on_gradient: OnGradient) -> None:  # noqa: D102
+    def _swap_in(
+        self,
+        infos: list[ParameterInfo],
+        perturb: Perturb,
+        swapped: dict[ParameterInfo, Tensor],
+        *_: Any,
+    ) -> None:
+        infos = [info for info in infos if info not in swapped]
+        copies = perturb([self._shard(info) for info in infos])
+        for info, copy in zip(infos, copies, strict=True):
+            swapped[info] = stored = info.parameter.data
+            info.parameter.data = copy.view(stored.shape)
+
+    def attach(self, on_gradients: OnGradients) -> None:  # noqa: D102
+        replicas = self.world_size
+
         def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
             gradient = self._gradient_of(parameter).contiguous()
-            if self.world_size > 1:
+            if replicas > 1:
                 # These meet, as long as backward has the same order on every rank: a model that
                 # leaves out layers by chance (layerdrop) has not.
                 dist.all_reduce(gradient)
-                gradient /= self.world_size
-            on_gradient(_shard(info), gradient.view(-1))
+                gradient /= replicas
+            # Those that wait have fewer elements together than a block's largest parameter.
+            waiting = sum(each.numel() for _, each in self._waiting)
+            complete = waiting + gradient.numel() >= self._largest
+            self._hold(self._shard(info), gradient.view(-1), None, complete)
 
-        super().attach(on_gradient)
+        super().attach(on_gradients)
         for info in self.infos:
             handle = info.parameter.register_post_accumulate_grad_hook(partial(hook, info))
             self._hooks.append(handle)
@@ -112,21 +131,22 @@ class Unsharded(Sharding):
 
     def abandon(self) -> None:  # noqa: D102
         self.awaiting_backward = self.backward_ran = False
+        self._waiting.clear()
         for info in self.infos:
             info.parameter.grad = None
 
     def check_unchanged(self) -> None:  # noqa: D102
         super().check_unchanged()
-        owned: set[Tensor | None] = set()
-        for module in self.model.modules():
+        owned: set[int] = set()
+        for module in modules_of(self.model):
             if isinstance(module, FSDPModule):
                 raise UserError(
                     "fully_shard was applied after the optimizer was attached, which then no "
                     "longer sees the weights: shard first, then make the optimizer and attach it"
                 )
-            owned.update(module._parameters.values())
+            owned.update(map(id, module._parameters.values()))
         for info in self.infos:
-            if info.parameter not in owned:
+            if id(info.parameter) not in owned:
                 raise UserError(
                     f"{info.name} was replaced by another parameter after the optimizer was "
                     "attached, which would train the old one: make a new optimizer and attach it"
@@ -168,11 +188,6 @@ def _check_whole(model: nn.Module) -> None:
             )
 
 
-def _shard(info: ParameterInfo) -> Shard:
-    data = info.parameter.data.view(-1)
-    return Shard(info.name, info.parameter_id, 0, data, info.decayed, info.group)
-
-
 def _split_into_blocks(
     model: nn.Module, infos: list[ParameterInfo]
 ) -> tuple[list[tuple[nn.Module, list[ParameterInfo]]], list[ParameterInfo]]:
@@ -205,17 +220,7 @@ def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Par
     return own
 
 
-def _swap_in(
-    infos: list[ParameterInfo], perturb: Perturb, swapped: dict[nn.Parameter, Tensor], *_: Any
-) -> None:
+def _swap_out(infos: list[ParameterInfo], swapped: dict[ParameterInfo, Tensor], *_: Any) -> None:
     for info in infos:
-        if info.parameter not in swapped:
-            copy = perturb(_shard(info))
-            swapped[info.parameter] = info.parameter.data
-            info.parameter.data = copy.view_as(info.parameter)
-
-
-def _swap_out(infos: list[ParameterInfo], swapped: dict[nn.Parameter, Tensor], *_: Any) -> None:
-    for info in infos:
-        if info.parameter in swapped:
-            info.parameter.data = swapped.pop(info.parameter)
+        if info in swapped:
+            info.parameter.data = swapped.pop(info)

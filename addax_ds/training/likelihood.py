@@ -137,15 +137,18 @@ class LikelihoodMixin(_Steps):
         counts = self.accelerator.gather(torch.tensor([own], device=self.args.device))
         return int(counts.sum())
 
+    def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the device, with what its loss needs to know of the labels."""
+        return self._prepare_inputs({**batch, **target_tensors(batch["labels"])})
+
     def micro_batch_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
         """Return a loss whose mean over ranks and micro-batches is that over all target tokens.
 
         In fp64. The sum is divided by the global number of targets, and multiplied by the number of
         ranks and micro-batches: whoever takes the step takes a mean over them.
         """
-        inputs = self._prepare_inputs({**batch, **target_tensors(batch["labels"])})
         with self.compute_loss_context_manager():
-            scores = target_scores(model, inputs, inputs["targets"], inputs["positions"])
+            scores = target_scores(model, batch)
         parts = self.args.world_size * self.settings.gradient_accumulation_steps
         return -scores[:, 0].sum() * (parts / targets)
 

@@ -242,11 +242,16 @@ class StepMixin(SavingMixin):
             self._losses.append((stream, number, loss.detach()))
             return loss
 
-        return [partial(noted, number, batch) for number, batch in enumerate(inputs[stream])]
+        batches = map(self.prepare_micro_batch, inputs[stream])
+        return [partial(noted, number, batch) for number, batch in enumerate(batches)]
 
     def _count_targets(self, batches: list[dict[str, Any]]) -> Tensor | int | None:
         """Count the targets of all ranks as Trainer does, where the loss divides by them."""
         return self._get_num_items_in_batch(batches, self.args.device)
+
+    def prepare_micro_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what `micro_batch_loss` gets, in every pass of the step, of a collator's batch."""
+        return batch
 
     def micro_batch_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
         """Return a loss whose mean over ranks and micro-batches is that of the step.
@@ -255,7 +260,7 @@ class StepMixin(SavingMixin):
 
         Args:
             model: as steps call it; under DeepSpeed the engine.
-            batch: what the collator has made.
+            batch: what `prepare_micro_batch` returned.
             targets: number of predicted tokens in the global batch, where ``compute_loss`` divides
                 by them; or None.
 

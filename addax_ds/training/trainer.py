@@ -60,7 +60,10 @@ class AddaxTrainer(LikelihoodMixin, AddaxMixin, Trainer):
             (streams.first_order, self.args.per_device_train_batch_size),
         )
         longest = (longest_batch(rows.examples, *batch, self._pad_token_id) for batch in batches)
-        zeroth, first = (partial(self.micro_batch_loss, model, batch, 1) for batch in longest)
+        zeroth, first = (
+            partial(self.micro_batch_loss, model, self.prepare_micro_batch(batch), 1)
+            for batch in longest
+        )
         model.train()
         summed = self.settings.gradient_accumulation_steps > 1
         self.addax.rehearse(zeroth, [first, first] if summed else first)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import benchmarks
 from addax_ds.data.encoding import NO_LOSS
-from benchmarks import largest, loading, perturbation
+from benchmarks import host, largest, loading, perturbation
 from benchmarks.contenders import USUAL
 from tests.support.models import tiny_opt, token_batches
 from tests.support.ranks import run_module
@@ -158,6 +158,17 @@ def test_ranks_that_hold_too_much_are_killed():
     process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
     assert largest._watch(process, 200e6) > 200e6
     assert process.returncode == -signal.SIGKILL
+
+
+# ---- host time --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_step_and_its_parts_are_timed_in_a_process_of_their_own():
+    (row,) = host.measure({"this": host.ROOT}, ["none"], layers=2, rounds=2)
+    assert row["step"]["median"] > 0
+    assert row["parts"]["median"] > 0
+    assert 2 * (2 + 1) < row["launches"] < 3 * (2 * 16 + 4)
 
 
 # ---- loading -----------------------------------------------------------------------------------

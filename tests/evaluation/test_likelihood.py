@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from addax_ds.data.encoding import Example
 from addax_ds.data.train_rows import pad
-from addax_ds.evaluation.likelihood import positions_of, scores_of_logits, target_scores, targets_of
+from addax_ds.evaluation.likelihood import (
+    scores_of_logits,
+    target_scores,
+    target_tensors,
+    targets_of,
+)
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.utils.errors import UserError
 from tests.support.tiny import tiny_model
@@ -56,10 +61,9 @@ def test_target_scores(family, whole):
     model = tiny_model(family).eval()
     rows = examples([7, 12, 3])
     batch = pad(rows, 0)
-    targets = targets_of(batch["labels"])
     seen = AllPositions(model) if whole else model
     with torch.no_grad():
-        scores = target_scores(seen, batch, targets, positions_of(targets))
+        scores = target_scores(seen, {**batch, **target_tensors(batch["labels"])})
     for score, row in zip(scores, rows, strict=True):
         ids, labels = (torch.from_numpy(x).long() for x in (row.input_ids, row.labels))
         expected, count = reference(model, ids, labels)
@@ -74,16 +78,14 @@ def test_logits_at_target_positions_alone():
     model.lm_head.register_forward_hook(lambda *args: seen.append(args[2].shape[1]))
     batch = pad(examples([30]), 0)
     batch["labels"][:, :-1] = -100
-    targets = targets_of(batch["labels"])
-    target_scores(model, batch, targets, positions_of(targets))
+    target_scores(model, {**batch, **target_tensors(batch["labels"])})
     assert seen == [1]
 
 
 def test_a_batch_without_targets_goes_through():
     model = tiny_model("opt").eval()
     batch = pad(examples([5]), 0)
-    targets = torch.full((1, 5), NO_LOSS)
-    scores = target_scores(model, batch, targets, positions_of(targets))
+    scores = target_scores(model, {**batch, **target_tensors(torch.full((1, 5), NO_LOSS))})
     assert scores.tolist() == [[0.0, 0.0]]
     scores.sum().backward()
 
@@ -109,7 +111,7 @@ def test_candidates_that_differ_in_the_last_token_share_a_row():
     dataset, model = EvaluationSet(candidates), tiny_model("opt").eval()
     batch = dataset.collator(0)([dataset[index] for index in range(6)])
     assert batch["input_ids"].shape == (2, 9)
-    assert batch["row"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch["target_row"].tolist() == [0, 0, 0, 1, 1, 1]
     with torch.no_grad():
         scores = dataset.score(model, batch)
     for score, row in zip(scores, candidates, strict=True):
@@ -127,13 +129,13 @@ def test_adapters(kind, works):
     }
     model = peft.get_peft_model(tiny_model("llama"), configs[kind]).eval()
     batch = pad(examples([9, 6]), 0)
-    targets = targets_of(batch["labels"])
+    batch |= target_tensors(batch["labels"])
     if not works:
         with pytest.raises(UserError, match="in front of the prompt"):
-            target_scores(model, batch, targets, positions_of(targets))
+            target_scores(model, batch)
         return
     with torch.no_grad():
-        scores = target_scores(model, batch, targets, positions_of(targets))
+        scores = target_scores(model, batch)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        whole = scores_of_logits(model(**inputs).logits, targets)
+        whole = scores_of_logits(model(**inputs).logits, targets_of(batch["labels"]))
     assert torch.allclose(scores, whole, rtol=1e-5)

@@ -11,6 +11,7 @@ import addax_ds
 from addax_ds import kernels
 from addax_ds.kernels import reference
 from addax_ds.kernels.operation import Draw, Operation
+from tests.support.slices import fused
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -47,9 +48,9 @@ def test_a_thousand_random_slices(dtype):
         expected, on_gpu = stored.clone()[offset:], stored.cuda()[offset:]
         kept = torch.zeros(1, dtype=torch.int32)
         kept_on_gpu = kept.cuda()
-        reference.fused(expected, expected, gradient, operation, start, kept)
+        fused(reference, expected, expected, gradient, operation, start, kept)
         moved = None if gradient is None else gradient.cuda()
-        kernels.fused(on_gpu, on_gpu, moved, operation, start, kept_on_gpu)
+        fused(kernels, on_gpu, on_gpu, moved, operation, start, kept_on_gpu)
         assert torch.equal(bits(on_gpu), bits(expected)), (count, start, offset, operation)
         assert torch.equal(kept_on_gpu.cpu(), kept), (count, start, offset, operation)
 

@@ -137,8 +137,8 @@ def set_fused_multiply_add(folder: Path, monkeypatch) -> None:
 def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
     right = cpu.fused
 
-    def wrong(out, weight, gradient, operation, start, kept=None) -> None:
-        right(out, weight, gradient, replace(operation, zo_eps=0.0), start, kept)
+    def wrong(slices, operation, *more) -> None:
+        right(slices, replace(operation, zo_eps=0.0), *more)
 
     monkeypatch.setattr(cpu, "fused", wrong)
 
@@ -146,8 +146,8 @@ def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
 def set_no_report_of_kept_weights(folder: Path, monkeypatch) -> None:
     right = cpu.fused
 
-    def wrong(out, weight, gradient, operation, start, kept=None) -> None:
-        right(out, weight, gradient, operation, start)
+    def wrong(slices, operation, out=None, gradients=None, kept=None) -> None:
+        right(slices, operation, out, gradients)
 
     monkeypatch.setattr(cpu, "fused", wrong)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from addax_ds import kernels
 from addax_ds.kernels import cpu, reference
-from addax_ds.kernels.operation import STREAM_ROUNDING, Draw, Operation
+from addax_ds.kernels.operation import STREAM_ROUNDING, Draw, Operation, Slice
+from tests.support.slices import fused
 
 X86 = platform.machine() == "x86_64"
 # Native width, AVX2 and SSE2 as on older processors, and a width for which there is no intrinsic.
@@ -143,19 +145,58 @@ def check_fused(module: ModuleType, draw: Draw, start: int, count: int, rng: ran
     inside = slice(offset, offset + count)
 
     expected, expected_kept = weight.clone(), new_kept()
-    reference.fused(expected[inside], weight[inside], gradient, operation, start, expected_kept)
+    fused(reference, expected[inside], weight[inside], gradient, operation, start, expected_kept)
     kept = rng.choice((None, new_kept()))
     in_place = rng.random() < 0.5
     before = None if gradient is None else gradient.clone()
     out, source = weight.clone(), weight.clone()
     with threads(rng.choice((1, 2))):
         read = out if in_place else source
-        module.fused(out[inside], read[inside], gradient, operation, start, kept)
+        fused(module, out[inside], read[inside], gradient, operation, start, kept)
     case = (dtype, gradient_type, operation, start, count, offset, in_place)
     assert torch.equal(bits(out), bits(expected)), case  # its surroundings included
     assert kept is None or torch.equal(kept, expected_kept), case
     assert torch.equal(bits(source), bits(weight)), case
     assert gradient is None or torch.equal(bits(gradient), bits(before)), case
+
+
+def check_many_slices(module: ModuleType, number: int, seed: int) -> None:
+    """Compare one call over slices of several parameters with the reference, one by one."""
+    rng = random.Random(seed)
+    for _ in range(number):
+        dtype = rng.choice(WEIGHTS)
+        stochastic = dtype != torch.float32 and rng.random() < 0.5
+        draw = Draw(rng.getrandbits(64), 7, 0, rng.getrandbits(30))
+        c1, zo_eps = rng.choice((0.0, 0.1)), rng.choice((0.0, 1e-3))
+        operation = Operation(draw, 0.875, c1, (1e-3,), zo_eps, stochastic)
+        gradient_type = rng.choice((dtype, torch.float32))
+        slices, gradients, kept = [], [] if c1 else None, torch.zeros(9, dtype=torch.int32)
+        for index in rng.sample(range(9), rng.randrange(1, 9)):
+            start, count = random_slice(rng)
+            offset = rng.choice((0, 0, rng.randrange(MARGIN)))  # often aligned
+            stored = random_tensor(rng, count + MARGIN, dtype)[offset : offset + count]
+            slices.append(Slice(stored, rng.getrandbits(32), start, index))
+            if gradients is not None:
+                gradients.append(torch.randn(count).to(gradient_type))
+        buffer, parts = kernels.room_for(slices)
+        expected_kept, expected = kept.clone(), []
+        for at, each in enumerate(slices):
+            expected.append(torch.empty_like(each.data))
+            alone = [Slice(each.data, each.parameter_id, each.start, each.index)]
+            gradient = None if gradients is None else [gradients[at]]
+            reference.fused(alone, operation, expected[-1], gradient, expected_kept)
+        module.fused(slices, operation, buffer, gradients, kept)
+        for part, each in zip(parts, expected, strict=True):
+            assert torch.equal(bits(part), bits(each))
+        module.fused(slices, operation, None, gradients, kept)
+        for each, result in zip(slices, expected, strict=True):
+            assert torch.equal(bits(each.data), bits(result))
+        assert torch.equal(kept, expected_kept)
+
+
+def test_cpp_works_on_many_slices_at_once(build):
+    check_many_slices(cpu, 100, seed=1)
+    check_many_slices(reference, 5, seed=2)
 
 
 @pytest.mark.slow
@@ -169,12 +210,12 @@ def check_conversions(module: ModuleType) -> None:
     for dtype, stochastic in ROUNDED[1:]:
         weight = every.view(dtype)
         out = torch.empty_like(weight)
-        module.fused(out, weight, None, Operation(DRAW, stochastic=stochastic), 0)
+        fused(module, out, weight, None, Operation(DRAW, stochastic=stochastic), 0)
         assert torch.equal(bits(out), every), (dtype, stochastic)
     for dtype in (torch.float16, torch.bfloat16):
         values = ties(dtype)
         out = torch.full((len(values),), -0.0, dtype=dtype)
-        module.fused(out, out, -values, Operation(DRAW, c1=1.0), 7)
+        fused(module, out, out, -values, Operation(DRAW, c1=1.0), 7)
         expected = values.to(dtype)
         expected[expected.isinf()] = -0.0
         assert torch.equal(bits(out), bits(expected)), dtype
@@ -214,7 +255,7 @@ def check_stochastic_rounding(module: ModuleType) -> None:
         expected[too_large] = 1.5
         out = torch.full((len(value),), 1.5, dtype=dtype)
         operation = Operation(DRAW, c0=0.0, c1=-1.0, stochastic=True)
-        module.fused(out, out, value, operation, 5)
+        fused(module, out, out, value, operation, 5)
         assert torch.equal(out.double(), expected), dtype
 
 
@@ -266,7 +307,7 @@ def test_what_is_not_finite_keeps_the_weight_and_is_reported(build, dtype, stoch
                 out, kept = torch.tensor([weight], dtype=dtype), new_kept()
                 slope = torch.tensor([sign * gradient], dtype=dtype)
                 operation = Operation(DRAW, c1=sign, stochastic=stochastic)
-                module.fused(out, out, slope, operation, 9, kept)
+                fused(module, out, out, slope, operation, 9, kept)
                 case = (module, weight, gradient)
                 assert torch.equal(bits(out), bits(torch.tensor([expected], dtype=dtype))), case
                 assert kept.item() == (1 if is_kept else 7), case
@@ -279,7 +320,7 @@ def test_the_bits_of_a_nan_that_is_kept_stay(build, dtype):
     assert weight.isnan().all()
     for module in (cpu, reference):
         out = torch.empty_like(weight)
-        module.fused(out, weight, torch.ones(40), Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
+        fused(module, out, weight, torch.ones(40), Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
         assert torch.equal(bits(out), bits(weight)), module
 
 
@@ -290,7 +331,7 @@ def test_one_kept_element_is_reported_wherever_it_is(build):
         for at in {*range(min(count, 70)), *range(max(count - 70, 0), count)}:
             gradient[at] = math.nan
             out, kept = torch.ones(count), new_kept()
-            cpu.fused(out, out, gradient, Operation(DRAW, c1=1.0), start, kept)
+            fused(cpu, out, out, gradient, Operation(DRAW, c1=1.0), start, kept)
             gradient[at] = 0.0
             assert kept.item() == 1, (start, count, at)
             assert torch.equal(out, torch.ones(count))
@@ -299,7 +340,7 @@ def test_one_kept_element_is_reported_wherever_it_is(build):
     with threads(2):
         for expected in (1, 7):
             kept = new_kept()
-            cpu.fused(gradient, gradient, gradient, Operation(DRAW, c1=1.0), 0, kept)
+            fused(cpu, gradient, gradient, gradient, Operation(DRAW, c1=1.0), 0, kept)
             assert kept.item() == expected
             gradient[-1] = 0.0
 
@@ -310,7 +351,7 @@ def check_nan_gradients(module: ModuleType) -> None:
     gradient = nans.repeat(1000).view(torch.float32)
     for dtype, stochastic in ROUNDED:
         out, kept = torch.ones(5000, dtype=dtype), new_kept()
-        module.fused(out, out, gradient, Operation(DRAW, c1=1.0, stochastic=stochastic), 0, kept)
+        fused(module, out, out, gradient, Operation(DRAW, c1=1.0, stochastic=stochastic), 0, kept)
         assert torch.equal(out, torch.ones(5000, dtype=dtype)), (dtype, stochastic)
         assert kept.item() == 1
 
@@ -326,7 +367,7 @@ def check_elements_beside_a_slice(module: ModuleType) -> None:
     reference.gaussian(z, DRAW, 0)
     at = z.abs().argmin().item()
     weight, kept = torch.zeros(1, dtype=torch.float16), new_kept()
-    module.fused(weight, weight, None, Operation(DRAW, c2=(-6e4 / z[at].item(),)), at, kept)
+    fused(module, weight, weight, None, Operation(DRAW, c2=(-6e4 / z[at].item(),)), at, kept)
     assert weight.item() == pytest.approx(6e4, rel=1e-3)
     assert kept.item() == 7
 
@@ -345,14 +386,14 @@ def check_overflowing_passes(module: ModuleType) -> None:
         weight[::2].neg_()
         plus, minus = torch.empty_like(weight), torch.empty_like(weight)
         for seen, sign in ((plus, 1), (minus, -1)):
-            module.fused(seen, weight, None, Operation(DRAW, c2=(-sign * zo_eps,)), 3)
+            fused(module, seen, weight, None, Operation(DRAW, c2=(-sign * zo_eps,)), 3)
             assert seen.isfinite().all()
         assert ((plus == weight) ^ (minus == weight)).double().mean() > 0.9
         exact = weight.double() - 0.125 * (plus.double() - minus.double())
         inside = exact.abs() <= largest
         assert 0.4 < inside.double().mean() < 0.6
         out = torch.empty_like(weight)
-        module.fused(out, weight, None, Operation(DRAW, c2=(0.125,), zo_eps=zo_eps), 3)
+        fused(module, out, weight, None, Operation(DRAW, c2=(0.125,), zo_eps=zo_eps), 3)
         assert torch.equal(out, torch.where(inside, exact.to(dtype), weight)), dtype
 
 
@@ -384,7 +425,7 @@ def test_a_gradient_of_another_type_counts_as_fp32(gradient_type):
     for g in (gradient, gradient.float()):
         results.append(torch.empty_like(weight))
         operation = Operation(DRAW, c1=0.1, c2=(0.1,), stochastic=True)
-        kernels.fused(results[-1], weight, g, operation, 5)
+        fused(kernels, results[-1], weight, g, operation, 5)
     assert torch.equal(*results)
 
 
@@ -396,22 +437,22 @@ def test_tensors_must_be_contiguous():
         (torch.zeros(10), torch.zeros(10), weight[::2]),
     ):
         with pytest.raises(AssertionError):
-            kernels.fused(out, source, gradient, Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
+            fused(kernels, out, source, gradient, Operation(DRAW, c1=1.0, c2=(1.0,)), 0)
     with pytest.raises(AssertionError):
         kernels.gaussian(weight[::2], DRAW, 0)
 
 
-@pytest.mark.parametrize("kept", [torch.zeros(1), torch.zeros(2, dtype=torch.int32)])
-def test_the_mark_for_kept_weights_is_one_int32(kept):
+@pytest.mark.parametrize("kept", [torch.zeros(1), torch.zeros(0, dtype=torch.int32)])
+def test_marks_for_kept_weights_are_int32_and_one_for_each_slice(kept):
     weight = torch.zeros(20)
     with pytest.raises(AssertionError):
-        kernels.fused(weight, weight, None, Operation(DRAW), 0, kept)
+        fused(kernels, weight, weight, None, Operation(DRAW), 0, kept)
 
 
 def test_fp32_is_not_rounded_stochastically():
     weight = torch.zeros(20)
     with pytest.raises(AssertionError):
-        kernels.fused(weight, weight, None, Operation(DRAW, stochastic=True), 0)
+        fused(kernels, weight, weight, None, Operation(DRAW, stochastic=True), 0)
 
 
 # ---- Triton --------------------------------------------------------------------------------------
@@ -424,6 +465,7 @@ def test_triton_equals_the_reference_under_the_interpreter(tmp_path):
         "import tests.kernels.test_kernels as t; from addax_ds import kernels\n"
         "module = kernels.implementation('cpu'); assert module.__name__.endswith('gpu')\n"
         "t.check_random_slices(module, 150, seed=3); t.check_conversions(module)\n"
+        "t.check_many_slices(module, 20, seed=4)\n"
         "t.check_stochastic_rounding(module); t.check_overflowing_passes(module)\n"
         "t.check_nan_gradients(module); t.check_elements_beside_a_slice(module)\n"
         "print('compared')"
@@ -468,16 +510,29 @@ def test_triton_compiles_without_fused_multiply_add(
     if weight is None:
         ptx = compiled(gpu.gaussian_kernel, {"out": "*fp32"}, {}, gpu.OPTIONS)
     else:
-        types = {"out": weight, "weight": weight, "gradient": gradient, "kept": kept}
+        out = weight if kept is None else None  # both of these, with a gradient or without one
+        types = {"table": "*i64", "out": out, "kept": kept}
         types |= {"c0": "fp32", "c1": "fp32", "c2": directions * ("fp32",), "zo_eps": "fp32"}
         constants = {"STREAM_ROUNDING": 1, "DIRECTIONS": directions}
         constants |= {"REALISED": realised, "STOCHASTIC": stochastic}
-        constants |= {name: None for name in ("gradient", "kept") if types[name] is None}
+        constants |= {"WEIGHT": element(weight), "GRADIENT": gradient and element(gradient)}
+        constants |= {name: None for name in ("out", "kept") if types[name] is None}
         ptx = compiled(gpu.fused_kernel, types, constants, gpu.OPTIONS)
         fusing = compiled(gpu.fused_kernel, types, constants, {"enable_fp_fusion": True})
         assert re.search(r"\bfma\.rn\.f32", fusing)
+        narrow = weight != "*fp32"
+        assert re.search(
+            r"\bld\.global\S*\.v2\.b32" if narrow else r"\bld\.global\S*\.v4\.b32", ptx
+        )
     assert not re.search(r"\bfma\.|\.ftz|\bsqrt\.approx|\bmad\.rn", ptx)
     assert re.search(r"\bsqrt\.rn\.f32", ptx)
+
+
+def element(pointer: str) -> Any:
+    """The type in Triton that a pointer of its signatures points to."""
+    import triton.language as tl
+
+    return {"*i16": tl.int16, "*fp16": tl.float16, "*fp32": tl.float32}[pointer]
 
 
 def compiled(kernel, types: dict, constants: dict, options: dict) -> str:
@@ -493,5 +548,8 @@ def compiled(kernel, types: dict, constants: dict, options: dict) -> str:
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    # As at run time, where addresses that the allocator gives are multiples of 16.
+    pointers = [i for i, kind in enumerate(signature.values()) if str(kind).startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]

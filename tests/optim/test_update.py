@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import addax_ds
-from addax_ds.optim.update import Step, apply_update, perturb
+from addax_ds.optim.update import Step
+from tests.support.slices import apply_update, perturb
 
 NARROW = [torch.bfloat16, torch.float16]
 STEP = Step(

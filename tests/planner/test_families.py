@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from addax_ds.data.encoding import NO_LOSS
-from addax_ds.evaluation.likelihood import positions_of, target_scores, targets_of
+from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import Batch, Trace, trace
@@ -43,7 +43,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def batch_of(rows: int, length: int) -> tuple[dict[str, Tensor], Tensor]:
+def batch_of(rows: int, length: int) -> dict[str, Tensor]:
     """Return a batch with a target in each row, at positions of their own; the last is padded."""
     ids = torch.randint(3, 300, (rows, length))
     mask = torch.ones_like(ids)
@@ -52,7 +52,7 @@ def batch_of(rows: int, length: int) -> tuple[dict[str, Tensor], Tensor]:
         labels[row, length - 1 - row] = 5
     if rows > 1:
         mask[-1, -1] = 0
-    return {"input_ids": ids, "attention_mask": mask}, targets_of(labels)
+    return {"input_ids": ids, "attention_mask": mask, **target_tensors(labels)}
 
 
 def allocated(
@@ -73,13 +73,12 @@ def allocated(
         model.activation_checkpointing_enable()
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    inputs, targets = batch_of(rows, length)
-    positions = positions_of(targets)
+    batch = batch_of(rows, length)
     tape = Tape(lambda *_: "all")
-    for tensor in (*model.parameters(), *model.buffers(), *inputs.values(), targets, positions):
+    for tensor in (*model.parameters(), *model.buffers(), *batch.values()):
         tape.ignore(tensor)
     with tape, torch.set_grad_enabled(backward):
-        loss = target_scores(model, inputs, targets, positions)[:, 0].sum()
+        loss = target_scores(model, batch)[:, 0].sum()
         if backward:
             loss.backward()
     return tape

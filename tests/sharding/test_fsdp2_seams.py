@@ -134,4 +134,5 @@ def test_a_gather_reads_the_shard_in_no_other_place():
 
 def test_a_property_can_stand_in_for_the_shard():
     assert not hasattr(FSDPParam, "__slots__")
+    assert "fsdp_param.reset_sharded_param()" in inspect.getsource(FSDPParamGroup)
     assert "_sharded_param_data" not in vars(FSDPParam)

@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from addax_ds import kernels
 from addax_ds.optim.gradients import GradientSums
-from addax_ds.optim.update import Step, apply_update, perturb
+from addax_ds.optim.update import Step
 from addax_ds.sharding.base import Shard
 from tests.support.launcher import launch
 from tests.support.ranks import ROOT, run_ranks
+from tests.support.slices import apply_update, perturb
 from tests.support.tiny import rows, write_model, write_rows
 
 CONFIG = json.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text())
@@ -50,9 +51,9 @@ def devices(monkeypatch) -> list[tuple[str, ...]]:
     """The devices of what each call of a kernel got, instead of the call."""
     calls = []
 
-    def fused(out: Any, weight: Any, gradient: Any, *more: Any) -> None:
-        given = [t for t in (out, weight, gradient) if t is not None]
-        calls.append(tuple(t.device.type for t in given))
+    def fused(slices: Any, _: Any, out: Any, gradients: Any, *more: Any) -> None:
+        given = [*(each.data for each in slices), *([] if out is None else [out])]
+        calls.append(tuple(t.device.type for t in (*given, *(gradients or ()))))
 
     def implementation(device_type: str) -> SimpleNamespace:
         calls.append((device_type,))
@@ -71,13 +72,13 @@ def test_a_shard_is_perturbed_and_updated_where_it_lives(devices, home, calls):
         gradient = torch.empty(64, dtype=torch.bfloat16, device="cuda")
         assert perturb(weight, 3, 0, step, 1).device.type == home
         apply_update(weight, gradient, 3, 0, step, decayed=False)
-    assert devices == [(calls,), (calls,) * 2, (calls,), (calls,) * 3]
+    assert devices == [(calls,), (calls,) * 2, (calls,), (calls,) * 2]
 
 
 def test_accumulated_gradients_lie_beside_their_shard():
     """In host memory: for a model that a GPU does not hold, their sum is twice as large."""
     with FakeTensorMode():
-        shard = Shard("weight", 3, 0, torch.empty(64, dtype=torch.bfloat16), True, 0)
+        shard = Shard(torch.empty(64, dtype=torch.bfloat16), parameter_id=3, start=0)
         gradient = torch.empty(64, dtype=torch.bfloat16, device="cuda")
         sums = GradientSums()
         for _ in range(2):

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, OPTConfig
 
 import addax_ds
+from addax_ds import kernels
 from addax_ds.optim.loss_scale import LossScale
 from addax_ds.optim.report import MAX_NON_FINITE_STEPS
 from tests.support.cases import CASES, Case, batches, mean_loss, trainable
@@ -405,3 +408,40 @@ def test_a_vision_tower_is_left_alone_by_training_on_text():
     assert still == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
     assert still
     assert len(still) < len(before)
+
+
+def test_kernels_are_called_for_many_parameters_at_once(monkeypatch):
+    """On a GPU each call is a launch; a step of a block's 16 parameters would take 48 of them."""
+    config = OPTConfig(
+        hidden_size=16,
+        ffn_dim=64,
+        word_embed_proj_dim=16,
+        num_hidden_layers=40,
+        num_attention_heads=2,
+        vocab_size=50,
+        max_position_embeddings=20,
+    )
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    optimizer = addax_ds.Addax(model.parameters(), lr=1e-3)
+    addax_ds.attach(optimizer, model)
+    perturbed, updated = [], []
+    fused = kernels.fused
+
+    def noted(slices, operation, out=None, *more) -> None:
+        (updated if out is None else perturbed).append([each.parameter_id for each in slices])
+        fused(slices, operation, out, *more)
+
+    monkeypatch.setattr(kernels, "fused", noted)
+    tokens = torch.arange(8)[None]
+
+    def loss() -> Tensor:
+        return model(input_ids=tokens, labels=tokens).loss.float()
+
+    optimizer.measure(loss, loss).backward()
+    optimizer.step()
+    every = sorted(info.parameter_id for info in optimizer.sharding.infos)
+    assert len(every) == 40 * 16 + 4
+    assert sorted(chain.from_iterable(updated)) == every
+    assert sorted(chain.from_iterable(perturbed)) == sorted(2 * every)
+    assert len(perturbed) == 2 * (40 + 1)  # the blocks, and what lies outside
+    assert len(updated) <= 40 * 3 + 4

@@ -53,6 +53,9 @@ SOURCES = {
         "self._max_available_parameters_in_numel",
         "self.log_trace_cache_warnings",
         "def release_backward_leftovers(self)",
+        # What passes without a backward leave out.
+        "backward_hooks.append(module.register_forward_hook(_pre_backward_module_hook))",
+        "backward_hooks.append(module.register_forward_pre_hook(_post_backward_module_hook))",
     ),
     Init: (
         "param.all_gather = all_gather",
@@ -64,6 +67,7 @@ SOURCES = {
         "def _convert_to_deepspeed_param(self, param)",
         "self.local_device = ",
         "param.partition = partition",
+        "def partition(param_list=None",
         "param.ds_status = ZeroParamStatus.INFLIGHT",
     ),
     PartitionedParameterCoordinator: (

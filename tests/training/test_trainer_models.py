@@ -169,7 +169,7 @@ def test_label_smoothing_is_refused_because_no_loss_would_see_it(tmp_path):
     seen = []
     for smoother in (None, LabelSmoother(epsilon=0.5)):
         step.label_smoother = smoother
-        training = step.micro_batch_loss(step.model, batch, targets)
+        training = step.micro_batch_loss(step.model, step.prepare_micro_batch(batch), targets)
         evaluation = step.compute_loss(step.model, dict(batch), num_items_in_batch=targets)
         seen.append((training.item(), evaluation.item()))
     assert seen[0] == seen[1]

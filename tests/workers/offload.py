@@ -12,7 +12,7 @@ import deepspeed
 import torch
 
 import addax_ds
-from addax_ds.kernels.operation import Operation
+from addax_ds.kernels.operation import Operation, Slice
 from tests.support.models import tiny_opt
 from tests.workers.teardown import shut_down
 
@@ -27,11 +27,12 @@ def looked_at(config: str) -> dict[str, Any]:
     read, written = set(), set()
     fused = addax_ds.kernels.fused
 
-    def noted(out: Any, weight: Any, gradient: Any, operation: Operation, *more: Any) -> None:
-        read.add(shards.get(weight.data_ptr()))
-        if out is weight:
-            written.add(shards.get(weight.data_ptr()))
-        fused(out, weight, gradient, operation, *more)
+    def noted(slices: list[Slice], operation: Operation, out: Any = None, *more: Any) -> None:
+        found = {shards.get(each.data.data_ptr()) for each in slices}
+        read.update(found)
+        if out is None:
+            written.update(found)
+        fused(slices, operation, out, *more)
 
     addax_ds.kernels.fused = noted
     tokens = torch.arange(64).view(2, 32)

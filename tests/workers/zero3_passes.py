@@ -87,16 +87,15 @@ class CopyWatch:
     def __init__(self, engine: Any, sharding: Any) -> None:
         self.in_modules = 0
         self._copies: list[weakref.ref[Tensor]] = []
-        self._perturb = sharding._perturbed_partition
-        sharding._perturbed_partition = self._watched
+        self._perturb = sharding._perturbed_partitions
+        sharding._perturbed_partitions = self._watched
         for module in engine.module.modules():
             module.register_forward_hook(self._look)
 
-    def _watched(self, parameter: Any) -> Tensor:
-        copy = self._perturb(parameter)
-        if copy is not parameter.ds_tensor:
-            self._copies.append(weakref.ref(copy))
-        return copy
+    def _watched(self, parameters: Any) -> list[tuple[Any, Tensor]]:
+        copies = self._perturb(parameters)
+        self._copies += [weakref.ref(copy) for _, copy in copies]
+        return copies
 
     def _look(self, *_: Any) -> None:
         self.in_modules = max(self.in_modules, self.alive())
