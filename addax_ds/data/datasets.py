@@ -34,7 +34,7 @@ def as_examples(
     Args:
         dataset: rows that are examples; that have ``input_ids`` (and ``labels``, not shifted, -100
             where a token carries no loss; without them all tokens carry loss; what
-            ``attention_mask`` marks with 0 is left out); or that have one of `records.SHAPES`.
+            ``attention_mask`` marks with 0 is left out); or that have one of `shapes.SHAPES`.
         name: what to call the data set in messages.
         tokenizer: for rows of text.
         model_positions: see `encode`.
