@@ -120,8 +120,9 @@ def learnt_turns(
             if not (through.startswith(before) and text.startswith(through)):
                 raise UserError(
                     f"{origin}: the tokenizer's chat template writes the conversation up to "
-                    f"{conversation.places[index]} differently when later text follows, so the assistant's "
-                    "tokens cannot be told apart; write the rows as prompt + completion instead"
+                    f"{conversation.places[index]} differently when later text follows, so the "
+                    "assistant's tokens cannot be told apart; write the rows as prompt + "
+                    "completion instead"
                 )
             turn = through[len(before) :]
             if not turn.strip():
@@ -186,10 +187,10 @@ def _messages(value: object, name: str, origin: str) -> list[dict[str, Any]]:
 
 
 def _require_role(role: str, place: str) -> None:
-    """Raise if the role means the assistant, or is a slip of the pen: its turn would be rendered,
-    and never learnt.
+    """Raise if the role is a slip of the pen, or another name of the assistant's.
 
-    Which other roles there are is the template's business (`_require_known_roles`).
+    Its turn would be rendered, and never learnt. Which other roles there are is the template's
+    business (`_require_known_roles`).
     """
     if not role.strip():
         raise UserError(f"{place} is empty; expected one of {', '.join(_ROLES)}")
@@ -325,7 +326,8 @@ def _check_written(
             if _writes_same(conversation.without(index, keys), tokenizer, text):
                 raise UserError(
                     f"{conversation.origin}: the tokenizer's chat template writes nothing of "
-                    f"{conversation.places[index]}.{given[0]}; use a model whose template does, or take it out"
+                    f"{conversation.places[index]}.{given[0]}; use a model whose template does, or "
+                    "take it out"
                 )
     if conversation.tools and _writes_same(replace(conversation, tools=None), tokenizer, text):
         raise UserError(

@@ -270,7 +270,7 @@ def _string(row: Mapping[str, Any], column: str, origin: str) -> str:
 
 
 def _require_text(record: Record) -> None:
-    """Raise for half a surrogate pair, which JSON can spell ("\\ud800"): tokenizers die on it."""
+    """Raise for half a surrogate pair, which JSON can spell: tokenizers die on it."""
     try:
         record.text.encode("utf-8")
     except UnicodeEncodeError as error:
