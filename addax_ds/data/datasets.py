@@ -57,13 +57,14 @@ def as_examples(
         return [_example(row, origin, *limits) for origin, row in rows.read(0, len(rows))]
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
-    return encode(
+    examples, _ = encode(
         read_records(rows, tokenizer, now=now),
         tokenizer,
         max_length=None,
         model_positions=model_positions,
         vocabulary_size=vocabulary_size,
     )
+    return examples
 
 
 @dataclass(frozen=True)
