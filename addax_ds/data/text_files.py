@@ -77,9 +77,8 @@ class TextRows(ABC):
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = str(path)
-        with open_regular(path) as file:
-            status = os.fstat(file.fileno())
-        self.identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        open_regular(path).close()
+        self.identity = identity_of(path)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -327,6 +326,12 @@ class _Lines:
             raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
         except _UNREADABLE as error:
             raise _unreadable(origin, error) from error
+
+
+def identity_of(path: Path) -> str:
+    """Return a file's real path, size in bytes, and time of change in nanoseconds."""
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 def begins_with(path: Path) -> bytes:
