@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from addax_ds.data.encoding import Example, encode
-from addax_ds.data.records import records_of
+from addax_ds.data.records import read_records
+from addax_ds.data.sources import without_nested_nulls
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ def as_examples(
     Args:
         dataset: rows that are examples; that have ``input_ids`` (and ``labels``, not shifted, -100
             where a token carries no loss; without them all tokens carry loss; what
-            ``attention_mask`` marks with 0 is left out); or that have one of `records.SHAPES`.
+            ``attention_mask`` marks with 0 is left out); or that have one of `shapes.SHAPES`.
         name: what to call the data set in messages.
         tokenizer: for rows of text.
         model_positions: see `encode`.
@@ -50,19 +53,45 @@ def as_examples(
         return [dataset[index] for index in range(len(dataset))]
     if not isinstance(first, Mapping):
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
-    rows = ((f"{name}: row {index}", dataset[index]) for index in range(len(dataset)))
     if "input_ids" in first:
         limits = model_positions or math.inf, vocabulary_size or math.inf
-        return [_example(row, origin, *limits) for origin, row in rows]
+        return [
+            _example(dataset[index], f"{name}: row {index}", *limits)
+            for index in range(len(dataset))
+        ]
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
-    return encode(
-        records_of(rows, name, tokenizer, now=now),
+    examples, _ = encode(
+        read_records(_MapRows(dataset, name), tokenizer, now=now),
         tokenizer,
         max_length=None,
         model_positions=model_positions,
         vocabulary_size=vocabulary_size,
     )
+    return examples
+
+
+@dataclass(frozen=True)
+class _MapRows:
+    """Rows (`addax_ds.data.sources.Rows`) of a map-style data set."""
+
+    dataset: MapDataset
+    name: str
+    identity: str = ""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        of_arrow = isinstance(self.dataset, _arrow_dataset())
+        for index in range(start, min(stop, len(self))):
+            row = self.dataset[index]
+            yield f"{self.name}: row {index}", without_nested_nulls(row) if of_arrow else row
+
+
+def _arrow_dataset() -> Any:
+    """Return the class of Arrow's data sets; if nobody has imported it, no data set is one."""
+    return getattr(sys.modules.get("datasets"), "Dataset", ())
 
 
 def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: float) -> Example:

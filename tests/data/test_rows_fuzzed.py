@@ -14,11 +14,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from addax_ds.data import text_files
 from addax_ds.data.encoding import NO_LOSS, encode
-from addax_ds.data.records import prompt_completion, read_jsonl
+from addax_ds.data.records import prompt_completion
 from addax_ds.utils.errors import UserError
 from tests.data.test_encoding import word_level
-from tests.data.test_records import CHATML, INSTRUCT, NO_MARK, tokenizer_with
+from tests.data.test_records import CHATML, INSTRUCT, NO_MARK, read_jsonl, tokenizer_with
 from tests.support.fuzz import FINITE_JSON, JSON, TEXT, fuzzed, outcome
 
 COLUMNS = ("prompt", "completion", "messages", "text")
@@ -73,6 +74,12 @@ def path(tmp_path_factory) -> Path:
 def check(path: Path, content: bytes) -> None:
     """Compare what `read_jsonl` makes of a file with what `reading` finds in it."""
     path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "_CHUNK", 5)  # so that lines go over the ends of reads
+        compare(path, content)
+
+
+def compare(path: Path, content: bytes) -> None:
     try:
         expected, first_bad = reading(content), None
     except Bad as bad:
@@ -81,7 +88,7 @@ def check(path: Path, content: bytes) -> None:
         with pytest.raises(UserError) as raised:
             read_jsonl(path, tokenizer_with(CHATML))
         message = str(raised.value)
-        place = "the file holds no rows" if first_bad is None else ""
+        place = "there are no rows" if first_bad is None else ""
         assert message.startswith(f"{path}: {place}" if place else f"{path}:{first_bad}: ")
         assert len(message) < 2000
         assert message.isprintable()
@@ -200,7 +207,7 @@ def test_one_bad_line_among_good_ones(path, kind, lines, data):
 
 # ---- chat ----------------------------------------------------------------------------------------
 
-ROLES = st.sampled_from(["user", "assistant", "system", "tool", "observation"])
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "function"])
 WORDS = st.text("ab \u00e9", min_size=1, max_size=5).map(lambda text: f"x{text}")
 MESSAGE = st.fixed_dictionaries({"role": ROLES, "content": WORDS})
 ANY_MESSAGE = st.one_of(
@@ -293,7 +300,7 @@ def test_truncation(kind, prompt, completion, eos, max_length, positions):
     if asked and not head and prompt and not kept:
         good = False  # a target would be left in front
     limits = {"max_length": max_length, "model_positions": positions}
-    example, refusal = outcome(lambda: encode([record], tokenizer, **limits)[0])
+    example, refusal = outcome(lambda: encode([record], tokenizer, **limits)[0][0])
     assert good == (example is not None), refusal
     if example is None:
         assert refusal.startswith(("f:7: ", "--max_length "))
@@ -328,7 +335,7 @@ def test_a_tokenizer_that_fails_names_the_row():
             return TOKENIZERS["plain"](texts, **options)
 
     records = [prompt_completion("a", f" {word}", f"f:{i}") for i, word in enumerate("abc")]
-    assert len(encode(records, Failing(), max_length=None, model_positions=9)) == 3
+    assert len(encode(records, Failing(), max_length=None, model_positions=9)[0]) == 3
     records.append(prompt_completion("a", " boom", "f:9"))
     with pytest.raises(UserError, match=r"^f:9: the tokenizer fails: no such piece"):
         encode(records, Failing(), max_length=None, model_positions=9)
