@@ -21,6 +21,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -61,7 +62,7 @@ from addax_ds.training.steps import StepMixin, plan_steps
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.dtypes import weights_dtype
-from addax_ds.utils.signals import ignore_sigterm, on_sigterm
+from addax_ds.utils.signals import INTERRUPTED, Interrupts, ignore_sigterm, on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -72,27 +73,43 @@ _RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDIC
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `finetune` as a program: a user's mistake is a sentence and exit status 1."""
+    """Run `finetune` as a program: a user's mistake is a sentence and exit status 1.
+
+    Ctrl-C while it trains saves a checkpoint. Whenever it comes, the exit status is 130.
+    """
+    interrupts = Interrupts()
     with mistakes_end_the_program():  # on every rank: a mistake may be on one machine only
-        finetune(argv)
+        finetune(argv, interrupts)
     shutdown()
     ignore_sigterm()  # a launcher may send it again
+    if interrupts.received:
+        raise SystemExit(INTERRUPTED)
 
 
-def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
+def finetune(
+    argv: Sequence[str] | None = None, interrupts: Interrupts | None = None
+) -> dict[str, float]:
     """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds.
 
     ``output_dir`` belongs to this run until it has ended (`addax_ds.checkpoint.ownership`).
+
+    Args:
+        argv: see `parse_arguments`.
+        interrupts: notes Ctrl-C, for the training to stop; None leaves it to Python.
     """
     _start_logging()
     model_args, data_args, args = parse_arguments(argv)
     _set_up(args, model_args)
-    with ownership.held(args):
-        return _finetune(model_args, data_args, args)
+    # A sweep over learning rates writes nothing, beside another run if need be.
+    with nullcontext() if args.find_learning_rate else ownership.held(args):
+        return _finetune(model_args, data_args, args, interrupts)
 
 
 def _finetune(
-    model_args: ModelArguments, data_args: DataArguments, args: AddaxConfig
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: AddaxConfig,
+    interrupts: Interrupts | None,
 ) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     run = Run.of(args, args.settings, sharding)
@@ -117,7 +134,7 @@ def _finetune(
             if resumed is not None:
                 resumed.check(run.with_data(digest, plan[0].threshold))
     check_same_on_all_ranks(dict(_identity(args, model_args, data, digest)))
-    if data.train:
+    if data.train and not args.find_learning_rate:
         ownership.claim(args, None if resumed is None else resumed.folder)
     if args.process_index == 0:
         announce(source, data, plan, args, args.settings, run)
@@ -134,8 +151,11 @@ def _finetune(
         processing_class=tokenizer,
     )
     trainer.template_time, trainer.saves_at_end = template_time, True
+    if args.find_learning_rate:
+        logger.info("%s", trainer.find_learning_rate())
+        return {}
     outputs = Outputs()
-    if data.train and not _train(trainer, data, resumed, outputs):
+    if data.train and not _train(trainer, data, resumed, outputs, interrupts):
         return {}
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
@@ -158,26 +178,42 @@ def _finetune(
 
 
 def _train(
-    trainer: StepMixin, data: Data, resumed: resume.Checkpoint | None, outputs: Outputs
+    trainer: StepMixin,
+    data: Data,
+    resumed: resume.Checkpoint | None,
+    outputs: Outputs,
+    interrupts: Interrupts | None,
 ) -> bool:
-    """Train and save the model and what it took; return whether training came to its end."""
+    """Train and save the model and what it took; return whether training came to its end.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came when there was no step left to stop after; all is saved.
+    """
     trainer.add_callback(Duration(trainer.costs))
     if data.test is not None and data.test_before:
         trainer.add_callback(_TestBeforeTraining(trainer, data.test))
+    noted: AbstractContextManager[None] = nullcontext()
     if isinstance(trainer, AddaxTrainer):
         on_sigterm(trainer.request_stop)
-    result = trainer.train(resume_from_checkpoint=resumed)
+        if interrupts is not None:
+            noted = interrupts.noted(partial(_stop, trainer))
     folder = output_folder(trainer.args)
-    if trainer.stopped:
-        logger.info(
-            "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
-            "--resume_from_checkpoint True",
-            trainer.state.global_step,
-            folder,
-        )
-        return False
-    with outputs.one("the model"):
-        trainer.save_complete_model(folder / "model")
+    with noted:
+        result = trainer.train(resume_from_checkpoint=resumed)
+        interrupted = interrupts is not None and interrupts.received
+        if trainer.stopped:
+            logger.info(
+                "Stopped by %s after step %d, with a checkpoint in %s: go on with "
+                "--resume_from_checkpoint True",
+                "Ctrl-C" if interrupted else "SIGTERM",
+                trainer.state.global_step,
+                folder,
+            )
+            return False
+        with outputs.one("the model"):
+            trainer.save_complete_model(folder / "model")
+    if interrupts is not None and interrupts.received:
+        raise KeyboardInterrupt
     metrics, dev = {**result.metrics, **_costs(trainer)}, _on_dev(trainer)
     with outputs.one("the results of the training"):
         _remove_results(trainer)
@@ -187,6 +223,14 @@ def _train(
     with outputs.one("trainer_state.json"):
         trainer.save_state()  # again after the test rows, if these end well
     return True
+
+
+def _stop(trainer: AddaxTrainer) -> None:
+    trainer.request_stop()
+    logger.info(
+        "\nCtrl-C: the run ends after this step, with a checkpoint. Another one ends it at once, "
+        "without."
+    )
 
 
 # ---- run ---------------------------------------------------------------------------------------

@@ -171,6 +171,8 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_preset(values["deepspeed"])
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
+    if values.get("num_train") == 0:
+        values.setdefault("learning_rate", 0.0)  # nothing is trained
     if values.get("train_file") is None:
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
         if values.get("load_best_model_at_end") or values.get("save_strategy") == "best":
@@ -306,8 +308,9 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--eval_strategy needs dev rows, and there are none with --{name} 0."
     if values.get("num_train") == 0 and (values.get("skip_test") or values.get("num_test") == 0):
         yield "--num_train 0 leaves only the test rows, and they are not to be read."
-    if values.get("num_train") == 0 and values.get("push_to_hub"):
-        yield "--push_to_hub needs a trained model, and nothing is trained with --num_train 0."
+    for name in ("push_to_hub", "find_learning_rate"):
+        if values.get("num_train") == 0 and values.get(name):
+            yield f"--{name} needs training rows, and there are none with --num_train 0."
 
 
 def _ranks() -> int:
