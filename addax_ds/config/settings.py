@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from numbers import Real
+from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -136,8 +135,8 @@ def _learning_rate(args: "AddaxConfig", settled: Any) -> float:
     Raises:
         UserError: it is missing for the others.
     """
-    if isinstance(settled, Real):
-        return float(settled)
+    if settled not in (None, MISSING):
+        return settled
     if args.method in BASELINES:
         return DEFAULTS["learning_rate"]
     if args.find_learning_rate:

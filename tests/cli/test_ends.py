@@ -20,6 +20,7 @@ def run(how: str, folder: Path, ranks: int, **more: Any) -> Outcome:
         "output_dir": folder / "output",
         "use_cpu": True,
         "alpha": 0.01,
+        "learning_rate": 1e-3,
         "length_threshold": 12,
         "per_device_train_batch_size": 2,
         "per_device_zo_batch_size": 1,

@@ -54,6 +54,7 @@ def base(folder: Path) -> dict[str, Any]:
         "model_name_or_path": "x",
         "output_dir": str(folder / "output"),
         "use_cpu": True,
+        "learning_rate": 0.1,
     }
 
 

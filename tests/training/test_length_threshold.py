@@ -409,6 +409,7 @@ def flags(tmp_path_factory) -> list[str]:
         f"--model_name_or_path={folder / 'model'}",
         f"--train_file={folder / 'train.jsonl'}",
         "--length_threshold=auto",
+        "--learning_rate=1e-3",
         "--report_to=none",
         "--disable_tqdm=true",
     ]
