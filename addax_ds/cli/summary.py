@@ -18,6 +18,7 @@ from addax_ds.data.partition import Partition
 from addax_ds.distributed.startup import launcher_patience
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
+from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.memory import describe, run_inputs
 from addax_ds.training.steps import StepMixin, total_steps
@@ -48,6 +49,8 @@ def announce(
         run: the same for all ranks together.
     """
     logger.info("Model: %s, %s", source.label, run.dtype)
+    share = "the whole model" if back_end(run.sharding).replicates else "a part of the model"
+    logger.info("Ranks: %d, sharding %s: %s on each", run.ranks, run.sharding, share)
     logger.info("Data:  %s, %d training examples", data.description, len(data.train))
     if plan is None:
         logger.info("Method: none; nothing is trained, and arguments of training have no effect")

@@ -122,6 +122,7 @@ def _finetune(
         tokenizer = source.load_tokenizer()
         now = datetime.fromisoformat(template_time)
         data = load_data(data_args, tokenizer, source, now)
+    _warn_of_dtype(source, args)
     digest = data_digest(data.train)
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
@@ -151,7 +152,7 @@ def _finetune(
         processing_class=tokenizer,
     )
     trainer.template_time, trainer.saves_at_end = template_time, True
-    if args.find_learning_rate:
+    if isinstance(trainer, AddaxTrainer) and args.find_learning_rate:
         logger.info("%s", trainer.find_learning_rate())
         return {}
     outputs = Outputs()
@@ -266,6 +267,19 @@ def _template_time(resumed: resume.Checkpoint | None) -> str:
     """
     found = None if resumed is None else resumed.written.template_time
     return all_gather_object(found or datetime.now().isoformat())[0]
+
+
+def _warn_of_dtype(source: ModelSource, args: AddaxConfig) -> None:
+    """Warn of weights that nobody has asked to be widened."""
+    stored = getattr(source.config, "dtype", None)
+    narrow = stored in (torch.bfloat16, torch.float16)
+    asked = {"bf16", "fp16"} & args.given_names
+    if narrow and not asked and weights_dtype(args) is torch.float32:
+        logger.warning(
+            "The model's files have weights of %s, and they are trained in fp32, which takes twice "
+            "the memory: give --bf16, or --bf16 False if it is meant.",
+            str(stored).removeprefix("torch."),
+        )
 
 
 def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:

@@ -52,6 +52,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
 
     Attributes:
         settings: how the run trains.
+        given_names: of the fields that a user has given.
 
     Args:
         alpha: weight α of the zeroth-order gradient, above 0 and below 1.
@@ -142,6 +143,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         """
         if given is None:
             given = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        self.given_names: frozenset[str] = frozenset(given)
         source, config, where = self.deepspeed, None, "the DeepSpeed config"
         if source:
             config, where = load_ds_config(source)

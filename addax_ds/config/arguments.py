@@ -5,9 +5,10 @@ exists and before a model is loaded.
 """
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +16,7 @@ from typing import Any, get_type_hints
 from transformers import HfArgumentParser
 
 from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.config.former_flags import FORMER_FLAGS
 from addax_ds.config.presets import find_preset
 from addax_ds.config.values import read_argument_file, type_problems
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
@@ -23,6 +25,8 @@ from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.command_line import Parser, flag
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems
+
+logger = logging.getLogger(__name__)
 
 # What is trained on without --task and --train_file.
 DEMO_TASK = "sst2-demo"
@@ -202,7 +206,7 @@ class _Parser(Parser, HfArgumentParser):
         for word in rest:
             if word.startswith("--"):
                 name = word[2:].partition("=")[0].replace("-", "_")
-                raise UserError(f"Unknown flag --{name}.{did_you_mean(name, names)} See --help.")
+                raise UserError(f"Unknown flag --{name}.{_instead(name, names)} See --help.")
         return {k: v for k, v in vars(namespace).items() if v is not missing}, rest
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -210,7 +214,7 @@ class _Parser(Parser, HfArgumentParser):
         content = read_argument_file(path)
         names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
         unknown = [
-            f"{key}: no such argument.{did_you_mean(str(key), names)}"
+            f"{key}: no such argument.{_instead(str(key), names)}"
             for key in content
             if key not in names
         ]
@@ -221,6 +225,12 @@ class _Parser(Parser, HfArgumentParser):
         scalars = {k: v for k, v in content.items() if v is not None and k not in compound}
         parsed, _ = self._parse([f"--{name}={value}" for name, value in scalars.items()])
         return {**parsed, **compound}
+
+
+def _instead(name: str, names: Collection[str]) -> str:
+    """Return what to give instead of a name that is none, or an empty string."""
+    former = FORMER_FLAGS.get(name)
+    return did_you_mean(name, names) if former is None else f" {former}"
 
 
 def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +261,12 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
         raise UserError(
             f"{flag} needs a launcher, which tells each process its rank: start with "
             f"{chosen.launch_command}."
+        )
+    if chosen.replicates and sharding is None and _ranks() > 1:
+        logger.warning(
+            "Each of the %d ranks holds the whole model: a launcher alone shards nothing. Give "
+            "--deepspeed zero3 or --sharding fsdp2; or --sharding none, if it is meant.",
+            _ranks(),
         )
     for variable, flag in (
         ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),

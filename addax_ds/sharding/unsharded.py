@@ -44,6 +44,7 @@ class Unsharded(Sharding):
     """
 
     name = "none"
+    replicates = True
     is_placed = False
     loads_whole_on = None
 

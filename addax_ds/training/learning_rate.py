@@ -144,7 +144,9 @@ class _Sweeping(TrainerCallback):
             for group in trainer.addax.param_groups:  # also what a schedule in an engine has set
                 group["lr"] = rate
             trainer.training_step(model, trainer.step_batches(step))
-            trainer.optimizer.step()
+            optimizer = trainer.optimizer  # in an engine it has been called
+            assert optimizer is not None
+            optimizer.step()
 
     def _loss(self) -> float:
         """Return the mean loss of the held batches, over ranks, streams and steps."""
