@@ -34,6 +34,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import addax_ds
 from addax_ds.checkpoint import ownership, resume
+from addax_ds.checkpoint.adapters import check_adapters
 from addax_ds.checkpoint.identity import Run
 from addax_ds.cli.data import Data, load_data
 from addax_ds.cli.outputs import Outputs, output_folder
@@ -50,6 +51,7 @@ from addax_ds.distributed.collectives import (
 )
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
+from addax_ds.models.adapters import Lora
 from addax_ds.models.source import ModelSource
 from addax_ds.models.stopping import stop_at
 from addax_ds.optim.methods import BASELINES
@@ -115,9 +117,11 @@ def _finetune(
     run = Run.of(args, args.settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
+    lora = _lora(model_args, args)
     with raise_on_all_ranks():
         if resumed is not None:
             resumed.check(run)
+            check_adapters(resumed.folder, None if lora is None else lora.settings)
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         now = datetime.fromisoformat(template_time)
@@ -141,7 +145,7 @@ def _finetune(
         announce(source, data, plan, args, args.settings, run)
     if data.train and args.push_to_hub:
         reach_hub(args)
-    model = _load_model(source, args, sharding)
+    model = _load_model(source, args, sharding, lora)
     stop_at(model, data.turn_ends, tokenizer)
     baseline = args.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
@@ -282,13 +286,23 @@ def _warn_of_dtype(source: ModelSource, args: AddaxConfig) -> None:
         )
 
 
-def _load_model(source: ModelSource, args: TrainingArguments, sharding: str) -> nn.Module:
+def _lora(model_args: ModelArguments, args: AddaxConfig) -> Lora | None:
+    r, targets = model_args.lora_r, model_args.lora_target_modules
+    if r is None:
+        return None
+    return Lora(r, model_args.lora_alpha or 2 * r, tuple(targets) if targets else None, args.seed)
+
+
+def _load_model(
+    source: ModelSource, args: TrainingArguments, sharding: str, lora: Lora | None
+) -> nn.Module:
     return source.load(
         weights_dtype(args),
         sharding,
         args.device,
         progress=not args.disable_tqdm and args.process_index == 0,
         recomputes=bool(args.activation_checkpointing),
+        lora=lora,
     )
 
 

@@ -62,12 +62,25 @@ class ModelArguments:
     """Arguments of the model."""
 
     model_name_or_path: str | None = flag(
-        None, "Folder or hub name of a causal language model (default: the demo's)."
+        None,
+        "Folder, hub name or .gguf file of a causal language model (default: the demo's). A "
+        ".gguf file is dequantised to bf16 once, into $ADDAX_CACHE.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
     trust_remote_code: bool = flag(False, "Run model code that comes with the checkpoint.")
     attn_implementation: str | None = flag(
         None, "Attention kernel: eager, sdpa, flash_attention_2, ..."
+    )
+    lora_r: int | None = flag(
+        None, "Train LoRA adapters of this rank instead of the weights; needs PEFT."
+    )
+    lora_alpha: int | None = flag(
+        None, "Their product is scaled by lora_alpha / lora_r (default: twice lora_r)."
+    )
+    lora_target_modules: list[str] | None = flag(
+        None,
+        "Names of the linear layers that get adapters, or all-linear: all but the head (default: "
+        "those that PEFT has for the architecture, or all-linear).",
     )
     sharding: str | None = flag(
         None,
@@ -281,12 +294,20 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
 
 
 def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    if values.get("model_name_or_path") is None:
-        for name in ("model_revision", "trust_remote_code"):
-            if values.get(name):
-                yield f"--{name} has no effect without --model_name_or_path."
+    path = values.get("model_name_or_path")
+    for name in ("model_revision", "trust_remote_code"):
+        if values.get(name) and path is None:
+            yield f"--{name} has no effect without --model_name_or_path."
+        elif values.get(name) and str(path).endswith(".gguf"):
+            yield f"--{name} has no effect with a .gguf file; remove it."
     if values.get("cpu_threads", 1) < 1:
         yield "--cpu_threads must be at least 1."
+    for name in ("lora_r", "lora_alpha"):
+        if values.get(name) is not None and values[name] < 1:
+            yield f"--{name} {values[name]}: it must be at least 1."
+    for name in ("lora_alpha", "lora_target_modules"):
+        if values.get(name) is not None and values.get("lora_r") is None:
+            yield f"--{name} has no effect without --lora_r."
 
 
 def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:

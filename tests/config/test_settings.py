@@ -118,7 +118,7 @@ def test_json_alone_wins_over_the_default_and_auto_means_the_argument() -> None:
 @pytest.mark.parametrize("method", ["addax", "addax-wa", "mezo", "ip-sgd"])
 def test_a_learning_rate_has_to_be_given(method: str) -> None:
     options = {"use_cpu": True, "method": method}
-    with pytest.raises(UserError, match="--learning_rate is missing.*--find_learning_rate"):
+    with pytest.raises(UserError, match=r"--learning_rate is missing.*--find_learning_rate"):
         AddaxConfig(**options)
     for rate in (5e-5, 0.0):  # Trainer's default, when it is meant
         args = AddaxConfig(**options, learning_rate=rate)

@@ -27,9 +27,8 @@ def model() -> nn.Module:
 
 
 def evaluator(model: nn.Module, folder, **options: Any) -> AddaxTrainer:
-    args = AddaxConfig(
-        output_dir=str(folder), use_cpu=True, report_to=[], learning_rate=0, **options
-    )
+    given = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "learning_rate": 0}
+    args = AddaxConfig(**given, **options)
     return AddaxTrainer(model, args, processing_class=tiny_tokenizer())
 
 
