@@ -37,6 +37,7 @@ def announce(
     args: TrainingArguments,
     settings: AddaxSettings,
     run: Run,
+    adapted: bool = False,
 ) -> None:
     """Log model, data, method and planned memory, before the model is loaded.
 
@@ -47,6 +48,7 @@ def announce(
         args: of the run.
         settings: how it trains.
         run: the same for all ranks together.
+        adapted: whether adapters alone are trained, of which the planner does not know.
     """
     logger.info("Model: %s, %s", source.label, run.dtype)
     share = "the whole model" if back_end(run.sharding).replicates else "a part of the model"
@@ -58,7 +60,8 @@ def announce(
         streams, schedule = plan
         logger.info("%s", streams.describe([example.length for example in data.train]))
         logger.info("Method: %s", _method(args, run, schedule))
-        logger.info("Memory: %s", _memory(source, data, streams, args, settings, run))
+        memory = _memory(source, data, streams, args, settings, run)
+        logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
     logger.info("Output: %s", output_folder(args).resolve())
 
 

@@ -142,7 +142,7 @@ def _finetune(
     if data.train and not args.find_learning_rate:
         ownership.claim(args, None if resumed is None else resumed.folder)
     if args.process_index == 0:
-        announce(source, data, plan, args, args.settings, run)
+        announce(source, data, plan, args, args.settings, run, adapted=lora is not None)
     if data.train and args.push_to_hub:
         reach_hub(args)
     model = _load_model(source, args, sharding, lora)
