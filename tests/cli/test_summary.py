@@ -71,9 +71,9 @@ def test_a_launcher_s_patience_is_told_where_it_may_end(
         meter.costs = Costs(train_seconds=number * step)
         callback.on_step_end(None, SimpleNamespace(global_step=number, max_steps=9), None)
     if checkpoint is not None:
-        clock[0] += 50.0
-        callback.on_evaluate(None, None, None)
         for _ in range(2):
+            clock[0] += 50.0
+            callback.on_evaluate(None, None, None)
             clock[0] += checkpoint
             callback.on_save(None, None, None)
     assert said.text.count("kills the ranks") == (warned is not None)
