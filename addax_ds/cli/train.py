@@ -67,7 +67,7 @@ from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.signals import INTERRUPTED, Interrupts, ignore_sigterm, on_sigterm
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("addax_ds.cli.train")  # also where ``-m`` calls this __main__
 
 _PACKAGE = Path(__file__).parents[1]
 _OF_ONE_RANK = ("local_rank", "output_dir")

@@ -1,6 +1,8 @@
 """Messages about a run before it starts."""
 
 import logging
+import re
+import runpy
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,3 +110,22 @@ def test_a_run_names_its_back_end_and_widened_weights(tmp_path, capsys):
         output = capsys.readouterr().err
         assert (widened in output) == warned
         assert "Ranks: 1, sharding none: the whole model on each" in output
+
+
+@pytest.mark.usefixtures("program_alone")
+def test_a_search_for_the_learning_rate_says_what_it_saw_and_writes_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    """As a module, as ``deepspeed --module`` and ``torchrun -m`` run the command."""
+    output = tmp_path / "output"
+    flags = ["--method=ip-sgd", "--find_learning_rate", "--per_device_train_batch_size=2"]
+    flags += [f"--model_name_or_path={write_model(tmp_path / 'model')}", f"--output_dir={output}"]
+    flags += [f"--train_file={write_rows(tmp_path / 'rows.jsonl', rows(4, 8))}", "--use_cpu"]
+    monkeypatch.setattr("sys.argv", ["train", *flags])
+    runpy.run_module("addax_ds.cli.train", run_name="__main__")
+    said = capsys.readouterr().err
+    assert "learning rate to be found" in said
+    (proposed,) = re.findall(r"^The lowest loss: --learning_rate (\S+?)[.,]? ", said, re.M)
+    table = dict(re.findall(r"^ +(before|[\d.e-]+): ([\d.]+)$", said, re.M))
+    assert min(table, key=lambda rate: float(table[rate])) == proposed
+    assert not list(output.iterdir())
