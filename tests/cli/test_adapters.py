@@ -120,7 +120,7 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_adapters(folder, alone, tmp_
 def test_sharded_ranks_train_the_same_adapters(sharding, folder, alone, tmp_path):
     chosen = {"deepspeed": "zero3"} if sharding == "zero3" else {"sharding": sharding}
     given = flags(folder, tmp_path, ranks=2, **chosen, save_strategy="no")
-    outcome = launch("launch/train.py", *given, launcher="fork", timeout=150.0)
+    outcome = launch("launch/train.py", *given, launcher="fork")
     assert outcome.status == 0, outcome.output
     for key in ("zo_loss", "fo_loss"):
         assert logged(tmp_path, key) == pytest.approx(logged(alone, key), rel=1e-4)
