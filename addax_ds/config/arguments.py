@@ -305,6 +305,9 @@ def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("lora_r", "lora_alpha"):
         if values.get(name) is not None and values[name] < 1:
             yield f"--{name} {values[name]}: it must be at least 1."
+    modules = values.get("lora_target_modules")
+    if modules is not None and not (modules and all(isinstance(m, str) and m for m in modules)):
+        yield "--lora_target_modules: it must be names of modules, or all-linear."
     for name in ("lora_alpha", "lora_target_modules"):
         if values.get(name) is not None and values.get("lora_r") is None:
             yield f"--{name} has no effect without --lora_r."

@@ -67,7 +67,10 @@ def check(argv: list[str], names: list[str]) -> None:
         )
         return
     values = {name: value for part in parsed for name, value in vars(part).items()}
-    for name in (name for name in names if name in NAMES and name not in DEFAULTS):
+    modules = values["lora_target_modules"]
+    assert modules is None or all(isinstance(module, str) for module in modules)
+    scalars = set(NAMES) - {*DEFAULTS, "lora_target_modules"}
+    for name in scalars.intersection(names):
         assert not isinstance(values[name], list | dict), name
     assert type(values["trust_remote_code"]) is bool
     for name in names:
