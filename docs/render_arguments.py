@@ -119,7 +119,10 @@ micro-batch. |
 def render() -> str:
     """Return the text of `docs/arguments.md`."""
     ranks = f"{DEMO_GLOBAL_BATCH_SIZE} / ranks"
-    machine = {"use_cpu": "where torch sees no accelerator"}
+    machine = {
+        "learning_rate": "none: it has to be given (sgd, adamw: 5e-5)",
+        "use_cpu": "where torch sees no accelerator",
+    }
     return _TEMPLATE.format(
         model=_arguments(ModelArguments),
         data=_arguments(DataArguments),

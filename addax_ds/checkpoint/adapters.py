@@ -1,5 +1,7 @@
 """Weights of PEFT adapters, whatever back end holds them; the frozen base is not saved."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from addax_ds.checkpoint.weights import full_shapes, gather_weights, local_slice
 from addax_ds.distributed.collectives import raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -50,14 +53,42 @@ def save_adapter_configs(model: Any, folder: Path) -> None:
         config.save_pretrained(str(folder))
 
 
+def check_adapters(folder: Path, settings: Mapping[str, Any] | None) -> None:
+    """Check that a run has the adapters of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        settings: of the run's adapters, by PEFT's names; None if it trains whole weights.
+
+    Raises:
+        UserError: if one of them has no adapters, or others.
+    """
+    path = folder / ADAPTER_CONFIG
+    if path.is_file() != (settings is not None):
+        saved, trained = ("adapters of PEFT", "the whole model")[:: 1 if path.is_file() else -1]
+        raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
+    saved_settings = json.loads(path.read_text(encoding="utf-8")) if settings else {}
+    for name, value in (settings or {}).items():
+        if saved_settings.get(name, value) != value:
+            raise UserError(
+                f"{folder}: its adapters have {name} {saved_settings[name]}, and those of this run "
+                f"{value}"
+            )
+
+
 def load_adapters(model: Any, folder: Path) -> None:
     """Fill this rank's shards of the adapters from a folder that `save_adapters` wrote.
 
     Raises:
         UserError: see `addax_ds.checkpoint.weight_files.WeightFiles`.
     """
-    for adapter in model.peft_config:
-        files = WeightFiles(folder if adapter == "default" else folder / adapter, ADAPTER_FILE)
+    for adapter, config in model.peft_config.items():
+        of_adapter = folder if adapter == "default" else folder / adapter
+        kept = {
+            name: getattr(config, name) for name in ("r", "lora_alpha") if hasattr(config, name)
+        }
+        check_adapters(of_adapter, kept)
+        files = WeightFiles(of_adapter, ADAPTER_FILE)
         saved = _saved_names(model, adapter)
         slices = [
             replace(wanted, names=(saved[wanted.names[0]],))

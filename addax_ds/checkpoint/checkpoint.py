@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from addax_ds.checkpoint import atomic, weights
 from addax_ds.checkpoint.adapters import (
+    check_adapters,
     has_adapters,
     load_adapters,
     save_adapter_configs,
@@ -197,18 +198,11 @@ def load_weights(model: nn.Module, folder: Path, progress: bool = False) -> None
     """
     adapters = has_adapters(model)
     with raise_on_all_ranks():
-        _check_same_kind(folder, adapters)
         if adapters:
             load_adapters(model, folder)
         else:
+            check_adapters(folder, None)
             weights.fill(model, folder, progress)
-
-
-def _check_same_kind(folder: Path, adapters: bool) -> None:
-    saved_adapters = (folder / "adapter_config.json").is_file()
-    if saved_adapters != adapters:
-        saved, trained = ("adapters of PEFT", "the whole model")[:: 1 if saved_adapters else -1]
-        raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
 
 
 def _start_folder(folder: Path, args: TrainingArguments, tokenizer: Any) -> None:

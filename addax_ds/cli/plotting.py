@@ -3,6 +3,8 @@
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,11 +51,14 @@ def training_curves(
 ) -> None:
     """Draw loss, g⁰ and accuracy over steps as a PNG at ``path``, replacing it at once.
 
+    A panel is left out if nothing of it was measured.
+
     Args:
         log_history: ``Trainer.state.log_history``. Read from every entry with a ``step``: the
-            losses ``fo_loss`` (or else ``loss``), ``zo_loss`` and ``eval_loss``; the projected
-            gradient ``g0``; the accuracies ``eval_accuracy``, ``test_before_accuracy`` and
-            ``test_accuracy``, between 0 and 1. Values that are not finite leave a gap.
+            losses ``fo_loss`` (or else ``loss``), ``zo_loss``, ``eval_loss``, ``test_before_loss``
+            and ``test_loss``; the projected gradient ``g0``; the accuracies ``eval_accuracy``,
+            ``test_before_accuracy`` and ``test_accuracy``, between 0 and 1. Values that are not
+            finite leave a gap.
         path: the PNG file; its folder is made if need be.
         title: stands above the panels.
         metric: what is drawn in place of accuracy, such as ``f1``.
@@ -63,32 +68,75 @@ def training_curves(
         _save(_figure(log_history, title, metric), Path(path))
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """What one panel shows, over the same steps as the others.
+
+    Attributes:
+        label: of its axis.
+        curves: points, label and colour of each.
+        before: measurements before training.
+        after: measurements after it.
+        percent: whether values are shares, to be written in percent.
+    """
+
+    label: str
+    curves: tuple[tuple[Points, str, str], ...]
+    before: Points = field(default_factory=list)
+    after: Points = field(default_factory=list)
+    percent: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(map(_drawable, (self.before, self.after, *(c[0] for c in self.curves))))
+
+    def draw(self, axes: Axes) -> None:
+        plain_axes(axes, y=self.label)
+        axes.margins(x=0.02, y=0.15)
+        for points, label, color in self.curves:
+            _curve(axes, points, label, color)
+        form = "{:.1%}" if self.percent else "{:.3f}"
+        _marks(axes, self.before, "test, before", "left", form)
+        _marks(axes, self.after, "test, after", "right", form)
+        if axes.lines:
+            place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+            axes.legend(frameon=False, ncols=5, borderpad=0, **place)
+        if self.percent:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+
+
 def _figure(log_history: Sequence[dict[str, Any]], title: str, metric: str) -> Figure:
-    figure = Figure(figsize=(8, 9), layout="constrained")
+    log = partial(_points, log_history)
+    loss = _Panel(
+        "loss",
+        (
+            (log("fo_loss", "loss"), "first-order batch", _BLUE),
+            (log("zo_loss"), "zeroth-order batch", _ORANGE),
+            (log("eval_loss"), "dev", _GREEN),
+        ),
+        log("test_before_loss"),
+        log("test_loss"),
+    )
+    g0 = _Panel("g⁰", ((log("g0"), "projected gradient g⁰", _ORANGE),))
+    of_dev = ((log(f"eval_{metric}"), "dev", _GREEN),)
+    before, after = log(f"test_before_{metric}"), log(f"test_{metric}")
+    score = _Panel(metric, of_dev, before, after, percent=True)
+    panels = [panel for panel in (loss, g0, score) if not panel.is_empty]
+    figure = Figure(figsize=(8, 3 * max(len(panels), 1)), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, g0, accuracy = figure.subplots(3, 1, sharex=True)
     figure.suptitle(title)
-
-    _style(loss, "loss")
-    _curve(loss, _points(log_history, "fo_loss", "loss"), "first-order batch", _BLUE)
-    _curve(loss, _points(log_history, "zo_loss"), "zeroth-order batch", _ORANGE)
-    _curve(loss, _points(log_history, "eval_loss"), "dev", _GREEN)
-    _finish(loss, "no loss was logged")
-
-    _style(g0, "g⁰")
-    _curve(g0, _points(log_history, "g0"), "projected gradient g⁰", _ORANGE)
-    if g0.lines:
-        g0.axhline(0, color=_GREY, linewidth=0.8, zorder=1)
-    _finish(g0, "no zeroth-order pass")
-
-    _style(accuracy, metric)
-    _curve(accuracy, _points(log_history, f"eval_{metric}"), "dev", _GREEN)
-    _marks(accuracy, _points(log_history, f"test_before_{metric}"), "test, before", "left")
-    _marks(accuracy, _points(log_history, f"test_{metric}"), "test, after", "right")
-    _finish(accuracy, f"no {metric} was measured")
-    accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    accuracy.set_xlabel("step")
-    accuracy.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    drawn = figure.subplots(len(panels) or 1, 1, sharex=True, squeeze=False)[:, 0]
+    for panel, axes in zip(panels, drawn, strict=False):
+        panel.draw(axes)
+        if panel is g0:
+            axes.axhline(0, color=_GREY, linewidth=0.8, zorder=1)
+    if not panels:
+        drawn[0].set_axis_off()
+        middle: dict[str, Any] = {"ha": "center", "va": "center", "color": _GREY}
+        drawn[0].text(0.5, 0.5, "nothing was logged", transform=drawn[0].transAxes, **middle)
+        return figure
+    drawn[-1].set_xlabel("step")
+    drawn[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.align_ylabels()
     return figure
 
@@ -103,38 +151,32 @@ def _points(log_history: Sequence[dict[str, Any]], *keys: str) -> Points:
     return points
 
 
-def _style(axes: Axes, label: str) -> None:
-    plain_axes(axes, y=label)
-    axes.margins(x=0.02, y=0.1)
+def _drawable(points: Points) -> bool:
+    return any(math.isfinite(value) for _, value in points)
 
 
 def _curve(axes: Axes, points: Points, label: str, color: str) -> None:
-    if any(math.isfinite(value) for _, value in points):
+    if _drawable(points):
         steps, values = zip(*points, strict=True)
         marker = "o" if len(points) <= _MARKED_POINTS else None
         axes.plot(steps, values, color=color, label=label, marker=marker, markersize=3.5, lw=1.4)
 
 
-def _marks(axes: Axes, points: Points, label: str, side: Literal["left", "right"]) -> None:
-    """Draw single measurements as diamonds, each with its value on the inner side."""
-    if not points:
+def _marks(
+    axes: Axes, points: Points, label: str, side: Literal["left", "right"], form: str
+) -> None:
+    """Draw single measurements as diamonds, each with its value above it."""
+    if not _drawable(points):
         return
     steps, values = zip(*points, strict=True)
     face = "white" if side == "left" else "black"
     axes.plot(steps, values, "D", color="black", markerfacecolor=face, markersize=7, label=label)
     for point in points:
-        offset = (10, -4) if side == "left" else (-10, -4)
-        axes.annotate(f"{point[1]:.1%}", point, offset, textcoords="offset points", ha=side)
-
-
-def _finish(axes: Axes, if_empty: str) -> None:
-    if axes.lines:
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderpad=0)
-    else:
-        axes.set_yticks([])
-        axes.text(
-            0.5, 0.5, if_empty, transform=axes.transAxes, ha="center", va="center", color=_GREY
+        offset = (-4, 8) if side == "left" else (4, 8)
+        text = axes.annotate(
+            form.format(point[1]), point, offset, textcoords="offset points", ha=side
         )
+        text.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1})
 
 
 def _save(figure: Figure, path: Path) -> None:

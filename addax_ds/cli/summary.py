@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from addax_ds.cli.outputs import output_folder
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.batches import StepSchedule
 from addax_ds.data.partition import Partition
+from addax_ds.distributed.startup import launcher_patience
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
+from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.memory import describe, run_inputs
 from addax_ds.training.steps import StepMixin, total_steps
@@ -33,6 +37,7 @@ def announce(
     args: TrainingArguments,
     settings: AddaxSettings,
     run: Run,
+    adapted: bool = False,
 ) -> None:
     """Log model, data, method and planned memory, before the model is loaded.
 
@@ -43,8 +48,11 @@ def announce(
         args: of the run.
         settings: how it trains.
         run: the same for all ranks together.
+        adapted: whether adapters alone are trained, of which the planner does not know.
     """
     logger.info("Model: %s, %s", source.label, run.dtype)
+    share = "the whole model" if back_end(run.sharding).replicates else "a part of the model"
+    logger.info("Ranks: %d, sharding %s: %s on each", run.ranks, run.sharding, share)
     logger.info("Data:  %s, %d training examples", data.description, len(data.train))
     if plan is None:
         logger.info("Method: none; nothing is trained, and arguments of training have no effect")
@@ -52,7 +60,8 @@ def announce(
         streams, schedule = plan
         logger.info("%s", streams.describe([example.length for example in data.train]))
         logger.info("Method: %s", _method(args, run, schedule))
-        logger.info("Memory: %s", _memory(source, data, streams, args, settings, run))
+        memory = _memory(source, data, streams, args, settings, run)
+        logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
     logger.info("Output: %s", output_folder(args).resolve())
 
 
@@ -62,7 +71,8 @@ def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
         parts += [f"{name} {run.hyperparameters[name]:g}" for name in ("alpha", "zo_eps")]
         if (directions := run.hyperparameters["zo_directions"]) > 1:
             parts.append(f"directions {directions}")
-    parts.append(f"learning rate {args.learning_rate:g}")
+    finding = getattr(args, "find_learning_rate", False)
+    parts.append(f"learning rate {'to be found' if finding else format(args.learning_rate, 'g')}")
     batches = (("K0", run.zeroth_order_batch), ("K1", run.first_order_batch))
     parts += [f"{name} {size}" for name, size in batches if size]
     steps = total_steps(args, schedule)
@@ -92,18 +102,22 @@ def _memory(
 
 
 class Duration(TrainerCallback):
-    """Logs an estimate of the remaining time after a few steps."""
+    """Logs, after a few steps, how long the rest takes, and what a launcher may not wait for."""
 
     def __init__(self, costs: CostMeter) -> None:
         self._costs = costs
         self._first: tuple[int, float] | None = None
+        self._step: float | None = None
+        self._since = 0.0
+        self._warned = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._since = time.monotonic()
         now = state.global_step, self._costs.costs.train_seconds
         if self._first is None:  # this step was the one that warms up
             self._first = now
         elif now[0] == self._first[0] + _STEPS_TO_TIME:
-            seconds = (now[1] - self._first[1]) / _STEPS_TO_TIME
+            self._step = seconds = (now[1] - self._first[1]) / _STEPS_TO_TIME
             left = state.max_steps - now[0]
             logger.info(
                 "A step takes %.2f s: %.0f min for the %d that are left, evaluations and "
@@ -112,6 +126,41 @@ class Duration(TrainerCallback):
                 seconds * left / 60,
                 left,
             )
+            self._warn_of_launcher()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._since = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._warn_of_launcher(time.monotonic() - self._since)
+
+    def _warn_of_launcher(self, checkpoint: float | None = None) -> None:
+        """Warn, once, that a launcher may kill the ranks before they have saved.
+
+        Args:
+            checkpoint: seconds that one has taken; None if there was none yet.
+        """
+        patience = launcher_patience()
+        if patience is None or self._step is None or self._warned:
+            return
+        launcher, limit = patience
+        # Without one to go by, a checkpoint may take twice as long as the step before it.
+        needed = 3 * self._step if checkpoint is None else self._step + checkpoint
+        if needed <= limit:
+            return
+        self._warned = True
+        saved = "" if checkpoint is None else f" and a checkpoint {checkpoint:.1f} s"
+        logger.warning(
+            "Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint. A step "
+            "takes %.1f s%s, and %s kills the ranks %g s after it was told to end: %s",
+            self._step,
+            saved,
+            launcher,
+            limit,
+            "start torchrun with TORCH_ELASTIC_SHUTDOWN_TIMEOUT set to more seconds"
+            if launcher == "torchrun"
+            else f"send SIGTERM to one rank instead (kill -TERM {os.getpid()})",
+        )
 
 
 def report(trainer: StepMixin, title: str, metric: str) -> dict[str, float]:

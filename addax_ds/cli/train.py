@@ -1,10 +1,11 @@
 """The recipe behind ``launch/train.py``: arguments, data, model, train, evaluate, save.
 
 Features: the tasks of the papers; tasks, files and data sets of one's own; any causal language
-model of Transformers; DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each
-rank; bf16, fp16 or fp32 weights; resuming, also on another number of ranks; evaluation during
-training on the dev rows, and on the test rows once at the end (of the demo and of files before
-training, too); without training rows, the model as it is on the test rows.
+model of Transformers, also out of a GGUF file; all weights or LoRA adapters; DeepSpeed ZeRO-3 with
+parameter offload, FSDP2, or the whole model on each rank; bf16, fp16 or fp32 weights; a search for
+the learning rate; resuming, also on another number of ranks; evaluation during training on the dev
+rows, and on the test rows once at the end (of the demo and of files before training, too); without
+training rows, the model as it is on the test rows.
 
 It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
 ``train_results.json``, ``dev_results.json``, ``test_results.json``, ``predictions_test.jsonl``,
@@ -21,6 +22,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -33,6 +35,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import addax_ds
 from addax_ds.checkpoint import ownership, resume
+from addax_ds.checkpoint.adapters import check_adapters
 from addax_ds.checkpoint.identity import Run
 from addax_ds.cli.data import Data, load_data
 from addax_ds.cli.outputs import Outputs, output_folder
@@ -50,6 +53,7 @@ from addax_ds.distributed.collectives import (
 from addax_ds.distributed.nodes import replicas_of
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
+from addax_ds.models.adapters import Lora
 from addax_ds.models.source import ModelSource
 from addax_ds.models.stopping import stop_at
 from addax_ds.optim.methods import BASELINES
@@ -62,9 +66,9 @@ from addax_ds.training.steps import StepMixin, plan_steps
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.dtypes import weights_dtype
-from addax_ds.utils.signals import ignore_sigterm, on_sigterm
+from addax_ds.utils.signals import INTERRUPTED, Interrupts, ignore_sigterm, on_sigterm
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("addax_ds.cli.train")  # also where ``-m`` calls this __main__
 
 _PACKAGE = Path(__file__).parents[1]
 _OF_ONE_RANK = ("local_rank", "output_dir")
@@ -73,27 +77,43 @@ _RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDIC
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `finetune` as a program: a user's mistake is a sentence and exit status 1."""
+    """Run `finetune` as a program: a user's mistake is a sentence and exit status 1.
+
+    Ctrl-C while it trains saves a checkpoint. Whenever it comes, the exit status is 130.
+    """
+    interrupts = Interrupts()
     with mistakes_end_the_program():  # on every rank: a mistake may be on one machine only
-        finetune(argv)
+        finetune(argv, interrupts)
     shutdown()
     ignore_sigterm()  # a launcher may send it again
+    if interrupts.received:
+        raise SystemExit(INTERRUPTED)
 
 
-def finetune(argv: Sequence[str] | None = None) -> dict[str, float]:
+def finetune(
+    argv: Sequence[str] | None = None, interrupts: Interrupts | None = None
+) -> dict[str, float]:
     """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds.
 
     ``output_dir`` belongs to this run until it has ended (`addax_ds.checkpoint.ownership`).
+
+    Args:
+        argv: see `parse_arguments`.
+        interrupts: notes Ctrl-C, for the training to stop; None leaves it to Python.
     """
     _start_logging()
     model_args, data_args, args = parse_arguments(argv)
     _set_up(args, model_args)
-    with ownership.held(args):
-        return _finetune(model_args, data_args, args)
+    # A sweep over learning rates writes nothing, beside another run if need be.
+    with nullcontext() if args.find_learning_rate else ownership.held(args):
+        return _finetune(model_args, data_args, args, interrupts)
 
 
 def _finetune(
-    model_args: ModelArguments, data_args: DataArguments, args: AddaxConfig
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: AddaxConfig,
+    interrupts: Interrupts | None,
 ) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     with raise_on_all_ranks():
@@ -101,13 +121,16 @@ def _finetune(
     run = replace(Run.of(args, args.settings, sharding), replicas=replicas)
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
+    lora = _lora(model_args, args)
     with raise_on_all_ranks():
         if resumed is not None:
             resumed.check(run)
+            check_adapters(resumed.folder, None if lora is None else lora.settings)
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         now = datetime.fromisoformat(template_time)
         data = load_data(data_args, tokenizer, source, now)
+    _warn_of_dtype(source, args)
     digest = data_digest(data.train)
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
@@ -120,13 +143,13 @@ def _finetune(
             if resumed is not None:
                 resumed.check(run.with_data(digest, plan[0].threshold))
     check_same_on_all_ranks(dict(_identity(args, model_args, data, digest)))
-    if data.train:
+    if data.train and not args.find_learning_rate:
         ownership.claim(args, None if resumed is None else resumed.folder)
     if args.process_index == 0:
-        announce(source, data, plan, args, args.settings, run)
+        announce(source, data, plan, args, args.settings, run, adapted=lora is not None)
     if data.train and args.push_to_hub:
         reach_hub(args)
-    model = _load_model(source, args, run)
+    model = _load_model(source, args, run, lora)
     stop_at(model, data.turn_ends, tokenizer)
     baseline = args.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
@@ -137,8 +160,11 @@ def _finetune(
         processing_class=tokenizer,
     )
     trainer.template_time, trainer.saves_at_end = template_time, True
+    if isinstance(trainer, AddaxTrainer) and args.find_learning_rate:
+        logger.info("%s", trainer.find_learning_rate())
+        return {}
     outputs = Outputs()
-    if data.train and not _train(trainer, data, resumed, outputs):
+    if data.train and not _train(trainer, data, resumed, outputs, interrupts):
         return {}
     if data.test is not None:
         metrics = trainer.evaluate(data.test, metric_key_prefix="test")
@@ -161,26 +187,42 @@ def _finetune(
 
 
 def _train(
-    trainer: StepMixin, data: Data, resumed: resume.Checkpoint | None, outputs: Outputs
+    trainer: StepMixin,
+    data: Data,
+    resumed: resume.Checkpoint | None,
+    outputs: Outputs,
+    interrupts: Interrupts | None,
 ) -> bool:
-    """Train and save the model and what it took; return whether training came to its end."""
+    """Train and save the model and what it took; return whether training came to its end.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came when there was no step left to stop after; all is saved.
+    """
     trainer.add_callback(Duration(trainer.costs))
     if data.test is not None and data.test_before:
         trainer.add_callback(_TestBeforeTraining(trainer, data.test))
+    noted: AbstractContextManager[None] = nullcontext()
     if isinstance(trainer, AddaxTrainer):
         on_sigterm(trainer.request_stop)
-    result = trainer.train(resume_from_checkpoint=resumed)
+        if interrupts is not None:
+            noted = interrupts.noted(partial(_stop, trainer))
     folder = output_folder(trainer.args)
-    if trainer.stopped:
-        logger.info(
-            "Stopped by SIGTERM after step %d, with a checkpoint in %s: go on with "
-            "--resume_from_checkpoint True",
-            trainer.state.global_step,
-            folder,
-        )
-        return False
-    with outputs.one("the model"):
-        trainer.save_complete_model(folder / "model")
+    with noted:
+        result = trainer.train(resume_from_checkpoint=resumed)
+        interrupted = interrupts is not None and interrupts.received
+        if trainer.stopped:
+            logger.info(
+                "Stopped by %s after step %d, with a checkpoint in %s: go on with "
+                "--resume_from_checkpoint True",
+                "Ctrl-C" if interrupted else "SIGTERM",
+                trainer.state.global_step,
+                folder,
+            )
+            return False
+        with outputs.one("the model"):
+            trainer.save_complete_model(folder / "model")
+    if interrupts is not None and interrupts.received:
+        raise KeyboardInterrupt
     metrics, dev = {**result.metrics, **_costs(trainer)}, _on_dev(trainer)
     with outputs.one("the results of the training"):
         _remove_results(trainer)
@@ -190,6 +232,14 @@ def _train(
     with outputs.one("trainer_state.json"):
         trainer.save_state()  # again after the test rows, if these end well
     return True
+
+
+def _stop(trainer: AddaxTrainer) -> None:
+    trainer.request_stop()
+    logger.info(
+        "\nCtrl-C: the run ends after this step, with a checkpoint. Another one ends it at once, "
+        "without."
+    )
 
 
 # ---- run ---------------------------------------------------------------------------------------
@@ -227,7 +277,29 @@ def _template_time(resumed: resume.Checkpoint | None) -> str:
     return all_gather_object(found or datetime.now().isoformat())[0]
 
 
-def _load_model(source: ModelSource, args: TrainingArguments, run: Run) -> nn.Module:
+def _warn_of_dtype(source: ModelSource, args: AddaxConfig) -> None:
+    """Warn of weights that nobody has asked to be widened."""
+    stored = getattr(source.config, "dtype", None)
+    narrow = stored in (torch.bfloat16, torch.float16)
+    asked = {"bf16", "fp16"} & args.given_names
+    if narrow and not asked and weights_dtype(args) is torch.float32:
+        logger.warning(
+            "The model's files have weights of %s, and they are trained in fp32, which takes twice "
+            "the memory: give --bf16, or --bf16 False if it is meant.",
+            str(stored).removeprefix("torch."),
+        )
+
+
+def _lora(model_args: ModelArguments, args: AddaxConfig) -> Lora | None:
+    r, targets = model_args.lora_r, model_args.lora_target_modules
+    if r is None:
+        return None
+    return Lora(r, model_args.lora_alpha or 2 * r, tuple(targets) if targets else None, args.seed)
+
+
+def _load_model(
+    source: ModelSource, args: TrainingArguments, run: Run, lora: Lora | None
+) -> nn.Module:
     return source.load(
         weights_dtype(args),
         run.sharding,
@@ -235,6 +307,7 @@ def _load_model(source: ModelSource, args: TrainingArguments, run: Run) -> nn.Mo
         replicas=run.replicas,
         progress=not args.disable_tqdm and args.process_index == 0,
         recomputes=bool(args.activation_checkpointing),
+        lora=lora,
     )
 
 

@@ -23,6 +23,7 @@ from addax_ds.utils.messages import raise_problems
 # Where Transformers' own defaults would be refused or would not run.
 GENERAL_DEFAULTS: dict[str, Any] = {
     "output_dir": "output",
+    "learning_rate": None,
     "max_grad_norm": 0.0,
     "use_cpu": not torch.accelerator.is_available(),
 }
@@ -41,7 +42,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
     ``launch/train.py`` takes the same, as flags. docs/arguments.md lists them, with their defaults
     and with what Addax does with each field of Trainer. Defaults that differ from Trainer's:
     ``output_dir`` is "output", ``max_grad_norm`` 0, and ``use_cpu`` true where torch sees no
-    accelerator.
+    accelerator. ``learning_rate`` has none, but for "sgd" and "adamw".
 
     All of it is checked when it is made, and settled once against the DeepSpeed JSON: a
     hyperparameter or number of micro-batches that stands there alone wins over a default, and a
@@ -51,6 +52,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
 
     Attributes:
         settings: how the run trains.
+        given_names: of the fields that a user has given.
 
     Args:
         alpha: weight α of the zeroth-order gradient, above 0 and below 1.
@@ -62,6 +64,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         device_memory: GB of a rank, for "auto".
         per_device_zo_batch_size: rows of a zeroth-order micro-batch.
         desync_check_steps: steps between two comparisons of the ranks; 0 for none.
+        find_learning_rate: there is to be no training, but `AddaxMixin.find_learning_rate`.
         given: for parsers: names of the fields that a user has given (default: those that differ
             from their defaults). What is not given yields to the DeepSpeed JSON.
 
@@ -94,7 +97,13 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         "Steps between two comparisons of the ranks' weights and step values, which "
         "read the weights twice; 0 for none.",
     )
+    find_learning_rate: bool = flag(
+        False,
+        "Train a few steps at each of ten learning rates, from the same weights, say which lowers "
+        "the loss most, and end. Nothing is written (docs/choosing.md).",
+    )
     output_dir: str | None = _default("output_dir")
+    learning_rate: float = _default("learning_rate")
     max_grad_norm: float = _default("max_grad_norm")
     use_cpu: bool = _default("use_cpu")
     given: InitVar[Collection[str] | None] = None
@@ -134,6 +143,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         """
         if given is None:
             given = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        self.given_names: frozenset[str] = frozenset(given)
         source, config, where = self.deepspeed, None, "the DeepSpeed config"
         if source:
             config, where = load_ds_config(source)

@@ -5,9 +5,10 @@ exists and before a model is loaded.
 """
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +16,7 @@ from typing import Any, get_type_hints
 from transformers import HfArgumentParser
 
 from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.config.former_flags import FORMER_FLAGS
 from addax_ds.config.presets import find_preset
 from addax_ds.config.values import read_argument_file, type_problems
 from addax_ds.data.shapes import parse_columns
@@ -25,6 +27,8 @@ from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.command_line import Parser, flag
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, raise_problems
+
+logger = logging.getLogger(__name__)
 
 # What is trained on without --task and --train_file.
 DEMO_TASK = "sst2-demo"
@@ -66,12 +70,25 @@ class ModelArguments:
     """Arguments of the model."""
 
     model_name_or_path: str | None = flag(
-        None, "Folder or hub name of a causal language model (default: the demo's)."
+        None,
+        "Folder, hub name or .gguf file of a causal language model (default: the demo's). A "
+        ".gguf file is dequantised to bf16 once, into $ADDAX_CACHE.",
     )
     model_revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
     trust_remote_code: bool = flag(False, "Run model code that comes with the checkpoint.")
     attn_implementation: str | None = flag(
         None, "Attention kernel: eager, sdpa, flash_attention_2, ..."
+    )
+    lora_r: int | None = flag(
+        None, "Train LoRA adapters of this rank instead of the weights; needs PEFT."
+    )
+    lora_alpha: int | None = flag(
+        None, "Their product is scaled by lora_alpha / lora_r (default: twice lora_r)."
+    )
+    lora_target_modules: list[str] | None = flag(
+        None,
+        "Names of the linear layers that get adapters, or all-linear: all but the head (default: "
+        "those that PEFT has for the architecture, or all-linear).",
     )
     sharding: str | None = flag(
         None,
@@ -198,6 +215,8 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
         values["deepspeed"] = find_preset(values["deepspeed"])
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
     _check_replicas(values)
+    if values.get("num_train") == 0:
+        values.setdefault("learning_rate", 0.0)  # nothing is trained
     if values.get("train_file") is None and values.get("dataset_name") is None:
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
         if values.get("load_best_model_at_end") or values.get("save_strategy") == "best":
@@ -233,7 +252,7 @@ class _Parser(Parser, HfArgumentParser):
         for word in rest:
             if word.startswith("--"):
                 name = word[2:].partition("=")[0].replace("-", "_")
-                raise UserError(f"Unknown flag --{name}.{did_you_mean(name, names)} See --help.")
+                raise UserError(f"Unknown flag --{name}.{_instead(name, names)} See --help.")
         return {k: v for k, v in vars(namespace).items() if v is not missing}, rest
 
     def _names(self) -> list[str]:
@@ -254,7 +273,7 @@ class _Parser(Parser, HfArgumentParser):
         content = read_argument_file(path)
         names = self._names()
         unknown = [
-            f"{key}: no such argument.{did_you_mean(str(key), names)}"
+            f"{key}: no such argument.{_instead(str(key), names)}"
             for key in content
             if key not in names
         ]
@@ -265,6 +284,12 @@ class _Parser(Parser, HfArgumentParser):
         scalars = {k: v for k, v in content.items() if v is not None and k not in compound}
         parsed, _ = self._parse([f"--{name}={value}" for name, value in scalars.items()])
         return {**parsed, **compound}
+
+
+def _instead(name: str, names: Collection[str]) -> str:
+    """Return what to give instead of a name that is none, or an empty string."""
+    former = FORMER_FLAGS.get(name)
+    return did_you_mean(name, names) if former is None else f" {former}"
 
 
 def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,6 +321,12 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
             f"{flag} needs a launcher, which tells each process its rank: start with "
             f"{chosen.launch_command}."
         )
+    if chosen.replicates and sharding is None and _ranks() > 1:
+        logger.warning(
+            "Each of the %d ranks holds the whole model: a launcher alone shards nothing. Give "
+            "--deepspeed zero3 or --sharding fsdp2; or --sharding none, if it is meant.",
+            _ranks(),
+        )
     for variable, flag in (
         ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
         ("ACCELERATE_USE_DEEPSPEED", "--deepspeed zero3"),
@@ -319,15 +350,26 @@ def _check_replicas(values: Mapping[str, Any]) -> None:
 
 
 def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    if values.get("model_name_or_path") is None:
-        for name in ("model_revision", "trust_remote_code"):
-            if values.get(name):
-                yield f"--{name} has no effect without --model_name_or_path."
+    path = values.get("model_name_or_path")
+    for name in ("model_revision", "trust_remote_code"):
+        if values.get(name) and path is None:
+            yield f"--{name} has no effect without --model_name_or_path."
+        elif values.get(name) and str(path).endswith(".gguf"):
+            yield f"--{name} has no effect with a .gguf file; remove it."
     replicas = values.get("replicas", "1")
     if replicas != "node" and not (replicas.isdecimal() and int(replicas) > 0):
         yield f"--replicas {replicas}: it must be a number from 1 on, or node."
     if values.get("cpu_threads", 1) < 1:
         yield "--cpu_threads must be at least 1."
+    for name in ("lora_r", "lora_alpha"):
+        if values.get(name) is not None and values[name] < 1:
+            yield f"--{name} {values[name]}: it must be at least 1."
+    modules = values.get("lora_target_modules")
+    if modules is not None and not (modules and all(isinstance(m, str) and m for m in modules)):
+        yield "--lora_target_modules: it must be names of modules, or all-linear."
+    for name in ("lora_alpha", "lora_target_modules"):
+        if values.get(name) is not None and values.get("lora_r") is None:
+            yield f"--{name} has no effect without --lora_r."
 
 
 def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -387,8 +429,9 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--eval_strategy needs dev rows, and there are none with --{name} 0."
     if values.get("num_train") == 0 and (values.get("skip_test") or values.get("num_test") == 0):
         yield "--num_train 0 leaves only the test rows, and they are not to be read."
-    if values.get("num_train") == 0 and values.get("push_to_hub"):
-        yield "--push_to_hub needs a trained model, and nothing is trained with --num_train 0."
+    for name in ("push_to_hub", "find_learning_rate"):
+        if values.get("num_train") == 0 and values.get(name):
+            yield f"--{name} needs training rows, and there are none with --num_train 0."
 
 
 def _ranks() -> int:

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from addax_ds.config.deepspeed import pick, value_at
+from addax_ds.config.training_arguments import DEFAULTS
 from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameters
 from addax_ds.optim.methods import BASELINES, METHODS, Method
 from addax_ds.utils.dtypes import weights_dtype
@@ -84,6 +85,7 @@ def settle(
         known.name: _settle(known.flag, known.json_key, config, args, given, where, known.default)
         for known in HYPERPARAMETERS
     }
+    args.learning_rate = values["lr"] = _learning_rate(args, values["lr"])
     alpha = values["alpha"]
     if args.method not in _FIXED_ALPHA and not 0 < alpha < 1:
         instead = "mezo" if alpha == 1 else "ip-sgd"
@@ -125,6 +127,25 @@ def _settle(
     if value is not None:
         setattr(args, flag, settled)
     return settled
+
+
+def _learning_rate(args: "AddaxConfig", settled: Any) -> float:
+    """Return the rate; one that nobody has given is Trainer's for the methods that it is for.
+
+    Raises:
+        UserError: it is missing for the others.
+    """
+    if settled not in (None, MISSING):
+        return settled
+    if args.method in BASELINES:
+        return DEFAULTS["learning_rate"]
+    if args.find_learning_rate:
+        return 0.0
+    raise UserError(
+        f"--learning_rate is missing. Trainer's default, {DEFAULTS['learning_rate']:g}, is a rate "
+        f"for Adam; --method {args.method} needs another one. Give it, or have one proposed: "
+        "--find_learning_rate (docs/choosing.md)."
+    )
 
 
 def check_can_resume(method: Method) -> None:
@@ -180,8 +201,18 @@ def _contradictions(args: "AddaxConfig", given: Collection[str]) -> Iterator[str
         yield "--save_strategy best needs --eval_strategy: without evaluations none is the best."
     if method in BASELINES and args.fp16:
         yield f"--method {method} trains in bf16 or fp32: remove --fp16."
+    if args.find_learning_rate:
+        yield from _without_a_rate(args, given)
     if method in BASELINES and not args.deepspeed:
         yield f"--method {method} is DeepSpeed's: give --deepspeed zero3."
+
+
+def _without_a_rate(args: "AddaxConfig", given: Collection[str]) -> Iterator[str]:
+    if args.method in BASELINES:
+        yield f"--find_learning_rate is for Addax's methods, not for --method {args.method}."
+    for name in ("learning_rate", "resume_from_checkpoint", "push_to_hub"):
+        if name in given and getattr(args, name) not in (None, False):
+            yield f"--{name} has no effect with --find_learning_rate; remove one of them."
 
 
 def _warn(args: "AddaxConfig", max_grad_norm: float, steps: int) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from addax_ds.utils.signals import Flag, ignore_sigterm_until
+from addax_ds.utils.signals import Flag, ignore_signals_until
 
 T = TypeVar("T")
 
@@ -23,9 +23,9 @@ T = TypeVar("T")
 class RankLoader(DataLoader[T]):
     """A `DataLoader` of one rank's batches, whatever way the rank ends.
 
-    A launcher sends SIGTERM to workers, too, while the rank saves a checkpoint, so they ignore it.
-    Python ends what is left of them by the same signal when the rank ends, and waits for them. So
-    the rank first tells them that it ends.
+    A launcher sends SIGTERM to workers, too, and a terminal SIGINT, while the rank saves a
+    checkpoint, so they ignore both. Python ends what is left of them by SIGTERM when the rank ends,
+    and waits for them. So the rank first tells them that it ends.
 
     Tensors of workers travel by value. torch would share their memory, for which each holds a file
     open, and an item may have hundreds: a step of many micro-batches.
@@ -46,7 +46,7 @@ class RankLoader(DataLoader[T]):
         **options: Any,
     ) -> None:
         if num_workers > 0:
-            options["worker_init_fn"] = partial(ignore_sigterm_until, _flag_of_end(os.getpid()))
+            options["worker_init_fn"] = partial(ignore_signals_until, _flag_of_end(os.getpid()))
             collate_fn = partial(_by_value, collate_fn)
         super().__init__(dataset, collate_fn=collate_fn, num_workers=num_workers, **options)
 

@@ -63,6 +63,18 @@ def launched_as_rank_zero() -> bool:
     return next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0") == "0"
 
 
+def launcher_patience() -> tuple[str, float] | None:
+    """Return the launcher, and the seconds after which it kills ranks that it has told to end.
+
+    None where there is no launcher, or one whose patience is not known.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of accelerate launch, too
+        return "torchrun", float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+    if "CROSS_SIZE" in os.environ:  # as its launch.py has it, which takes no option
+        return "deepspeed", 30.0
+    return None
+
+
 def _first_words(word: str) -> list[str]:
     """Return the word of each rank, by way of the store that the process group will use."""
     global _start_store

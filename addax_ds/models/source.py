@@ -33,7 +33,8 @@ from addax_ds.checkpoint.weights import files_of, local_slices
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.data.encoding import embeddings_of, longest_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
-from addax_ds.models import demo
+from addax_ds.models import demo, gguf
+from addax_ds.models.adapters import Lora, base_slices
 from addax_ds.models.empty import empty_model
 from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end
@@ -51,7 +52,7 @@ class ModelSource:
     """A model's folder or hub name, known to have a configuration.
 
     Attributes:
-        path: folder or hub name.
+        path: folder or hub name; of a GGUF file the folder that it was unpacked into.
         label: what a report calls it.
         config: its configuration.
         options: of every ``from_pretrained``: revision and whether remote code may run.
@@ -70,11 +71,13 @@ class ModelSource:
 
         Raises:
             UserError: if there is none, or its folder leads out of the folder, to code or to an
-                adapter.
+                adapter; or a GGUF file cannot be unpacked.
         """
-        path, label = model_args.model_name_or_path, model_args.model_name_or_path
-        if path is None:
+        path = label = model_args.model_name_or_path or ""
+        if not path:
             path, label = str(demo.model_folder()), demo.MODEL_LABEL
+        elif path.endswith(gguf.SUFFIX):
+            path, label = _unpacked(Path(path)), f"{path}, dequantised to bf16"
         options = {
             "revision": model_args.model_revision,
             "trust_remote_code": model_args.trust_remote_code,
@@ -86,7 +89,7 @@ class ModelSource:
             if not model_args.trust_remote_code:
                 _check_kernel(config)
             _check_folder(Path(path))
-        return cls(path, label or path, config, options, model_args.attn_implementation)
+        return cls(path, label, config, options, model_args.attn_implementation)
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -116,6 +119,7 @@ class ModelSource:
         replicas: int = 1,
         progress: bool = False,
         recomputes: bool = False,
+        lora: Lora | None = None,
     ) -> nn.Module:
         """Load the model; every rank has to call it.
 
@@ -133,6 +137,7 @@ class ModelSource:
             replicas: copies of the weights, each sharded over consecutive ranks.
             progress: whether to show a bar if it takes long.
             recomputes: whether it is to be trained with activation checkpointing.
+            lora: adapters that are to be trained alone; or None.
 
         Raises:
             UserError: on all ranks, if one cannot load it, some of its weights are in no file, or
@@ -158,11 +163,17 @@ class ModelSource:
         other_form = next(filter(None, all_gather_object(other_form)), None)
         if other_form is not None:
             model = self._load_whole(dtype, chosen, other_form)
+        if lora is not None:
+            with raise_on_all_ranks(), _refused("cannot add adapters"):
+                model = lora.add_to(model)
+        if other_form is not None:
             chosen.shard_loaded(model, on, **layout)
-            return model
-        chosen.lay_out(model, on, **layout)
-        with raise_on_all_ranks(), _refused(where):
-            files.fill(local_slices(model), progress)
+        else:
+            chosen.lay_out(model, on, **layout)
+            with raise_on_all_ranks(), _refused(where):
+                files.fill(base_slices(model), progress)
+        if lora is not None:
+            lora.fill(model)
         return model
 
     def _load_whole(self, dtype: torch.dtype, sharding: type[Sharding], why: str) -> nn.Module:
@@ -267,6 +278,12 @@ class ModelSource:
     def _fetch(self, names: list[str]) -> Path:
         revision = self.options["revision"]
         return Path(snapshot_download(self.path, revision=revision, allow_patterns=names))
+
+
+def _unpacked(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"--model_name_or_path {file}: there is no such file")
+    return str(gguf.unpacked(file, file.stem))
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -122,7 +122,7 @@ class _Search:
         self._fixed = fixed
         self._targets = inputs.zeroth_order.targets
         every = sorted(example.length for example in examples)
-        self._longest = every[-1]
+        self._every, self._longest = every, every[-1]
         self._lengths = dividing_lengths(every, self._k0, self._k1)
         if not self._lengths:
             raise UserError(
@@ -188,7 +188,13 @@ class _Search:
         assert found is not None  # the shortest one fits
         place = self._lengths.index(found) + 1
         if place == len(self._lengths):
-            return found, f"a larger one leaves fewer than K0 = {self._k0} longer sequences"
+            reason = f"a larger one leaves fewer than K0 = {self._k0} longer sequences"
+            if self._memory(self._longest, parts).total <= budget:
+                reason += (
+                    f". These, {sum(one > found for one in self._every)} of {len(self._every)}, "
+                    "should fit first-order, too: --method ip-sgd takes them so"
+                )
+            return found, reason
         larger = self._lengths[place]
         total = self._memory(larger, parts).total
         return found, f"{larger} would need {gigabytes(total)}"

@@ -17,6 +17,7 @@ from addax_ds.optim.methods import IN_PLACE
 from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
+from addax_ds.training.learning_rate import Sweep, find_learning_rate
 from addax_ds.training.steps import StepMixin
 from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.errors import UserError
@@ -170,6 +171,13 @@ class AddaxMixin(StepMixin):
             if "input_ids" in batch
         )
         return tokens * self.addax.sharding.trainable_elements
+
+    def find_learning_rate(self) -> Sweep:
+        """Try learning rates; see `addax_ds.training.learning_rate.find_learning_rate`.
+
+        It is for a trainer whose ``args`` have ``find_learning_rate`` set, and no learning rate.
+        """
+        return find_learning_rate(self)
 
     # ---- stopping ------------------------------------------------------------------------------
 

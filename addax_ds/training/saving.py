@@ -24,6 +24,7 @@ from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.sharding.registry import back_end, back_end_of
 from addax_ds.training.costs import CostMeter, Costs
 from addax_ds.training.hub import UploadingMixin
+from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,11 @@ class SavingMixin(UploadingMixin):
             UserError: if the checkpoint is damaged or of another run (see `resume.find`), or
                 ``output_dir`` belongs to another run (see `addax_ds.checkpoint.ownership`).
         """
+        if self.args.find_learning_rate:
+            raise UserError(
+                "find_learning_rate is set, so there is no learning rate to train with: call "
+                "find_learning_rate() of the trainer, or set learning_rate"
+            )
         self.resumed_step = 0
         with ownership.held(self.args):
             found = resume_from_checkpoint

@@ -198,6 +198,12 @@ class StepMixin(SavingMixin):
         assert self._steps is not None
         return self._steps.tokens(step)
 
+    def step_batches(self, step: int) -> dict[str, Any]:
+        """Return this rank's part of the batches of a step; see `StepBatches`."""
+        if self._steps is None:
+            raise UserError(f"{type(self).__name__}: training needs a train_dataset")
+        return self._steps[step]
+
     @property
     def stopped(self) -> bool:
         """True if ``train`` ended early on request."""

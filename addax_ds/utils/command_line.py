@@ -1,6 +1,7 @@
 """Shared handling of command lines."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,9 @@ from dataclasses import field
 from typing import Any, NoReturn
 
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.signals import INTERRUPTED
+
+logger = logging.getLogger(__name__)
 
 
 def flag(default: Any, text: str, **more: Any) -> Any:
@@ -25,9 +29,15 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def mistakes_end_the_program() -> Iterator[None]:
-    """End the program for a `UserError`: its message on standard error, and exit status 1."""
+    """End the program for a `UserError`: its message on standard error, and exit status 1.
+
+    Ctrl-C ends it with a sentence, too, and with status 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        logger.warning("Interrupted.")
+        raise SystemExit(INTERRUPTED) from None
     except UserError as error:
         print(f"\naddax_ds: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error

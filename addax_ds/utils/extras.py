@@ -10,6 +10,7 @@ _EXTRAS = {
     "deepspeed": ("deepspeed", "psutil", "pydantic"),
     "train": (*_TRAIN, "transformers", "yaml"),
     "plots": ("matplotlib",),
+    "lora": ("peft",),
 }
 
 

@@ -20,6 +20,7 @@ def run(how: str, folder: Path, ranks: int, **more: Any) -> Outcome:
         "output_dir": folder / "output",
         "use_cpu": True,
         "alpha": 0.01,
+        "learning_rate": 1e-3,
         "length_threshold": 12,
         "per_device_train_batch_size": 2,
         "per_device_zo_batch_size": 1,
@@ -62,3 +63,24 @@ def test_a_run_whose_processes_are_all_told_to_stop_saves_and_ends(tmp_path):
     assert len(workers(tmp_path)) == 4
     assert ends_in_time(workers(tmp_path))
     verify(tmp_path / "output" / "checkpoint-2")
+
+
+def test_ctrl_c_saves_and_ends(tmp_path):
+    """Pressed once, though two signals come: workers and the rank get both."""
+    outcome = run("interrupt", tmp_path, 1)
+    assert outcome.status == 130, outcome.output
+    assert outcome.output.count("Ctrl-C: the run ends after this step, with a checkpoint") == 1
+    assert "Stopped by Ctrl-C after step 2, with a checkpoint in" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert len(workers(tmp_path)) == 2
+    assert ends_in_time(workers(tmp_path))
+    verify(tmp_path / "output" / "checkpoint-2")
+    assert not (tmp_path / "output" / "model").exists()
+
+
+def test_another_ctrl_c_ends_at_once(tmp_path):
+    outcome = run("interrupt-twice", tmp_path, 1)
+    assert outcome.status == 130, outcome.output
+    assert "Traceback" not in outcome.output
+    assert ends_in_time(workers(tmp_path))
+    assert not (tmp_path / "output" / "checkpoint-2").exists()

@@ -46,7 +46,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def flags(values: dict[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in values.items()]
+    given = {"learning_rate": 0.05, **values}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 # ---- refused before the model is loaded, in this process ----------------------------------------
@@ -87,6 +88,11 @@ ARGUMENTS = {
     "no-checkpoint": ({"resume_from_checkpoint": True}, ["there is no checkpoint in"]),
     "no-such-checkpoint": ({"resume_from_checkpoint": "/no/folder"}, ["/no/folder", "no such"]),
     "not-a-checkpoint": ({"resume_from_checkpoint": "/usr"}, ["/usr", "no checkpoint"]),
+    "no-rate": (
+        {"learning_rate": None},
+        ["--learning_rate is missing", "5e-05, is a rate for Adam", "--find_learning_rate"],
+    ),
+    "rate-and-search": ({"find_learning_rate": True}, ["--learning_rate has no effect with"]),
     "alpha-1": ({"alpha": 1.0}, ["alpha", "--method mezo"]),
     "eval-on-start": ({"eval_on_start": True}, ["--eval_on_start need data"]),
     "schedule": ({"lr_scheduler_type": "warmup_stable_decay"}, ["num_decay_steps"]),

@@ -10,12 +10,12 @@ from matplotlib.image import imread
 from addax_ds.cli.plotting import training_curves
 
 LOG = [
-    {"step": 0, "test_before_accuracy": 0.52},
+    {"step": 0, "test_before_accuracy": 0.52, "test_before_loss": 2.5},
     {"step": 1, "loss": 1.5, "zo_loss": 1.7, "g0": -3.0, "learning_rate": 1e-3, "epoch": 0.5},
     {"step": 2, "loss": 1.25, "fo_loss": 1.2, "zo_loss": 1.4, "g0": math.nan, "epoch": 1.0},
     {"step": 2, "eval_loss": 1.1, "eval_accuracy": 0.7},
     {"step": 3, "loss": 1.0, "zo_loss": 1.3, "g0": 4.0},
-    {"step": 3, "test_accuracy": 0.8, "train_runtime": 12.0},
+    {"step": 3, "test_accuracy": 0.8, "test_loss": 0.9, "train_runtime": 12.0},
     {"note": "an entry without a step"},
 ]
 
@@ -44,7 +44,11 @@ def test_every_logged_value_is_drawn_where_it_belongs(tmp_path, figures):
         "first-order batch": [(1, 1.5), (2, 1.2), (3, 1.0)],
         "zeroth-order batch": [(1, 1.7), (2, 1.4), (3, 1.3)],
         "dev": [(2, 1.1)],
+        "test, before": [(0, 2.5)],
+        "test, after": [(3, 0.9)],
     }
+    assert [text.get_text() for text in loss.texts] == ["2.500", "0.900"]
+    assert [text.get_text() for text in accuracy.texts] == ["52.0%", "80.0%"]
     (points,) = curves(g0).values()
     np.testing.assert_array_equal(points, [(1, -3), (2, math.nan), (3, 4)])
     assert curves(accuracy) == {
@@ -59,10 +63,10 @@ def test_every_logged_value_is_drawn_where_it_belongs(tmp_path, figures):
 
 def test_dollar_signs_are_no_formula(tmp_path, figures):
     title, metric = "/models/cost $5 {or $6", "a $\\frac$"
-    training_curves([{"step": 1, "loss": 1.0}], tmp_path / "curves.png", title, metric)
+    log = [{"step": 1, f"eval_{metric}": 1.0}]
+    training_curves(log, tmp_path / "curves.png", title, metric)
     assert figures[0].get_suptitle() == title
-    texts = [text.get_text() for axes in figures[0].axes for text in axes.texts]
-    assert f"no {metric} was measured" in texts
+    assert [axes.get_ylabel() for axes in figures[0].axes] == [metric]
 
 
 def test_file_is_a_picture(tmp_path):
@@ -74,13 +78,29 @@ def test_file_is_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("entry", "panels"),
+    [
+        ({"loss": 1.5, "test_loss": 1.0}, ["loss"]),
+        ({"test_before_loss": 1.5}, ["loss"]),
+        ({"loss": 1.5, "zo_loss": 2.0, "g0": 0.5}, ["loss", "g⁰"]),
+        ({"loss": math.nan, "eval_accuracy": 0.5}, ["accuracy"]),
+        ({"fo_loss": 1.5, "test_accuracy": 0.5}, ["loss", "accuracy"]),
+    ],
+)
+def test_what_was_not_measured_has_no_panel(entry, panels, tmp_path, figures):
+    training_curves([{"step": 1, **entry}], tmp_path / "curves.png", "Some")
+    assert [axes.get_ylabel() for axes in figures[0].axes] == panels
+    assert all(axes.lines for axes in figures[0].axes)
+    assert figures[0].axes[-1].get_xlabel() == "step"
+
+
+@pytest.mark.parametrize(
     "log", [[], [{"step": 1, "learning_rate": 1e-3}], [{"step": 1, "g0": math.inf}]]
 )
-def test_panels_without_data_say_so(log, tmp_path, figures):
+def test_nothing_to_draw_is_said(log, tmp_path, figures):
     training_curves(log, tmp_path / "curves.png", "Nothing")
-    for axes in figures[0].axes:
-        assert not axes.lines
-        assert axes.texts[0].get_text().startswith("no ")
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in axes.texts] == ["nothing was logged"]
 
 
 def test_failed_write_keeps_the_former_picture(tmp_path, monkeypatch):

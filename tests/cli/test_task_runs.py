@@ -38,6 +38,7 @@ def flags(model: Path, output: Path, task: str, **values: Any) -> list[str]:
         "task_data": FIXTURES / task,
         "per_device_eval_batch_size": 3,
         "report_to": "none",
+        **({} if values.get("num_train") == 0 else {"learning_rate": 0.01}),
         **values,
     }
     return [f"--{name}={value}" for name, value in given.items()]
@@ -296,7 +297,8 @@ def test_two_ranks_that_share_the_model_predict_the_same_to_the_bit(model, tmp_p
         ({"validation_file": __file__}, "--validation_file needs --train_file"),
         ({"num_train": 0, "eval_strategy": "epoch"}, "needs dev rows, and there are none"),
         ({"num_train": 0, "skip_test": True}, "leaves only the test rows"),
-        ({"num_train": 0, "push_to_hub": True}, "--push_to_hub needs a trained model"),
+        ({"num_train": 0, "push_to_hub": True}, "--push_to_hub needs training rows"),
+        ({"num_train": 0, "find_learning_rate": True}, "--find_learning_rate needs training"),
         ({"num_train": 5, "num_dev": 12}, "none is left for train"),
     ],
 )

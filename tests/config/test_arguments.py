@@ -40,7 +40,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(tmp_path: Path, **kwargs: Any) -> AddaxConfig:
-    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "seed": 0}
+    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "seed": 0, "learning_rate": 0.1}
     return AddaxConfig(**(defaults | kwargs))
 
 
@@ -359,9 +359,10 @@ def test_demo_batch_is_divided(launched: None, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("own", ["data", "model"])
 def test_preset_is_for_the_demo_only(own: str, rows: str) -> None:
     flags = ["--train_file", rows] if own == "data" else ["--model_name_or_path", "x"]
-    *_, training = parse_arguments(flags)
+    with pytest.raises(UserError, match="--learning_rate is missing"):
+        parse_arguments(flags)
+    *_, training = parse_arguments([*flags, "--learning_rate=1e-3"])
     assert training.max_steps == -1
-    assert training.learning_rate == DEFAULTS["learning_rate"]
     assert training.output_dir == "output"
     assert training.max_grad_norm == 0
 

@@ -48,7 +48,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-LISTS = ("train_file", "validation_file", "test_file", "columns")
+LISTS = ("train_file", "validation_file", "test_file", "columns", "lora_target_modules")
 
 
 def base(folder: Path) -> dict[str, Any]:
@@ -57,6 +57,7 @@ def base(folder: Path) -> dict[str, Any]:
         "model_name_or_path": "x",
         "output_dir": str(folder / "output"),
         "use_cpu": True,
+        "learning_rate": 0.1,
     }
 
 
@@ -69,6 +70,8 @@ def check(argv: list[str], names: list[str]) -> None:
         )
         return
     values = {name: value for part in parsed for name, value in vars(part).items()}
+    modules = values["lora_target_modules"]
+    assert modules is None or all(isinstance(module, str) for module in modules)
     for name in (name for name in names if name in NAMES and name not in DEFAULTS):
         assert not isinstance(values[name], dict), name
         assert not isinstance(values[name], list) or name in LISTS, name

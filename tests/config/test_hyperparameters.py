@@ -71,7 +71,8 @@ else:
 # Python, and the JSON with and without Trainer
 block = {"type": "Addax", "params": {"zo_dummy": 4}}
 args = addax_ds.AddaxConfig(
-    "output", use_cpu=True, per_device_train_batch_size=1, deepspeed={**json, "optimizer": block}
+    "output", use_cpu=True, per_device_train_batch_size=1, learning_rate=0.1,
+    deepspeed={**json, "optimizer": block},
 )
 assert args.settings.hyperparameters.zo_dummy == 4
 assert args.hf_deepspeed_config.config["optimizer"]["params"]["zo_dummy"] == 4

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from addax_ds import AddaxConfig, UserError
 from addax_ds.config.addax_config import divide_batches
@@ -23,6 +24,8 @@ def config(json_params: dict[str, Any] | None = None, **options: Any) -> AddaxCo
         block = {"type": "Addax", "params": json_params}
         deepspeed = {"zero_optimization": {"stage": 3}, "optimizer": block}
     defaults = {"use_cpu": True, "per_device_train_batch_size": 6, "deepspeed": deepspeed}
+    if "lr" not in (json_params or {}):
+        defaults["learning_rate"] = 0.1
     return AddaxConfig(**(defaults | options))
 
 
@@ -104,11 +107,34 @@ def test_json_alone_wins_over_the_default_and_auto_means_the_argument() -> None:
     assert args.settings.hyperparameters == Hyperparameters(**in_json)
     assert (args.seed, args.learning_rate) == (5, 0.1)
     auto = dict.fromkeys(("alpha", "zo_eps", "rounding", "seed", "lr"), "auto")
-    given = settled(auto, alpha=0.3, zo_eps=1e-2, rounding="nearest", seed=4).hyperparameters
+    rest = {"rounding": "nearest", "seed": 4, "learning_rate": 0.1}
+    given = settled(auto, alpha=0.3, zo_eps=1e-2, **rest).hyperparameters
     assert (given.alpha, given.zo_eps, given.rounding, given.seed) == (0.3, 1e-2, "nearest", 4)
     assert settled({"alpha": 0.3}, alpha=0.3).hyperparameters.alpha == 0.3
     # A JSON that is shared between methods may keep its zo_eps.
     assert settled({"zo_eps": 1e-2}, method="ip-sgd").hyperparameters.alpha == 0
+
+
+@pytest.mark.parametrize("method", ["addax", "addax-wa", "mezo", "ip-sgd"])
+def test_a_learning_rate_has_to_be_given(method: str) -> None:
+    options = {"use_cpu": True, "method": method}
+    with pytest.raises(UserError, match=r"--learning_rate is missing.*--find_learning_rate"):
+        AddaxConfig(**options)
+    for rate in (5e-5, 0.0):  # Trainer's default, when it is meant
+        args = AddaxConfig(**options, learning_rate=rate)
+        assert args.learning_rate == args.settings.hyperparameters.lr == rate
+    assert AddaxConfig(**options, find_learning_rate=True).settings.hyperparameters.lr == 0
+    with pytest.raises(UserError, match="--learning_rate has no effect with --find_learning_rate"):
+        AddaxConfig(**options, find_learning_rate=True, learning_rate=5e-5)
+
+
+@pytest.mark.parametrize("method", ["sgd", "adamw"])
+def test_baselines_keep_trainer_s_learning_rate(method: str) -> None:
+    deepspeed = {"zero_optimization": {"stage": 3}}
+    args = AddaxConfig(use_cpu=True, method=method, deepspeed=deepspeed)
+    assert args.learning_rate == TrainingArguments("output", use_cpu=True).learning_rate
+    with pytest.raises(UserError, match="--find_learning_rate is for Addax's methods"):
+        AddaxConfig(use_cpu=True, method=method, deepspeed=deepspeed, find_learning_rate=True)
 
 
 @pytest.mark.parametrize(

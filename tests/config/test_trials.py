@@ -24,7 +24,7 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**options: Any) -> AddaxConfig:
-    return AddaxConfig(**({"use_cpu": True, "max_steps": 20} | options))
+    return AddaxConfig(**({"use_cpu": True, "max_steps": 20, "learning_rate": 0.1} | options))
 
 
 def of_schedule(kind: str, **own: Any) -> dict[str, Any]:

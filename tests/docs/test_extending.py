@@ -146,7 +146,7 @@ except addax_ds.UserError as error:
 else:
     raise AssertionError("a value outside the range was taken")
 
-config = addax_ds.AddaxConfig(output_dir="output", max_g0=2.0)
+config = addax_ds.AddaxConfig(output_dir="output", learning_rate=1e-3, max_g0=2.0)
 assert config.settings.hyperparameters.max_g0 == 2.0
 
 from addax_ds.config.arguments import parse_arguments

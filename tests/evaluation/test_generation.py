@@ -30,6 +30,7 @@ def scores_of(model: nn.Module, dataset: GenerationSet, folder: Path, batch: int
         output_dir=str(folder),
         use_cpu=True,
         report_to=[],
+        learning_rate=0,
         per_device_eval_batch_size=batch,
     )
     trainer = AddaxTrainer(model, args, processing_class=tiny_tokenizer())

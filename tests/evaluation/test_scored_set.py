@@ -27,7 +27,8 @@ def model() -> nn.Module:
 
 
 def evaluator(model: nn.Module, folder, **options: Any) -> AddaxTrainer:
-    args = AddaxConfig(output_dir=str(folder), use_cpu=True, report_to=[], **options)
+    given = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "learning_rate": 0}
+    args = AddaxConfig(**given, **options)
     return AddaxTrainer(model, args, processing_class=tiny_tokenizer())
 
 
@@ -105,7 +106,7 @@ def test_several_data_sets_and_the_mode(model, tmp_path):
 def test_own_compute_metrics(model, tmp_path):
     """Then Trainer's evaluation runs as it does without Addax."""
     data = examples(rows(2, 3))
-    args = AddaxConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    args = AddaxConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], learning_rate=0)
     trainer = AddaxTrainer(
         model,
         args,

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
-from addax_ds.models import demo
+from addax_ds.models import demo, gguf
 from addax_ds.utils.errors import UserError
 from tests.support.packages import is_installed
 
@@ -51,14 +51,14 @@ def first_use(tmp_path_factory):
     )
     zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
     messages = Messages()
-    demo.logger.addHandler(messages)
-    level = demo.logger.level
-    demo.logger.setLevel(logging.DEBUG)
+    gguf.logger.addHandler(messages)
+    level = gguf.logger.level
+    gguf.logger.setLevel(logging.DEBUG)
     try:
         folder = demo.model_folder(cache)
     finally:
-        demo.logger.setLevel(level)
-        demo.logger.removeHandler(messages)
+        gguf.logger.setLevel(level)
+        gguf.logger.removeHandler(messages)
         output, errors = other.communicate(timeout=200)
     assert zero3.is_zero3()  # Alive until here: Transformers keeps only a weak reference.
     return folder, Path(output.splitlines()[-1]), "\n".join(messages.seen) + errors
@@ -89,7 +89,7 @@ def test_two_processes_share_one_conversion(first_use):
 
 @needs_model
 def test_second_use_converts_nothing(folder, monkeypatch):
-    monkeypatch.setattr(demo, "_convert_in_subprocess", pytest.fail)
+    monkeypatch.setattr(gguf, "_convert_in_subprocess", pytest.fail)
     assert demo.model_folder(folder.parent) == folder
 
 
@@ -182,7 +182,7 @@ def converter(tmp_path, monkeypatch):
 def test_failed_conversion_leaves_nothing_that_looks_finished(tmp_path, converter):
     cache = tmp_path / "cache"
     converter("dies")
-    with pytest.raises(RuntimeError, match=r"model\.gguf failed"):
+    with pytest.raises(UserError, match=r"model\.gguf cannot be unpacked: status 3"):
         demo.model_folder(cache)
     assert not [path for path in cache.iterdir() if path.is_dir()]
     converter("makes")

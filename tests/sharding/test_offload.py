@@ -110,6 +110,7 @@ def test_nvme_and_hierarchical_partitioning_end_all_ranks_in_words(tmp_path):
         "train_file": write_rows(tmp_path / "train.jsonl", rows(7, 9)),
         "output_dir": tmp_path / "output",
         "deepspeed": path,
+        "learning_rate": 1e-3,
     }
     flags = [f"--{name}={value}" for name, value in given.items()]
     outcome = launch("launch/train.py", *flags, launcher="fork")

@@ -116,7 +116,9 @@ def test_flags_without_effect(flags, message):
 )
 def test_a_method_of_the_other_trainer_is_refused(trainer, method, other, tmp_path):
     deepspeed = {"zero_optimization": {"stage": 3}} if method == "adamw" else None
-    args = AddaxConfig(output_dir=str(tmp_path), use_cpu=True, method=method, deepspeed=deepspeed)
+    rate = {"learning_rate": 0.1} if method == "ip-sgd" else {}
+    given = {"output_dir": str(tmp_path), "use_cpu": True, **rate}
+    args = AddaxConfig(method=method, deepspeed=deepspeed, **given)
     with pytest.raises(UserError, match=rf"not by --method {method}: .*{other}"):
         trainer(nn.Linear(1, 1), args)
 

@@ -108,7 +108,14 @@ def test_the_largest_length_that_fits_is_taken():
             less = planned((needed(length) - 1) / 1e9)
             assert less.length == lengths[place - 1]
             assert less.reason.startswith(f"{length} would need ")
-    assert planned(1.0).reason == f"a larger one leaves fewer than K0 = {K0} longer sequences"
+    # All the memory that first-order steps on the longest sequences need, and one byte less.
+    reason = f"a larger one leaves fewer than K0 = {K0} longer sequences"
+    assert planned((needed(LENGTHS[-1]) - 1) / 1e9).reason == reason
+    left = sum(length > lengths[-1] for length in LENGTHS)
+    assert planned(needed(LENGTHS[-1]) / 1e9).reason == (
+        f"{reason}. These, {left} of {len(LENGTHS)}, should fit first-order, too: --method ip-sgd "
+        "takes them so"
+    )
 
 
 def test_rows_are_divided_where_the_shortest_do_not_fit():
@@ -409,6 +416,7 @@ def flags(tmp_path_factory) -> list[str]:
         f"--model_name_or_path={folder / 'model'}",
         f"--train_file={folder / 'train.jsonl'}",
         "--length_threshold=auto",
+        "--learning_rate=1e-3",
         "--report_to=none",
         "--disable_tqdm=true",
     ]

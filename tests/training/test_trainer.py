@@ -490,3 +490,16 @@ def test_training_after_evaluating_under_deepspeed_is_refused(results, world_siz
         assert "eval_on_start" in found["train"]
     for topology in ("none-1", "none-2", "fsdp2-2"):
         assert "train" not in results[topology]["evaluation"][0]
+
+
+@pytest.mark.parametrize("topology", ["zero3-2", "fsdp2-2", "none-2"])
+def test_learning_rates_are_found_alike_on_every_back_end(results, topology):
+    """tests/training/test_learning_rate.py compares those of one process with trainings."""
+    (alone,), ranks = results["none-1"]["sweep"], results[topology]["sweep"]
+    for rank in ranks:
+        assert rank == ranks[0]
+        for sweeps in rank.values():  # with dropout, too, whose masks are not those of one process
+            assert all(sweep == sweeps[0] for sweep in sweeps)
+    found, wanted = ranks[0]["addax"][0], alone["addax"][0]
+    assert found.before == pytest.approx(wanted.before, rel=1e-5)
+    assert found.losses == pytest.approx(wanted.losses, rel=1e-3)

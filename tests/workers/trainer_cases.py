@@ -149,7 +149,7 @@ def write_models(folder: Path) -> None:
         write_model(folder / "models" / name, case.family, **case.model)
 
 
-OTHER_RUNS = ("moved", "best", "evaluation")
+OTHER_RUNS = ("moved", "best", "evaluation", "sweep")
 
 
 def set_up() -> None:
@@ -174,6 +174,8 @@ def run_case(
         return best(folder, sharding, world_size)
     if name == "evaluation":
         return evaluate(folder, sharding, world_size)
+    if name == "sweep":
+        return sweep(folder, sharding, world_size)
     return run(name, folder, sharding, world_size)
 
 
@@ -209,6 +211,27 @@ def best(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
         except UserError as error:
             found["save_checkpoint"] = str(error)
         trainer.model_wrapped.destroy()
+    return found
+
+
+def sweep(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
+    """Try learning rates twice on one trainer, without dropout and with it."""
+    found: dict[str, Any] = {}
+    for name in ("addax", "dropout"):
+        output = folder / f"{sharding}-{world_size}" / "sweep"
+        options = {"learning_rate": None, "find_learning_rate": True}
+        case = Case(addax=CASES[name].addax)
+        args = arguments(case, output, sharding, world_size, **options)
+        trainer = make_trainer(name, folder, sharding, args)
+        before = gathered(trainer.model)
+        found[name] = [trainer.find_learning_rate()]
+        if sharding != "zero3":  # there a trainer trains once
+            found[name].append(trainer.find_learning_rate())
+        after = gathered(trainer.model)
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert {path.name for path in output.iterdir()} <= {"csv"}  # the engine's own monitor
+        if sharding == "zero3":
+            trainer.model_wrapped.destroy()
     return found
 
 
