@@ -1,0 +1,387 @@
+"""Tokens of rows on the disk: made once a machine, in parallel, and mapped by every rank.
+
+Rows are encoded in shards, a fixed number of rows each. A shard is an Arrow stream, which
+`datasets.Dataset.from_file` reads, too, with the columns ``input_ids``, ``labels``, ``length``,
+``target_count`` and ``origin``. The shards of one data set are in a folder of
+``$HF_DATASETS_CACHE/addax_ds`` that is named by all that its tokens depend on.
+
+``index.jsonl`` in that folder has a line a shard, with its size and SHA-256, written when the shard
+is, and one more when all are. So a killed run is gone on from, and what is cut off or altered is
+found, and made again. Whoever makes a folder holds a lock, which the kernel releases with its
+process; other ranks and runs wait for it, and read what it has made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from addax_ds.data.chat import moments_read
+from addax_ds.data.encoding import Example, add_to_digest, encode, learnt_ends
+from addax_ds.data.records import Record, Records, log_unused
+from addax_ds.data.workers import in_order, usable_cores
+from addax_ds.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from addax_ds.data.sources import Rows
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # of shards and index
+_INDEX = "index.jsonl"
+_FAILURE = "failure.json"
+_UNFINISHED = ".unfinished"
+_SHARD_ROWS = 1000  # at least: less work than a fork is worth, and little to lose
+_MOST_SHARDS = 1000  # a process may map 65530 files by default
+_CHARACTERS = 4 << 20  # of the texts that are encoded at once, which bounds a process's memory
+_POLL_SECONDS = 0.5
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int32()),
+        "length": pa.int32(),
+        "target_count": pa.int32(),
+        "origin": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How rows become examples; see `Records` and `encode` for the fields."""
+
+    tokenizer: PreTrainedTokenizerBase
+    now: datetime
+    append_eos: bool = True
+    max_length: int | None = None
+    model_positions: int | None = None
+    vocabulary_size: int | None = None
+
+    def records(self, rows: Rows) -> Records:
+        """Return the rows as text."""
+        return Records(rows, self.tokenizer, append_eos=self.append_eos, now=self.now)
+
+    def examples(self, records: Sequence[Record]) -> list[Example]:
+        """Return the tokens of texts."""
+        return encode(
+            records,
+            self.tokenizer,
+            max_length=self.max_length,
+            model_positions=self.model_positions,
+            vocabulary_size=self.vocabulary_size,
+        )
+
+    def fingerprint(self, rows: Rows, is_chat: bool) -> str:
+        """Return 32 hex digits for what the tokens of rows depend on.
+
+        Args:
+            rows: the rows, of which only the identity is read.
+            is_chat: whether a chat template writes them. The others do not depend on it.
+        """
+        limits = self.append_eos, self.max_length, self.model_positions, self.vocabulary_size
+        moments = moments_read(self.tokenizer, self.now) if is_chat else None
+        parts = [_FORMAT, _program(), rows.identity, self._tokenizer, limits, is_chat, moments]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    @cached_property
+    def _tokenizer(self) -> str:
+        """Digest, made once: the first call of a tokenizer may change how it is written."""
+        tokenizer: Any = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [
+            f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+            None if backend is None else backend.to_str(),
+            tokenizer.chat_template,
+            {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        ]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def _program() -> list[str]:
+    """Return what makes tokens: versions of libraries, and a digest of this folder's code."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return [*(version(name) for name in ("transformers", "tokenizers")), code.hexdigest()]
+
+
+class _Part(NamedTuple):
+    """Columns of some rows, in a mapped file.
+
+    Attributes:
+        offsets: int32, shape [rows + 1], of ``ids`` and ``labels``.
+        ids: int32, shape [tokens].
+        labels: int32, shape [tokens].
+        origins: a string a row.
+    """
+
+    offsets: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    origins: pa.StringArray
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> _Part:
+        ids, labels = batch.column("input_ids"), batch.column("labels")
+        return cls(
+            ids.offsets.to_numpy(),
+            ids.values.to_numpy(),
+            labels.values.to_numpy(),
+            batch.column("origin"),
+        )
+
+    def example(self, row: int) -> Example:
+        own = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return Example(self.ids[own], self.labels[own], self.origins[row].as_py())
+
+    def examples(self) -> Iterator[Example]:
+        return map(self.example, range(len(self.origins)))
+
+
+class _Shard:
+    """A shard, mapped at once, so that it may be deleted, and looked into when it is asked."""
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as file:
+            self._content = file.read_buffer()
+
+    @cached_property
+    def parts(self) -> list[_Part]:
+        return [_Part.of(batch) for batch in pa.ipc.open_stream(self._content)]
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(len(part.origins) for part in self.parts)])
+
+    def __getitem__(self, row: int) -> Example:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.parts[number].example(row - int(self._starts[number]))
+
+
+class ArrowExamples(Sequence[Example]):
+    """Examples in mapped files; their arrays are views of these, and cannot be written.
+
+    An instance can be pickled, and holds no file open.
+
+    Attributes:
+        lengths: int32, shape [rows]: tokens of each.
+        target_counts: int32, shape [rows]: predicted tokens of each.
+        digest: `data_digest` of all.
+        turn_ends: `learnt_ends` of all if they are conversations, else empty.
+    """
+
+    def __init__(self, folder: Path, index: _Index) -> None:
+        assert index.whole is not None
+        self.digest: str = index.whole["digest"]
+        self.turn_ends = frozenset(index.gathered("ends"))
+        self._paths = [folder / _shard_name(shard) for shard in sorted(index.shards)]
+        counts = [index.shards[shard]["examples"] for shard in sorted(index.shards)]
+        self._starts = np.cumsum([0, *counts])
+        self.lengths: NDArray[np.int32]
+        self.target_counts: NDArray[np.int32]
+        self.lengths, self.target_counts = np.load(folder / _LENGTHS)
+        self._shards = list(map(_Shard, self._paths))
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        """Return an example, or a list of some."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._shards[number][row - int(self._starts[number])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shards": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._shards = list(map(_Shard, self._paths))
+
+
+def encoded(
+    rows: Rows, encoder: Encoder, *, processes: int | None = None, progress: bool = False
+) -> ArrowExamples:
+    """Return the examples of rows from the cache, into which one process of the machine puts them.
+
+    Args:
+        rows: the rows. Those that are in the cache are not read.
+        encoder: what makes tokens of them.
+        processes: that tokenise, at most; None for the cores that this process may use.
+        progress: whether to show a bar.
+
+    Raises:
+        UserError: a row cannot be used, or the cache cannot be written.
+    """
+    root = Path(datasets.config.HF_DATASETS_CACHE) / "addax_ds"
+    for is_chat in (False, True):
+        folder = root / encoder.fingerprint(rows, is_chat)
+        index = _Index.read(folder)
+        if index.whole is not None and index.is_intact():
+            logger.info("%s: tokens from the cache, %s", rows.name, folder)
+            break
+    else:
+        records = encoder.records(rows)
+        folder = root / encoder.fingerprint(rows, records.is_chat)
+        index = _Maker(folder, records, encoder, processes or usable_cores(), progress).index()
+    log_unused(rows.name, index.gathered("unused"))
+    return ArrowExamples(folder, index)
+
+
+# ---- the index ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Index:
+    """What a folder holds, by its journal.
+
+    Attributes:
+        folder: where it is.
+        shards: entry of each finished shard, by its number.
+        whole: entry of the whole, once all shards are finished.
+    """
+
+    folder: Path
+    shards: dict[int, dict[str, Any]] = field(default_factory=dict)
+    whole: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> _Index:
+        """Read the journal as far as it is one; a line that a killed run has torn ends it."""
+        index = cls(folder)
+        with suppress(FileNotFoundError, NotADirectoryError), (folder / _INDEX).open("rb") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    index._add(entry)
+                except (ValueError, KeyError, TypeError):
+                    break
+        return index
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        if "shard" in entry:
+            self.shards[entry["shard"]] = entry
+        elif entry["shards"] == len(self.shards):
+            self.whole = entry
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append an entry."""
+        with (self.folder / _INDEX).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self._add(entry)
+
+    def gathered(self, name: str) -> list[Any]:
+        """Return all that the shards have found under a name, sorted."""
+        return sorted({value for entry in self.shards.values() for value in entry[name]})
+
+    def is_intact(self) -> bool:
+        """Return whether all files are as they were written; a warning names one that is not."""
+        return all(self._has(entry) for entry in (*self.shards.values(), self.whole or {}))
+
+    def keep_intact(self) -> None:
+        """Forget what is not as it was written, and that the folder was whole."""
+        self.shards = {k: entry for k, entry in self.shards.items() if self._has(entry)}
+        self.whole = None
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.shards.values())
+        path = self.folder / f"{_INDEX}{_own_suffix()}"
+        path.write_text(lines, encoding="utf-8")
+        path.replace(self.folder / _INDEX)
+
+    def _has(self, entry: dict[str, Any]) -> bool:
+        path = self.folder / entry["file"]
+        try:
+            if _identity(path) == (entry["size"], entry["sha256"]):
+                return True
+            problem = "it is not as it was written"
+        except OSError as error:
+            problem = f"{error.strerror}"
+        logger.warning("%s of the cache: %s; its rows are tokenised again", path, problem)
+        return False
+
+
+def _identity(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shard_name(shard: int) -> str:
+    return f"{shard:05d}.arrow"
+
+
+def _own_suffix() -> str:
+    """Return an ending for a file that is not finished, which no other process writes."""
+    return f".{socket.gethostname()}-{os.getpid()}{_UNFINISHED}"
+
+
+# ---- making it ---------------------------------------------------------------------------------
+
+
+class _Maker:
+    """Makes a folder, or waits until another process has made it."""
+
+    def __init__(
+        self, folder: Path, records: Records, encoder: Encoder, processes: int, progress: bool
+    ) -> None:
+        self._folder = folder
+        self._records = records
+        self._encoder = encoder
+        self._processes = processes
+        self._name = records.rows.name
+        self._rows = max(_SHARD_ROWS, -(-len(records) // _MOST_SHARDS))
+        self._count = -(-len(records) // self._rows)
+        self._bar = partial(
+            tqdm,
+            total=len(records),
+            desc=f"Tokenising {self._name}",
+            unit=" rows",
+            disable=not progress,
+        )
+
+    def index(self) -> _Index:
+        """Return the index of the folder when it is whole."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._bar() as bar, self._alone(bar) as (began, locked):
+                index = _Index.read(self._folder)
+                if index.whole is None or (not locked and not index.is_intact()):
+                    self._refuse_again(began)
+                    self._make(index, bar, locked)
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: the tokens of {self._name} cannot be kept there: "
+                f"{error.strerror or error}. Set HF_DATASETS_CACHE to a folder that can be written "
+                "and has room"
+            ) from error
+        return index
