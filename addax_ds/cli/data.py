@@ -16,7 +16,8 @@ from addax_ds.data.encoding import (
     learnt_ends,
     padding_token,
 )
-from addax_ds.data.records import Record, prompt_completion, read_jsonl
+from addax_ds.data.records import Record, prompt_completion, read_records
+from addax_ds.data.sources import open_rows
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
 from addax_ds.models.source import ModelSource
@@ -75,7 +76,8 @@ def load_data(
         return _load_task(args, tokenizer, model)
 
     def read(path: str) -> tuple[list[Record], list[Example]]:
-        records = read_jsonl(path, tokenizer, append_eos=args.append_eos, now=now)
+        rows = open_rows([path])
+        records = read_records(rows, tokenizer, append_eos=args.append_eos, now=now)
         return records, encode(
             records,
             tokenizer,

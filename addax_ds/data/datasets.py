@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from addax_ds.data.encoding import Example, encode
-from addax_ds.data.records import records_of
+from addax_ds.data.records import read_records
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,19 +51,35 @@ def as_examples(
         return [dataset[index] for index in range(len(dataset))]
     if not isinstance(first, Mapping):
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
-    rows = ((f"{name}: row {index}", dataset[index]) for index in range(len(dataset)))
+    rows = _MapRows(dataset, name)
     if "input_ids" in first:
         limits = model_positions or math.inf, vocabulary_size or math.inf
-        return [_example(row, origin, *limits) for origin, row in rows]
+        return [_example(row, origin, *limits) for origin, row in rows.read(0, len(rows))]
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
     return encode(
-        records_of(rows, name, tokenizer, now=now),
+        read_records(rows, tokenizer, now=now),
         tokenizer,
         max_length=None,
         model_positions=model_positions,
         vocabulary_size=vocabulary_size,
     )
+
+
+@dataclass(frozen=True)
+class _MapRows:
+    """Rows (`addax_ds.data.sources.Rows`) of a map-style data set."""
+
+    dataset: MapDataset
+    name: str
+    identity: str = ""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        for index in range(start, min(stop, len(self))):
+            yield f"{self.name}: row {index}", self.dataset[index]
 
 
 def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: float) -> Example:

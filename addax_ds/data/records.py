@@ -1,25 +1,20 @@
 """Rows of a data set as text with the spans that carry loss.
 
 A `Record` is what every source of training text is reduced to, before any tokenizer is involved:
-JSON Lines files come through `read_jsonl`; a task builds its records with `prompt_completion`.
+`Records` makes them of the rows of a source; a task builds its own with `prompt_completion`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from addax_ds.data.chat import Conversation, learnt_turns
+from addax_ds.data.sources import Rows
 from addax_ds.utils.errors import UserError
-from addax_ds.utils.files import parse_json
 from addax_ds.utils.messages import shown
 
 if TYPE_CHECKING:
@@ -34,8 +29,6 @@ SHAPES: dict[str, tuple[str, ...]] = {
 }
 """The row shapes of a JSON Lines file: name -> columns that a row of this shape has."""
 
-_UTF8_BOM = b"\xef\xbb\xbf"
-_LONGEST_LINE = 64 << 20  # bytes: one object without line ends, or no text at all, fills the memory
 _OPTIONAL = {"messages": ("tools", "chat_template_kwargs")}
 
 
@@ -123,132 +116,92 @@ def chat(
     return Record(text, targets, origin, add_special_tokens=False, append_eos=False)
 
 
-def read_jsonl(
-    path: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    append_eos: bool = True,
-    now: datetime | None = None,
-) -> list[Record]:
-    """Read a JSON Lines file (UTF-8, one object of at most 64 MiB a line, blank lines skipped).
+class Records:
+    """The records of rows that all have the shape of the first, made when they are read.
 
-    The first row decides which of `SHAPES` the file has: `prompt` and `completion` (strings, loss
+    The first row decides which of `SHAPES` the rows have: `prompt` and `completion` (strings, loss
     on the completion), `messages` (see `chat`) or `text` (loss on all of it). Every row must have
     that shape and no other. Beside `messages` there may be `tools` and `chat_template_kwargs`. A
-    null counts as a missing column; other columns are ignored, which is logged once.
+    null counts as a missing column; other columns are ignored, and collected.
+
+    An instance can be pickled, and read in another process.
 
     Args:
-        path: The file.
+        rows: the rows.
         tokenizer: Its chat template renders `messages`; not used for the other shapes.
         append_eos: As in `Record`, for `prompt` + `completion` and `text`. A chat template ends
             its turns itself.
         now: As in `chat`.
 
-    Returns:
-        One record a row, in the file's order; `origin` is "path:line".
+    Attributes:
+        unused: columns that `read` has met and not used.
 
     Raises:
-        UserError: The file or a row cannot be used; the message names the file and the line.
+        UserError: There are no rows, or the first one has no known shape.
     """
-    path = Path(path)
-    records = records_of(json_rows(path), path, tokenizer, append_eos=append_eos, now=now)
-    if not records:
-        raise UserError(f"{path}: the file holds no rows; expected one JSON object a line")
-    return records
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        append_eos: bool = True,
+        now: datetime | None = None,
+    ) -> None:
+        self.rows = rows
+        self.unused: set[str] = set()
+        self._tokenizer = tokenizer
+        self._append_eos = append_eos
+        self._now = now
+        if not len(rows):
+            raise UserError(f"{rows.name}: the file holds no rows; expected one JSON object a line")
+        ((origin, row),) = rows.read(0, 1)
+        self._shape = _shape_of(row, origin)
+
+    def __len__(self) -> int:
+        """Return the number of records, one a row."""
+        return len(self.rows)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template writes the texts."""
+        return self._shape == "messages"
+
+    def read(self, start: int, stop: int) -> list[Record]:
+        """Return the records of the rows from ``start`` to before ``stop``.
+
+        Raises:
+            UserError: a row cannot be used; the message names its origin.
+        """
+        records = []
+        known = {*SHAPES[self._shape], *_OPTIONAL.get(self._shape, ())}
+        for origin, row in self.rows.read(start, stop):
+            _require_shape(row, self._shape, origin, self.rows.name)
+            self.unused.update(row.keys() - known)
+            records.append(
+                _record(row, self._shape, self._tokenizer, origin, self._append_eos, self._now)
+            )
+        return records
 
 
-def records_of(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
-    source: str | Path,
+def log_unused(source: str, columns: Iterable[str]) -> None:
+    """Say once which columns of a source are not used."""
+    if columns:
+        logger.info("%s: columns that are not used: %s", source, _listed(columns))
+
+
+def read_records(
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     append_eos: bool = True,
     now: datetime | None = None,
 ) -> list[Record]:
-    """Return the records of rows that all have the shape of the first; see `read_jsonl`.
-
-    Args:
-        rows: origin and columns of each.
-        source: what to call all of them in messages.
-        tokenizer: see `read_jsonl`.
-        append_eos: see `read_jsonl`.
-        now: as in `chat`.
-
-    Raises:
-        UserError: a row cannot be used; the message names its origin.
-    """
-    records: list[Record] = []
-    shape: str | None = None
-    unused: set[str] = set()
-    for origin, row in rows:
-        if shape is None:
-            shape = _shape_of(row, origin)
-        _require_shape(row, shape, origin, source)
-        unused.update(row.keys() - {*SHAPES[shape], *_OPTIONAL.get(shape, ())})
-        records.append(_record(row, shape, tokenizer, origin, append_eos, now))
-    if unused:
-        logger.info("%s: columns that are not used: %s", source, _listed(unused))
-    return records
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (origin, row) for every line of a JSON Lines file that is not blank.
-
-    Raises:
-        UserError: the file or a line cannot be read; the message names both.
-    """
-    number = 0
-    try:
-        with _open(path) as file:
-            # Bytes, because text mode would report a decoding error without its line.
-            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), 1):
-                row = line.removeprefix(_UTF8_BOM) if number == 1 else line
-                if row.strip():
-                    origin = f"{path}:{number}"
-                    yield origin, _parse(row, origin)
-    except OSError as error:
-        place = f"{path}:{number + 1}"
-        raise UserError(f"{place}: the file cannot be read: {error.strerror}") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file; opening a pipe would wait for a writer."""
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            return path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{shown(str(path))}: cannot be opened: {error.strerror}") from error
-    except ValueError as error:  # a null byte or half a surrogate pair
-        raise UserError(f"{shown(str(path))}: is no name of a file: {error}") from error
-    kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-    raise UserError(f"{path}: is {kind}; expected a JSON Lines file")
-
-
-def _parse(line: bytes, origin: str) -> dict[str, Any]:
-    """Return the JSON object of one line."""
-    if len(line) > _LONGEST_LINE:
-        raise UserError(
-            f"{origin}: the line is longer than {_LONGEST_LINE >> 20} MiB; expected one object a "
-            "line"
-        )
-
-    try:
-        row = parse_json(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{origin}: not valid JSON (column {error.colno}: {error.msg}); expected one object a "
-            "line"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{origin}: not valid JSON ({error}); expected one object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{origin}: expected a JSON object, got a {type(row).__name__}")
-    return row
+    """Return all `Records`, in order, and say which columns are not used."""
+    records = Records(rows, tokenizer, append_eos=append_eos, now=now)
+    found = records.read(0, len(records))
+    log_unused(rows.name, records.unused)
+    return found
 
 
 def _listed(columns: Iterable[str]) -> str:
@@ -278,7 +231,7 @@ def _shape_of(row: Mapping[str, Any], origin: str) -> str:
     return shapes[0]
 
 
-def _require_shape(row: Mapping[str, Any], shape: str, origin: str, source: str | Path) -> None:
+def _require_shape(row: Mapping[str, Any], shape: str, origin: str, source: str) -> None:
     """Raise unless the row has the file's shape and no other."""
     missing = [column for column in SHAPES[shape] if row.get(column) is None]
     if missing:

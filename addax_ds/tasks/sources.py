@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from addax_ds.data.records import json_rows
+from addax_ds.data.text_files import JsonLines
 from addax_ds.tasks.sampling import SourceRow
 from addax_ds.utils.errors import UserError
 
@@ -171,7 +171,8 @@ def installed_folder(package: str, version: str, folder: str) -> Path:
 
 
 def _read_file(path: Path) -> list[SourceRow]:
-    return [SourceRow(origin, row) for origin, row in json_rows(path)]
+    rows = JsonLines(path)
+    return [SourceRow(origin, row) for origin, row in rows.read(0, len(rows))]
 
 
 def _read_folder(path: Path, label: str | None = None) -> dict[str, Sequence[SourceRow]]:

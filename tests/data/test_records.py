@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from addax_ds.data.records import Record, chat, plain_text, prompt_completion, read_jsonl
+from addax_ds.data.records import Record, chat, plain_text, prompt_completion, read_records
+from addax_ds.data.sources import open_rows
 from addax_ds.utils.errors import UserError
 
 CHATML = (
@@ -45,6 +46,10 @@ def tokenizer_with(template):
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def read_jsonl(path, tokenizer, **options):
+    return read_records(open_rows([str(path)]), tokenizer, **options)
 
 
 @pytest.fixture
