@@ -9,14 +9,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config.arguments import DEMO_TASK, DataArguments
+from addax_ds.data.cache import ArrowExamples, Encoder, encoded
 from addax_ds.data.encoding import (
     Example,
     encode,
     encode_prompts,
-    learnt_ends,
     padding_token,
 )
-from addax_ds.data.records import Record, prompt_completion, read_records
+from addax_ds.data.records import Record, prompt_completion
 from addax_ds.data.sources import open_rows
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
@@ -46,7 +46,7 @@ class Data:
     """
 
     description: str
-    train: list[Example]
+    train: Sequence[Example]
     validation: ScoredSet | None
     test: ScoredSet | None
     metric: str = "accuracy"
@@ -59,14 +59,19 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     model: ModelSource,
     now: datetime | None = None,
+    *,
+    progress: bool = False,
 ) -> Data:
     """Read and encode what the arguments name.
+
+    Tokens of files are kept in the cache (`addax_ds.data.cache`), those of tasks in memory.
 
     Args:
         args: the arguments.
         tokenizer: of the model.
         model: says what positions and token ids there are.
         now: date and time that chat templates read, local and without a zone; None for the clock.
+        progress: whether to show a bar.
 
     Raises:
         UserError: the data cannot be read, or a row cannot be used.
@@ -75,25 +80,26 @@ def load_data(
     if args.train_file is None:
         return _load_task(args, tokenizer, model)
 
-    def read(path: str) -> tuple[list[Record], list[Example]]:
-        rows = open_rows([path])
-        records = read_records(rows, tokenizer, append_eos=args.append_eos, now=now)
-        return records, encode(
-            records,
-            tokenizer,
-            max_length=args.max_length,
-            model_positions=model.positions,
-            vocabulary_size=model.vocabulary_size,
-        )
+    encoder = Encoder(
+        tokenizer,
+        now or datetime.now(),
+        append_eos=args.append_eos,
+        max_length=args.max_length,
+        model_positions=model.positions,
+        vocabulary_size=model.vocabulary_size,
+    )
 
-    records, train = read(args.train_file)
+    def read(path: str) -> ArrowExamples:
+        rows = open_rows([path])
+        return encoded(rows, encoder, processes=args.dataset_num_proc, progress=progress)
+
+    train = read(args.train_file)
     test_file = None if args.skip_test else args.test_file
     validation, test = (
-        None if path is None else EvaluationSet(read(path)[1])
+        None if path is None else EvaluationSet(read(path))
         for path in (args.validation_file, test_file)
     )
-    ends = learnt_ends(train) if records[0].is_chat else ()
-    return Data(args.train_file, train, validation, test, turn_ends=frozenset(ends))
+    return Data(args.train_file, train, validation, test, turn_ends=train.turn_ends)
 
 
 def _load_task(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: ModelSource) -> Data:

@@ -39,7 +39,7 @@ from addax_ds.cli.outputs import Outputs, output_folder
 from addax_ds.cli.summary import Duration, announce, report
 from addax_ds.config.addax_config import AddaxConfig, divide_batches
 from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
-from addax_ds.data.encoding import data_digest
+from addax_ds.data.encoding import data_digest, lengths_of
 from addax_ds.distributed.collectives import (
     all_gather_object,
     check_same_on_all_ranks,
@@ -104,7 +104,8 @@ def _finetune(
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         now = datetime.fromisoformat(template_time)
-        data = load_data(data_args, tokenizer, source, now)
+        progress = not args.disable_tqdm and args.process_index == 0
+        data = load_data(data_args, tokenizer, source, now, progress=progress)
     digest = data_digest(data.train)
     planned, plan = None, None
     if data.train and args.settings.length_threshold == "auto":
@@ -112,8 +113,7 @@ def _finetune(
     with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
         check_evaluations(args, data.validation)
         if data.train:
-            lengths = [example.length for example in data.train]
-            plan = plan_steps(lengths, args.settings, args)
+            plan = plan_steps(lengths_of(data.train), args.settings, args)
             if resumed is not None:
                 resumed.check(run.with_data(digest, plan[0].threshold))
     check_same_on_all_ranks(dict(_identity(args, model_args, data, digest)))

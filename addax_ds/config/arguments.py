@@ -120,6 +120,11 @@ class DataArguments:
         "End every completion of a file with the end-of-sequence token; answers of "
         "tasks never are.",
     )
+    dataset_num_proc: int | None = flag(
+        None,
+        "Processes that tokenise files, once for a machine (default: as many as the cores that a "
+        "rank may use).",
+    )
 
 
 def parse_arguments(
@@ -278,6 +283,11 @@ def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name} {path}: there is no such file."
     if values.get("max_length") is not None and values["max_length"] < 2:
         yield "--max_length must be at least 2 tokens."
+    if values.get("dataset_num_proc") is not None:
+        if values["dataset_num_proc"] < 1:
+            yield "--dataset_num_proc must be at least 1."
+        if files["train_file"] is None:
+            yield "--dataset_num_proc needs --train_file: a task's few rows need no processes."
     if files["train_file"] is None:
         for name in ("validation_file", "test_file"):
             if files[name] is not None:

@@ -1,7 +1,7 @@
 """Tokens of rows on the disk: made once a machine, in parallel, and mapped by every rank.
 
 Rows are encoded in shards, a fixed number of rows each. A shard is an Arrow stream, which
-`datasets.Dataset.from_file` reads, too, with the columns ``input_ids``, ``labels``, ``length``,
+`datasets.Dataset.from_file` reads, too, with the columns ``input_ids``, ``labels``,
 ``target_count`` and ``origin``. The shards of one data set are in a folder of
 ``$HF_DATASETS_CACHE/addax_ds`` that is named by all that its tokens depend on.
 
@@ -17,15 +17,16 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, overload
 
 import datasets
 import numpy as np
@@ -49,17 +50,19 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # of shards and index
 _INDEX = "index.jsonl"
+_LENGTHS = "lengths.npy"  # and target counts
 _FAILURE = "failure.json"
 _UNFINISHED = ".unfinished"
 _SHARD_ROWS = 1000  # at least: less work than a fork is worth, and little to lose
 _MOST_SHARDS = 1000  # a process may map 65530 files by default
 _CHARACTERS = 4 << 20  # of the texts that are encoded at once, which bounds a process's memory
+_READ_ROWS = 100
 _POLL_SECONDS = 0.5
+_BAR_SECONDS = 1.0  # what is done sooner needs no bar
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
-        "length": pa.int32(),
         "target_count": pa.int32(),
         "origin": pa.string(),
     }
@@ -133,12 +136,14 @@ class _Part(NamedTuple):
         offsets: int32, shape [rows + 1], of ``ids`` and ``labels``.
         ids: int32, shape [tokens].
         labels: int32, shape [tokens].
+        target_counts: int32, shape [rows].
         origins: a string a row.
     """
 
     offsets: NDArray[np.int32]
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
+    target_counts: NDArray[np.int32]
     origins: pa.StringArray
 
     @classmethod
@@ -148,6 +153,7 @@ class _Part(NamedTuple):
             ids.offsets.to_numpy(),
             ids.values.to_numpy(),
             labels.values.to_numpy(),
+            batch.column("target_count").to_numpy(),
             batch.column("origin"),
         )
 
@@ -308,16 +314,16 @@ class _Index:
 
     def is_intact(self) -> bool:
         """Return whether all files are as they were written; a warning names one that is not."""
-        return all(self._has(entry) for entry in (*self.shards.values(), self.whole or {}))
+        assert self.whole is not None
+        return all(self._has(entry) for entry in (*self.shards.values(), self.whole))
 
     def keep_intact(self) -> None:
         """Forget what is not as it was written, and that the folder was whole."""
         self.shards = {k: entry for k, entry in self.shards.items() if self._has(entry)}
         self.whole = None
         lines = "".join(json.dumps(entry) + "\n" for entry in self.shards.values())
-        path = self.folder / f"{_INDEX}{_own_suffix()}"
-        path.write_text(lines, encoding="utf-8")
-        path.replace(self.folder / _INDEX)
+        with _appearing(self.folder / _INDEX) as file:
+            file.write(lines.encode())
 
     def _has(self, entry: dict[str, Any]) -> bool:
         path = self.folder / entry["file"]
@@ -340,16 +346,19 @@ def _shard_name(shard: int) -> str:
     return f"{shard:05d}.arrow"
 
 
-def _own_suffix() -> str:
-    """Return an ending for a file that is not finished, which no other process writes."""
-    return f".{socket.gethostname()}-{os.getpid()}{_UNFINISHED}"
-
-
 # ---- making it ---------------------------------------------------------------------------------
 
 
 class _Maker:
-    """Makes a folder, or waits until another process has made it."""
+    """Makes a folder, unless another process does; then waits until it has.
+
+    Args:
+        folder: of the shards.
+        records: texts.
+        encoder: what makes tokens of them.
+        processes: at most so many.
+        progress: whether to show a bar.
+    """
 
     def __init__(
         self, folder: Path, records: Records, encoder: Encoder, processes: int, progress: bool
@@ -359,29 +368,194 @@ class _Maker:
         self._encoder = encoder
         self._processes = processes
         self._name = records.rows.name
-        self._rows = max(_SHARD_ROWS, -(-len(records) // _MOST_SHARDS))
-        self._count = -(-len(records) // self._rows)
-        self._bar = partial(
-            tqdm,
+        self._size = max(_SHARD_ROWS, -(-len(records) // _MOST_SHARDS))
+        self._count = -(-len(records) // self._size)
+        self._bar = tqdm(
             total=len(records),
             desc=f"Tokenising {self._name}",
             unit=" rows",
+            delay=_BAR_SECONDS,
             disable=not progress,
         )
 
     def index(self) -> _Index:
-        """Return the index of the folder when it is whole."""
+        """Return the index of the folder when it is whole.
+
+        Raises:
+            UserError: see `encoded`.
+        """
+        began = time.time()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with self._bar() as bar, self._alone(bar) as (began, locked):
+            with self._bar, self._alone() as alone:
                 index = _Index.read(self._folder)
-                if index.whole is None or (not locked and not index.is_intact()):
+                if index.whole is None or not index.is_intact():
                     self._refuse_again(began)
-                    self._make(index, bar, locked)
+                    self._clean(alone)
+                    self._make(index)
         except OSError as error:
             raise UserError(
                 f"{self._folder}: the tokens of {self._name} cannot be kept there: "
-                f"{error.strerror or error}. Set HF_DATASETS_CACHE to a folder that can be written "
-                "and has room"
+                f"{error.strerror or error}. Set HF_DATASETS_CACHE to a folder that can be "
+                "written and has room"
             ) from error
         return index
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Keep other processes from making the folder meanwhile, and yield whether that works.
+
+        Where it does not, they do the same work, each in files of its own until these are finished.
+        """
+        lock = FileLock(self._folder.with_suffix(".lock"), fallback_to_soft=False)
+        locked = self._acquire(lock)
+        try:
+            yield locked
+        finally:
+            lock.release()
+
+    def _acquire(self, lock: FileLock) -> bool:
+        while True:
+            try:
+                lock.acquire(timeout=_POLL_SECONDS)
+                return True
+            except Timeout:  # is an OSError
+                self._show(len(_Index.read(self._folder).shards))
+            except (NotImplementedError, OSError) as error:
+                logger.warning(
+                    "%s cannot be locked (%s): every rank tokenises %s by itself",
+                    lock.lock_file,
+                    error,
+                    self._name,
+                )
+                return False
+
+    def _show(self, shards: int) -> None:
+        self._bar.update(min(shards * self._size, len(self._records)) - self._bar.n)
+
+    def _refuse_again(self, began: float) -> None:
+        """Raise what whoever held the lock meanwhile has stumbled over: the rows are the same."""
+        with suppress(OSError, ValueError, KeyError):
+            failure = json.loads((self._folder / _FAILURE).read_text(encoding="utf-8"))
+            if failure["time"] >= began:
+                raise UserError(failure["message"])
+
+    def _clean(self, alone: bool) -> None:
+        (self._folder / _FAILURE).unlink(missing_ok=True)
+        if alone:  # they are those of killed processes
+            for path in self._folder.glob(f"*{_UNFINISHED}"):
+                path.unlink(missing_ok=True)
+
+    def _make(self, index: _Index) -> None:
+        began = time.monotonic()
+        index.keep_intact()
+        missing = [shard for shard in range(self._count) if shard not in index.shards]
+        try:
+            with closing(in_order(self._write_shard, missing, self._processes)) as entries:
+                self._finish(index, entries)
+        except UserError as error:
+            failure = {"time": time.time(), "message": str(error)}
+            (self._folder / _FAILURE).write_text(json.dumps(failure), encoding="utf-8")
+            raise
+        assert index.whole is not None
+        logger.info(
+            "%s: %d sequences of %d tokens tokenised in %.0f s, kept in %s",
+            self._name,
+            index.whole["examples"],
+            index.whole["tokens"],
+            time.monotonic() - began,
+            self._folder,
+        )
+
+    def _finish(self, index: _Index, entries: Iterator[dict[str, Any]]) -> None:
+        """Note each shard when it and those before it are there, and the whole at the end."""
+        digest = hashlib.sha256()
+        lengths, targets = [], []
+        for shard in range(self._count):
+            if shard not in index.shards:
+                index.write(next(entries))
+            for part in _Shard(self._folder / _shard_name(shard)).parts:
+                add_to_digest(digest, part.examples())
+                lengths.append(np.diff(part.offsets))
+                targets.append(part.target_counts)
+            self._show(shard + 1)
+        columns = np.stack([np.concatenate(lengths), np.concatenate(targets)])
+        path = self._folder / _LENGTHS
+        with _appearing(path) as file:
+            np.save(file, columns)
+        size, sha256 = _identity(path)
+        index.write(
+            {
+                "shards": self._count,
+                "file": _LENGTHS,
+                "size": size,
+                "sha256": sha256,
+                "digest": digest.hexdigest()[:16],
+                "examples": columns.shape[1],
+                "tokens": int(columns[0].sum(dtype=np.int64)),
+            }
+        )
+
+    def _write_shard(self, shard: int) -> dict[str, Any]:
+        """Write a shard and return its entry; this may be a process of its own."""
+        self._records.unused = set()
+        path = self._folder / _shard_name(shard)
+        ends: set[int] = set()
+        count = 0
+        with _appearing(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+            for texts in self._portions(shard):
+                examples = self._encoder.examples(texts)
+                if self._records.is_chat:
+                    ends |= learnt_ends(examples)
+                count += len(examples)
+                writer.write_batch(_batch(examples))
+        size, sha256 = _identity(path)
+        return {
+            "shard": shard,
+            "file": path.name,
+            "size": size,
+            "sha256": sha256,
+            "examples": count,
+            "ends": sorted(ends),
+            "unused": sorted(self._records.unused),
+        }
+
+    def _portions(self, shard: int) -> Iterator[list[Record]]:
+        """Yield the texts of a shard, so many at a time as memory has room for their tokens."""
+        stop = min((shard + 1) * self._size, len(self._records))
+        texts: list[Record] = []
+        characters = 0
+        for start in range(shard * self._size, stop, _READ_ROWS):
+            for record in self._records.read(start, min(start + _READ_ROWS, stop)):
+                if texts and characters + len(record.text) > _CHARACTERS:
+                    yield texts
+                    texts, characters = [], 0
+                texts.append(record)
+                characters += len(record.text)
+        yield texts
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that gets its name when the body is done, and is removed if that fails."""
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{_UNFINISHED}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    offsets = np.cumsum([0, *(example.length for example in examples)]).astype(np.int32)
+    ids = np.concatenate([example.input_ids for example in examples])
+    labels = np.concatenate([example.labels for example in examples])
+    columns = [
+        pa.ListArray.from_arrays(offsets, ids),
+        pa.ListArray.from_arrays(offsets, labels),
+        pa.array([example.target_count for example in examples], pa.int32()),
+        pa.array([example.origin for example in examples], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)

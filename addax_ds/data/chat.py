@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _ROLES = ("assistant", "user", "system", "developer", "tool", "function")
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
+_CLOCK = "strftime_now"  # in templates
 _OTHER_WEIGHTS = ("train", "training", "loss")  # of other programs; "weight" is OpenAI's
 
 
@@ -125,6 +126,48 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> No
             "instruction-tuned model, add chat_template.jinja to the model's folder, or write the "
             "rows as prompt + completion"
         )
+
+
+def moments_read(tokenizer: PreTrainedTokenizerBase, now: datetime) -> list[str]:
+    """Return what a tokenizer's chat templates read of a moment; equal for equal texts.
+
+    A template that calls ``strftime_now("...")`` alone reads what this writes, as "26 Nov 2026";
+    one that does anything else with it reads all of the moment.
+    """
+    from jinja2 import TemplateError, nodes
+    from transformers.utils import chat_template_utils
+
+    given = tokenizer.chat_template or {}
+    found: list[str] = []
+    with _clock_at(now):
+        for template in given.values() if isinstance(given, dict) else [given]:
+            try:
+                compiled = chat_template_utils._compile_jinja_template(template)
+            except TemplateError:  # who renders it says so
+                continue
+            tree = compiled.environment.parse(template)
+            calls = [call for call in tree.find_all(nodes.Call) if _is_literal(call)]
+            tests = [test for test in tree.find_all(nodes.Test) if test.name == "defined"]
+            harmless = {id(node.node) for node in (*calls, *tests)}
+            names = [name for name in tree.find_all(nodes.Name) if name.name == _CLOCK]
+            if any(id(name) not in harmless for name in names):
+                return [now.isoformat()]
+            write = compiled.environment.globals[_CLOCK]
+            found += [write(call.args[0].value) for call in calls]
+    return found
+
+
+def _is_literal(call: Any) -> bool:
+    """Return whether a node of a template is ``strftime_now`` with nothing but a string."""
+    from jinja2 import nodes
+
+    return (
+        isinstance(call.node, nodes.Name)
+        and call.node.name == _CLOCK
+        and len(call.args) == 1
+        and isinstance(call.args[0], nodes.Const)
+        and not (call.kwargs or call.dyn_args or call.dyn_kwargs)
+    )
 
 
 # ---- what a row holds --------------------------------------------------------------------------

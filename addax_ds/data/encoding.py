@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -352,9 +353,35 @@ def encode_prompts(
 
 def data_digest(examples: Sequence[Example]) -> str:
     """Return 16 hex digits for tokens and labels of the examples, and for their order."""
+    known: str | None = getattr(examples, "digest", None)
+    if known is not None:
+        return known
     digest = hashlib.sha256()
+    add_to_digest(digest, examples)
+    return digest.hexdigest()[:16]
+
+
+def add_to_digest(digest: hashlib._Hash, examples: Iterable[Example]) -> None:
+    """Add examples to what `data_digest` hashes."""
     for example in examples:
         digest.update(example.length.to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.labels.tobytes())
-    return digest.hexdigest()[:16]
+        digest.update(np.ascontiguousarray(example.input_ids).data)
+        digest.update(np.ascontiguousarray(example.labels).data)
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
+    """Return the number of tokens of each example."""
+    return _known(examples, "lengths", "length")
+
+
+def target_counts_of(examples: Sequence[Example]) -> NDArray[np.int32]:
+    """Return the number of predicted tokens of each example."""
+    return _known(examples, "target_counts", "target_count")
+
+
+def _known(examples: Sequence[Example], every: str, one: str) -> NDArray[np.int32]:
+    """Return a number of each example, which a `Sequence` of them may have together."""
+    known = getattr(examples, every, None)
+    if known is not None:
+        return known
+    return np.fromiter(map(attrgetter(one), examples), np.int32, len(examples))

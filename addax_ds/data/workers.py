@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from addax_ds.utils.errors import UserError
 
@@ -23,7 +23,9 @@ T = TypeVar("T")
 _FORK = multiprocessing.get_context("fork")
 
 
-def in_order(work: Callable[[int], T], parts: Sequence[int], processes: int) -> Iterator[T]:
+def in_order(
+    work: Callable[[int], T], parts: Sequence[int], processes: int
+) -> Generator[T, None, None]:
     """Yield what ``work`` returns for each part, in their order.
 
     With one process, or one part, this process does it. The others end when the iteration does,
@@ -78,8 +80,8 @@ def _share_out(parts: Sequence[int], workers: dict[Connection, ForkProcess]) -> 
         give(connection)
     for part in parts:
         while part not in done:
-            for connection in wait(list(given)):
-                assert isinstance(connection, Connection)
+            for ready in wait(list(given)):
+                connection = cast(Connection, ready)
                 finished = given.pop(connection)
                 try:
                     done[finished] = connection.recv()
