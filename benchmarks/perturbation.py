@@ -65,7 +65,7 @@ def zeroth_order_batch(folder: Path, step: int, rows: int, seed: int) -> tuple[d
     tokenizer = AutoTokenizer.from_pretrained(folder)
     train = TASKS["sst2-demo"].rows().train
     records = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in train]
-    examples = encode(records, tokenizer, max_length=None, model_positions=None)
+    examples, _ = encode(records, tokenizer, max_length=None, model_positions=None)
     streams = partition([example.length for example in examples], "addax", "median")
     schedule = StepSchedule(streams.zeroth_order, streams.first_order, rows, rows, seed)
     item = StepBatches(EncodedRows(examples, tokenizer.pad_token_id), schedule, 0, 1)[step]

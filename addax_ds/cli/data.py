@@ -1,4 +1,4 @@
-"""Loading of the data, from a task or JSON Lines files, and their encoding."""
+"""Loading of the data, from a task, files or a data set, and their encoding."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from addax_ds.data.encoding import (
     padding_token,
 )
 from addax_ds.data.records import Record, prompt_completion
-from addax_ds.data.sources import open_rows
+from addax_ds.data.shapes import parse_columns
+from addax_ds.data.sources import Rows, open_rows
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
 from addax_ds.models.source import ModelSource
@@ -77,7 +78,7 @@ def load_data(
         UserError: the data cannot be read, or a row cannot be used.
     """
     padding_token(tokenizer, model.vocabulary_size)  # the trainer does it when there is a model
-    if args.train_file is None:
+    if args.train_file is None and args.dataset_name is None:
         return _load_task(args, tokenizer, model)
 
     encoder = Encoder(
@@ -89,17 +90,30 @@ def load_data(
         vocabulary_size=model.vocabulary_size,
     )
 
-    def read(path: str) -> ArrowExamples:
-        rows = open_rows([path])
+    def read(rows: Rows) -> ArrowExamples:
         return encoded(rows, encoder, processes=args.dataset_num_proc, progress=progress)
 
-    train = read(args.train_file)
-    test_file = None if args.skip_test else args.test_file
+    sources = _sources(args)
+    train = read(sources["train"])
     validation, test = (
-        None if path is None else EvaluationSet(read(path))
-        for path in (args.validation_file, test_file)
+        EvaluationSet(read(sources[part])) if part in sources else None
+        for part in ("validation", "test")
     )
-    return Data(args.train_file, train, validation, test, turn_ends=train.turn_ends)
+    return Data(sources["train"].name, train, validation, test, turn_ends=train.turn_ends)
+
+
+def _sources(args: DataArguments) -> dict[str, Rows]:
+    """Return the rows that the arguments name, those of the test unless they are to be left."""
+    columns = parse_columns(args.columns or ())
+    found = {}
+    for part in ("train", "validation") if args.skip_test else ("train", "validation", "test"):
+        files, split = getattr(args, f"{part}_file"), getattr(args, f"{part}_split")
+        if files is not None:
+            found[part] = open_rows(files, columns=columns)
+        elif args.dataset_name is not None and split is not None:
+            where = {"dataset": args.dataset_name, "config": args.dataset_config, "split": split}
+            found[part] = open_rows(**where, columns=columns)
+    return found
 
 
 def _load_task(args: DataArguments, tokenizer: PreTrainedTokenizerBase, model: ModelSource) -> Data:
@@ -182,10 +196,12 @@ class _Encoder:
             prompt_completion(row.prompt, answer, row.origin, append_eos=False)
             for row, answer in zip(rows, answers, strict=True)
         ]
-        return encode(
+        examples, cuts = encode(
             records,
             self._tokenizer,
             max_length=self._longest,
             model_positions=self._model.positions,
             vocabulary_size=self._model.vocabulary_size,
         )
+        cuts.log(self._task.title, self._longest)
+        return examples

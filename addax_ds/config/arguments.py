@@ -17,6 +17,8 @@ from transformers import HfArgumentParser
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.presets import find_preset
 from addax_ds.config.values import read_argument_file, type_problems
+from addax_ds.data.shapes import parse_columns
+from addax_ds.data.sources import find_files
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
@@ -30,7 +32,7 @@ DEMO_TASK = "sst2-demo"
 # K0 = K1 of the demo, over all ranks.
 DEMO_GLOBAL_BATCH_SIZE = 8
 
-# What the command without --model_name_or_path and --train_file runs; any flag overrides it. The
+# What the command without model and data runs; any flag overrides it. The
 # batch sizes per device follow from DEMO_GLOBAL_BATCH_SIZE, alpha and zo_eps are the defaults.
 DEMO_PRESET: dict[str, Any] = {
     "max_steps": 50,
@@ -51,6 +53,12 @@ _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 # Arguments that only a task heeds.
 _OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed")
+
+_FILES = ("train_file", "validation_file", "test_file")
+_OF_DATASETS = ("dataset_config", "train_split", "validation_split", "test_split")
+_SCORED = ("validation", "test")
+_LISTS = (*_FILES, "columns")
+_LONGEST_ARGUMENTS = 1 << 20  # bytes; longer files of JSON are data
 
 
 @dataclass
@@ -102,18 +110,31 @@ class DataArguments:
     )
     num_test: int | None = flag(None, "Test rows of the task (default: mostly 1000).")
     task_seed: int = flag(0, "Seed by which the rows of the task are drawn.")
-    train_file: str | None = flag(
-        None, "JSONL with prompt and completion, messages, or text, instead of a task."
+    train_file: list[str] | None = flag(
+        None,
+        "Files of rows (JSON Lines, JSON, CSV, Parquet, Arrow), patterns or folders of them, "
+        "instead of a task (docs/data.md).",
     )
-    validation_file: str | None = flag(None, "The same, for --eval_strategy. Needs --train_file.")
-    test_file: str | None = flag(
-        None, "The same, evaluated before and after training. Needs --train_file."
+    validation_file: list[str] | None = flag(None, "The same, for --eval_strategy.")
+    test_file: list[str] | None = flag(None, "The same, evaluated before and after training.")
+    dataset_name: str | None = flag(
+        None, "Data set of the hub, or a folder of one, instead of --train_file."
+    )
+    dataset_config: str | None = flag(None, "Configuration of the data set.")
+    train_split: str = flag("train", "Split of the data set, maybe a slice: train[:1000].")
+    validation_split: str | None = flag(None, "The same, for --eval_strategy.")
+    test_split: str | None = flag(None, "The same, evaluated before and after training.")
+    columns: list[str] | None = flag(
+        None,
+        "Columns by the names that they get, as prompt=question completion=answer. Of rows that "
+        "fit several shapes it chooses one: messages=messages.",
     )
     skip_test: bool = flag(False, "Leave the test set unread, as for choosing settings.")
     max_length: int | None = flag(
         None,
         "Longest sequence in tokens (default: the model's limit, for a task 2048 at "
-        "most); longer ones lose tokens on the left, or for files are refused without it.",
+        "most). Rows of text are split; others lose tokens on the left, or are refused without it "
+        "unless they are a task's.",
     )
     append_eos: bool = flag(
         True,
@@ -169,14 +190,14 @@ def parse_arguments(
 
 def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete what was given, and check what `AddaxConfig` does not know of."""
-    is_demo = not {"model_name_or_path", "train_file", "task"} & given.keys()
+    is_demo = not {"model_name_or_path", "train_file", "dataset_name", "task"} & given.keys()
     values = {**(_demo_preset(given) if is_demo else {}), **given}
     problems = [*_model_problems(values), *_data_problems(values)]
     raise_problems("These arguments cannot be used:", problems)
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_preset(values["deepspeed"])
     _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
-    if values.get("train_file") is None:
+    if values.get("train_file") is None and values.get("dataset_name") is None:
         task = find_task(values.get("task") or DEMO_TASK, values.get("task_data"))
         if values.get("load_best_model_at_end") or values.get("save_strategy") == "best":
             values.setdefault("metric_for_best_model", task.metric)
@@ -189,6 +210,9 @@ class _Parser(Parser, HfArgumentParser):
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Return only what `argv`, and the argument file that it may name, says."""
         known, files = self._parse(argv)
+        for name in known.keys() & set(_LISTS):  # a flag of many values takes that file, too
+            files += filter(self._is_argument_file, known[name])
+            known[name] = [word for word in known[name] if word not in files]
         if not files:
             return known
         if len(files) > 1 or Path(files[0]).suffix not in (".yaml", ".yml", ".json"):
@@ -198,9 +222,12 @@ class _Parser(Parser, HfArgumentParser):
     def _parse(self, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         """Parse flags; return what was given and the words that are not flags."""
         missing = object()
-        names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+        names = self._names()
         # argparse leaves alone what the namespace already holds.
         start = argparse.Namespace(**dict.fromkeys(names, missing))
+        for name in _LISTS:  # the last one would win
+            if [word.partition("=")[0].replace("-", "_") for word in argv].count(f"__{name}") > 1:
+                raise UserError(f"--{name} is given twice: give all its values after one --{name}.")
         namespace, rest = self.parse_known_args(argv, namespace=start)
         for word in rest:
             if word.startswith("--"):
@@ -208,10 +235,23 @@ class _Parser(Parser, HfArgumentParser):
                 raise UserError(f"Unknown flag --{name}.{did_you_mean(name, names)} See --help.")
         return {k: v for k, v in vars(namespace).items() if v is not missing}, rest
 
+    def _names(self) -> list[str]:
+        return [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+
+    def _is_argument_file(self, word: str) -> bool:
+        """Return whether a file is one of arguments: YAML, or an object of their names."""
+        path = Path(word)
+        if path.suffix != ".json" or not path.is_file() or path.stat().st_size > _LONGEST_ARGUMENTS:
+            return path.suffix in (".yaml", ".yml")
+        try:
+            return read_argument_file(path).keys() <= set(self._names())
+        except UserError:
+            return False
+
     def _read(self, path: Path) -> dict[str, Any]:
         """Read an argument file; scalars go through the types of the flags (YAML's 1e-3 too)."""
         content = read_argument_file(path)
-        names = [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+        names = self._names()
         unknown = [
             f"{key}: no such argument.{did_you_mean(str(key), names)}"
             for key in content
@@ -277,28 +317,50 @@ def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    files = {name: values.get(name) for name in ("train_file", "validation_file", "test_file")}
-    for name, path in files.items():
-        if path is not None and not os.path.isfile(path):
-            yield f"--{name} {path}: there is no such file."
+    given = {name for name, value in values.items() if value is not None}
+    sources = [name for name in ("train_file", "dataset_name") if name in given]
+    for name in _LISTS:
+        if name in given:
+            yield from _list_problems(name, values[name])
     if values.get("max_length") is not None and values["max_length"] < 2:
         yield "--max_length must be at least 2 tokens."
     if values.get("dataset_num_proc") is not None:
         if values["dataset_num_proc"] < 1:
             yield "--dataset_num_proc must be at least 1."
-        if files["train_file"] is None:
-            yield "--dataset_num_proc needs --train_file: a task's few rows need no processes."
-    if files["train_file"] is None:
+        if not sources:
+            yield "--dataset_num_proc has no effect on a task, whose few rows need no processes."
+    for name in _OF_DATASETS:
+        if name in given and "dataset_name" not in given:
+            yield f"--{name} needs --dataset_name."
+    if not sources:
         for name in ("validation_file", "test_file"):
-            if files[name] is not None:
+            if name in given:
                 yield f"--{name} needs --train_file: a task has its own dev and test rows."
+        if "columns" in given:
+            yield "--columns needs --train_file or --dataset_name: a task knows its own."
         yield from _task_problems(values)
         return
-    if files["validation_file"] is None and values.get("eval_strategy", "no") != "no":
-        yield "--eval_strategy needs --validation_file."
+    pairs = [("train_file", "dataset_name"), *((f"{s}_file", f"{s}_split") for s in _SCORED)]
+    for one, other in pairs:
+        if {one, other} <= given:
+            yield f"--{one} and --{other} are two sources of the same; remove one of them."
+    is_evaluated = values.get("eval_strategy", "no") != "no"
+    if is_evaluated and not given & {"validation_file", "validation_split"}:
+        yield "--eval_strategy needs --validation_file or --validation_split."
     for name in _OF_TASKS:
-        if values.get(name) is not None:
-            yield f"--{name} has no effect with --train_file; remove one of them."
+        if name in given:
+            yield f"--{name} has no effect with --{sources[0]}; remove one of them."
+
+
+def _list_problems(name: str, words: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the values of a flag that takes several."""
+    if not words:
+        yield f"--{name}: it names nothing."
+        return
+    try:
+        parse_columns(words) if name == "columns" else find_files(words)
+    except UserError as error:
+        yield f"--{name} {error}."
 
 
 def _task_problems(values: Mapping[str, Any]) -> Iterator[str]:

@@ -77,6 +77,8 @@ def type_problems(content: Mapping[str, Any], types: Mapping[str, Any]) -> Itera
         if isinstance(value, list | dict) and type(value) not in forms:
             kind = "a list" if isinstance(value, list) else "an object"
             yield f"{name}: {kind} is not a value of this argument."
+        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            yield f"{name}: its items must be texts; quote them."
         elif isinstance(value, bool) and bool not in forms and name != "resume_from_checkpoint":
             yield f"{name}: it is not true or false; YAML reads no, off, yes and on so: quote it."
 

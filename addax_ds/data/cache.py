@@ -21,9 +21,9 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, overload
@@ -35,8 +35,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from addax_ds.data.chat import moments_read
-from addax_ds.data.encoding import Example, add_to_digest, encode, learnt_ends
+from addax_ds.data.clock import moments_read
+from addax_ds.data.encoding import Cuts, Example, add_to_digest, encode, learnt_ends
 from addax_ds.data.records import Record, Records, log_unused
 from addax_ds.data.workers import in_order, usable_cores
 from addax_ds.utils.errors import UserError
@@ -84,8 +84,8 @@ class Encoder:
         """Return the rows as text."""
         return Records(rows, self.tokenizer, append_eos=self.append_eos, now=self.now)
 
-    def examples(self, records: Sequence[Record]) -> list[Example]:
-        """Return the tokens of texts."""
+    def examples(self, records: Sequence[Record]) -> tuple[list[Example], Cuts]:
+        """Return the tokens of texts, and what was cut and split."""
         return encode(
             records,
             self.tokenizer,
@@ -121,6 +121,7 @@ class Encoder:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
+@cache
 def _program() -> list[str]:
     """Return what makes tokens: versions of libraries, and a digest of this folder's code."""
     code = hashlib.sha256()
@@ -262,7 +263,7 @@ def encoded(
         records = encoder.records(rows)
         folder = root / encoder.fingerprint(rows, records.is_chat)
         index = _Maker(folder, records, encoder, processes or usable_cores(), progress).index()
-    log_unused(rows.name, index.gathered("unused"))
+    index.log(rows.name, encoder.max_length)
     return ArrowExamples(folder, index)
 
 
@@ -311,6 +312,15 @@ class _Index:
     def gathered(self, name: str) -> list[Any]:
         """Return all that the shards have found under a name, sorted."""
         return sorted({value for entry in self.shards.values() for value in entry[name]})
+
+    def log(self, name: str, max_length: int | None) -> None:
+        """Say what has been made of the rows, as it was said when it was."""
+        assert self.whole is not None
+        for note in self.whole["notes"]:
+            logger.info("%s", note)
+        log_unused(name, self.gathered("unused"))
+        cuts = (Cuts(**entry["cuts"]) for entry in self.shards.values())
+        sum(cuts, start=Cuts()).log(name, max_length)
 
     def is_intact(self) -> bool:
         """Return whether all files are as they were written; a warning names one that is not."""
@@ -490,6 +500,7 @@ class _Maker:
                 "file": _LENGTHS,
                 "size": size,
                 "sha256": sha256,
+                "notes": self._records.notes,
                 "digest": digest.hexdigest()[:16],
                 "examples": columns.shape[1],
                 "tokens": int(columns[0].sum(dtype=np.int64)),
@@ -501,10 +512,11 @@ class _Maker:
         self._records.unused = set()
         path = self._folder / _shard_name(shard)
         ends: set[int] = set()
-        count = 0
+        count, cuts = 0, Cuts()
         with _appearing(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
             for texts in self._portions(shard):
-                examples = self._encoder.examples(texts)
+                examples, more = self._encoder.examples(texts)
+                cuts += more
                 if self._records.is_chat:
                     ends |= learnt_ends(examples)
                 count += len(examples)
@@ -516,6 +528,7 @@ class _Maker:
             "size": size,
             "sha256": sha256,
             "examples": count,
+            "cuts": asdict(cuts),
             "ends": sorted(ends),
             "unused": sorted(self._records.unused),
         }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import locale
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from addax_ds.data.clock import clock_at
+from addax_ds.data.conventions import SHAREGPT_ROLES
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, shown
 
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROLES = ("assistant", "user", "system", "developer", "tool", "function")
+_ASSISTANTS = ("model", "bot", "ai")  # what else templates and data sets call it
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
-_CLOCK = "strftime_now"  # in templates
 _OTHER_WEIGHTS = ("train", "training", "loss")  # of other programs; "weight" is OpenAI's
 
 
@@ -31,6 +30,7 @@ class Conversation:
 
     Attributes:
         messages: as the chat template gets them, at least one.
+        places: what to call each of them: "messages[0]".
         learnt: whether each of them carries loss.
         tools: JSON schemas of what the model may call, if any.
         options: further variables of the chat template.
@@ -38,25 +38,43 @@ class Conversation:
     """
 
     messages: list[dict[str, Any]]
+    places: list[str]
     learnt: list[bool]
     tools: list[Any] | None
     options: dict[str, Any]
     origin: str
 
     @classmethod
-    def of(cls, messages: object, tools: object, options: object, origin: str) -> Conversation:
-        """Check the values of a row's columns; the last two may be None.
+    def of(
+        cls, parts: Mapping[str, object], tools: object, options: object, origin: str
+    ) -> Conversation:
+        """Check the values of a row's columns.
+
+        Args:
+            parts: lists of messages by the names of their columns, in order; of the last one the
+                assistant's turns are learnt, and of those before it none.
+            tools: the JSON schemas; may be None.
+            options: further variables of the template; may be None.
+            origin: where the row comes from.
 
         Raises:
             UserError: one is not what it should be.
         """
-        checked = _messages(messages, origin)
+        *_, last = parts
+        messages, places, learnt = [], [], []
+        for name, value in parts.items():
+            for index, message in enumerate(_messages(value, name, origin)):
+                places.append(f"{name}[{index}]")
+                is_learnt = _is_learnt(message, f"{origin}: {places[-1]}")
+                learnt.append(is_learnt and name == last)
+                messages.append({k: v for k, v in message.items() if k != "weight"})
+        if not any(learnt):
+            raise UserError(
+                f"{origin}: {last}: no turn of the role 'assistant' to learn from (one of "
+                "weight 0 is not learnt)"
+            )
         return cls(
-            [{k: v for k, v in message.items() if k != "weight"} for message in checked],
-            [_is_learnt(m, f"{origin}: messages[{i}]") for i, m in enumerate(checked)],
-            _tools(tools, origin),
-            _options(options, origin),
-            origin,
+            messages, places, learnt, _tools(tools, origin), _options(options, origin), origin
         )
 
     def without(self, index: int, keys: Sequence[str]) -> Conversation:
@@ -86,34 +104,32 @@ def learnt_turns(
     """
     origin, messages = conversation.origin, conversation.messages
     require_chat_template(tokenizer, origin)
-    with _clock_at(now or datetime.now()):
+    _require_known_roles(conversation, tokenizer)
+    with clock_at(now or datetime.now()):
         text = _render(conversation, tokenizer)
         targets = []
         for index in (i for i, learnt in enumerate(conversation.learnt) if learnt):
             if index == 0:
                 raise UserError(
-                    f"{origin}: messages start with the assistant; put a message before"
+                    f"{origin}: {conversation.places[0]} is the assistant's; put a message before"
                 )
             before = _render(conversation, tokenizer, index, add_generation_prompt=True)
             through = _render(conversation, tokenizer, index + 1)
             if not (through.startswith(before) and text.startswith(through)):
                 raise UserError(
                     f"{origin}: the tokenizer's chat template writes the conversation up to "
-                    f"messages[{index}] differently when later text follows, so the assistant's "
-                    "tokens cannot be told apart; write the rows as prompt + completion instead"
+                    f"{conversation.places[index]} differently when later text follows, so the "
+                    "assistant's tokens cannot be told apart; write the rows as prompt + "
+                    "completion instead"
                 )
             turn = through[len(before) :]
             if not turn.strip():
                 raise UserError(
-                    f"{origin}: the tokenizer's chat template writes nothing for messages[{index}]"
+                    f"{origin}: the tokenizer's chat template writes nothing for "
+                    f"{conversation.places[index]}"
                 )
             length = _learnt_length(turn, messages[index].get("content"))
             targets.append((len(before), len(before) + length))
-        if not targets:
-            raise UserError(
-                f"{origin}: messages hold no turn of the role 'assistant' to learn from (one of "
-                "weight 0 is not learnt)"
-            )
         _check_written(conversation, tokenizer, text)
     return text, tuple(targets)
 
@@ -128,56 +144,30 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> No
         )
 
 
-def moments_read(tokenizer: PreTrainedTokenizerBase, now: datetime) -> list[str]:
-    """Return what a tokenizer's chat templates read of a moment; equal for equal texts.
+def _require_known_roles(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if a role is neither a common one nor spelled by the template.
 
-    A template that calls ``strftime_now("...")`` alone reads what this writes, as "26 Nov 2026";
-    one that does anything else with it reads all of the moment.
+    A template may write any role, but only a model that was trained on it knows it.
     """
-    from jinja2 import TemplateError, nodes
-    from transformers.utils import chat_template_utils
-
-    given = tokenizer.chat_template or {}
-    found: list[str] = []
-    with _clock_at(now):
-        for template in given.values() if isinstance(given, dict) else [given]:
-            try:
-                compiled = chat_template_utils._compile_jinja_template(template)
-            except TemplateError:  # who renders it says so
-                continue
-            tree = compiled.environment.parse(template)
-            calls = [call for call in tree.find_all(nodes.Call) if _is_literal(call)]
-            tests = [test for test in tree.find_all(nodes.Test) if test.name == "defined"]
-            harmless = {id(node.node) for node in (*calls, *tests)}
-            names = [name for name in tree.find_all(nodes.Name) if name.name == _CLOCK]
-            if any(id(name) not in harmless for name in names):
-                return [now.isoformat()]
-            write = compiled.environment.globals[_CLOCK]
-            found += [write(call.args[0].value) for call in calls]
-    return found
-
-
-def _is_literal(call: Any) -> bool:
-    """Return whether a node of a template is ``strftime_now`` with nothing but a string."""
-    from jinja2 import nodes
-
-    return (
-        isinstance(call.node, nodes.Name)
-        and call.node.name == _CLOCK
-        and len(call.args) == 1
-        and isinstance(call.args[0], nodes.Const)
-        and not (call.kwargs or call.dyn_args or call.dyn_kwargs)
-    )
+    templates: Any = tokenizer.chat_template
+    source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    for place, message in zip(conversation.places, conversation.messages, strict=True):
+        role = message["role"]
+        if role not in _ROLES and not any(f"{q}{role}{q}" in source for q in "'\""):
+            raise UserError(
+                f"{conversation.origin}: {place}.role is {shown(role)!r}, which the tokenizer's "
+                f"chat template does not know; expected one of {', '.join(_ROLES)}"
+            )
 
 
 # ---- what a row holds --------------------------------------------------------------------------
 
 
-def _messages(value: object, origin: str) -> list[dict[str, Any]]:
+def _messages(value: object, name: str, origin: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"{origin}: messages must be a non-empty list of {{role, content}} objects")
+        raise UserError(f"{origin}: {name} must be a non-empty list of {{role, content}} objects")
     for index, message in enumerate(value):
-        place = f"messages[{index}]"
+        place = f"{name}[{index}]"
         if not isinstance(message, dict):
             kind = type(message).__name__
             raise UserError(f"{origin}: {place} must be an object, got a {kind}")
@@ -195,14 +185,19 @@ def _messages(value: object, origin: str) -> list[dict[str, Any]]:
 
 
 def _require_role(role: str, place: str) -> None:
-    """Raise if the role is a slip of the pen: its turn would be rendered, and never learnt.
+    """Raise if the role is a slip of the pen, or another name of the assistant's.
 
-    Which other roles there are is the template's business.
+    Its turn would be rendered, and never learnt. Which other roles there are is the template's
+    business (`_require_known_roles`).
     """
     if not role.strip():
         raise UserError(f"{place} is empty; expected one of {', '.join(_ROLES)}")
-    meant = did_you_mean(role.strip().lower(), _ROLES, cutoff=0.8)
-    if role not in _ROLES and meant:
+    if role in _ROLES:
+        return
+    bare = role.strip().lower()
+    is_assistant = bare in _ASSISTANTS or SHAREGPT_ROLES.get(bare) == "assistant"
+    meant = did_you_mean("assistant" if is_assistant else bare, _ROLES, cutoff=0.8)
+    if meant:
         raise UserError(f"{place} is {shown(role)!r}.{meant}")
 
 
@@ -259,22 +254,6 @@ def _options(value: object, origin: str) -> dict[str, Any]:
 # ---- the template ------------------------------------------------------------------------------
 
 
-@contextmanager
-def _clock_at(now: datetime) -> Iterator[None]:
-    """Let chat templates read a moment that stands still, in no country's spelling."""
-    from transformers.utils import chat_template_utils
-
-    templates: Any = chat_template_utils  # whose strftime_now reads the module's datetime
-    clock, spelling = templates.datetime, locale.setlocale(locale.LC_TIME)
-    locale.setlocale(locale.LC_TIME, "C")
-    templates.datetime = SimpleNamespace(now=lambda: now)
-    try:
-        yield
-    finally:
-        templates.datetime = clock
-        locale.setlocale(locale.LC_TIME, spelling)
-
-
 def _render(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -329,7 +308,8 @@ def _check_written(
             if _writes_same(conversation.without(index, keys), tokenizer, text):
                 raise UserError(
                     f"{conversation.origin}: the tokenizer's chat template writes nothing of "
-                    f"messages[{index}].{given[0]}; use a model whose template does, or take it out"
+                    f"{conversation.places[index]}.{given[0]}; use a model whose template does, or "
+                    "take it out"
                 )
     if conversation.tools and _writes_same(replace(conversation, tools=None), tokenizer, text):
         raise UserError(

@@ -34,7 +34,7 @@ def as_examples(
     Args:
         dataset: rows that are examples; that have ``input_ids`` (and ``labels``, not shifted, -100
             where a token carries no loss; without them all tokens carry loss; what
-            ``attention_mask`` marks with 0 is left out); or that have one of `records.SHAPES`.
+            ``attention_mask`` marks with 0 is left out); or that have one of `shapes.SHAPES`.
         name: what to call the data set in messages.
         tokenizer: for rows of text.
         model_positions: see `encode`.
@@ -59,13 +59,14 @@ def as_examples(
         return [_example(row, origin, *limits) for origin, row in rows.read(0, len(rows))]
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
-    return encode(
+    examples, _ = encode(
         read_records(rows, tokenizer, now=now),
         tokenizer,
         max_length=None,
         model_positions=model_positions,
         vocabulary_size=vocabulary_size,
     )
+    return examples
 
 
 @dataclass(frozen=True)

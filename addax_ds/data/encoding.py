@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 NO_LOSS = -100
 """Label of a token that carries no loss, as everywhere in torch and Transformers."""
@@ -52,6 +55,46 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """What `encode` has made of rows that are too long; sums are those of all rows.
+
+    Attributes:
+        rows_cut: rows that have lost tokens.
+        most_tokens_cut: tokens that one of them has lost, at most.
+        rows_split: rows that have become several sequences.
+    """
+
+    rows_cut: int = 0
+    most_tokens_cut: int = 0
+    rows_split: int = 0
+
+    def __add__(self, other: Cuts) -> Cuts:
+        return Cuts(
+            self.rows_cut + other.rows_cut,
+            max(self.most_tokens_cut, other.most_tokens_cut),
+            self.rows_split + other.rows_split,
+        )
+
+    def log(self, source: str, max_length: int | None) -> None:
+        """Say what has happened to the rows of a source, if anything has."""
+        if self.rows_cut:
+            logger.info(
+                "%s: %d rows are longer than %s tokens and have lost up to %d of them on the left",
+                source,
+                self.rows_cut,
+                max_length,
+                self.most_tokens_cut,
+            )
+        if self.rows_split:
+            logger.info(
+                "%s: %d rows of text are longer than %s tokens and are split into sequences",
+                source,
+                self.rows_split,
+                max_length,
+            )
+
+
+@dataclass(frozen=True)
 class _Tokens:
     """Tokens of one text, with their offsets.
 
@@ -73,7 +116,7 @@ def encode(
     max_length: int | None,
     model_positions: int | None,
     vocabulary_size: int | None = None,
-) -> list[Example]:
+) -> tuple[list[Example], Cuts]:
     """Tokenise records and label the tokens that overlap a target span.
 
     Each text is tokenised once, as a whole, so that its tokens are those the model meets at
@@ -83,12 +126,13 @@ def encode(
     Args:
         records: What to encode.
         tokenizer: A fast one: only these report which characters a token covers.
-        max_length: Longer sequences lose tokens on the left, never BOS and never a target.
+        max_length: Longer sequences lose tokens on the left, never BOS and never a target. A text
+            that may be split becomes several examples instead (`_split`).
         model_positions: The longest sequence that the model can take; None if it has no limit.
         vocabulary_size: Tokens that the model has embeddings for; None if it is not known.
 
     Returns:
-        One example a record, in order.
+        The examples, in order of the records, and what was cut and split.
 
     Raises:
         UserError: The tokenizer is slow, or lacks the EOS that a record wants; `max_length` exceeds
@@ -101,13 +145,21 @@ def encode(
             f"{type(tokenizer).__name__} does not say which characters a token covers; use the "
             "model's fast tokenizer (a folder with tokenizer.json)"
         )
-    examples = []
+    examples: list[Example] = []
+    cuts = Cuts()
     for record, tokens in zip(records, _tokenise(records, tokenizer), strict=True):
         example = _label(record, tokens, tokenizer.eos_token_id)
         _check_ids(example, tokenizer, vocabulary_size)
         head = _head(tokens, tokenizer.bos_token_id)
-        examples.append(_fit(example, head, max_length, model_positions))
-    return examples
+        if record.may_split and max_length is not None and example.length > max_length:
+            examples += _split(example, head, max_length)
+            cuts += Cuts(rows_split=1)
+            continue
+        fitted = _fit(example, head, max_length, model_positions)
+        examples.append(fitted)
+        if fitted is not example:
+            cuts += Cuts(rows_cut=1, most_tokens_cut=example.length - fitted.length)
+    return examples, cuts
 
 
 def learnt_ends(examples: Iterable[Example]) -> set[int]:
@@ -192,11 +244,11 @@ def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> 
         rows = list(group)
         for start in range(0, len(rows), _CHUNK):
             batch = _call(tokenizer, rows[start : start + _CHUNK], add_special_tokens)
-            for tokens in _split(batch.encodings or []):
+            for tokens in _unpacked(batch.encodings or []):
                 yield _without_doubles(tokens, tokenizer)
 
 
-def _split(texts: Sequence[Any]) -> Iterator[_Tokens]:
+def _unpacked(texts: Sequence[Any]) -> Iterator[_Tokens]:
     """Yield the tokens of what a tokenizer has made of some texts, `tokenizers.Encoding`.
 
     These are made Python's one at a time, and arrays together: a list of all offsets would take
@@ -314,8 +366,8 @@ def _fit(
     if max_length is None:
         raise UserError(
             f"{example.origin}: {length} tokens, more than the model's {limit} positions; "
-            f"shorten the row, or pass --max_length {limit} to cut the part without loss from "
-            "the left"
+            f"shorten the row, or pass --max_length {limit}: then a text is split, and other rows "
+            "lose tokens without loss on the left"
         )
     first_target = int(np.argmax(example.labels != NO_LOSS))
     # Without a head, one token must stay in front of the first target to predict it from.
@@ -329,6 +381,30 @@ def _fit(
         )
     keep = np.r_[0:head, cut:length]
     return Example(example.input_ids[keep], example.labels[keep], example.origin)
+
+
+def _split(example: Example, head: int, max_length: int) -> list[Example]:
+    """Divide a text into sequences of `max_length` tokens; the last one has what is left.
+
+    Each begins with the text's first `head` tokens. Without a head it begins with the last token of
+    the one before. So every token but the text's first is predicted once.
+    """
+    ids, labels = example.input_ids, example.labels
+    step = max_length - max(head, 1)
+    if step < 1:
+        raise UserError(
+            f"{example.origin}: the tokenizer's first {head} tokens leave no room for the text "
+            f"with --max_length {max_length}; raise it"
+        )
+    # Without a head the text's first token is one: nothing predicts it.
+    starts = list(range(max(head, 1), len(ids), step))
+    if head and step > 1 and len(ids) - starts[-1] == 1:
+        starts[-1] -= 1  # EOS alone would be learnt as the end of nothing
+    pieces = []
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        kept = np.r_[0:head, start:stop] if head else np.r_[start - 1 : stop]
+        pieces.append(Example(ids[kept], labels[kept], example.origin))
+    return [piece for piece in pieces if piece.target_count]
 
 
 def encode_prompts(

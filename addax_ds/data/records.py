@@ -13,23 +13,15 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from addax_ds.data.chat import Conversation, learnt_turns
+from addax_ds.data.conventions import alpaca_messages, alpaca_prompt, sharegpt_messages
+from addax_ds.data.shapes import OPTIONAL, SHAPES, listed, require_shape, shape_of
 from addax_ds.data.sources import Rows
 from addax_ds.utils.errors import UserError
-from addax_ds.utils.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-SHAPES: dict[str, tuple[str, ...]] = {
-    "prompt + completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-"""The row shapes of a JSON Lines file: name -> columns that a row of this shape has."""
-
-_OPTIONAL = {"messages": ("tools", "chat_template_kwargs")}
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,7 @@ class Record:
             whose template has written them.
         append_eos: Whether the sequence ends in an EOS token, which is learnt if the last target
             reaches the end of the text.
+        may_split: Whether a text that is too long becomes several sequences, and loses nothing.
     """
 
     text: str
@@ -51,6 +44,7 @@ class Record:
     origin: str
     add_special_tokens: bool = True
     append_eos: bool = True
+    may_split: bool = False
 
     @property
     def is_chat(self) -> bool:
@@ -71,14 +65,14 @@ def prompt_completion(prompt: str, completion: str, origin: str, append_eos: boo
 
 
 def plain_text(text: str, origin: str, append_eos: bool = True) -> Record:
-    """Return the record `text` with loss on all of it.
+    """Return the record `text` with loss on all of it, which may be split.
 
     Raises:
         UserError: The text is empty.
     """
     if not text:
         raise UserError(f"{origin}: the text is empty, so there is nothing to learn from it")
-    return Record(text, ((0, len(text)),), origin, append_eos=append_eos)
+    return Record(text, ((0, len(text)),), origin, append_eos=append_eos, may_split=True)
 
 
 def chat(
@@ -86,6 +80,8 @@ def chat(
     tokenizer: PreTrainedTokenizerBase,
     origin: str,
     *,
+    column: str = "messages",
+    before: Mapping[str, object] | None = None,
     tools: object = None,
     template_kwargs: object = None,
     now: datetime | None = None,
@@ -101,6 +97,8 @@ def chat(
             template.
         tokenizer: Has a chat template.
         origin: Where the row comes from.
+        column: What the messages are called.
+        before: Messages that come before, of which none is learnt, by the name of their column.
         tools: JSON schemas of functions for the template: a list of dicts, or it as JSON.
         template_kwargs: A dict of further variables of the template.
         now: Date and time that the template reads, local and without a zone; None for the clock.
@@ -111,7 +109,8 @@ def chat(
             tools, or writes earlier turns differently once later ones follow (some templates drop
             earlier reasoning), so that no prefix is a prefix.
     """
-    conversation = Conversation.of(messages, tools, template_kwargs, origin)
+    parts = {**(before or {}), column: messages}
+    conversation = Conversation.of(parts, tools, template_kwargs, origin)
     text, targets = learnt_turns(conversation, tokenizer, now)
     return Record(text, targets, origin, add_special_tokens=False, append_eos=False)
 
@@ -119,21 +118,31 @@ def chat(
 class Records:
     """The records of rows that all have the shape of the first, made when they are read.
 
-    The first row decides which of `SHAPES` the rows have: `prompt` and `completion` (strings, loss
-    on the completion), `messages` (see `chat`) or `text` (loss on all of it). Every row must have
-    that shape and no other. Beside `messages` there may be `tools` and `chat_template_kwargs`. A
-    null counts as a missing column; other columns are ignored, and collected.
+    Every row must have that shape (`addax_ds.data.shapes`) and no other. A null counts as a missing
+    column; other columns are ignored, and collected.
+
+    - `prompt` and `completion`: strings, loss on the completion; or both lists of messages, loss on
+      the assistant's turns in the completion.
+    - `messages`: see `chat`.
+    - `text`: loss on all of it.
+    - `instruction`, `output` and maybe `input` (Alpaca): messages of a user and the assistant if
+      the tokenizer has a chat template, else Stanford Alpaca's prompt and a completion.
+    - `conversations` (ShareGPT): as `messages`.
+
+    Beside messages there may be `tools` and `chat_template_kwargs`.
 
     An instance can be pickled, and read in another process.
 
     Args:
         rows: the rows.
-        tokenizer: Its chat template renders `messages`; not used for the other shapes.
-        append_eos: As in `Record`, for `prompt` + `completion` and `text`. A chat template ends
-            its turns itself.
+        tokenizer: Its chat template renders messages; not used for the other shapes.
+        append_eos: As in `Record`, for rows without messages. A chat template ends its turns
+            itself.
         now: As in `chat`.
 
     Attributes:
+        is_chat: whether a chat template writes the texts.
+        notes: sentences on how the rows are read, for the log.
         unused: columns that `read` has met and not used.
 
     Raises:
@@ -149,23 +158,36 @@ class Records:
         now: datetime | None = None,
     ) -> None:
         self.rows = rows
+        self.notes: list[str] = []
         self.unused: set[str] = set()
         self._tokenizer = tokenizer
         self._append_eos = append_eos
         self._now = now
         if not len(rows):
-            raise UserError(f"{rows.name}: the file holds no rows; expected one JSON object a line")
+            raise UserError(f"{rows.name}: there are no rows")
         ((origin, row),) = rows.read(0, 1)
-        self._shape = _shape_of(row, origin)
+        self._shape = shape_of(row, origin)
+        is_alpaca = self._shape == "instruction + output"
+        if self._shape == "prompt + completion":
+            self.is_chat = isinstance(row["prompt"], list)
+        elif is_alpaca:
+            self.is_chat = bool(tokenizer.chat_template)
+        else:
+            self.is_chat = self._shape != "text"
+        self._known = {*SHAPES[self._shape]}
+        if self.is_chat or is_alpaca:
+            self._known.update(OPTIONAL[self._shape])
+        if is_alpaca:
+            how = (
+                "the user's message, in the tokenizer's chat template"
+                if self.is_chat
+                else "written into Stanford Alpaca's prompt, as the tokenizer has no chat template"
+            )
+            self.notes.append(f"{rows.name}: instruction and input are {how}")
 
     def __len__(self) -> int:
         """Return the number of records, one a row."""
         return len(self.rows)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether a chat template writes the texts."""
-        return self._shape == "messages"
 
     def read(self, start: int, stop: int) -> list[Record]:
         """Return the records of the rows from ``start`` to before ``stop``.
@@ -174,20 +196,49 @@ class Records:
             UserError: a row cannot be used; the message names its origin.
         """
         records = []
-        known = {*SHAPES[self._shape], *_OPTIONAL.get(self._shape, ())}
         for origin, row in self.rows.read(start, stop):
-            _require_shape(row, self._shape, origin, self.rows.name)
-            self.unused.update(row.keys() - known)
-            records.append(
-                _record(row, self._shape, self._tokenizer, origin, self._append_eos, self._now)
-            )
+            require_shape(row, self._shape, origin, self.rows.name)
+            self.unused.update(row.keys() - self._known)
+            record = self._chat(row, origin) if self.is_chat else self._text(row, origin)
+            _require_text(record)
+            records.append(record)
         return records
+
+    def _chat(self, row: Mapping[str, Any], origin: str) -> Record:
+        column, before = SHAPES[self._shape][-1], None
+        messages = row[column]
+        if column == "completion":
+            before = {"prompt": row["prompt"]}
+        elif column == "conversations":
+            messages = sharegpt_messages(messages, origin)
+        elif column == "output":
+            messages = alpaca_messages(*_alpaca(row, origin))
+        return chat(
+            messages,
+            self._tokenizer,
+            origin,
+            column=column,
+            before=before,
+            tools=row.get("tools"),
+            template_kwargs=row.get("chat_template_kwargs"),
+            now=self._now,
+        )
+
+    def _text(self, row: Mapping[str, Any], origin: str) -> Record:
+        if self._shape == "text":
+            return plain_text(_string(row, "text", origin), origin, self._append_eos)
+        if self._shape == "prompt + completion":
+            prompt, completion = (_string(row, column, origin) for column in SHAPES[self._shape])
+        else:
+            instruction, further, completion = _alpaca(row, origin)
+            prompt = alpaca_prompt(instruction, further)
+        return prompt_completion(prompt, completion, origin, self._append_eos)
 
 
 def log_unused(source: str, columns: Iterable[str]) -> None:
     """Say once which columns of a source are not used."""
     if columns:
-        logger.info("%s: columns that are not used: %s", source, _listed(columns))
+        logger.info("%s: columns that are not used: %s", source, listed(columns))
 
 
 def read_records(
@@ -200,79 +251,31 @@ def read_records(
     """Return all `Records`, in order, and say which columns are not used."""
     records = Records(rows, tokenizer, append_eos=append_eos, now=now)
     found = records.read(0, len(records))
+    for note in records.notes:
+        logger.info("%s", note)
     log_unused(rows.name, records.unused)
     return found
 
 
-def _listed(columns: Iterable[str]) -> str:
-    """Return names of columns for a message: sorted, printable, and not too many."""
-    names = sorted(columns)
-    more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
-    return ", ".join([shown(name) for name in names[:20]] + more)
+def _alpaca(row: Mapping[str, Any], origin: str) -> tuple[str, str, str]:
+    """Return instruction, input and output; without input an empty one."""
+    instruction, output = (_string(row, column, origin) for column in ("instruction", "output"))
+    if not output:
+        raise UserError(f"{origin}: the output is empty, so there is nothing to learn from it")
+    return instruction, "" if row.get("input") is None else _string(row, "input", origin), output
 
 
-def _shapes_in(row: Mapping[str, Any]) -> list[str]:
-    return [
-        shape
-        for shape, columns in SHAPES.items()
-        if all(row.get(column) is not None for column in columns)
-    ]
+def _string(row: Mapping[str, Any], column: str, origin: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise UserError(f"{origin}: {column} must be a string, got a {type(value).__name__}")
+    return value
 
 
-def _shape_of(row: Mapping[str, Any], origin: str) -> str:
-    """Return the shape of a file's first row."""
-    shapes = _shapes_in(row)
-    if not shapes:
-        found = _listed(f"{key} (null)" if row[key] is None else key for key in row)
-        raise UserError(
-            f"{origin}: found columns [{found}], which fit none of the known shapes: "
-            f"{' | '.join(SHAPES)}"
-        )
-    return shapes[0]
-
-
-def _require_shape(row: Mapping[str, Any], shape: str, origin: str, source: str) -> None:
-    """Raise unless the row has the file's shape and no other."""
-    missing = [column for column in SHAPES[shape] if row.get(column) is None]
-    if missing:
-        raise UserError(
-            f"{origin}: no {' and no '.join(missing)} (or null), but by its first row {source} "
-            f"holds rows of the shape '{shape}'; found columns [{_listed(row)}]"
-        )
-    shapes = _shapes_in(row)
-    if len(shapes) > 1:
-        raise UserError(
-            f"{origin}: the columns fit several shapes ({' | '.join(shapes)}); keep one"
-        )
-
-
-def _record(
-    row: Mapping[str, Any],
-    shape: str,
-    tokenizer: PreTrainedTokenizerBase,
-    origin: str,
-    append_eos: bool,
-    now: datetime | None,
-) -> Record:
-    if shape == "messages":
-        more = {"tools": row.get("tools"), "template_kwargs": row.get("chat_template_kwargs")}
-        record = chat(row[shape], tokenizer, origin, **more, now=now)
-    elif shape == "text":
-        record = plain_text(_string(row["text"], "text", origin), origin, append_eos)
-    else:
-        prompt = _string(row["prompt"], "prompt", origin)
-        completion = _string(row["completion"], "completion", origin)
-        record = prompt_completion(prompt, completion, origin, append_eos)
-    # JSON can spell half a surrogate pair ("\ud800"), which is no text: tokenizers die on it.
+def _require_text(record: Record) -> None:
+    """Raise for half a surrogate pair, which JSON can spell: tokenizers die on it."""
     try:
         record.text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(record.text[error.start])
-        raise UserError(f"{origin}: the text holds half a surrogate pair ({half})") from None
-    return record
-
-
-def _string(value: object, name: str, origin: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{origin}: {name} must be a string, got a {type(value).__name__}")
-    return value
+        raise UserError(f"{record.origin}: the text holds half a surrogate pair ({half})") from None

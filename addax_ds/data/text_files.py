@@ -1,16 +1,22 @@
-"""Rows of JSON and CSV files, read by their place in the file.
+"""Rows of JSON and CSV files, plain or gzip'd, read by their place in the file.
 
-`datasets` reads these formats, too, but gives other rows: it makes a null of a missing key, one
-type of the values of a column, and of "NA" in a CSV file nothing.
+`datasets` reads these formats, too, but gives other rows: a null for a missing key, one type for
+all values of a column, and nothing for "NA" in a CSV file.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
+import re
 import stat
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +27,17 @@ from numpy.typing import NDArray
 
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import parse_json
-from addax_ds.utils.messages import shown
+from addax_ds.utils.messages import on_one_line, shown
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _LONGEST_ROW = 64 << 20  # bytes: one object without line ends, or no text at all, fills the memory
 _CHUNK = 16 << 20  # bytes of a read that looks for line ends
+_UNREADABLE = (OSError, EOFError, zlib.error)  # the last two of damaged gzip files
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+# gzip'd files that this process has read from: to seek forward in one costs less than to start
+# again. By process, as one that is forked would move the place at which its parent reads.
+_idle: dict[tuple[int, str], BinaryIO] = {}
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,24 @@ class _Index:
     Attributes:
         spans: int64, shape [rows, 2]: first byte of a row, and the one after its last.
         numbers: int64, shape [rows]: number of a row, or of its line, for messages.
+        header: names of the columns, of a file that names them once.
     """
 
     spans: NDArray[np.int64]
     numbers: NDArray[np.int64]
+    header: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, spans: list[tuple[int, int]], numbers: list[int], *header: str) -> _Index:
+        shaped = np.array(spans, np.int64).reshape(-1, 2)
+        return cls(shaped, np.array(numbers, np.int64), header)
 
 
 class TextRows(ABC):
     """Rows of one file (`addax_ds.data.sources.Rows`), which is scanned when it is first asked.
 
     Args:
-        path: of the file.
+        path: of the file; one that ends in ``.gz`` is gzip'd.
 
     Attributes:
         name: the path.
@@ -58,7 +77,7 @@ class TextRows(ABC):
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = str(path)
-        with _open(path) as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
         self.identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
@@ -72,34 +91,44 @@ class TextRows(ABC):
         Raises:
             UserError: the file or a row cannot be read; the message names both.
         """
-        index, origin = self._index, self.name
-        with _open(self._path) as file:
+        index = self._index
+        with self._open() as file:
             for row in range(start, min(stop, len(self))):
-                first, end = index.spans[row].tolist()
                 origin = self._origin(int(index.numbers[row]))
-                if end - first > _LONGEST_ROW:
-                    raise UserError(
-                        f"{origin}: the line is longer than {_LONGEST_ROW >> 20} MiB; expected one "
-                        "object a line"
-                    )
-                try:
-                    file.seek(first)
-                    content = file.read(end - first)
-                except OSError as error:
-                    raise _unreadable(origin, error) from error
-                yield origin, self._parse(content, origin)
+                yield origin, self._parse(self._content(file, index.spans[row], origin), origin)
 
     @cached_property
     def _index(self) -> _Index:
-        with _open(self._path) as file:
+        with self._open() as file:
             return self._scan(file)
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        if self._path.suffix.lower() != ".gz":
+            with open_regular(self._path) as plain:
+                yield plain
+            return
+        key = os.getpid(), self.identity
+        file = _idle.pop(key, None) or _unzipped(open_regular(self._path))
+        yield file
+        _idle[key] = file
+
+    def _content(self, file: BinaryIO, span: NDArray[np.int64], origin: str) -> bytes:
+        start, stop = span.tolist()
+        if stop - start > _LONGEST_ROW:
+            raise _too_long(origin)
+        try:
+            file.seek(start)
+            return file.read(stop - start)
+        except _UNREADABLE as error:
+            raise _unreadable(origin, error) from error
 
     def _origin(self, number: int) -> str:
         return f"{self.name}:{number}"
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> _Index:
-        """Find the rows of the file."""
+        """Find the rows of the file, from its beginning."""
 
     @abstractmethod
     def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
@@ -113,63 +142,245 @@ class JsonLines(TextRows):
     """
 
     def _scan(self, file: BinaryIO) -> _Index:
-        ends, blank = [], []
-        size, lines, at_start = 0, 0, True
-        while chunk := self._chunk(file, lines):
-            data = np.frombuffer(chunk, np.uint8)
-            found = np.flatnonzero(data == ord("\n"))
-            starts = np.append([0] if at_start else [], found + 1).astype(np.int64)
-            starts = starts[starts < len(data)]
-            ends.append(found + size + 1)
-            blank.append(starts[np.isin(data[starts], list(b" \t\r\n\v\f\xef"))] + size)
-            size += len(data)
-            lines += len(found)
-            at_start = chunk.endswith(b"\n")
-        edges = np.concatenate([[0], *ends, [] if at_start else [size]]).astype(np.int64)
+        edges, doubtful = self._edges(file)
         spans = np.stack([edges[:-1], edges[1:]], axis=1)
         kept = np.ones(len(spans), np.bool_)
-        for line in np.searchsorted(edges, np.concatenate([[], *blank])).tolist():
-            kept[line] = not self._is_blank(file, *spans[line].tolist())
+        for line in np.searchsorted(edges, doubtful).tolist():
+            start, stop = spans[line].tolist()
+            file.seek(start)
+            kept[line] = bool(_bare(file.read(min(stop - start, _LONGEST_ROW)), line + 1).strip())
         return _Index(spans[kept], np.flatnonzero(kept) + 1)
 
-    def _chunk(self, file: BinaryIO, lines: int) -> bytes:
+    def _edges(self, file: BinaryIO) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where lines begin, and the end of the file; and where those that may be blank."""
+        ends, doubtful = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)]
+        size, lines, unfinished = 0, 0, False
+        file.seek(0)
+        while chunk := self._chunk(file, lines + 1):
+            data = np.frombuffer(chunk, np.uint8)
+            found = np.flatnonzero(data == ord("\n")) + 1
+            starts = np.concatenate([[] if unfinished else [0], found]).astype(np.int64)
+            starts = starts[starts < len(data)]
+            # Only of these a first byte says that there is something: space, and the BOM's.
+            doubtful.append(starts[np.isin(data[starts], list(b" \t\r\n\v\f\xef"))] + size)
+            ends.append(found + size)
+            size, lines = size + len(data), lines + len(found)
+            unfinished = not chunk.endswith(b"\n")
+        ends.append(np.full(int(unfinished), size, np.int64))
+        return np.concatenate(ends), np.concatenate(doubtful)
+
+    def _chunk(self, file: BinaryIO, line: int) -> bytes:
         try:
             return file.read(_CHUNK)
-        except OSError as error:
-            raise _unreadable(self._origin(lines + 1), error) from error
-
-    def _is_blank(self, file: BinaryIO, start: int, stop: int) -> bool:
-        file.seek(start)
-        content = file.read(min(stop - start, _LONGEST_ROW))
-        return not (content.removeprefix(_UTF8_BOM) if start == 0 else content).strip()
+        except _UNREADABLE as error:
+            raise _unreadable(self._origin(line), error) from error
 
     def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
-        if origin == self._origin(1):
-            content = content.removeprefix(_UTF8_BOM)
+        return _object(_bare(content, 1 if origin == self._origin(1) else 0), origin)
+
+
+class JsonArray(TextRows):
+    """Rows of a JSON file that is one array of objects.
+
+    An origin is ``path: row i``, counted from 0. The file is parsed as a whole when it is scanned.
+    """
+
+    def _origin(self, number: int) -> str:
+        return f"{self.name}: row {number}"
+
+    def _scan(self, file: BinaryIO) -> _Index:
+        text = self._text(file)
+        decoder = json.JSONDecoder()
+        spans: list[tuple[int, int]] = []
+        offset, position = 0, 0  # in bytes, in characters
+
+        def skip(end: int) -> None:
+            nonlocal offset, position
+            offset, position = offset + len(text[position:end].encode()), end
+
+        def skip_space() -> str:
+            skip(_SPACE.match(text, position).end())  # type: ignore[union-attr]
+            return text[position : position + 1]
+
+        skip(text.index("[") + 1)
+        following = skip_space()
         try:
-            row = parse_json(content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
+            while following != "]":
+                start = offset
+                skip(decoder.raw_decode(text, position)[1])
+                spans.append((start, offset))
+                following = skip_space()
+                if following == ",":
+                    skip(position + 1)
+                    following = skip_space()
+                    problem = "Expecting value" if following == "]" else ""
+                else:
+                    problem = "" if following == "]" else "Expecting ',' or ']'"
+                if problem:
+                    raise json.JSONDecodeError(problem, text, position)
+            skip(position + 1)
+            if skip_space():
+                raise json.JSONDecodeError("Extra data", text, position)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{origin}: not valid JSON (column {error.colno}: {error.msg}); expected one "
-                "object a line"
+                f"{self.name}:{error.lineno}: not valid JSON (column {error.colno}: {error.msg}); "
+                "expected one array of objects"
             ) from None
-        except ValueError as error:
-            raise UserError(
-                f"{origin}: not valid JSON ({error}); expected one object a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{origin}: expected a JSON object, got a {type(row).__name__}")
-        return row
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self._origin(len(spans))}: not valid JSON ({error})") from None
+        return _Index.of(spans, list(range(len(spans))))
+
+    def _text(self, file: BinaryIO) -> str:
+        try:
+            file.seek(0)
+            return file.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.name}: not UTF-8 (byte {error.start + 1})") from None
+        except _UNREADABLE as error:
+            raise _unreadable(self.name, error) from error
+
+    def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
+        return _object(content, origin)
 
 
-def _unreadable(origin: str, error: OSError) -> UserError:
-    return UserError(f"{origin}: the file cannot be read: {error.strerror}")
+class Table(TextRows):
+    """Rows of a CSV file (UTF-8, RFC 4180), whose first row names the columns. All are strings.
+
+    An origin is ``path:line``, with the line in which the row begins.
+
+    Args:
+        path: see `TextRows`.
+        delimiter: between columns.
+    """
+
+    def __init__(self, path: Path, delimiter: str) -> None:
+        super().__init__(path)
+        self._delimiter = delimiter
+
+    def _scan(self, file: BinaryIO) -> _Index:
+        file.seek(0)
+        lines = _Lines(file, self.name)
+        spans: list[tuple[int, int]] = []
+        numbers: list[int] = []
+        header: list[str] = []
+        reader = self._reader(lines)
+        while True:
+            start, number = lines.offset, lines.number + 1
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                raise UserError(f"{self._origin(number)}: not valid CSV ({error})") from None
+            if fields is None:
+                return _Index.of(spans, numbers, *header)
+            if not fields:
+                continue
+            if not header:
+                header = self._checked(fields, self._origin(number))
+                continue
+            if len(fields) != len(header):
+                raise UserError(
+                    f"{self._origin(number)}: {len(fields)} fields, and the first row names "
+                    f"{len(header)} columns"
+                )
+            spans.append((start, lines.offset))
+            numbers.append(number)
+
+    def _checked(self, header: list[str], origin: str) -> list[str]:
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise UserError(f"{origin}: the column {shown(twice[0])!r} is named twice")
+        return header
+
+    def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        csv.field_size_limit(_LONGEST_ROW)  # of the process; else fields end at 128 KiB
+        return csv.reader(lines, delimiter=self._delimiter, strict=True)
+
+    def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
+        (fields,) = self._reader(io.StringIO(content.decode("utf-8"), newline=""))
+        return dict(zip(self._index.header, fields, strict=True))
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file; opening a pipe would wait for a writer."""
+class _Lines:
+    """Lines of a file as text, with what has been read: their number, and their bytes."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self.number, self.offset = 0, 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        origin = f"{self._name}:{self.number + 1}"
+        try:
+            line = self._file.readline(_LONGEST_ROW + 1)
+            if not line:
+                raise StopIteration
+            if len(line) > _LONGEST_ROW:
+                raise _too_long(origin)
+            self.number, self.offset = self.number + 1, self.offset + len(line)
+            return _bare(line, self.number).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
+        except _UNREADABLE as error:
+            raise _unreadable(origin, error) from error
+
+
+def begins_with(path: Path) -> bytes:
+    """Return the first byte of a file that is not space, nor of a BOM; none of an empty file."""
+    with open_regular(path) as plain:
+        file = _unzipped(plain) if path.suffix.lower() == ".gz" else plain
+        try:
+            return _bare(file.read(4096), 1).lstrip()[:1]
+        except _UNREADABLE as error:
+            raise _unreadable(f"{path}:1", error) from error
+
+
+def _bare(line: bytes, number: int) -> bytes:
+    """Return a line, the first one without the byte-order mark."""
+    return line.removeprefix(_UTF8_BOM) if number == 1 else line
+
+
+def _object(content: bytes, origin: str) -> dict[str, Any]:
+    """Return the JSON object of one row."""
+    expected = "expected one object a line"
+    try:
+        row = parse_json(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{origin}: not valid JSON (column {error.colno}: {error.msg}); {expected}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{origin}: not valid JSON ({error}); {expected}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{origin}: expected a JSON object, got a {type(row).__name__}")
+    return row
+
+
+def _unzipped(file: BinaryIO) -> BinaryIO:
+    return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+
+
+def _too_long(origin: str) -> UserError:
+    return UserError(
+        f"{origin}: longer than {_LONGEST_ROW >> 20} MiB; expected one row a line, or one array"
+    )
+
+
+def _unreadable(origin: str, error: Exception) -> UserError:
+    said = getattr(error, "strerror", None) or on_one_line(str(error))
+    return UserError(f"{origin}: the file cannot be read: {said}")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file; opening a pipe would wait for a writer.
+
+    Raises:
+        UserError: it is none, or cannot be opened.
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -181,4 +392,4 @@ def _open(path: Path) -> BinaryIO:
     except ValueError as error:  # a null byte or half a surrogate pair
         raise UserError(f"{shown(str(path))}: is no name of a file: {error}") from error
     kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-    raise UserError(f"{path}: is {kind}; expected a JSON Lines file")
+    raise UserError(f"{path}: is {kind}; expected a file of rows")

@@ -80,7 +80,9 @@ TOKENIZERS = {
 
 
 def encode_one(record, tokenizer, max_length=None, model_positions=None):
-    (example,) = encode([record], tokenizer, max_length=max_length, model_positions=model_positions)
+    (example,), _ = encode(
+        [record], tokenizer, max_length=max_length, model_positions=model_positions
+    )
     return example
 
 
@@ -249,7 +251,7 @@ def test_many_records_keep_their_order():
         )
         for i in range(2500)
     ]
-    examples = encode(records, tokenizer, max_length=None, model_positions=8)
+    examples, _ = encode(records, tokenizer, max_length=None, model_positions=8)
     for i, (record, example) in enumerate(zip(records, examples, strict=True)):
         bos = ["<s>"] if record.add_special_tokens else []
         expected = [*bos, words[i % 5], "it", "</s>"]

@@ -81,7 +81,7 @@ def check(path: Path, content: bytes) -> None:
         with pytest.raises(UserError) as raised:
             read_jsonl(path, tokenizer_with(CHATML))
         message = str(raised.value)
-        place = "the file holds no rows" if first_bad is None else ""
+        place = "there are no rows" if first_bad is None else ""
         assert message.startswith(f"{path}: {place}" if place else f"{path}:{first_bad}: ")
         assert len(message) < 2000
         assert message.isprintable()
@@ -293,7 +293,7 @@ def test_truncation(kind, prompt, completion, eos, max_length, positions):
     if asked and not head and prompt and not kept:
         good = False  # a target would be left in front
     limits = {"max_length": max_length, "model_positions": positions}
-    example, refusal = outcome(lambda: encode([record], tokenizer, **limits)[0])
+    example, refusal = outcome(lambda: encode([record], tokenizer, **limits)[0][0])
     assert good == (example is not None), refusal
     if example is None:
         assert refusal.startswith(("f:7: ", "--max_length "))
@@ -328,7 +328,7 @@ def test_a_tokenizer_that_fails_names_the_row():
             return TOKENIZERS["plain"](texts, **options)
 
     records = [prompt_completion("a", f" {word}", f"f:{i}") for i, word in enumerate("abc")]
-    assert len(encode(records, Failing(), max_length=None, model_positions=9)) == 3
+    assert len(encode(records, Failing(), max_length=None, model_positions=9)[0]) == 3
     records.append(prompt_completion("a", " boom", "f:9"))
     with pytest.raises(UserError, match=r"^f:9: the tokenizer fails: no such piece"):
         encode(records, Failing(), max_length=None, model_positions=9)

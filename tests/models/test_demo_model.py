@@ -30,7 +30,7 @@ def batch(folder) -> dict[str, torch.Tensor]:
     rows = TASKS["sst2-demo"].rows().train[:2]
     records = [prompt_completion(r.prompt, r.answer, r.origin, False) for r in rows]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return pad(encode(records, tokenizer, max_length=None, model_positions=None), 0)
+    return pad(encode(records, tokenizer, max_length=None, model_positions=None)[0], 0)
 
 
 @pytest.fixture(scope="module")

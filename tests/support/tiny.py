@@ -157,7 +157,7 @@ def examples(rows: list[dict[str, str]]) -> list[Example]:
     records = [
         prompt_completion(r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(rows)
     ]
-    return encode(records, tiny_tokenizer(), max_length=None, model_positions=POSITIONS)
+    return encode(records, tiny_tokenizer(), max_length=None, model_positions=POSITIONS)[0]
 
 
 def repeatable(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ def question_set(count: int = 7, max_new_tokens: int = 6) -> GenerationSet:
         prompt_completion(words(2 + 3 * i, 800 + i), " " + words(1 + i % 3, 900 + i), f"row {i}")
         for i in range(count)
     ]
-    whole = encode(records, tokenizer, max_length=None, model_positions=POSITIONS)
+    whole, _ = encode(records, tokenizer, max_length=None, model_positions=POSITIONS)
     prompts = encode_prompts(
         [replace(r, text=r.text[: r.targets[0][0]]) for r in records], tokenizer, max_length=40
     )
