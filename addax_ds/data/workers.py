@@ -8,7 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import TypeVar, cast
@@ -21,6 +21,7 @@ T = TypeVar("T")
 # Transformers, which takes more than most data does. The forks use no thread of the rank, no
 # accelerator and no process group, and leave without running the rank's exit handlers.
 _FORK = multiprocessing.get_context("fork")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def in_order(
@@ -49,12 +50,16 @@ def in_order(
         workers: dict[Connection, ForkProcess] = {}
         for _ in range(count):
             own, other = _FORK.Pipe()
-            worker = _FORK.Process(target=_serve, args=(work, other), daemon=True)
-            worker.start()
-            other.close()  # so that its end shows here, and is not inherited
+            stack.callback(own.close)
+            # What only this process holds is closed when it ends, which the others see.
+            of_parent = [*workers, own]
+            worker = _FORK.Process(target=_serve, args=(work, other, of_parent), daemon=True)
+            with _blocked_signals():  # until the process has handlers of its own
+                worker.start()
+            other.close()
             stack.callback(worker.join)
             stack.callback(worker.terminate)
-            workers[stack.enter_context(closing(own))] = worker
+            workers[own] = worker
         yield from _share_out(parts, workers)
 
 
@@ -99,10 +104,24 @@ def _share_out(parts: Sequence[int], workers: dict[Connection, ForkProcess]) -> 
         yield result
 
 
-def _serve(work: Callable[[int], T], connection: Connection) -> None:
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(
+    work: Callable[[int], T], connection: Connection, of_parent: Sequence[Connection]
+) -> None:
     """Do what the parent asks for until there is no parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    for other in of_parent:
+        other.close()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads stayed in the parent
     gc.freeze()  # a collection would touch, and so copy, all that the parent holds
     result: T | Exception
