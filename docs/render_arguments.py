@@ -31,10 +31,9 @@ _TEMPLATE = """\
 `launch/train.py` takes flags, one YAML or JSON file whose keys are the names of the flags, or such
 a file and flags, which then win over it. A flag that would have no effect is refused or warned of.
 
-Without `--model_name_or_path`, `--task` and `--train_file` the demo runs with its preset, below.
-With `--task` or `--train_file` alone the demo model is trained on those data; with
-`--model_name_or_path` alone that model is trained on the demo's rows. None of these uses the
-preset.
+Without `--model_name_or_path`, `--task`, `--train_file` and `--dataset_name` the demo runs with its
+preset, below. With data alone the demo model is trained on them; with `--model_name_or_path` alone
+that model is trained on the demo's rows. None of these uses the preset.
 
 The settings of `optimizer.params` in the DeepSpeed JSON may stand there, on the command line, or in
 both with the same value; "auto" in the JSON means the command line.

@@ -1,10 +1,10 @@
 """The recipe behind ``launch/train.py``: arguments, data, model, train, evaluate, save.
 
-Features: the tasks of the papers, tasks and JSONL data of one's own; any causal language model of
-Transformers; DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each rank;
-bf16, fp16 or fp32 weights; resuming, also on another number of ranks; evaluation during training on
-the dev rows, and on the test rows once at the end (of the demo and of files before training, too);
-without training rows, the model as it is on the test rows.
+Features: the tasks of the papers; tasks, files and data sets of one's own; any causal language
+model of Transformers; DeepSpeed ZeRO-3 with parameter offload, FSDP2, or the whole model on each
+rank; bf16, fp16 or fp32 weights; resuming, also on another number of ranks; evaluation during
+training on the dev rows, and on the test rows once at the end (of the demo and of files before
+training, too); without training rows, the model as it is on the test rows.
 
 It writes to ``output_dir``: ``model/`` (a folder for ``from_pretrained``), ``all_results.json``,
 ``train_results.json``, ``dev_results.json``, ``test_results.json``, ``predictions_test.jsonl``,

@@ -1,1 +1,1 @@
-"""Data: records -> encoding -> partition -> batches, from files to a step's tensors."""
+"""Data: sources -> records -> encoding -> partition -> batches, from files to a step's tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +13,7 @@ import numpy as np
 
 from addax_ds.data.encoding import Example, encode
 from addax_ds.data.records import read_records
+from addax_ds.data.sources import without_nested_nulls
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,14 +55,16 @@ def as_examples(
         return [dataset[index] for index in range(len(dataset))]
     if not isinstance(first, Mapping):
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
-    rows = _MapRows(dataset, name)
     if "input_ids" in first:
         limits = model_positions or math.inf, vocabulary_size or math.inf
-        return [_example(row, origin, *limits) for origin, row in rows.read(0, len(rows))]
+        return [
+            _example(dataset[index], f"{name}: row {index}", *limits)
+            for index in range(len(dataset))
+        ]
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
     examples, _ = encode(
-        read_records(rows, tokenizer, now=now),
+        read_records(_MapRows(dataset, name), tokenizer, now=now),
         tokenizer,
         max_length=None,
         model_positions=model_positions,
@@ -81,8 +85,15 @@ class _MapRows:
         return len(self.dataset)
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        of_arrow = isinstance(self.dataset, _arrow_dataset())
         for index in range(start, min(stop, len(self))):
-            yield f"{self.name}: row {index}", self.dataset[index]
+            row = self.dataset[index]
+            yield f"{self.name}: row {index}", without_nested_nulls(row) if of_arrow else row
+
+
+def _arrow_dataset() -> Any:
+    """Return the class of Arrow's data sets; if nobody has imported it, no data set is one."""
+    return getattr(sys.modules.get("datasets"), "Dataset", ())
 
 
 def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: float) -> Example:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from addax_ds.data.shapes import Renamed
-from addax_ds.data.text_files import JsonArray, JsonLines, Table, begins_with
+from addax_ds.data.text_files import JsonArray, JsonLines, Table, begins_with, open_regular
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import on_one_line, shown
 
@@ -106,6 +106,7 @@ def _open_json(path: Path) -> Rows:
 
 
 def _open_arrow(builder: str, path: Path) -> Rows:
+    open_regular(path).close()
     return _Loaded(str(path), partial(_load_file, builder, str(path.absolute())), path)
 
 
@@ -155,8 +156,7 @@ def _files_of(word: str) -> list[Path]:
                 f"{word}: holds several splits that save_to_disk wrote; name one of its folders, "
                 f"or give --dataset_name {word}"
             )
-        inside = sorted(file for file in path.rglob("*") if _is_visible(file.relative_to(path)))
-        return _of_one_kind(word, path, [file for file in inside if _format(file)])
+        return _of_one_kind(word, path, sorted(filter(_format, _inside(path))))
     if os.path.exists(word):
         return [path]
     if not glob.has_magic(word):
@@ -166,8 +166,15 @@ def _files_of(word: str) -> list[Path]:
     return _of_one_kind(word, fixed, [file for file in files if not file.is_dir()])
 
 
-def _is_visible(path: Path) -> bool:
-    return not any(part.startswith((".", "_")) for part in path.parts)
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder, but none whose path inside has a name with "." or "_" first."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        yield from (Path(root, name) for name in files if not name.startswith((".", "_")))
 
 
 def _format(path: Path) -> str | None:

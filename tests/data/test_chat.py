@@ -185,3 +185,31 @@ class Spelling:
             return "de_DE"
         self.set.append(value)
         return value
+
+
+def test_a_role_that_the_template_spells_reaches_it():
+    """And no other name of it, nor one that is a part of a word there."""
+    seen = [{"role": "observation", "content": "3"}, *DIALOGUE]
+    spelling = CHATML.replace("{{ m.role }}", "{{ m.role if m.role != 'observation' else 'seen' }}")
+    found = record(seen, spelling)
+    assert found.text == f"<|im_start|>seen\n3<|im_end|>\n{record(DIALOGUE, CHATML).text}"
+    tokenizer = tokenizer_with(None)
+    tokenizer.chat_template = {"default": spelling, "tool_use": CHATML}
+    assert chat(seen, tokenizer, "here").text == found.text
+    for role in ("observations", "serve"):
+        with pytest.raises(UserError, match=rf"here: messages\[0\]\.role is '{role}', which"):
+            record([{**seen[0], "role": role}, *DIALOGUE], spelling)
+
+
+def test_messages_before_are_read_and_not_learnt():
+    found = record(DIALOGUE[3:], column="completion", before={"prompt": DIALOGUE[:3]})
+    assert found.text == record(DIALOGUE).text
+    assert learnt(found) == ["2 \U0001f600<|im_end|>"]
+    with pytest.raises(UserError, match=r"here: completion: no turn of the role 'assistant'"):
+        record(DIALOGUE[3:4], column="completion", before={"prompt": DIALOGUE[:3]})
+    with pytest.raises(UserError, match=r"here: completion\[1\]\.content must be a string"):
+        record(
+            [DIALOGUE[3], {"role": "assistant", "content": 1}],
+            column="completion",
+            before={"prompt": DIALOGUE[:3]},
+        )

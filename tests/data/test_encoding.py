@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from addax_ds.data.encoding import NO_LOSS, encode, encode_prompts, learnt_ends, padding_token
+from addax_ds.data.encoding import NO_LOSS, Cuts, encode, encode_prompts, learnt_ends, padding_token
 from addax_ds.data.records import Record, chat, plain_text, prompt_completion
 from addax_ds.utils.errors import UserError
 
@@ -301,6 +301,76 @@ def test_targets_that_do_not_fit(name, needs):
     encode_one(record, tokenizer, max_length=needs)
     with pytest.raises(UserError, match=rf"train\.jsonl:3: .*needs {needs} tokens.*max_length 3"):
         encode_one(record, tokenizer, max_length=needs - 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(sorted(TOKENIZERS)),
+    st.integers(1, 40),
+    st.integers(2, 12),
+    st.booleans(),
+)
+def test_pieces_of_a_text_make_up_the_whole(name, count, max_length, eos):
+    """Every token but the first is predicted once, after those before it or the head."""
+    tokenizer = TOKENIZERS[name]
+    text = " ".join(["a", "great", "film", "It", "was"][i % 5] for i in range(count))
+    record = plain_text(text, "here", eos)
+    added = tokenizer(text, return_special_tokens_mask=True)["special_tokens_mask"]
+    head = added.index(0)
+    if head >= max_length or len(added) + eos < 2:
+        return
+    whole = encode_one(record, tokenizer)
+    pieces, cuts = encode([record], tokenizer, max_length=max_length, model_positions=None)
+    assert cuts == Cuts(rows_split=int(whole.length > max_length))
+    front, joined, learnt = whole.input_ids[:head].tolist(), [], []
+    for index, piece in enumerate(pieces):
+        assert 2 <= piece.length <= max_length
+        assert piece.origin == "here"
+        assert piece.input_ids[:head].tolist() == front
+        again = head or min(index, 1)  # what a piece has of the ones before
+        joined += piece.input_ids[again:].tolist()
+        learnt += (piece.labels[1:] != NO_LOSS).tolist()[max(head - 1, 0) :]
+        if index and not head:
+            assert piece.input_ids[0] == pieces[index - 1].input_ids[-1]
+        assert (piece.input_ids[-1] == EOS and eos) == (eos and index + 1 == len(pieces))
+    assert front + joined == whole.input_ids.tolist()
+    assert learnt == (whole.labels[1:] != NO_LOSS).tolist()[max(head - 1, 0) :]
+    assert sum(piece.target_count for piece in pieces) == whole.target_count
+    assert len(pieces) == -(-(whole.length - max(head, 1)) // (max_length - max(head, 1)))
+
+
+def test_an_end_of_sequence_is_not_a_piece_of_its_own():
+    """It would teach the model to end what has not begun."""
+    tokenizer = TOKENIZERS["word_level_bos"]
+    record = plain_text("a great film It", "here", append_eos=True)
+    pieces, _ = encode([record], tokenizer, max_length=3, model_positions=None)
+    tokens = [tokenizer.convert_ids_to_tokens(piece.input_ids.tolist()) for piece in pieces]
+    assert tokens == [["<s>", "a", "great"], ["<s>", "film"], ["<s>", "It", "</s>"]]
+
+
+def test_a_head_that_leaves_no_room():
+    with pytest.raises(UserError, match=r"here: the tokenizer's first 2 tokens leave no room"):
+        encode_one(plain_text("a great film", "here"), TOKENIZERS["word_level_two"], 2)
+
+
+def test_what_is_cut_and_split_is_counted(caplog):
+    tokenizer = TOKENIZERS["word_level"]
+    rows = [
+        prompt_completion("a " * count, "film", f"row {count}", append_eos=False)
+        for count in (2, 5, 9)
+    ]
+    texts = [plain_text("a " * count, f"text {count}", append_eos=False) for count in (4, 5, 9)]
+    examples, cuts = encode([*rows, *texts], tokenizer, max_length=4, model_positions=None)
+    assert cuts == Cuts(rows_cut=2, most_tokens_cut=6, rows_split=2)
+    assert [example.origin for example in examples].count("text 9") == 3
+    assert sum((Cuts(1, 5, 0), Cuts(2, 3, 4)), Cuts()) == Cuts(3, 5, 4)
+    with caplog.at_level("INFO", logger="addax_ds"):
+        Cuts().log("x", 4)
+        cuts.log("rows.jsonl", 4)
+    assert caplog.messages == [
+        "rows.jsonl: 2 rows are longer than 4 tokens and have lost up to 6 of them on the left",
+        "rows.jsonl: 2 rows of text are longer than 4 tokens and are split into sequences",
+    ]
 
 
 def test_longer_than_the_model():
