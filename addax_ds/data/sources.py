@@ -132,7 +132,7 @@ def find_files(words: Sequence[str]) -> list[Path]:
     """Return the files, and folders of `save_to_disk`, that paths, patterns and folders stand for.
 
     Those of one pattern or folder are sorted by path. Of a folder they are the files with a known
-    ending, at any depth.
+    ending, and none of the folders in it.
 
     Raises:
         UserError: there is none, a file is named twice, or a pattern or folder has files of several
@@ -156,7 +156,7 @@ def _files_of(word: str) -> list[Path]:
                 f"{word}: holds several splits that save_to_disk wrote; name one of its folders, "
                 f"or give --dataset_name {word}"
             )
-        return _of_one_kind(word, path, sorted(filter(_format, _inside(path))))
+        return _of_one_kind(word, path, list(_inside(path)))
     if os.path.exists(word):
         return [path]
     if not glob.has_magic(word):
@@ -167,14 +167,13 @@ def _files_of(word: str) -> list[Path]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, but none whose path inside has a name with "." or "_" first."""
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-    for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        yield from (Path(root, name) for name in files if not name.startswith((".", "_")))
+    """Yield the files of a folder with a known ending, unless "." or "_" comes first."""
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and _format(path) and not path.name.startswith((".", "_")):
+                yield path
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _format(path: Path) -> str | None:
@@ -188,7 +187,9 @@ def _format(path: Path) -> str | None:
 def _of_one_kind(word: str, folder: Path, files: list[Path]) -> list[Path]:
     """Return the files of a pattern or folder, if they are of one format and one split."""
     if not files:
-        raise UserError(f"{word}: no files of rows there; {_KNOWN}")
+        raise UserError(
+            f"{word}: no files of rows there (folders in a folder are not read); {_KNOWN}"
+        )
     formats = sorted({_format(file) or "no known ending" for file in files})
     if len(formats) > 1:
         raise UserError(

@@ -383,7 +383,7 @@ def test_argument_files(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "args.json"
     path.write_text(json.dumps(values, indent="\t"))
     _, data, training = parse_arguments([str(path)])
-    assert data.train_file == rows
+    assert data.train_file == [rows]
     assert data.append_eos is False
     assert training.learning_rate == 1e-4
     assert training.bf16 is True
@@ -398,6 +398,26 @@ def test_argument_files(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPat
     assert training.settings.hyperparameters.alpha == 0.25
 
 
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_an_argument_file_behind_a_flag_of_many_values(
+    ending: str, tmp_path: Path, rows: str
+) -> None:
+    """An argument file is none of the data, and data are no argument file."""
+    settings, data = tmp_path / f"run.{ending}", tmp_path / "data.json"
+    settings.write_text(json.dumps({"alpha": 0.5, "columns": ["text=a", "tools=b"]}))
+    data.write_text(json.dumps({"text": "a"}))
+    for argv in (
+        [str(settings), "--train_file", rows, str(data)],
+        ["--train_file", rows, str(data), str(settings)],
+        ["--train_file", rows, str(settings), str(data)],
+        [f"--train-file={rows}", str(settings)],
+    ):
+        _, found, training = parse_arguments([*argv, "--local_rank=0"])
+        assert found.train_file == [rows, str(data)][: argv.count(rows) + 1]
+        assert found.columns == ["text=a", "tools=b"]
+        assert training.settings.hyperparameters.alpha == 0.5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -409,6 +429,9 @@ def test_argument_files(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPat
         ("learning_rate: [1]\n", "learning_rate: a list is not a value"),
         ("save_strategy: no\n", "save_strategy: it is not true or false"),
         ("2: 1\n", "2: no such argument"),
+        ("train_file: [1]\n", "train_file: its items must be texts; quote them"),
+        ("train_file: []\n", "--train_file: it names nothing"),
+        ("train_file: {a: b}\n", "train_file: an object is not a value"),
     ],
 )
 def test_bad_argument_files(tmp_path: Path, text: str, message: str) -> None:
@@ -430,6 +453,20 @@ def test_bad_argument_files(tmp_path: Path, text: str, message: str) -> None:
         (["a.yaml", "b.yaml"], "Not a flag"),
         (["--deepspeed", ZERO3], "needs a launcher"),
         (["--train_file", "absent.jsonl"], "--train_file absent.jsonl"),
+        (["--train_file", "absent.*"], "--train_file absent.*: no files of rows there"),
+        (["--train_file", __file__, __file__], "is named twice"),
+        (["--train_file", __file__, "--train-file", "b"], "--train_file is given twice"),
+        (["--train_file", __file__, "--dataset_name", "a"], "are two sources of the same"),
+        (["--train_file", __file__, "--columns", "a=b"], "--columns a=b: 'a' is no name"),
+        (["--columns", "text=b"], "--columns needs --train_file or --dataset_name"),
+        (["--train_split", "train"], "--train_split needs --dataset_name"),
+        (["--train_file", __file__, "--test_split", "a"], "--test_split needs --dataset_name"),
+        (
+            ["--dataset_name=a", "--validation_split=b", "--validation_file", __file__],
+            "--validation_file and --validation_split are two sources of the same",
+        ),
+        (["--dataset_name", "a", "--eval_strategy", "epoch"], "or --validation_split"),
+        (["--dataset_name", "a", "--num_train", "3"], "--num_train has no effect with --dataset_"),
         (["--test_file", __file__], "--test_file needs --train_file"),
         (["--train_file", __file__, "--eval_strategy", "epoch"], "needs --validation_file"),
         (["--model_revision", "main"], "--model_revision has no effect"),

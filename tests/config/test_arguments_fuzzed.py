@@ -48,6 +48,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+LISTS = ("train_file", "validation_file", "test_file", "columns")
+
+
 def base(folder: Path) -> dict[str, Any]:
     return {
         "train_file": str(folder / "rows.jsonl"),
@@ -67,7 +70,8 @@ def check(argv: list[str], names: list[str]) -> None:
         return
     values = {name: value for part in parsed for name, value in vars(part).items()}
     for name in (name for name in names if name in NAMES and name not in DEFAULTS):
-        assert not isinstance(values[name], list | dict), name
+        assert not isinstance(values[name], dict), name
+        assert not isinstance(values[name], list) or name in LISTS, name
     assert type(values["trust_remote_code"]) is bool
     for name in names:
         value = values.get(name)

@@ -215,7 +215,7 @@ def test_files_come_in_the_order_of_their_names(tmp_path, monkeypatch):
     touched(tmp_path, "b/2.jsonl", "b/10.jsonl", "b/c/1.jsonl.gz", "b/README.md", "b/.x.jsonl")
     touched(tmp_path, "b/_x/y.jsonl", "a[1].jsonl", "latest/contest.csv", "latest/z.csv")
     in_b = ["b/10.jsonl", "b/2.jsonl", "b/c/1.jsonl.gz"]
-    assert [str(path) for path in find_files(["b"])] == in_b
+    assert [str(path) for path in find_files(["b"])] == in_b[:2]
     assert [str(path) for path in find_files(["b/*.jsonl", "b/**/1*.gz"])] == in_b
     assert [str(p) for p in find_files(["b/2.jsonl", "a[1].jsonl"])] == ["b/2.jsonl", "a[1].jsonl"]
     touched(tmp_path, "x[y]/train.parquet")
@@ -227,10 +227,14 @@ def test_files_come_in_the_order_of_their_names(tmp_path, monkeypatch):
     ("files", "word", "says"),
     [
         ([], "nowhere.jsonl", "nowhere.jsonl: there is no such file"),
-        ([], "*.jsonl", r"\*.jsonl: no files of rows there; known are files that end in .jsonl,"),
-        (["f/a.txt"], "f", "f: no files of rows there; known are"),
+        (
+            [],
+            "*.jsonl",
+            r"\*.jsonl: no files of rows there .*; known are files that end in .jsonl,",
+        ),
+        (["f/a.txt"], "f", "f: no files of rows there .*; known are"),
         (["a.jsonl", "a.parquet"], "a.*", r"a.\*: files of several formats there \(.jsonl, .parq"),
-        (["f/train.csv", "f/x/dev.csv"], "f", r"f: files of several splits there \(train, dev\);"),
+        (["f/train.csv", "f/dev.csv"], "f", r"f: files of several splits there \(dev, train\);"),
         (["train-1.csv", "valid-1.csv"], "*.csv", "of several splits there"),
         (["train/1.csv", "test/1.csv"], "t*/*.csv", "or give the folder as --dataset_name"),
         (
