@@ -44,6 +44,7 @@ from addax_ds.distributed.collectives import (
     all_gather_object,
     check_same_on_all_ranks,
     limit_waiting,
+    patient,
     raise_on_all_ranks,
     shutdown,
 )
@@ -98,7 +99,7 @@ def _finetune(
     run = Run.of(args, args.settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
-    with raise_on_all_ranks():
+    with patient(args.ddp_timeout), raise_on_all_ranks():
         if resumed is not None:
             resumed.check(run)
         source = ModelSource.find(model_args)

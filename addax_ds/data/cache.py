@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from addax_ds.data.clock import moments_read
-from addax_ds.data.encoding import Cuts, Example, add_to_digest, encode, learnt_ends
+from addax_ds.data.encoding import Cuts, Example, add_to_digest, chunks, encode, learnt_ends
 from addax_ds.data.records import Record, Records, log_unused
 from addax_ds.data.workers import in_order, usable_cores
 from addax_ds.utils.errors import UserError
@@ -55,7 +55,6 @@ _FAILURE = "failure.json"
 _UNFINISHED = ".unfinished"
 _SHARD_ROWS = 1000  # at least: less work than a fork is worth, and little to lose
 _MOST_SHARDS = 1000  # a process may map 65530 files by default
-_CHARACTERS = 4 << 20  # of the texts that are encoded at once, which bounds a process's memory
 _READ_ROWS = 100
 _POLL_SECONDS = 0.5
 _BAR_SECONDS = 1.0  # what is done sooner needs no bar
@@ -409,6 +408,15 @@ class _Maker:
                 f"{error.strerror or error}. Set HF_DATASETS_CACHE to a folder that can be "
                 "written and has room"
             ) from error
+        assert index.whole is not None
+        logger.info(
+            "%s: %d sequences of %d tokens, tokenised in %.0f s, are in the cache, %s",
+            self._name,
+            index.whole["examples"],
+            index.whole["tokens"],
+            time.time() - began,
+            self._folder,
+        )
         return index
 
     @contextmanager
@@ -457,7 +465,6 @@ class _Maker:
                 path.unlink(missing_ok=True)
 
     def _make(self, index: _Index) -> None:
-        began = time.monotonic()
         index.keep_intact()
         missing = [shard for shard in range(self._count) if shard not in index.shards]
         try:
@@ -467,15 +474,6 @@ class _Maker:
             failure = {"time": time.time(), "message": str(error)}
             (self._folder / _FAILURE).write_text(json.dumps(failure), encoding="utf-8")
             raise
-        assert index.whole is not None
-        logger.info(
-            "%s: %d sequences of %d tokens tokenised in %.0f s, kept in %s",
-            self._name,
-            index.whole["examples"],
-            index.whole["tokens"],
-            time.monotonic() - began,
-            self._folder,
-        )
 
     def _finish(self, index: _Index, entries: Iterator[dict[str, Any]]) -> None:
         """Note each shard when it and those before it are there, and the whole at the end."""
@@ -514,7 +512,7 @@ class _Maker:
         ends: set[int] = set()
         count, cuts = 0, Cuts()
         with _appearing(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-            for texts in self._portions(shard):
+            for texts in chunks(self._records_of(shard)):
                 examples, more = self._encoder.examples(texts)
                 cuts += more
                 if self._records.is_chat:
@@ -533,19 +531,11 @@ class _Maker:
             "unused": sorted(self._records.unused),
         }
 
-    def _portions(self, shard: int) -> Iterator[list[Record]]:
-        """Yield the texts of a shard, so many at a time as memory has room for their tokens."""
+    def _records_of(self, shard: int) -> Iterator[Record]:
+        """Yield the texts of a shard, of which not all have to fit into memory."""
         stop = min((shard + 1) * self._size, len(self._records))
-        texts: list[Record] = []
-        characters = 0
         for start in range(shard * self._size, stop, _READ_ROWS):
-            for record in self._records.read(start, min(start + _READ_ROWS, stop)):
-                if texts and characters + len(record.text) > _CHARACTERS:
-                    yield texts
-                    texts, characters = [], 0
-                texts.append(record)
-                characters += len(record.text)
-        yield texts
+            yield from self._records.read(start, min(start + _READ_ROWS, stop))
 
 
 @contextmanager

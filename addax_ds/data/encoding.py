@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 NO_LOSS = -100
 """Label of a token that carries no loss, as everywhere in torch and Transformers."""
 
-_CHUNK = 1000  # records a tokenizer call: enough for its threads, little enough for memory
+# Of a tokenizer call: enough for its threads, and little enough for memory, of which it takes some
+# 100 bytes a token.
+_CHUNK_RECORDS = 1000
+_CHUNK_CHARACTERS = 4 << 20
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -241,11 +244,24 @@ def longest_of(config: Any) -> int | None:
 def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     """Yield the tokens of every record, in order."""
     for add_special_tokens, group in groupby(records, key=lambda record: record.add_special_tokens):
-        rows = list(group)
-        for start in range(0, len(rows), _CHUNK):
-            batch = _call(tokenizer, rows[start : start + _CHUNK], add_special_tokens)
+        for rows in chunks(group):
+            batch = _call(tokenizer, rows, add_special_tokens)
             for tokens in _unpacked(batch.encodings or []):
                 yield _without_doubles(tokens, tokenizer)
+
+
+def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield records, in order, as many at a time as are tokenised at once."""
+    chunk: list[Record] = []
+    characters = 0
+    for record in records:
+        characters += len(record.text)
+        if chunk and (len(chunk) == _CHUNK_RECORDS or characters > _CHUNK_CHARACTERS):
+            yield chunk
+            chunk, characters = [], len(record.text)
+        chunk.append(record)
+    if chunk:
+        yield chunk
 
 
 def _unpacked(texts: Sequence[Any]) -> Iterator[_Tokens]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from addax_ds.data import cache
+from addax_ds.data import cache, encoding
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.cache import ArrowExamples, Encoder, encoded
 from addax_ds.data.clock import moments_read
@@ -53,7 +53,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(cache, "usable_cores", lambda: 1)
     monkeypatch.setattr(cache, "_SHARD_ROWS", 7)
-    monkeypatch.setattr(cache, "_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", 100)
     return tmp_path / "cache" / "addax_ds"
 
 
