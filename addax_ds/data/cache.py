@@ -453,10 +453,12 @@ class _Maker:
 
     def _refuse_again(self, began: float) -> None:
         """Raise what whoever held the lock meanwhile has stumbled over: the rows are the same."""
-        with suppress(OSError, ValueError, KeyError):
+        try:
             failure = json.loads((self._folder / _FAILURE).read_text(encoding="utf-8"))
-            if failure["time"] >= began:
-                raise UserError(failure["message"])
+        except (OSError, ValueError):
+            return
+        if failure["time"] >= began:
+            raise UserError(failure["message"])
 
     def _clean(self, alone: bool) -> None:
         (self._folder / _FAILURE).unlink(missing_ok=True)
@@ -472,7 +474,8 @@ class _Maker:
                 self._finish(index, entries)
         except UserError as error:
             failure = {"time": time.time(), "message": str(error)}
-            (self._folder / _FAILURE).write_text(json.dumps(failure), encoding="utf-8")
+            with suppress(OSError):
+                (self._folder / _FAILURE).write_text(json.dumps(failure), encoding="utf-8")
             raise
 
     def _finish(self, index: _Index, entries: Iterator[dict[str, Any]]) -> None:
