@@ -9,7 +9,8 @@ are counted after the imports; CPU seconds have those of the processes that toke
 of the process with the libraries: anonymous memory, and the resident set, which has mapped pages
 besides. With ``--in_memory`` the rows are tokenised by every rank into lists, without a cache.
 
-Writes data.json (or data-in-memory.json) and prints a table.
+Prints a table and writes data.json (or data-in-memory.json), in which the results of other cases
+stay: ``--rows 300000 --ranks 2`` measures one again.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from addax_ds.data.train_rows import EncodedRows
 from addax_ds.models.source import ModelSource
 from benchmarks.common import collect_provenance, one_thread_each
 
-CASES = {3_000: 980, 30_000: 980, 300_000: 980, 3_000_000: 130}
+CASES = {3_000: 980, 30_000: 980, 300_000: 980, 3_000_000: 60}
 """Bytes of a row, about, by the number of rows."""
 
 MIB = 2**20
@@ -154,6 +155,17 @@ def row_of(result: dict[str, Any]) -> str:
     return f"| {' | '.join(map(str, [*cells, *(f'{size:.0f}' for size in memory)]))} |"
 
 
+def keep(path: Path, results: list[dict[str, Any]]) -> None:
+    """Write results, and those of other cases that the file has; each has its circumstances."""
+    before = json.loads(path.read_text()) if path.exists() else []
+
+    def case(result: dict[str, Any]) -> tuple[int, int, str]:
+        return result["rows"], result["ranks"], result["start"]
+
+    found = {case(result): result for result in [*before, *results]}
+    path.write_text(json.dumps([found[key] for key in sorted(found)], indent=1) + "\n")
+
+
 def main() -> None:
     """Measure as a rank, or all cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,6 +178,8 @@ def main() -> None:
     if arguments.rank:
         print(json.dumps(measure(arguments.rank, arguments.in_memory)))
         return
+    name = "data-in-memory.json" if arguments.in_memory else "data.json"
+    circumstances = {**collect_provenance(), "cores": os.cpu_count()}
     results = []
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
@@ -173,20 +187,24 @@ def main() -> None:
             write_rows(file, rows, CASES[rows])
             for ranks in arguments.ranks:
                 cache = Path(folder) / f"cache{ranks}"
-                for name in ("first",) if arguments.in_memory else ("first", "second"):
+                for which in ("first",) if arguments.in_memory else ("first", "second"):
                     by_rank = start(file, ranks, cache, arguments.in_memory)
                     sizes = {"file": file.stat().st_size, "cache": size_of(cache)}
                     results.append(
-                        {"rows": rows, "start": name, "bytes": sizes, "by_rank": by_rank}
+                        {
+                            "rows": rows,
+                            "ranks": ranks,
+                            "start": which,
+                            "bytes": sizes,
+                            "by_rank": by_rank,
+                            "circumstances": circumstances,
+                        }
                     )
                     print(row_of(results[-1]), flush=True)
                 for path in cache.rglob("*.arrow"):
                     path.unlink()
-    if arguments.output:
-        name = "data-in-memory.json" if arguments.in_memory else "data.json"
-        report = {"circumstances": {**collect_provenance(), "cores": os.cpu_count()}}
-        path = arguments.output / name
-        path.write_text(json.dumps({**report, "results": results}, indent=1) + "\n")
+                if arguments.output:
+                    keep(arguments.output / name, results)
 
 
 if __name__ == "__main__":
