@@ -177,8 +177,8 @@ def _differences(written: Run, now: Run) -> Iterator[str]:
     if written.data != now.data:
         yield (
             f"the training data had the digest {written.data}, and has {now.data} in this run: "
-            "resume with the --train_file, tokenizer, --max_length and --append_eos that it was "
-            "written with"
+            "resume with the --train_file or --dataset_name, --columns, tokenizer, --max_length "
+            "and --append_eos that it was written with"
         )
     if written.length_threshold != now.length_threshold:
         yield (

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from addax_ds.data.shapes import Renamed
-from addax_ds.data.text_files import JsonArray, JsonLines, Table, begins_with, open_regular
+from addax_ds.data.text_files import (
+    JsonArray,
+    JsonLines,
+    Table,
+    begins_with,
+    identity_of,
+    open_regular,
+)
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import on_one_line, shown
 
@@ -267,10 +274,11 @@ class _Loaded:
 
     @property
     def identity(self) -> str:
-        if self._path is None:
-            return f"{self.name} {self._data._fingerprint}"
-        status = self._path.stat()
-        return f"{self._path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        if self._path is not None:
+            return identity_of(self._path)
+        # A fingerprint may be that of the program that made the data, which has read others since.
+        files = [identity_of(Path(file["filename"])) for file in self._data.cache_files]
+        return "\n".join([self.name, self._data._fingerprint, *files])
 
     @cached_property
     def _data(self) -> Dataset:

@@ -35,8 +35,8 @@ _CHUNK = 16 << 20  # bytes of a read that looks for line ends
 _UNREADABLE = (OSError, EOFError, zlib.error)  # the last two of damaged gzip files
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-# gzip'd files that this process has read from: to seek forward in one costs less than to start
-# again. By process, as one that is forked would move the place at which its parent reads.
+# The gzip'd file that this process has read from last: to seek forward in it costs less than to
+# start again. By process, as one that is forked would move the place at which its parent reads.
 _idle: dict[tuple[int, str], BinaryIO] = {}
 
 
@@ -77,9 +77,8 @@ class TextRows(ABC):
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = str(path)
-        with open_regular(path) as file:
-            status = os.fstat(file.fileno())
-        self.identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        open_regular(path).close()
+        self.identity = identity_of(path)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -111,6 +110,7 @@ class TextRows(ABC):
         key = os.getpid(), self.identity
         file = _idle.pop(key, None) or _unzipped(open_regular(self._path))
         yield file
+        _idle.clear()  # a process has few files open, and reads them one after the other
         _idle[key] = file
 
     def _content(self, file: BinaryIO, span: NDArray[np.int64], origin: str) -> bytes:
@@ -119,7 +119,7 @@ class TextRows(ABC):
             raise _too_long(origin)
         try:
             file.seek(start)
-            return file.read(stop - start)
+            return _bare(file.read(stop - start), start)
         except _UNREADABLE as error:
             raise _unreadable(origin, error) from error
 
@@ -148,7 +148,7 @@ class JsonLines(TextRows):
         for line in np.searchsorted(edges, doubtful).tolist():
             start, stop = spans[line].tolist()
             file.seek(start)
-            kept[line] = bool(_bare(file.read(min(stop - start, _LONGEST_ROW)), line + 1).strip())
+            kept[line] = bool(_bare(file.read(min(stop - start, _LONGEST_ROW)), start).strip())
         return _Index(spans[kept], np.flatnonzero(kept) + 1)
 
     def _edges(self, file: BinaryIO) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -176,7 +176,7 @@ class JsonLines(TextRows):
             raise _unreadable(self._origin(line), error) from error
 
     def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
-        return _object(_bare(content, 1 if origin == self._origin(1) else 0), origin)
+        return _object(content, origin)
 
 
 class JsonArray(TextRows):
@@ -319,12 +319,19 @@ class _Lines:
                 raise StopIteration
             if len(line) > _LONGEST_ROW:
                 raise _too_long(origin)
-            self.number, self.offset = self.number + 1, self.offset + len(line)
-            return _bare(line, self.number).decode("utf-8")
+            start = self.offset
+            self.number, self.offset = self.number + 1, start + len(line)
+            return _bare(line, start).decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from None
         except _UNREADABLE as error:
             raise _unreadable(origin, error) from error
+
+
+def identity_of(path: Path) -> str:
+    """Return a file's real path, size in bytes, and time of change in nanoseconds."""
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 def begins_with(path: Path) -> bytes:
@@ -332,14 +339,14 @@ def begins_with(path: Path) -> bytes:
     with open_regular(path) as plain:
         file = _unzipped(plain) if path.suffix.lower() == ".gz" else plain
         try:
-            return _bare(file.read(4096), 1).lstrip()[:1]
+            return _bare(file.read(4096), 0).lstrip()[:1]
         except _UNREADABLE as error:
             raise _unreadable(f"{path}:1", error) from error
 
 
-def _bare(line: bytes, number: int) -> bytes:
-    """Return a line, the first one without the byte-order mark."""
-    return line.removeprefix(_UTF8_BOM) if number == 1 else line
+def _bare(content: bytes, start: int) -> bytes:
+    """Return what begins at a byte of a file, without a byte-order mark at the first one."""
+    return content.removeprefix(_UTF8_BOM) if start == 0 else content
 
 
 def _object(content: bytes, origin: str) -> dict[str, Any]:

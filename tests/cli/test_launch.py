@@ -1,5 +1,6 @@
 """The command line: what it refuses, how ranks end, and one real run with everything in it."""
 
+import gzip
 import json
 import os
 import re
@@ -136,6 +137,25 @@ def test_bad_rows(name, model, tmp_path, capsys, monkeypatch):
     said = refused(argv, tmp_path / "output", capsys, monkeypatch)
     assert str(path) in said
     assert message in said
+
+
+FILES = {
+    "ragged.csv": (b"prompt,completion\nw0,w1\nw0\n", ":3: 1 fields, and the first row names 2"),
+    "cut.parquet": (b"PAR1", ": cannot be read: "),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "w0"}')[:-9], ":1: the file cannot be read: "),
+    "cut.json": (b'[{"text": "w0"}', ":1: not valid JSON (column 16"),
+    "picture": (b"\x89PNG", ": neither of a known ending nor JSON Lines"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files(name, model, tmp_path, capsys, monkeypatch):
+    content, message = FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    argv = flags({"model_name_or_path": model, "train_file": path})
+    said = refused(argv, tmp_path / "output", capsys, monkeypatch)
+    assert said.startswith(f"{path}{message}")
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

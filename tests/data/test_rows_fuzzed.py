@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from addax_ds.data import text_files
 from addax_ds.data.encoding import NO_LOSS, encode
 from addax_ds.data.records import prompt_completion
 from addax_ds.utils.errors import UserError
@@ -73,6 +74,12 @@ def path(tmp_path_factory) -> Path:
 def check(path: Path, content: bytes) -> None:
     """Compare what `read_jsonl` makes of a file with what `reading` finds in it."""
     path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "_CHUNK", 5)  # so that lines go over the ends of reads
+        compare(path, content)
+
+
+def compare(path: Path, content: bytes) -> None:
     try:
         expected, first_bad = reading(content), None
     except Bad as bad:

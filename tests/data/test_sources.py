@@ -199,6 +199,11 @@ def test_what_a_cache_is_keyed_by(tmp_path):
     found = [open_rows(**name).identity for name in names]
     assert found == [open_rows(**name).identity for name in names]
     assert len(set(found)) == 5
+    for saved in (tmp_path / "saved0", tmp_path / "splits0" / "train"):
+        (arrow,) = saved.glob("*.arrow")
+        os.utime(arrow, ns=(1, 1))  # by a program of the same fingerprint
+    again = [open_rows(**name).identity for name in names]
+    assert [a == b for a, b in zip(again, found, strict=True)] == [False, True, False, True, False]
 
 
 # ---- names of files ------------------------------------------------------------------------------
