@@ -146,10 +146,11 @@ def find_files(words: Sequence[str]) -> list[Path]:
             formats or splits.
     """
     found = [path for word in words for path in _files_of(word)]
-    real = [path.resolve() for path in found]
-    twice = next((path for index, path in enumerate(found) if real[index] in real[:index]), None)
-    if twice is not None:
-        raise UserError(f"{twice} is named twice")
+    seen: set[Path] = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise UserError(f"{path} is named twice")
+        seen.add(path.resolve())
     return found
 
 
@@ -191,13 +192,18 @@ def _format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
 
 
+def _shown_format(path: Path) -> str:
+    known = _format(path)
+    return "no known ending" if known is None else known + path.suffix.lower().removeprefix(known)
+
+
 def _of_one_kind(word: str, folder: Path, files: list[Path]) -> list[Path]:
     """Return the files of a pattern or folder, if they are of one format and one split."""
     if not files:
         raise UserError(
             f"{word}: no files of rows there (folders in a folder are not read); {_KNOWN}"
         )
-    formats = sorted({_format(file) or "no known ending" for file in files})
+    formats = sorted({_shown_format(file) for file in files})
     if len(formats) > 1:
         raise UserError(
             f"{word}: files of several formats there ({', '.join(formats)}), which may hold the "

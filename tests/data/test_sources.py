@@ -239,6 +239,7 @@ def test_files_come_in_the_order_of_their_names(tmp_path, monkeypatch):
         ),
         (["f/a.txt"], "f", "f: no files of rows there .*; known are"),
         (["a.jsonl", "a.parquet"], "a.*", r"a.\*: files of several formats there \(.jsonl, .parq"),
+        (["a.csv", "a.csv.gz"], "*", r"files of several formats there \(.csv, .csv.gz\)"),
         (["f/train.csv", "f/dev.csv"], "f", r"f: files of several splits there \(dev, train\);"),
         (["train-1.csv", "valid-1.csv"], "*.csv", "of several splits there"),
         (["train/1.csv", "test/1.csv"], "t*/*.csv", "or give the folder as --dataset_name"),
