@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config.arguments import DEMO_TASK, DataArguments
-from addax_ds.data.cache import ArrowExamples, Encoder, encoded
+from addax_ds.data.arrow import ArrowExamples
+from addax_ds.data.cache import Encoder, encoded
 from addax_ds.data.encoding import (
     Example,
     encode,

@@ -16,28 +16,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, overload
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 from tqdm import tqdm
 
+from addax_ds.data.arrow import SCHEMA, ArrowExamples, Shard, record_batch
+from addax_ds.data.cache_index import UNFINISHED, Index, appearing, identity_of, shard_name
 from addax_ds.data.clock import moments_read
 from addax_ds.data.encoding import Cuts, Example, add_to_digest, chunks, encode, learnt_ends
-from addax_ds.data.records import Record, Records, log_unused
+from addax_ds.data.records import Record, Records
 from addax_ds.data.workers import in_order, usable_cores
 from addax_ds.utils.errors import UserError
 
@@ -49,23 +48,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # of shards and index
-_INDEX = "index.jsonl"
 _LENGTHS = "lengths.npy"  # and target counts
 _FAILURE = "failure.json"
-_UNFINISHED = ".unfinished"
 _SHARD_ROWS = 1000  # at least: less work than a fork is worth, and little to lose
 _MOST_SHARDS = 1000  # a process may map 65530 files by default
 _READ_ROWS = 100
 _POLL_SECONDS = 0.5
 _BAR_SECONDS = 1.0  # what is done sooner needs no bar
-_SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "labels": pa.list_(pa.int32()),
-        "target_count": pa.int32(),
-        "origin": pa.string(),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -129,114 +118,6 @@ def _program() -> list[str]:
     return [*(version(name) for name in ("transformers", "tokenizers")), code.hexdigest()]
 
 
-class _Part(NamedTuple):
-    """Columns of some rows, in a mapped file.
-
-    Attributes:
-        offsets: int32, shape [rows + 1], of ``ids`` and ``labels``.
-        ids: int32, shape [tokens].
-        labels: int32, shape [tokens].
-        target_counts: int32, shape [rows].
-        origins: a string a row.
-    """
-
-    offsets: NDArray[np.int32]
-    ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    target_counts: NDArray[np.int32]
-    origins: pa.StringArray
-
-    @classmethod
-    def of(cls, batch: pa.RecordBatch) -> _Part:
-        ids, labels = batch.column("input_ids"), batch.column("labels")
-        return cls(
-            ids.offsets.to_numpy(),
-            ids.values.to_numpy(),
-            labels.values.to_numpy(),
-            batch.column("target_count").to_numpy(),
-            batch.column("origin"),
-        )
-
-    def example(self, row: int) -> Example:
-        own = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        return Example(self.ids[own], self.labels[own], self.origins[row].as_py())
-
-    def examples(self) -> Iterator[Example]:
-        return map(self.example, range(len(self.origins)))
-
-
-class _Shard:
-    """A shard, mapped at once, so that it may be deleted, and looked into when it is asked."""
-
-    def __init__(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as file:
-            self._content = file.read_buffer()
-
-    @cached_property
-    def parts(self) -> list[_Part]:
-        return [_Part.of(batch) for batch in pa.ipc.open_stream(self._content)]
-
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *(len(part.origins) for part in self.parts)])
-
-    def __getitem__(self, row: int) -> Example:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self.parts[number].example(row - int(self._starts[number]))
-
-
-class ArrowExamples(Sequence[Example]):
-    """Examples in mapped files; their arrays are views of these, and cannot be written.
-
-    An instance can be pickled, and holds no file open.
-
-    Attributes:
-        lengths: int32, shape [rows]: tokens of each.
-        target_counts: int32, shape [rows]: predicted tokens of each.
-        digest: `data_digest` of all.
-        turn_ends: `learnt_ends` of all if they are conversations, else empty.
-    """
-
-    def __init__(self, folder: Path, index: _Index) -> None:
-        assert index.whole is not None
-        self.digest: str = index.whole["digest"]
-        self.turn_ends = frozenset(index.gathered("ends"))
-        self._paths = [folder / _shard_name(shard) for shard in sorted(index.shards)]
-        counts = [index.shards[shard]["examples"] for shard in sorted(index.shards)]
-        self._starts = np.cumsum([0, *counts])
-        self.lengths: NDArray[np.int32]
-        self.target_counts: NDArray[np.int32]
-        self.lengths, self.target_counts = np.load(folder / _LENGTHS)
-        self._shards = list(map(_Shard, self._paths))
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.lengths)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        """Return an example, or a list of some."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._shards[number][row - int(self._starts[number])]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_shards": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._shards = list(map(_Shard, self._paths))
-
-
 def encoded(
     rows: Rows, encoder: Encoder, *, processes: int | None = None, progress: bool = False
 ) -> ArrowExamples:
@@ -254,7 +135,7 @@ def encoded(
     root = Path(datasets.config.HF_DATASETS_CACHE) / "addax_ds"
     for is_chat in (False, True):
         folder = root / encoder.fingerprint(rows, is_chat)
-        index = _Index.read(folder)
+        index = Index.read(folder)
         if index.whole is not None and index.is_intact():
             logger.info("%s: tokens from the cache, %s", rows.name, folder)
             break
@@ -263,99 +144,18 @@ def encoded(
         folder = root / encoder.fingerprint(rows, records.is_chat)
         index = _Maker(folder, records, encoder, processes or usable_cores(), progress).index()
     index.log(rows.name, encoder.max_length)
-    return ArrowExamples(folder, index)
+    return _examples(folder, index)
 
 
-# ---- the index ---------------------------------------------------------------------------------
-
-
-@dataclass
-class _Index:
-    """What a folder holds, by its journal.
-
-    Attributes:
-        folder: where it is.
-        shards: entry of each finished shard, by its number.
-        whole: entry of the whole, once all shards are finished.
-    """
-
-    folder: Path
-    shards: dict[int, dict[str, Any]] = field(default_factory=dict)
-    whole: dict[str, Any] | None = None
-
-    @classmethod
-    def read(cls, folder: Path) -> _Index:
-        """Read the journal as far as it is one; a line that a killed run has torn ends it."""
-        index = cls(folder)
-        with suppress(FileNotFoundError, NotADirectoryError), (folder / _INDEX).open("rb") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                    index._add(entry)
-                except (ValueError, KeyError, TypeError):
-                    break
-        return index
-
-    def _add(self, entry: dict[str, Any]) -> None:
-        if "shard" in entry:
-            self.shards[entry["shard"]] = entry
-        elif entry["shards"] == len(self.shards):
-            self.whole = entry
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Append an entry."""
-        with (self.folder / _INDEX).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        self._add(entry)
-
-    def gathered(self, name: str) -> list[Any]:
-        """Return all that the shards have found under a name, sorted."""
-        return sorted({value for entry in self.shards.values() for value in entry[name]})
-
-    def log(self, name: str, max_length: int | None) -> None:
-        """Say what has been made of the rows, as it was said when it was."""
-        assert self.whole is not None
-        for note in self.whole["notes"]:
-            logger.info("%s", note)
-        log_unused(name, self.gathered("unused"))
-        cuts = (Cuts(**entry["cuts"]) for entry in self.shards.values())
-        sum(cuts, start=Cuts()).log(name, max_length)
-
-    def is_intact(self) -> bool:
-        """Return whether all files are as they were written; a warning names one that is not."""
-        assert self.whole is not None
-        return all(self._has(entry) for entry in (*self.shards.values(), self.whole))
-
-    def keep_intact(self) -> None:
-        """Forget what is not as it was written, and that the folder was whole."""
-        self.shards = {k: entry for k, entry in self.shards.items() if self._has(entry)}
-        self.whole = None
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.shards.values())
-        with _appearing(self.folder / _INDEX) as file:
-            file.write(lines.encode())
-
-    def _has(self, entry: dict[str, Any]) -> bool:
-        path = self.folder / entry["file"]
-        try:
-            if _identity(path) == (entry["size"], entry["sha256"]):
-                return True
-            problem = "it is not as it was written"
-        except OSError as error:
-            problem = f"{error.strerror}"
-        logger.warning("%s of the cache: %s; its rows are tokenised again", path, problem)
-        return False
-
-
-def _identity(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shard_name(shard: int) -> str:
-    return f"{shard:05d}.arrow"
-
-
-# ---- making it ---------------------------------------------------------------------------------
+def _examples(folder: Path, index: Index) -> ArrowExamples:
+    assert index.whole is not None
+    numbers = sorted(index.shards)
+    return ArrowExamples(
+        {folder / shard_name(number): index.shards[number]["examples"] for number in numbers},
+        np.load(folder / _LENGTHS),
+        index.whole["digest"],
+        frozenset(index.gathered("ends")),
+    )
 
 
 class _Maker:
@@ -387,7 +187,7 @@ class _Maker:
             disable=not progress,
         )
 
-    def index(self) -> _Index:
+    def index(self) -> Index:
         """Return the index of the folder when it is whole.
 
         Raises:
@@ -397,7 +197,7 @@ class _Maker:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._bar, self._alone() as alone:
-                index = _Index.read(self._folder)
+                index = Index.read(self._folder)
                 if index.whole is None or not index.is_intact():
                     self._refuse_again(began)
                     self._clean(alone)
@@ -438,7 +238,7 @@ class _Maker:
                 lock.acquire(timeout=_POLL_SECONDS)
                 return True
             except Timeout:  # is an OSError
-                self._show(len(_Index.read(self._folder).shards))
+                self._show(len(Index.read(self._folder).shards))
             except (NotImplementedError, OSError) as error:
                 logger.warning(
                     "%s cannot be locked (%s): every rank tokenises %s by itself",
@@ -463,10 +263,10 @@ class _Maker:
     def _clean(self, alone: bool) -> None:
         (self._folder / _FAILURE).unlink(missing_ok=True)
         if alone:  # they are those of killed processes
-            for path in self._folder.glob(f"*{_UNFINISHED}"):
+            for path in self._folder.glob(f"*{UNFINISHED}"):
                 path.unlink(missing_ok=True)
 
-    def _make(self, index: _Index) -> None:
+    def _make(self, index: Index) -> None:
         index.keep_intact()
         missing = [shard for shard in range(self._count) if shard not in index.shards]
         try:
@@ -478,23 +278,23 @@ class _Maker:
                 (self._folder / _FAILURE).write_text(json.dumps(failure), encoding="utf-8")
             raise
 
-    def _finish(self, index: _Index, entries: Iterator[dict[str, Any]]) -> None:
+    def _finish(self, index: Index, entries: Iterator[dict[str, Any]]) -> None:
         """Note each shard when it and those before it are there, and the whole at the end."""
         digest = hashlib.sha256()
         lengths, targets = [], []
         for shard in range(self._count):
             if shard not in index.shards:
                 index.write(next(entries))
-            for part in _Shard(self._folder / _shard_name(shard)).parts:
+            for part in Shard(self._folder / shard_name(shard)).parts:
                 add_to_digest(digest, part.examples())
                 lengths.append(np.diff(part.offsets))
                 targets.append(part.target_counts)
             self._show(shard + 1)
         columns = np.stack([np.concatenate(lengths), np.concatenate(targets)])
         path = self._folder / _LENGTHS
-        with _appearing(path) as file:
+        with appearing(path) as file:
             np.save(file, columns)
-        size, sha256 = _identity(path)
+        size, sha256 = identity_of(path)
         index.write(
             {
                 "shards": self._count,
@@ -511,18 +311,18 @@ class _Maker:
     def _write_shard(self, shard: int) -> dict[str, Any]:
         """Write a shard and return its entry; this may be a process of its own."""
         self._records.unused = set()
-        path = self._folder / _shard_name(shard)
+        path = self._folder / shard_name(shard)
         ends: set[int] = set()
         count, cuts = 0, Cuts()
-        with _appearing(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        with appearing(path) as file, pa.ipc.new_stream(file, SCHEMA) as writer:
             for texts in chunks(self._records_of(shard)):
                 examples, more = self._encoder.examples(texts)
                 cuts += more
                 if self._records.is_chat:
                     ends |= learnt_ends(examples)
                 count += len(examples)
-                writer.write_batch(_batch(examples))
-        size, sha256 = _identity(path)
+                writer.write_batch(record_batch(examples))
+        size, sha256 = identity_of(path)
         return {
             "shard": shard,
             "file": path.name,
@@ -539,29 +339,3 @@ class _Maker:
         stop = min((shard + 1) * self._size, len(self._records))
         for start in range(shard * self._size, stop, _READ_ROWS):
             yield from self._records.read(start, min(start + _READ_ROWS, stop))
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that gets its name when the body is done, and is removed if that fails."""
-    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{_UNFINISHED}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def _batch(examples: Sequence[Example]) -> pa.RecordBatch:
-    offsets = np.cumsum([0, *(example.length for example in examples)]).astype(np.int32)
-    ids = np.concatenate([example.input_ids for example in examples])
-    labels = np.concatenate([example.labels for example in examples])
-    columns = [
-        pa.ListArray.from_arrays(offsets, ids),
-        pa.ListArray.from_arrays(offsets, labels),
-        pa.array([example.target_count for example in examples], pa.int32()),
-        pa.array([example.origin for example in examples], pa.string()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from addax_ds.data import cache, encoding
+from addax_ds.data.arrow import ArrowExamples
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
-from addax_ds.data.cache import ArrowExamples, Encoder, encoded
+from addax_ds.data.cache import Encoder, encoded
 from addax_ds.data.clock import moments_read
 from addax_ds.data.encoding import data_digest, encode, learnt_ends
 from addax_ds.data.records import read_records
