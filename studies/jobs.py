@@ -127,7 +127,7 @@ class _Running(Generic[J]):
 
 
 def script(name: str) -> str:
-    """Return the path of a package's program, such as ``deepspeed``: beside this Python, or on PATH.
+    """Return the path of a program of a package, ``deepspeed`` say: beside Python, or on PATH.
 
     Packages that were installed into a folder of their own have theirs elsewhere.
     """

@@ -1,5 +1,7 @@
 import os
+import shutil
 import signal
+import tempfile
 
 from tests.support import extensions
 
@@ -10,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCH_EXTENSIONS_DIR"] = extensions.of_session()
+if not extensions.is_worker():
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="addax-datasets-")
 
 import logging
 from collections.abc import Iterator
@@ -27,6 +31,7 @@ from tests.support.ranks import free_port, permit
 def pytest_unconfigure() -> None:
     if not extensions.is_worker():
         extensions.end(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+        shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

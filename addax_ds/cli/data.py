@@ -9,14 +9,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from addax_ds.config.arguments import DEMO_TASK, DataArguments
+from addax_ds.data.arrow import ArrowExamples
+from addax_ds.data.cache import Encoder, encoded
 from addax_ds.data.encoding import (
     Example,
     encode,
     encode_prompts,
-    learnt_ends,
     padding_token,
 )
-from addax_ds.data.records import Record, prompt_completion, read_records
+from addax_ds.data.records import Record, prompt_completion
 from addax_ds.data.shapes import parse_columns
 from addax_ds.data.sources import Rows, open_rows
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
@@ -47,7 +48,7 @@ class Data:
     """
 
     description: str
-    train: list[Example]
+    train: Sequence[Example]
     validation: ScoredSet | None
     test: ScoredSet | None
     metric: str = "accuracy"
@@ -60,14 +61,19 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     model: ModelSource,
     now: datetime | None = None,
+    *,
+    progress: bool = False,
 ) -> Data:
     """Read and encode what the arguments name.
+
+    Tokens of files are kept in the cache (`addax_ds.data.cache`), those of tasks in memory.
 
     Args:
         args: the arguments.
         tokenizer: of the model.
         model: says what positions and token ids there are.
         now: date and time that chat templates read, local and without a zone; None for the clock.
+        progress: whether to show a bar.
 
     Raises:
         UserError: the data cannot be read, or a row cannot be used.
@@ -76,26 +82,25 @@ def load_data(
     if args.train_file is None and args.dataset_name is None:
         return _load_task(args, tokenizer, model)
 
-    def read(rows: Rows) -> tuple[list[Record], list[Example]]:
-        records = read_records(rows, tokenizer, append_eos=args.append_eos, now=now)
-        examples, cuts = encode(
-            records,
-            tokenizer,
-            max_length=args.max_length,
-            model_positions=model.positions,
-            vocabulary_size=model.vocabulary_size,
-        )
-        cuts.log(rows.name, args.max_length)
-        return records, examples
+    encoder = Encoder(
+        tokenizer,
+        now or datetime.now(),
+        append_eos=args.append_eos,
+        max_length=args.max_length,
+        model_positions=model.positions,
+        vocabulary_size=model.vocabulary_size,
+    )
+
+    def read(rows: Rows) -> ArrowExamples:
+        return encoded(rows, encoder, processes=args.dataset_num_proc, progress=progress)
 
     sources = _sources(args)
-    records, train = read(sources["train"])
+    train = read(sources["train"])
     validation, test = (
-        EvaluationSet(read(sources[part])[1]) if part in sources else None
+        EvaluationSet(read(sources[part])) if part in sources else None
         for part in ("validation", "test")
     )
-    ends = learnt_ends(train) if records[0].is_chat else ()
-    return Data(sources["train"].name, train, validation, test, turn_ends=frozenset(ends))
+    return Data(sources["train"].name, train, validation, test, turn_ends=train.turn_ends)
 
 
 def _sources(args: DataArguments) -> dict[str, Rows]:

@@ -4,9 +4,12 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.checkpoint.identity import Run
@@ -14,6 +17,7 @@ from addax_ds.cli.data import Data
 from addax_ds.cli.outputs import output_folder
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.batches import StepSchedule
+from addax_ds.data.encoding import Example, lengths_of, target_counts_of
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.startup import launcher_patience
 from addax_ds.models.source import ModelSource
@@ -58,7 +62,7 @@ def announce(
         logger.info("Method: none; nothing is trained, and arguments of training have no effect")
     else:
         streams, schedule = plan
-        logger.info("%s", streams.describe([example.length for example in data.train]))
+        logger.info("%s", streams.describe(lengths_of(data.train)))
         logger.info("Method: %s", _method(args, run, schedule))
         memory = _memory(source, data, streams, args, settings, run)
         logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
@@ -88,8 +92,8 @@ def _memory(
     run: Run,
 ) -> str:
     examples = (
-        [data.train[index] for index in streams.zeroth_order],
-        [data.train[index] for index in streams.first_order],
+        _extremes(data.train, streams.zeroth_order),
+        _extremes(data.train, streams.first_order),
     )
     kernel = source.attn_implementation
     try:
@@ -99,6 +103,14 @@ def _memory(
         return f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
     except UserError as error:
         return f"not planned, {error}"
+
+
+def _extremes(examples: Sequence[Example], indices: NDArray[np.int32]) -> list[Example]:
+    """Return the longest of some examples, and the one with most targets."""
+    if not len(indices):
+        return []
+    sizes = lengths_of(examples)[indices], target_counts_of(examples)[indices]
+    return [examples[int(indices[np.argmax(size)])] for size in sizes]
 
 
 class Duration(TrainerCallback):

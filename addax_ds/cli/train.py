@@ -42,11 +42,12 @@ from addax_ds.cli.outputs import Outputs, output_folder
 from addax_ds.cli.summary import Duration, announce, report
 from addax_ds.config.addax_config import AddaxConfig, divide_batches
 from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
-from addax_ds.data.encoding import data_digest
+from addax_ds.data.encoding import data_digest, lengths_of
 from addax_ds.distributed.collectives import (
     all_gather_object,
     check_same_on_all_ranks,
     limit_waiting,
+    patient,
     raise_on_all_ranks,
     shutdown,
 )
@@ -122,14 +123,15 @@ def _finetune(
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
     lora = _lora(model_args, args)
-    with raise_on_all_ranks():
+    with patient(args.ddp_timeout), raise_on_all_ranks():
         if resumed is not None:
             resumed.check(run)
             check_adapters(resumed.folder, None if lora is None else lora.settings)
         source = ModelSource.find(model_args)
         tokenizer = source.load_tokenizer()
         now = datetime.fromisoformat(template_time)
-        data = load_data(data_args, tokenizer, source, now)
+        progress = not args.disable_tqdm and args.process_index == 0
+        data = load_data(data_args, tokenizer, source, now, progress=progress)
     _warn_of_dtype(source, args)
     digest = data_digest(data.train)
     planned, plan = None, None
@@ -138,8 +140,7 @@ def _finetune(
     with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
         check_evaluations(args, data.validation)
         if data.train:
-            lengths = [example.length for example in data.train]
-            plan = plan_steps(lengths, args.settings, args)
+            plan = plan_steps(lengths_of(data.train), args.settings, args)
             if resumed is not None:
                 resumed.check(run.with_data(digest, plan[0].threshold))
     check_same_on_all_ranks(dict(_identity(args, model_args, data, digest)))

@@ -163,6 +163,11 @@ class DataArguments:
         "End every completion of a file with the end-of-sequence token; answers of "
         "tasks never are.",
     )
+    dataset_num_proc: int | None = flag(
+        None,
+        "Processes that tokenise files, once for a machine (default: as many as the cores that a "
+        "rank may use).",
+    )
 
 
 def parse_arguments(
@@ -380,6 +385,11 @@ def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield from _list_problems(name, values[name])
     if values.get("max_length") is not None and values["max_length"] < 2:
         yield "--max_length must be at least 2 tokens."
+    if values.get("dataset_num_proc") is not None:
+        if values["dataset_num_proc"] < 1:
+            yield "--dataset_num_proc must be at least 1."
+        if not sources:
+            yield "--dataset_num_proc has no effect on a task, whose few rows need no processes."
     for name in _OF_DATASETS:
         if name in given and "dataset_name" not in given:
             yield f"--{name} needs --dataset_name."

@@ -27,8 +27,8 @@ _ZEROTH_ORDER, _FIRST_ORDER = 0, 1  # streams, as counted into the permutations'
 _UINT64 = (1 << 64) - 1
 
 
-@lru_cache(maxsize=8)
-def permutation(seed: int, stream: int, cycle: int, size: int) -> NDArray[np.int64]:
+@lru_cache(maxsize=4)  # of two streams, each of which may run over the border of two
+def permutation(seed: int, stream: int, cycle: int, size: int) -> NDArray[np.int32]:
     """Return the permutation of `range(size)` for one pass of one stream over its examples.
 
     It sorts (stably) the first `size` words of NumPy's Philox4x64-10 bit generator with key
@@ -36,13 +36,13 @@ def permutation(seed: int, stream: int, cycle: int, size: int) -> NDArray[np.int
     stable over versions and platforms, which it does not promise for `Generator.permutation`.
 
     Returns:
-        int64, shape [size], read-only as it is cached.
+        int32, shape [size], read-only as it is cached.
     """
     bits = np.random.Philox(
         key=np.array([seed & _UINT64, 0], np.uint64),
         counter=np.array([0, 0, stream, cycle], np.uint64),
     )
-    order = np.argsort(bits.random_raw(size), kind="stable")
+    order = np.argsort(bits.random_raw(size), kind="stable").astype(np.int32)
     order.flags.writeable = False
     return order
 
@@ -68,8 +68,8 @@ class StepSchedule:
         UserError: A stream has fewer examples than its global batch.
     """
 
-    zeroth_order: NDArray[np.int64]
-    first_order: NDArray[np.int64]
+    zeroth_order: NDArray[np.int32]
+    first_order: NDArray[np.int32]
     zeroth_order_batch_size: int
     first_order_batch_size: int
     seed: int
@@ -100,7 +100,7 @@ class StepSchedule:
             size, batch = len(self.zeroth_order), self.zeroth_order_batch_size
         return size // batch if self.drop_last else -(-size // batch)
 
-    def zeroth_order_indices(self, step: int) -> NDArray[np.int64] | None:
+    def zeroth_order_indices(self, step: int) -> NDArray[np.int32] | None:
         """Return the K0 examples of the step's zeroth-order batch; None without such a stream.
 
         They are positions step*K0 to (step+1)*K0 - 1 in the endless row of permutations, so a batch
@@ -116,7 +116,7 @@ class StepSchedule:
             order = np.concatenate([order, rest])
         return self.zeroth_order[order]
 
-    def first_order_indices(self, step: int) -> NDArray[np.int64] | None:
+    def first_order_indices(self, step: int) -> NDArray[np.int32] | None:
         """Return the examples of the step's first-order batch; None without such a stream.
 
         There are K1 of them, or fewer in the last step of an epoch.
@@ -210,14 +210,14 @@ class StepBatches(Dataset[dict[str, Any]]):
         batches = (self._indices(step, stream) for stream in STREAMS)
         return sum(int(self.rows.lengths[batch].sum()) for batch in batches if batch is not None)
 
-    def indices(self, step: int, stream: str, micro_batch: int) -> NDArray[np.int64]:
-        """Return this rank's rows of a micro-batch of a stream that exists, int64."""
+    def indices(self, step: int, stream: str, micro_batch: int) -> NDArray[np.int32]:
+        """Return this rank's rows of a micro-batch of a stream that exists, int32."""
         indices = self._indices(step, stream)
         assert indices is not None
         shares = self._world_size * self._micro_batches
         return indices[micro_batch * self._world_size + self._rank :: shares]
 
-    def _indices(self, step: int, stream: str) -> NDArray[np.int64] | None:
+    def _indices(self, step: int, stream: str) -> NDArray[np.int32] | None:
         if stream == "zeroth_order":
             return self._schedule.zeroth_order_indices(step)
         return self._schedule.first_order_indices(step)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import locale
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from addax_ds.data.clock import clock_at
 from addax_ds.data.conventions import SHAREGPT_ROLES
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, shown
@@ -107,7 +105,7 @@ def learnt_turns(
     origin, messages = conversation.origin, conversation.messages
     require_chat_template(tokenizer, origin)
     _require_known_roles(conversation, tokenizer)
-    with _clock_at(now or datetime.now()):
+    with clock_at(now or datetime.now()):
         text = _render(conversation, tokenizer)
         targets = []
         for index in (i for i, learnt in enumerate(conversation.learnt) if learnt):
@@ -254,22 +252,6 @@ def _options(value: object, origin: str) -> dict[str, Any]:
 
 
 # ---- the template ------------------------------------------------------------------------------
-
-
-@contextmanager
-def _clock_at(now: datetime) -> Iterator[None]:
-    """Let chat templates read a moment that stands still, in no country's spelling."""
-    from transformers.utils import chat_template_utils
-
-    templates: Any = chat_template_utils  # whose strftime_now reads the module's datetime
-    clock, spelling = templates.datetime, locale.setlocale(locale.LC_TIME)
-    locale.setlocale(locale.LC_TIME, "C")
-    templates.datetime = SimpleNamespace(now=lambda: now)
-    try:
-        yield
-    finally:
-        templates.datetime = clock
-        locale.setlocale(locale.LC_TIME, spelling)
 
 
 def _render(

@@ -50,6 +50,8 @@ def as_examples(
         raise UserError(f"{name} holds no rows")
     first = dataset[0]
     if isinstance(first, Example):
+        if isinstance(dataset, Sequence):
+            return dataset
         return [dataset[index] for index in range(len(dataset))]
     if not isinstance(first, Mapping):
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")

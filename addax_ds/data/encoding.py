@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from addax_ds.data.records import Record
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 NO_LOSS = -100
 """Label of a token that carries no loss, as everywhere in torch and Transformers."""
 
-_CHUNK = 1000  # records a tokenizer call: enough for its threads, little enough for memory
+# Of a tokenizer call: enough for its threads, and little enough for memory, of which it takes some
+# 100 bytes a token.
+_CHUNK_RECORDS = 1000
+_CHUNK_CHARACTERS = 4 << 20
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -99,12 +103,12 @@ class _Tokens:
 
     Attributes:
         ids: int32, shape [n].
-        offsets: int64, shape [n, 2]: characters covered by a token.
+        offsets: int32, shape [n, 2]: characters covered by a token.
         added: bool, shape [n]: special tokens that the tokenizer put there itself.
     """
 
     ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
+    offsets: NDArray[np.int32]
     added: NDArray[np.bool_]
 
 
@@ -146,10 +150,11 @@ def encode(
         )
     examples: list[Example] = []
     cuts = Cuts()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # each look at them takes 2 µs
     for record, tokens in zip(records, _tokenise(records, tokenizer), strict=True):
-        example = _label(record, tokens, tokenizer.eos_token_id)
+        example = _label(record, tokens, eos)
         _check_ids(example, tokenizer, vocabulary_size)
-        head = _head(tokens, tokenizer.bos_token_id)
+        head = _head(tokens, bos)
         if record.may_split and max_length is not None and example.length > max_length:
             examples += _split(example, head, max_length)
             cuts += Cuts(rows_split=1)
@@ -240,21 +245,42 @@ def longest_of(config: Any) -> int | None:
 def _tokenise(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     """Yield the tokens of every record, in order."""
     for add_special_tokens, group in groupby(records, key=lambda record: record.add_special_tokens):
-        rows = list(group)
-        for start in range(0, len(rows), _CHUNK):
-            batch = _call(tokenizer, rows[start : start + _CHUNK], add_special_tokens)
-            for ids, offsets, added in zip(
-                batch["input_ids"],
-                batch["offset_mapping"],
-                batch["special_tokens_mask"],
-                strict=True,
-            ):
-                tokens = _Tokens(
-                    np.asarray(ids, np.int32),
-                    np.asarray(offsets, np.int64).reshape(-1, 2),
-                    np.asarray(added, np.bool_),
-                )
+        for rows in chunks(group):
+            batch = _call(tokenizer, rows, add_special_tokens)
+            for tokens in _unpacked(batch.encodings or []):
                 yield _without_doubles(tokens, tokenizer)
+
+
+def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield records, in order, as many at a time as are tokenised at once."""
+    chunk: list[Record] = []
+    characters = 0
+    for record in records:
+        characters += len(record.text)
+        if chunk and (len(chunk) == _CHUNK_RECORDS or characters > _CHUNK_CHARACTERS):
+            yield chunk
+            chunk, characters = [], len(record.text)
+        chunk.append(record)
+    if chunk:
+        yield chunk
+
+
+def _unpacked(texts: Sequence[Any]) -> Iterator[_Tokens]:
+    """Yield the tokens of what a tokenizer has made of some texts, `tokenizers.Encoding`.
+
+    These are made Python's one at a time, and arrays together: a list of all offsets would take
+    more memory and time than the tokens.
+    """
+    chained = chain.from_iterable
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    total = ends[-1] if ends else 0
+    ids = np.fromiter(chained(text.ids for text in texts), np.int32, total)
+    pairs = chained(text.offsets for text in texts)
+    offsets = np.fromiter(chained(pairs), np.int32, 2 * total).reshape(-1, 2)
+    masks = (bytes(text.special_tokens_mask) for text in texts)
+    added = np.frombuffer(b"".join(masks), np.bool_)
+    for start, end in pairwise([0, *ends]):
+        yield _Tokens(ids[start:end], offsets[start:end], added[start:end])
 
 
 def _without_doubles(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
@@ -263,20 +289,25 @@ def _without_doubles(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _To
     Of two BOS that of the tokenizer stays, as part of the head; of two EOS that of the text, which
     may be learnt.
     """
-    ids, keep = tokens.ids, np.ones(len(tokens.ids), np.bool_)
-    if not tokens.added.all():
-        text = np.flatnonzero(~tokens.added)
-        first, last = int(text[0]), int(text[-1])
-        if first > 0 and ids[first] == ids[first - 1] == tokenizer.bos_token_id:
-            keep[first] = False
-        if last + 1 < len(ids) and ids[last] == ids[last + 1] == tokenizer.eos_token_id:
-            keep[last + 1] = False
-    return _Tokens(ids[keep], tokens.offsets[keep], tokens.added[keep])
+    ids, added = tokens.ids, tokens.added
+    if added.all() or not added.any():
+        return tokens
+    first, behind = int(added.argmin()), len(ids) - int(added[::-1].argmin())
+    dropped = []
+    if first > 0 and ids[first] == ids[first - 1] == tokenizer.bos_token_id:
+        dropped.append(first)
+    if behind < len(ids) and ids[behind - 1] == ids[behind] == tokenizer.eos_token_id:
+        dropped.append(behind)
+    if not dropped:
+        return tokens
+    keep = np.ones(len(ids), np.bool_)
+    keep[dropped] = False
+    return _Tokens(ids[keep], tokens.offsets[keep], added[keep])
 
 
 def _call(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Record], add_special_tokens: bool
-) -> Mapping[str, Any]:
+) -> BatchEncoding:
     """Tokenise some rows at once; if that fails, one by one to tell which it is."""
     try:
         return tokenizer(
@@ -285,8 +316,7 @@ def _call(
             padding=False,
             truncation=False,
             return_attention_mask=False,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
+            return_token_type_ids=False,
             verbose=False,  # `_fit` judges the length
         )
     except Exception as error:  # what the tokenizers library raises has no narrower type
@@ -309,9 +339,10 @@ def _label(record: Record, tokens: _Tokens, eos: int | None) -> Example:
                 "token; name one as eos_token in tokenizer_config.json"
             )
         if not len(ids) or ids[-1] != eos:
-            ids, learnt = np.append(ids, np.int32(eos)), np.append(learnt, False)
+            ids = np.concatenate((ids, np.array([eos], np.int32)))
+            learnt = np.concatenate((learnt, np.zeros(1, np.bool_)))
         learnt[-1] |= record.targets[-1][1] == len(record.text)
-    example = Example(ids, np.where(learnt, ids, NO_LOSS).astype(np.int32), record.origin)
+    example = Example(ids, np.where(learnt, ids, np.int32(NO_LOSS)), record.origin)
     if empty or not example.target_count:
         raise UserError(
             f"{record.origin}: no token carries loss: the tokenizer makes nothing of the part to "
@@ -325,8 +356,10 @@ def _overlaps(tokens: _Tokens, spans: Sequence[tuple[int, int]]) -> NDArray[np.b
     start, end = tokens.offsets[:, 0], tokens.offsets[:, 1]
     # Byte-level BPE with trimmed offsets reports a run of spaces as empty, at the run's end; give
     # it the characters since the previous token, or indentation would never be learnt.
-    previous_end = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(end)])[:-1]
-    start = np.where(start == end, np.minimum(start, previous_end), start)
+    empty = start == end
+    if end[empty].any():  # others than the special ones
+        previous_end = np.concatenate([np.zeros(1, np.int32), np.maximum.accumulate(end)])[:-1]
+        start = np.where(empty, np.minimum(start, previous_end), start)
     learnt = np.zeros(len(tokens.ids), np.bool_)
     for span_start, span_end in spans:
         learnt |= (end > span_start) & (start < span_end)
@@ -428,9 +461,35 @@ def encode_prompts(
 
 def data_digest(examples: Sequence[Example]) -> str:
     """Return 16 hex digits for tokens and labels of the examples, and for their order."""
+    known: str | None = getattr(examples, "digest", None)
+    if known is not None:
+        return known
     digest = hashlib.sha256()
+    add_to_digest(digest, examples)
+    return digest.hexdigest()[:16]
+
+
+def add_to_digest(digest: hashlib._Hash, examples: Iterable[Example]) -> None:
+    """Add examples to what `data_digest` hashes."""
     for example in examples:
         digest.update(example.length.to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.labels.tobytes())
-    return digest.hexdigest()[:16]
+        digest.update(np.ascontiguousarray(example.input_ids).data)
+        digest.update(np.ascontiguousarray(example.labels).data)
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
+    """Return the number of tokens of each example."""
+    return _known(examples, "lengths", "length")
+
+
+def target_counts_of(examples: Sequence[Example]) -> NDArray[np.int32]:
+    """Return the number of predicted tokens of each example."""
+    return _known(examples, "target_counts", "target_count")
+
+
+def _known(examples: Sequence[Example], every: str, one: str) -> NDArray[np.int32]:
+    """Return a number of each example, which a `Sequence` of them may have together."""
+    known = getattr(examples, every, None)
+    if known is not None:
+        return known
+    return np.fromiter(map(attrgetter(one), examples), np.int32, len(examples))

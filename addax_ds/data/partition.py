@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,22 +12,25 @@ from numpy.typing import NDArray
 from addax_ds.optim.methods import BASELINES, METHODS, Method
 from addax_ds.utils.errors import UserError
 
+Lengths = Sequence[int] | NDArray[np.integer]
+"""Tokens of each example."""
+
 
 @dataclass(frozen=True, eq=False)
 class Partition:
     """Examples of each stream.
 
     Attributes:
-        zeroth_order: D0, int64 indices, ascending; empty if there is no zeroth-order stream.
-        first_order: D1, int64 indices, ascending; empty if there is no first-order stream.
+        zeroth_order: D0, int32 indices, ascending; empty if there is no zeroth-order stream.
+        first_order: D1, int32 indices, ascending; empty if there is no first-order stream.
         threshold: L_T in tokens; None for methods that do not divide by length.
     """
 
-    zeroth_order: NDArray[np.int64]
-    first_order: NDArray[np.int64]
+    zeroth_order: NDArray[np.int32]
+    first_order: NDArray[np.int32]
     threshold: int | None
 
-    def describe(self, lengths: Sequence[int]) -> str:
+    def describe(self, lengths: Lengths) -> str:
         """Return the partition in words, two lines: size, longest sequence and L_T of each side."""
         above, below = "", ""
         if self.threshold is not None:
@@ -42,7 +44,7 @@ class Partition:
 
 
 def partition(
-    lengths: Sequence[int], method: Method, threshold: int | Literal["median", "auto"] | None
+    lengths: Lengths, method: Method, threshold: int | Literal["median", "auto"] | None
 ) -> Partition:
     """Divide examples between the streams.
 
@@ -69,11 +71,12 @@ def partition(
                 "AddaxTrainer its result as planned and in the settings"
             )
         if threshold == "median":
-            threshold = statistics.median_low(lengths)
+            middle = (len(lengths) - 1) // 2
+            threshold = int(np.partition(np.asarray(lengths), middle)[middle])
         return _by_length(lengths, threshold)
     if threshold is not None:
         raise UserError(f"--length_threshold has no effect with --method {method}; leave it out")
-    whole, none = np.arange(len(lengths)), np.arange(0)
+    whole, none = np.arange(len(lengths), dtype=np.int32), np.arange(0, dtype=np.int32)
     if method == "addax-wa":
         return Partition(whole, whole, None)
     if method == "mezo":
@@ -83,9 +86,9 @@ def partition(
     raise UserError(f"--method {method} is unknown; choose from {', '.join(METHODS)}")
 
 
-def _by_length(lengths: Sequence[int], threshold: int) -> Partition:
+def _by_length(lengths: Lengths, threshold: int) -> Partition:
     longer = np.asarray(lengths) > threshold
-    shortest, longest = min(lengths), max(lengths)
+    shortest, longest = int(np.min(lengths)), int(np.max(lengths))
     advice = (
         "all sequences are equally long, so nothing can be divided:"
         if shortest == longest
@@ -102,12 +105,13 @@ def _by_length(lengths: Sequence[int], threshold: int) -> Partition:
             f"{longest}), so the zeroth-order stream D0 is empty; {advice} use --method addax-wa "
             "or ip-sgd"
         )
-    return Partition(np.flatnonzero(longer), np.flatnonzero(~longer), threshold)
+    first, zeroth = (np.flatnonzero(side).astype(np.int32) for side in (~longer, longer))
+    return Partition(zeroth, first, threshold)
 
 
-def _side(indices: NDArray[np.int64], lengths: Sequence[int]) -> str:
+def _side(indices: NDArray[np.int32], lengths: Lengths) -> str:
     if not len(indices):
         return "none"
-    longest = max(lengths[index] for index in indices)
+    longest = int(np.asarray(lengths)[indices].max())
     plural = "s" if len(indices) > 1 else ""
     return f"{len(indices)} sequence{plural}, the longest of {longest} tokens"

@@ -142,6 +142,7 @@ class Records:
 
     Attributes:
         is_chat: whether a chat template writes the texts.
+        notes: sentences on how the rows are read, for the log.
         unused: columns that `read` has met and not used.
 
     Raises:
@@ -157,6 +158,7 @@ class Records:
         now: datetime | None = None,
     ) -> None:
         self.rows = rows
+        self.notes: list[str] = []
         self.unused: set[str] = set()
         self._tokenizer = tokenizer
         self._append_eos = append_eos
@@ -176,13 +178,12 @@ class Records:
         if self.is_chat or is_alpaca:
             self._known.update(OPTIONAL[self._shape])
         if is_alpaca:
-            logger.info(
-                "%s: instruction and input are %s",
-                rows.name,
+            how = (
                 "the user's message, in the tokenizer's chat template"
                 if self.is_chat
-                else "written into Stanford Alpaca's prompt, as the tokenizer has no chat template",
+                else "written into Stanford Alpaca's prompt, as the tokenizer has no chat template"
             )
+            self.notes.append(f"{rows.name}: instruction and input are {how}")
 
     def __len__(self) -> int:
         """Return the number of records, one a row."""
@@ -250,6 +251,8 @@ def read_records(
     """Return all `Records`, in order, and say which columns are not used."""
     records = Records(rows, tokenizer, append_eos=append_eos, now=now)
     found = records.read(0, len(records))
+    for note in records.notes:
+        logger.info("%s", note)
     log_unused(rows.name, records.unused)
     return found
 

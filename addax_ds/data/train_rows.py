@@ -18,7 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from addax_ds.data.encoding import NO_LOSS, Example, data_digest
+from addax_ds.data.encoding import (
+    NO_LOSS,
+    Example,
+    data_digest,
+    lengths_of,
+    target_counts_of,
+)
 from addax_ds.utils.errors import UserError
 
 _IDS = "_ids"
@@ -40,14 +46,14 @@ class TrainRows(ABC):
     """Rows to train on.
 
     Attributes:
-        lengths: int64, shape [rows]: tokens of each row, by which the streams are divided.
-        target_counts: int64, shape [rows]: predicted tokens of each row; None if only a batch
+        lengths: int32, shape [rows]: tokens of each row, by which the streams are divided.
+        target_counts: int32, shape [rows]: predicted tokens of each row; None if only a batch
             tells.
         has_dummy: whether there is a row without loss, to fill up a batch.
     """
 
-    lengths: NDArray[np.int64]
-    target_counts: NDArray[np.int64] | None
+    lengths: NDArray[np.int32]
+    target_counts: NDArray[np.int32] | None
     has_dummy: bool
 
     def __len__(self) -> int:
@@ -55,7 +61,7 @@ class TrainRows(ABC):
         return len(self.lengths)
 
     @abstractmethod
-    def batch(self, indices: NDArray[np.int64], *, dummy: bool = False) -> dict[str, Any]:
+    def batch(self, indices: NDArray[np.int32], *, dummy: bool = False) -> dict[str, Any]:
         """Return the batch of some rows.
 
         Args:
@@ -81,16 +87,16 @@ class EncodedRows(TrainRows):
         pad_token_id: what to pad with.
     """
 
-    target_counts: NDArray[np.int64]
+    target_counts: NDArray[np.int32]
     has_dummy = True
 
     def __init__(self, examples: Sequence[Example], pad_token_id: int) -> None:
         self.examples = examples
         self._pad_token_id = pad_token_id
-        self.lengths = np.array([example.length for example in examples], np.int64)
-        self.target_counts = np.array([example.target_count for example in examples], np.int64)
+        self.lengths = lengths_of(examples)
+        self.target_counts = target_counts_of(examples)
 
-    def batch(self, indices: NDArray[np.int64], *, dummy: bool = False) -> dict[str, Any]:
+    def batch(self, indices: NDArray[np.int32], *, dummy: bool = False) -> dict[str, Any]:
         """Return `pad`'s tensors; a dummy is `dummy_example`."""
         rows = [self.examples[index] for index in indices]
         return pad(
@@ -137,10 +143,10 @@ class CollatedRows(TrainRows):
             row = dataset[index]
             lengths.append(row_length(row))
             digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
-        self.lengths = np.array(lengths, np.int64)
+        self.lengths = np.array(lengths, np.int32)
         self._digest = digest.hexdigest()[:16]
 
-    def batch(self, indices: NDArray[np.int64], *, dummy: bool = False) -> dict[str, Any]:
+    def batch(self, indices: NDArray[np.int32], *, dummy: bool = False) -> dict[str, Any]:
         """Return what the collator makes of rows; without a dummy, as any row may have a loss."""
         assert not dummy, "an epoch ends before a batch that it cannot fill"
         return dict(self._collator([self._dataset[int(index)] for index in indices]))

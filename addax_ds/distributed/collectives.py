@@ -12,6 +12,8 @@ from torch.distributed import distributed_c10d
 
 from addax_ds.utils.errors import UserError
 
+_WEEK_SECONDS = 7 * 24 * 3600.0
+
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
@@ -71,6 +73,22 @@ def limit_waiting(seconds: float) -> None:
     if dist.is_initialized():
         for group in distributed_c10d._world.pg_map:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def patient(usually: float) -> Iterator[None]:
+    """Let collectives wait for a week in the body: a node may have hours of work that others lack.
+
+    A process that dies ends the waiting all the same, by its connections or its launcher.
+
+    Args:
+        usually: seconds that a collective waits afterwards.
+    """
+    limit_waiting(_WEEK_SECONDS)
+    try:
+        yield
+    finally:
+        limit_waiting(usually)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from addax_ds.data.encoding import Example
+from addax_ds.data.encoding import Example, lengths_of
 from addax_ds.data.loading import RankLoader
 from addax_ds.data.train_rows import dummy_example, pad
 from addax_ds.distributed.collectives import all_gather_object
@@ -65,12 +65,12 @@ class ScoredSet(Dataset[tuple[Any, ...]], ABC):
     def predictions(self, scores: Scores) -> Iterator[dict[str, Any]]:
         """Yield what a report on single rows says, to be written as JSON."""
 
-    def batches(self, size: int) -> list[list[int]]:
+    def batches(self, size: int) -> list[NDArray[np.int64]]:
         """Divide the indices of the examples into batches of like lengths, the longest first.
 
         So there is little padding, and too large a batch fails at once.
         """
-        order = np.argsort([-example.length for example in self.examples], kind="stable").tolist()
+        order = np.argsort(-lengths_of(self.examples), kind="stable")
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -201,14 +201,14 @@ class SharedRowCollator(EvaluationCollator):
 class RankBatches(Sampler[list[int]]):
     """The batches of a rank: in each round every rank has the next one, or none, to keep step."""
 
-    def __init__(self, batches: Sequence[list[int]], rank: int, world_size: int) -> None:
+    def __init__(self, batches: Sequence[NDArray[np.int64]], rank: int, world_size: int) -> None:
         rounds = -(-len(batches) // world_size)
         own = list(batches[rank::world_size])
-        self._batches = own + [[]] * (rounds - len(own))
+        self._batches = own + [np.zeros(0, np.int64)] * (rounds - len(own))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches."""
-        return iter(self._batches)
+        return (batch.tolist() for batch in self._batches)
 
     def __len__(self) -> int:
         """Return the number of rounds."""

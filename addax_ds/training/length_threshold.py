@@ -8,11 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
-from addax_ds.data.encoding import Example
+from addax_ds.data.encoding import Example, lengths_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
 from addax_ds.planner.memory import Inputs, Memory, step_memory
@@ -121,8 +123,8 @@ class _Search:
         self._free, self._free_host = free
         self._fixed = fixed
         self._targets = inputs.zeroth_order.targets
-        every = sorted(example.length for example in examples)
-        self._every, self._longest = every, every[-1]
+        every = np.sort(lengths_of(examples))
+        self._every, self._longest = every, int(every[-1])
         self._lengths = dividing_lengths(every, self._k0, self._k1)
         if not self._lengths:
             raise UserError(
@@ -191,7 +193,7 @@ class _Search:
             reason = f"a larger one leaves fewer than K0 = {self._k0} longer sequences"
             if self._memory(self._longest, parts).total <= budget:
                 reason += (
-                    f". These, {sum(one > found for one in self._every)} of {len(self._every)}, "
+                    f". These, {(self._every > found).sum()} of {len(self._every)}, "
                     "should fit first-order, too: --method ip-sgd takes them so"
                 )
             return found, reason
@@ -222,7 +224,7 @@ def gigabytes(number: float) -> str:
     return f"{number / GB:.4g} GB"
 
 
-def dividing_lengths(lengths: Sequence[int], k0: int, k1: int) -> list[int]:
+def dividing_lengths(lengths: Sequence[int] | NDArray[np.int32], k0: int, k1: int) -> list[int]:
     """Return every L_T that leaves K0 longer sequences and K1 others, ascending.
 
     Args:
@@ -230,11 +232,6 @@ def dividing_lengths(lengths: Sequence[int], k0: int, k1: int) -> list[int]:
         k0: global zeroth-order batch.
         k1: global first-order batch.
     """
-    last = len(lengths) - k0  # so many may be first-order at most
-    return sorted(
-        {
-            length
-            for count, length in enumerate(lengths[:-1], start=1)
-            if k1 <= count <= last and length < lengths[count]
-        }
-    )
+    ordered = np.asarray(lengths)
+    counts = np.flatnonzero(ordered[:-1] < ordered[1:]) + 1  # of those that are first-order
+    return ordered[counts[(counts >= k1) & (counts <= len(ordered) - k0)] - 1].tolist()

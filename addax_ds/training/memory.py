@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.config.settings import AddaxSettings
-from addax_ds.data.encoding import Example
+from addax_ds.data.encoding import Example, lengths_of, target_counts_of
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.threshold import batch
@@ -81,8 +81,8 @@ def _longest(rows: int, examples: Sequence[Example]) -> Batch | None:
     """Return the largest batch that can be drawn."""
     if not examples:
         return None
-    longest = max(example.length for example in examples)
-    return batch(rows, longest, max(example.target_count for example in examples))
+    longest, targets = lengths_of(examples).max(), target_counts_of(examples).max()
+    return batch(rows, int(longest), int(targets))
 
 
 def describe(inputs: Inputs, device: torch.device) -> str:

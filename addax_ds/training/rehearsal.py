@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.encoding import NO_LOSS, Example, lengths_of, target_counts_of
 from addax_ds.data.train_rows import pad
 from addax_ds.distributed.collectives import collectives_begun, side_group
 from addax_ds.training.length_threshold import FLAG, AutoThreshold, gigabytes
@@ -173,7 +173,7 @@ def _report(plan: AutoThreshold, length: int, peak: int) -> None:
 
 
 def longest_batch(
-    examples: Sequence[Example], indices: NDArray[np.int64], rows: int, pad_token_id: int
+    examples: Sequence[Example], indices: NDArray[np.int32], rows: int, pad_token_id: int
 ) -> dict[str, Tensor]:
     """Return a batch that needs as much memory as any of a stream.
 
@@ -187,11 +187,11 @@ def longest_batch(
         rows: of the batch.
         pad_token_id: what to pad with.
     """
-    chosen = sorted(indices, key=lambda index: -examples[index].length)[:rows]
+    chosen = indices[np.argsort(-lengths_of(examples)[indices], kind="stable")[:rows]].tolist()
     batch = pad([examples[index] for index in chosen], pad_token_id)
     if rows > 1 and batch["attention_mask"].all():
         batch["attention_mask"][-1, -1] = 0
-    targets = max(examples[index].target_count for index in indices)
+    targets = int(target_counts_of(examples)[indices].max())
     labels = torch.full_like(batch["labels"], NO_LOSS)
     length = labels.shape[1]
     for row in range(len(chosen)):

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.config.trials import check_steps
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
-from addax_ds.data.partition import Partition, partition
+from addax_ds.data.partition import Lengths, Partition, partition
 from addax_ds.data.train_rows import CollatedRows, TrainRows, row_length
 from addax_ds.distributed.collectives import check_same_on_all_ranks
 from addax_ds.optim.methods import BASELINES, IN_PLACE, Method
@@ -28,7 +28,7 @@ from addax_ds.utils.errors import UserError
 
 
 def plan_steps(
-    lengths: Sequence[int], settings: AddaxSettings, args: AddaxConfig, *, drop_last: bool = False
+    lengths: Lengths, settings: AddaxSettings, args: AddaxConfig, *, drop_last: bool = False
 ) -> tuple[Partition, StepSchedule]:
     """Divide the rows between the streams and say which of them each step sees.
 
@@ -147,8 +147,7 @@ class StepMixin(SavingMixin):
         )
 
     def _plan(self, rows: TrainRows) -> tuple[Partition, StepSchedule]:
-        lengths = rows.lengths.tolist()
-        return plan_steps(lengths, self.settings, self.args, drop_last=not rows.has_dummy)
+        return plan_steps(rows.lengths, self.settings, self.args, drop_last=not rows.has_dummy)
 
     def train_rows(self, dataset: Any) -> TrainRows:
         """Return the rows of a map-style data set, of which the trainer's collator makes batches.

@@ -54,7 +54,7 @@ class AddaxTrainer(LikelihoodMixin, AddaxMixin, Trainer):
         assert self._steps is not None
         rows = self._steps.rows
         assert isinstance(rows, EncodedRows)
-        streams = partition(rows.lengths.tolist(), "addax", threshold)
+        streams = partition(rows.lengths, "addax", threshold)
         batches = (
             (streams.zeroth_order, self.settings.per_device_zo_batch_size),
             (streams.first_order, self.args.per_device_train_batch_size),

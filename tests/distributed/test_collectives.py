@@ -8,7 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from addax_ds.distributed.collectives import collectives_begun, limit_waiting, side_group
+from addax_ds.distributed.collectives import (
+    collectives_begun,
+    limit_waiting,
+    patient,
+    side_group,
+)
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.utils.errors import UserError
 from tests.support.ranks import free_port
@@ -30,7 +35,7 @@ def test_every_group_gets_the_limit(monkeypatch):
         dist.destroy_process_group()
 
 
-def test_ranks_agree_aside_while_others_wait_less(monkeypatch):
+def test_ranks_agree_aside_while_others_wait_less_and_wait_longer_for_data(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
@@ -49,6 +54,9 @@ def test_ranks_agree_aside_while_others_wait_less(monkeypatch):
             assert agree("word") == ["word"]
             assert collectives_begun()[0] == begun
         assert limit() == timedelta(seconds=11)
+        with patient(13):
+            assert limit() >= timedelta(days=1)
+        assert limit() == timedelta(seconds=13)
         assert len(distributed_c10d._world.pg_map) == 1
     finally:
         dist.destroy_process_group()

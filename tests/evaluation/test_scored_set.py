@@ -169,7 +169,7 @@ def test_ranks_share_the_same_batches(world_size, size):
         for batch in together
         if batch["index"].tolist() != [-1]
     ]
-    assert seen == dataset.batches(size)
+    assert seen == [batch.tolist() for batch in dataset.batches(size)]
     assert sorted(index for batch in seen for index in batch) == list(range(13))
     lengths = [max(dataset.examples[i].length for i in batch) for batch in seen]
     assert lengths == sorted(lengths, reverse=True)
