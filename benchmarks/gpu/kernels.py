@@ -3,7 +3,8 @@
     python benchmarks/gpu/kernels.py --output kernels.json
 
 Milliseconds are medians of 15 calls between two events of the stream. Large operations take the
-largest weight of OPT-13B. Small ones, of a bias or a gain, show what a call costs the host.
+largest weight of OPT-13B. Calls over one and over many small parameters, such as biases and gains,
+show what a call costs the host.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this file is run as a script
 
 from addax_ds import kernels
-from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.kernels.operation import Draw, Operation, Slice
 from benchmarks.common import collect_provenance
 
 LARGE = 5120 * 20480  # fc1 of OPT-13B
-SMALL = (5120, 20480, 5120 * 5120)
+SMALL, PARAMETERS = 5120, (1, 16, 400)
 DRAW = Draw(seed=0, step=3, parameter_id=4)
 C, ZO_EPS = 1e-9, 1e-3
 OPERATIONS = {
@@ -55,10 +56,11 @@ def large(elements: int) -> list[dict[str, Any]]:
     weight = torch.randn(elements, device="cuda").mul_(0.02).bfloat16()
     out, gradient = torch.empty_like(weight), torch.randn(elements, device="cuda").bfloat16()
     kept = torch.zeros(1, dtype=torch.int32, device="cuda")
+    slices = [Slice(weight, 4, 0)]
     calls: dict[str, Callable[[], object]] = {"copy": partial(out.copy_, weight)}
     for name, (operation, has_gradient) in OPERATIONS.items():
-        target, read = (weight, gradient) if has_gradient else (out, None)
-        calls[name] = partial(kernels.fused, target, weight, read, operation, 0, kept)
+        target, read = (None, [gradient]) if has_gradient else (out, None)
+        calls[name] = partial(kernels.fused, slices, operation, target, read, kept)
     rows = []
     for name, call in calls.items():
         taken = milliseconds(call)
@@ -69,14 +71,16 @@ def large(elements: int) -> list[dict[str, Any]]:
     return rows
 
 
-def small(elements: int, calls: int = 200) -> dict[str, Any]:
-    """Measure many calls in a row, for the host and until the device has done them."""
-    out, weight = (torch.zeros(elements, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+def small(parameters: int, calls: int = 200) -> dict[str, Any]:
+    """Measure calls over many small parameters, for the host and until the device has done them."""
+    weights = torch.zeros(parameters, SMALL, dtype=torch.bfloat16, device="cuda")
+    slices = [Slice(weight, number, 0) for number, weight in enumerate(weights)]
+    out, _ = kernels.room_for(slices)
     operation, _ = OPERATIONS["perturb"]
 
     def many() -> None:
         for _ in range(calls):
-            kernels.fused(out, weight, None, operation, 0)
+            kernels.fused(slices, operation, out)
 
     many()
     torch.cuda.synchronize()
@@ -86,7 +90,7 @@ def small(elements: int, calls: int = 200) -> dict[str, Any]:
     torch.cuda.synchronize()
     done = time.perf_counter()
     host, both = ((end - start) / calls * 1e6 for end in (issued, done))
-    return {"elements": elements, "host us a call": host, "us a call": both}
+    return {"parameters of 5120": parameters, "host us a call": host, "us a call": both}
 
 
 def main() -> None:
@@ -98,7 +102,7 @@ def main() -> None:
         "circumstances": {**collect_provenance(), "device": torch.cuda.get_device_name()},
         "implementation": kernels.implementation("cuda").__name__,
         "large": large(LARGE),
-        "small": [small(elements) for elements in SMALL],
+        "small": [small(number) for number in PARAMETERS],
     }
     for rows in (result["large"], result["small"]):
         for row in rows:
