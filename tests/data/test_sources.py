@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -176,6 +177,21 @@ def test_rows_from_anywhere_also_in_another_process(tmp_path):
                 *PAIRS[5:8],
             ]
             assert list(copy.read(20, 30)) == []
+
+
+@pytest.mark.slow
+def test_a_forked_process_does_not_move_the_place_in_a_gzipped_file(tmp_path):
+    """Its parent has read of it, and goes on."""
+    texts = [os.urandom(5000).hex() for _ in range(200)]  # more than what is read ahead
+    write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    zipped(tmp_path / "rows.jsonl")
+    rows = open_rows([str(tmp_path / "rows.jsonl.gz")])
+    assert [row["text"] for _, row in rows.read(0, 3)] == texts[:3]
+    child = multiprocessing.get_context("fork").Process(target=lambda: list(rows.read(0, 200)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert [row["text"] for _, row in rows.read(3, 200)] == texts[3:]
 
 
 def test_what_a_cache_is_keyed_by(tmp_path):
