@@ -245,7 +245,7 @@ class _Joined:
     def _ends(self) -> list[int]:
         empty = next((part.name for part in self._parts if not len(part)), None)
         if empty is not None:
-            raise UserError(f"{empty}: the file holds no rows")
+            raise UserError(f"{empty}: there are no rows")
         return list(accumulate(len(part) for part in self._parts))
 
     def __len__(self) -> int:

@@ -52,7 +52,7 @@ def flags(values: dict[str, Any]) -> list[str]:
 # ---- refused before the model is loaded, in this process ----------------------------------------
 
 LINES = {
-    "empty": ("", "the file holds no rows"),
+    "empty": ("", "there are no rows"),
     "malformed": (
         '{"prompt": "w0", "completion": " w1"}\n{"prompt": "w0",\n',
         ":2: not valid JSON",

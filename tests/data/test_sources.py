@@ -342,7 +342,7 @@ def test_a_damaged_file_is_named(name, tmp_path):
 def test_an_empty_file_among_others_is_named(tmp_path):
     write_rows(tmp_path / "a.jsonl", PAIRS)
     touched(tmp_path, "b.jsonl")
-    with pytest.raises(UserError, match=r"b.jsonl: the file holds no rows"):
+    with pytest.raises(UserError, match=r"b.jsonl: there are no rows"):
         len(open_rows([str(tmp_path / "*.jsonl")]))
 
 
