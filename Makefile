@@ -90,6 +90,7 @@ faults: $(STAMP)
 # Some minutes each, on an otherwise idle machine; benchmarks/README.md says what they measure.
 bench: $(STAMP)
 	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/noise.py --output benchmarks/results/noise.json
+	$(VENV)/bin/python benchmarks/host.py --output benchmarks/results
 	export $(CPU_ONLY) $(VENV_PATH) && for benchmark in $(TWO_RANKS); do \
 	    deepspeed --num_gpus 2 $$benchmark --shape opt-125m --output benchmarks/results || exit 1; \
 	done && $(VENV)/bin/python benchmarks/growth.py --output benchmarks/results && \

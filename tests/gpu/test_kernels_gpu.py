@@ -10,7 +10,7 @@ from torch import Tensor
 import addax_ds
 from addax_ds import kernels
 from addax_ds.kernels import reference
-from addax_ds.kernels.operation import Draw, Operation
+from addax_ds.kernels.operation import Draw, Operation, Slice
 from tests.support.slices import fused
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -53,6 +53,40 @@ def test_a_thousand_random_slices(dtype):
         fused(kernels, on_gpu, on_gpu, moved, operation, start, kept_on_gpu)
         assert torch.equal(bits(on_gpu), bits(expected)), (count, start, offset, operation)
         assert torch.equal(kept_on_gpu.cpu(), kept), (count, start, offset, operation)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_launch_covers_many_slices(dtype):
+    """Whole tiles and ragged ends, on two streams and again at the same addresses."""
+    rng, generator = random.Random(2), torch.Generator().manual_seed(2)
+    places = [
+        (rng.choice((0, 128, rng.randrange(5000))), rng.randrange(1, 9000)) for _ in range(40)
+    ]
+    stored = [torch.randn(count, generator=generator).to(dtype) for _, count in places]
+    slopes = [torch.randn(count, generator=generator).to(dtype) for _, count in places]
+    operation = Operation(Draw(5, 6, 0), 0.99, 0.1, (1e-3,), 1e-3, dtype != torch.float32)
+
+    def slices(device: str) -> list[Slice]:
+        return [
+            Slice(weight.to(device, copy=True), 7 * i, start, i)
+            for i, (weight, (start, _)) in enumerate(zip(stored, places, strict=True))
+        ]
+
+    on_cpu, on_gpu = slices("cpu"), slices("cuda")
+    kept = torch.zeros(len(places), dtype=torch.int32, device="cuda")
+    gradients = [slope.cuda() for slope in slopes]
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            buffer, parts = kernels.room_for(on_gpu)
+            kernels.fused(on_gpu, operation, buffer, gradients)
+            kernels.fused(on_gpu, operation, None, gradients, kept)
+        torch.cuda.synchronize()
+        reference.fused(on_cpu, operation, None, slopes)
+        for part, ours, theirs in zip(parts, on_gpu, on_cpu, strict=True):
+            assert torch.equal(bits(ours.data), bits(theirs.data))
+            assert torch.equal(bits(part), bits(theirs.data))
+    assert not kept.any()
 
 
 def test_ten_million_normals():
