@@ -18,7 +18,6 @@ FORMER_FLAGS: dict[str, str] = {
     "packing": "Rows are not packed: each is a sequence of its own; remove it.",
     "max_seq_length": "It is --max_length.",
     "block_size": "It is --max_length; rows are not cut into blocks.",
-    "dataset_name": "Data are --task, or a JSONL file: --train_file.",
     "torch_dtype": "Weights are trained in fp32, or with --bf16 or --fp16 in these.",
     "dtype": "Weights are trained in fp32, or with --bf16 or --fp16 in these.",
     "load_in_4bit": "Quantised weights cannot be perturbed, not even under adapters; remove it.",

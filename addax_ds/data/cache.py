@@ -152,7 +152,7 @@ def _examples(folder: Path, index: Index) -> ArrowExamples:
     numbers = sorted(index.shards)
     return ArrowExamples(
         {folder / shard_name(number): index.shards[number]["examples"] for number in numbers},
-        np.load(folder / _LENGTHS),
+        np.load(folder / _LENGTHS, allow_pickle=False),
         index.whole["digest"],
         frozenset(index.gathered("ends")),
     )

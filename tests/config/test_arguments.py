@@ -405,7 +405,8 @@ def test_an_argument_file_behind_a_flag_of_many_values(
 ) -> None:
     """An argument file is none of the data, and data are no argument file."""
     settings, data = tmp_path / f"run.{ending}", tmp_path / "data.json"
-    settings.write_text(json.dumps({"alpha": 0.5, "columns": ["text=a", "tools=b"]}))
+    values = {"alpha": 0.5, "learning_rate": 0.1, "columns": ["text=a", "tools=b"]}
+    settings.write_text(json.dumps(values))
     data.write_text(json.dumps({"text": "a"}))
     for argv in (
         [str(settings), "--train_file", rows, str(data)],

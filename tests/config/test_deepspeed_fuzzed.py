@@ -239,7 +239,7 @@ def test_what_yaml_reads(tmp_path):
     types = {"learning_rate": float, "alpha": float | None, "save_strategy": str}
     (problem,) = type_problems(content, types)
     assert problem.startswith("save_strategy: ")
-    assert not list(type_problems({"a": [1], "b": {}}, {"a": list[str] | str, "b": dict | None}))
+    assert not list(type_problems({"a": ["1"], "b": {}}, {"a": list[str] | str, "b": dict | None}))
     assert len(list(type_problems({"a": {}, "b": []}, {"a": list[str] | str, "b": dict}))) == 2
 
 

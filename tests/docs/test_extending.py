@@ -88,7 +88,7 @@ def test_a_back_end_trains_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(registry, "BACK_ENDS", {"single": entry, **registry.BACK_ENDS})
 
     model = tiny_model()
-    module.Single.shard_loaded(model)
+    module.Single.shard_loaded(model, torch.device("cpu"))
     assert registry.back_end_of(model) is module.Single
     name, g0, weights = step_of(model)
     expected_name, expected_g0, expected = step_of(tiny_model())

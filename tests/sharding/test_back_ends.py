@@ -39,7 +39,7 @@ class Toy(Unsharded):
         model.mark_of_toy = True
 
     @classmethod
-    def shard_loaded(cls, model):
+    def shard_loaded(cls, model, device):
         cls.asked.append("shard_loaded")
         model.mark_of_toy = True
 
