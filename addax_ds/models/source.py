@@ -73,12 +73,13 @@ class ModelSource:
             UserError: if there is none, or its folder leads out of the folder, to code or to an
                 adapter; or a GGUF file cannot be unpacked.
         """
-        path = label = model_args.model_name_or_path
-        if path is None:
-            path = str(demo.model_folder())
-            label = demo.MODEL_LABEL
-        elif path.endswith(gguf.SUFFIX):
-            path, label = _unpacked(Path(path)), f"{path}, dequantised to bf16"
+        given = model_args.model_name_or_path
+        if given is None:
+            path, label = str(demo.model_folder()), demo.MODEL_LABEL
+        elif given.endswith(gguf.SUFFIX):
+            path, label = _unpacked(Path(given)), f"{given}, dequantised to bf16"
+        else:
+            path = label = given
         options = {
             "revision": model_args.model_revision,
             "trust_remote_code": model_args.trust_remote_code,
