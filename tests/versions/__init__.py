@@ -3,6 +3,6 @@
     python -m tests.versions --folder /tmp/versions
 
 installs each combination of `COMBINATIONS` into a folder of its own, in front of the packages of
-this environment, and runs `TESTS` on it. The table of docs/versions.md is what it prints. Not part
-of ``make test``: it downloads some GB, and takes minutes a combination.
+this environment, runs `TESTS` on it, and prints a table. Not part of ``make test``: it downloads
+some GB, and takes minutes a combination.
 """
