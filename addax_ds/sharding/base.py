@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
-from weakref import WeakSet
+from typing import Any, ClassVar, Concatenate, Self, TypeVar
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from addax_ds.sharding.reads import Reads
 from addax_ds.utils.errors import UserError
 
 _WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+S = TypeVar("S", bound="Sharding")
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models whose gradients an optimizer applies."""
@@ -412,6 +414,24 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
                 found[child] = None
                 queue.append(child)
     return queue
+
+
+def hook_of_parameter(
+    sharding: S, method: Callable[Concatenate[S, nn.Parameter, ...], None], *where: int
+) -> Callable[[nn.Parameter], None]:
+    """Return a hook that calls a method of a back end with the parameter and where it is.
+
+    The hook keeps neither the back end nor anything of the model alive: Python does not see the
+    references of a parameter's hooks, which torch holds, and would never free such a circle.
+    """
+    of = ref(sharding)
+
+    def hook(parameter: nn.Parameter) -> None:
+        found = of()
+        if found is not None:
+            method(found, parameter, *where)
+
+    return hook
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -10,7 +10,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from addax_ds.sharding.base import (
     Perturb,
     Sharding,
     blocks,
+    hook_of_parameter,
     materialize,
     padded,
 )
@@ -187,19 +187,21 @@ class Fsdp2(Sharding):
     # ---- first order ---------------------------------------------------------------------------
 
     def attach(self, on_gradients: OnGradients) -> None:  # noqa: D102
-        def hook(info: ParameterInfo, unit: _Unit, parameter: nn.Parameter) -> None:
-            gradient = _local(self._gradient_of(parameter)).reshape(-1)
-            # The gradients of a unit are parts of one tensor and come in the order of `infos`.
-            self._hold(self._shard(info), gradient, unit, complete=info is unit.infos[-1])
-
         super().attach(on_gradients)
         for fsdp_param in self._fsdp_params.values():
             fsdp_param.__class__ = _PerturbableParam
-        for unit in self._units:
-            for info in unit.infos:
+        for place, unit in enumerate(self._units):
+            for number, info in enumerate(unit.infos):
                 self._fsdp_params[info.parameter].unit = unit
-                own = partial(hook, info, unit)
-                self._hooks.append(info.parameter.register_post_accumulate_grad_hook(own))
+                hook = hook_of_parameter(self, Fsdp2._on_gradient, place, number)
+                self._hooks.append(info.parameter.register_post_accumulate_grad_hook(hook))
+
+    def _on_gradient(self, parameter: nn.Parameter, place: int, number: int) -> None:
+        unit = self._units[place]
+        gradient = _local(self._gradient_of(parameter)).reshape(-1)
+        # The gradients of a unit are parts of one tensor and come in the order of `infos`.
+        complete = number == len(unit.infos) - 1
+        self._hold(self._shard(unit.infos[number]), gradient, unit, complete=complete)
 
     def detach(self) -> None:  # noqa: D102
         super().detach()

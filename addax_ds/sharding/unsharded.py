@@ -30,6 +30,7 @@ from addax_ds.sharding.base import (
     Perturb,
     Sharding,
     blocks,
+    hook_of_parameter,
     materialize,
     modules_of,
 )
@@ -108,24 +109,22 @@ class Unsharded(Sharding):
             info.parameter.data = copy.view(stored.shape)
 
     def attach(self, on_gradients: OnGradients) -> None:  # noqa: D102
-        replicas = self.world_size
-
-        def hook(info: ParameterInfo, parameter: nn.Parameter) -> None:
-            gradient = self._gradient_of(parameter).contiguous()
-            if replicas > 1:
-                # These meet, as long as backward has the same order on every rank: a model that
-                # leaves out layers by chance (layerdrop) has not.
-                dist.all_reduce(gradient)
-                gradient /= replicas
-            # Those that wait have fewer elements together than a block's largest parameter.
-            waiting = sum(each.numel() for _, each in self._waiting)
-            complete = waiting + gradient.numel() >= self._largest
-            self._hold(self._shard(info), gradient.view(-1), None, complete)
-
         super().attach(on_gradients)
-        for info in self.infos:
-            handle = info.parameter.register_post_accumulate_grad_hook(partial(hook, info))
-            self._hooks.append(handle)
+        for number, info in enumerate(self.infos):
+            hook = hook_of_parameter(self, Unsharded._on_gradient, number)
+            self._hooks.append(info.parameter.register_post_accumulate_grad_hook(hook))
+
+    def _on_gradient(self, parameter: nn.Parameter, number: int) -> None:
+        gradient = self._gradient_of(parameter).contiguous()
+        if self.world_size > 1:
+            # These meet, as long as backward has the same order on every rank: a model that
+            # leaves out layers by chance (layerdrop) has not.
+            dist.all_reduce(gradient)
+            gradient /= self.world_size
+        # Those that wait have fewer elements together than a block's largest parameter.
+        waiting = sum(each.numel() for _, each in self._waiting)
+        complete = waiting + gradient.numel() >= self._largest
+        self._hold(self._shard(self.infos[number]), gradient.view(-1), None, complete)
 
     def finish_step(self) -> None:  # noqa: D102
         pass  # the weights that a pass reads are the weights that were updated

@@ -1,8 +1,11 @@
 """A back end is an object: a new one is in use once the registry knows it."""
 
 import ast
+import gc
 import sys
+from functools import partial
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ from addax_ds.config.arguments import ModelArguments
 from addax_ds.models.source import ModelSource
 from addax_ds.planner.rules import RULES, rules_of
 from addax_ds.sharding import registry
-from addax_ds.sharding.fsdp2 import Fsdp2
+from addax_ds.sharding.fsdp2 import Fsdp2, shard_model
 from addax_ds.sharding.unsharded import Unsharded
 from addax_ds.sharding.zero3 import Zero3Sharding
 from addax_ds.utils.errors import UserError
+from tests.support.cases import mean_loss
+from tests.support.models import tiny_opt, token_batches
 from tests.support.tiny import tiny_model, write_model
 
 PACKAGE = Path(addax_ds.__file__).parent
@@ -154,3 +159,23 @@ def test_a_branch_would_be_found(tmp_path, monkeypatch):
         "match c:\n    case 'none': pass\nd = e.get('x', 'none') == 'cpu'\n"
     )
     assert names_compared(module) == ["module.py:1", "module.py:2", "module.py:4"]
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("shard", [None, shard_model], ids=["unsharded", "fsdp2"])
+def test_a_model_that_was_trained_is_freed_with_its_last_name(shard):
+    """In a notebook there is no room for the last model beside the next one."""
+    torch.distributed.init_process_group("gloo")
+    model = tiny_opt()
+    if shard is not None:
+        shard(model)
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=0.5)
+    addax_ds.attach(optimizer, model)
+    for long, short in token_batches(2):
+        loss = optimizer.measure(partial(mean_loss, model, long), partial(mean_loss, model, short))
+        loss.backward()
+        optimizer.step()
+    seen = ref(model), ref(optimizer), ref(next(model.parameters()))
+    del model, optimizer, loss
+    gc.collect()
+    assert [each() for each in seen] == [None, None, None]
