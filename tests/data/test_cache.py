@@ -389,7 +389,9 @@ def test_several_at_once_make_it_once(processes, bad, tmp_path):
         assert found.pop().startswith(f"{path}:{COUNT}: the completion is empty")
     else:
         assert found == {data_digest(plain(open_rows([str(path)]), encoder())[0])}
-    assert sorted(map(int, note.read_text().split())) == list(range(9))
+    made = sorted(map(int, note.read_text().split()))
+    assert made[:9] == list(range(9))
+    assert set(made[9:]) <= ({8} if bad else set())  # who comes later looks at a bad row anew
 
 
 @pytest.mark.slow
