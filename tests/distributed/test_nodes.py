@@ -140,9 +140,9 @@ def test_the_first_node_alone_speaks_and_writes(trained):
 @pytest.mark.parametrize(("back_end", "node"), [("zero3", 0), ("fsdp2", 1)])
 def test_a_mistake_on_one_node_ends_both(back_end, node, folder, tmp_path):
     """Found before the ranks have a process group, in which they could tell each other."""
-    own = {node: [f"--train_file={tmp_path}/nowhere.jsonl"]}
+    own = {node: [f"--test_file={tmp_path}/nowhere.jsonl"]}
     outcomes = ended(nodes(back_end, folder, tmp_path / "output", own))
-    sentence = f"--train_file {tmp_path}/nowhere.jsonl: there is no such file"
+    sentence = f"--test_file {tmp_path}/nowhere.jsonl: there is no such file"
     for index, outcome in enumerate(outcomes):
         assert outcome.status not in (0, None), outcome.output
         assert sentence in outcome.output
