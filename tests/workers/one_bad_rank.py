@@ -8,5 +8,6 @@ from addax_ds.cli.train import main
 if __name__ == "__main__":
     *flags, own = sys.argv[1:]
     if os.environ["RANK"] == "1":
-        flags.append(f"--train_file={own}")
+        others = [flag for flag in flags if not flag.startswith("--train_file=")]
+        flags = [*others, f"--train_file={own}"]
     main(flags)
