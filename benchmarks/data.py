@@ -163,6 +163,7 @@ def keep(path: Path, results: list[dict[str, Any]]) -> None:
         return result["rows"], result["ranks"], result["start"]
 
     found = {case(result): result for result in [*before, *results]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([found[key] for key in sorted(found)], indent=1) + "\n")
 
 
