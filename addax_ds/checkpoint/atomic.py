@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.files import sha256_of
 
 SEAL = "SHA256SUMS"
 UNFINISHED = ".unfinished"
@@ -173,7 +174,7 @@ def _files(folder: Path) -> list[str]:
 def _entry(folder: Path, name: str) -> str:
     path = folder / name
     _flush(path)
-    return f"# {path.stat().st_size} bytes\n{_digest(path)}  {name}\n"
+    return f"# {path.stat().st_size} bytes\n{sha256_of(path)}  {name}\n"
 
 
 def _move(staging: Path, folder: Path) -> None:
@@ -243,7 +244,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
     names = sorted(entries, key=lambda name: (-entries[name].size, name))
     for name in names[share::shares]:
         with _reading(folder / name):
-            digest = _digest(folder / name)
+            digest = sha256_of(folder / name)
         if digest != entries[name].sha256:
             raise DamagedError(f"{folder / name}: the file was altered: its checksum differs")
 
@@ -261,11 +262,6 @@ def _reading(path: Path) -> Iterator[None]:
 def _leaves(name: str) -> bool:
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _end(body: str) -> str:

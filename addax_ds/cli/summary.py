@@ -55,7 +55,8 @@ def announce(
         adapted: whether adapters alone are trained, of which the planner does not know.
     """
     logger.info("Model: %s, %s", source.label, run.dtype)
-    share = "the whole model" if back_end(run.sharding).replicates else "a part of the model"
+    is_whole = back_end(run.sharding).loads_whole_on is None
+    share = "the whole model" if is_whole else "a part of the model"
     logger.info("Ranks: %d, sharding %s: %s on each", run.ranks, run.sharding, share)
     logger.info("Data:  %s, %d training examples", data.description, len(data.train))
     if plan is None:

@@ -22,6 +22,7 @@ from addax_ds.config.values import read_argument_file, type_problems
 from addax_ds.data.shapes import parse_columns
 from addax_ds.data.sources import find_files
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
+from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.command_line import Parser, flag
@@ -218,8 +219,8 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     raise_problems("These arguments cannot be used:", problems)
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_preset(values["deepspeed"])
-    _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
-    _check_replicas(values)
+    chosen = _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
+    _check_replicas(chosen, values.get("replicas", "1"))
     if values.get("num_train") == 0:
         values.setdefault("learning_rate", 0.0)  # nothing is trained
     if values.get("train_file") is None and values.get("dataset_name") is None:
@@ -310,8 +311,8 @@ def _demo_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**DEMO_PRESET, "per_device_train_batch_size": DEMO_GLOBAL_BATCH_SIZE // ranks}
 
 
-def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
-    """Raise `UserError` if the back end does not fit the launcher or --deepspeed."""
+def _check_launcher(sharding: str | None, deepspeed: bool) -> type[Sharding]:
+    """Return the back end; raise `UserError` if it does not fit the launcher or --deepspeed."""
     launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
     chosen = back_end(sharding, deepspeed)
     if deepspeed and not chosen.uses_deepspeed:
@@ -326,7 +327,7 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
             f"{flag} needs a launcher, which tells each process its rank: start with "
             f"{chosen.launch_command}."
         )
-    if chosen.replicates and sharding is None and _ranks() > 1:
+    if chosen.loads_whole_on is None and sharding is None and _ranks() > 1:
         logger.warning(
             "Each of the %d ranks holds the whole model: a launcher alone shards nothing. Give "
             "--deepspeed zero3 or --sharding fsdp2; or --sharding none, if it is meant.",
@@ -342,14 +343,14 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> None:
                 "shard the model in its own way: use launch/accelerate.yaml of the repository, "
                 f"which starts ranks and nothing else, with {flag}."
             )
+    return chosen
 
 
-def _check_replicas(values: Mapping[str, Any]) -> None:
+def _check_replicas(chosen: type[Sharding], replicas: str) -> None:
     """Raise `UserError` if the back end serves no replicas."""
-    chosen = back_end(values.get("sharding"), bool(values.get("deepspeed")))
-    if values.get("replicas", "1") != "1" and chosen.why_one_copy is not None:
+    if replicas != "1" and chosen.why_one_copy is not None:
         raise UserError(
-            f"--replicas {values['replicas']} cannot be used with --sharding {chosen.name}: "
+            f"--replicas {replicas} cannot be used with --sharding {chosen.name}: "
             f"{chosen.why_one_copy}."
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 from addax_ds.data.encoding import Cuts
 from addax_ds.data.records import log_unused
+from addax_ds.utils.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ class Index:
 
 def identity_of(path: Path) -> tuple[int, str]:
     """Return the size of a file in bytes, and its SHA-256."""
-    with path.open("rb") as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    return path.stat().st_size, sha256_of(path)
 
 
 def shard_name(shard: int) -> str:

@@ -135,7 +135,14 @@ class TextRows(ABC):
         """Return the columns of a row."""
 
 
-class JsonLines(TextRows):
+class _JsonRows(TextRows):
+    """Rows that are JSON objects."""
+
+    def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
+        return _object(content, origin)
+
+
+class JsonLines(_JsonRows):
     """Rows of a JSON Lines file: UTF-8, one object of at most 64 MiB a line; blank lines are none.
 
     An origin is ``path:line``.
@@ -175,11 +182,8 @@ class JsonLines(TextRows):
         except _UNREADABLE as error:
             raise _unreadable(self._origin(line), error) from error
 
-    def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
-        return _object(content, origin)
 
-
-class JsonArray(TextRows):
+class JsonArray(_JsonRows):
     """Rows of a JSON file that is one array of objects.
 
     An origin is ``path: row i``, counted from 0. The file is parsed as a whole when it is scanned.
@@ -238,9 +242,6 @@ class JsonArray(TextRows):
             raise UserError(f"{self.name}: not UTF-8 (byte {error.start + 1})") from None
         except _UNREADABLE as error:
             raise _unreadable(self.name, error) from error
-
-    def _parse(self, content: bytes, origin: str) -> dict[str, Any]:
-        return _object(content, origin)
 
 
 class Table(TextRows):

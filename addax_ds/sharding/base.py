@@ -78,10 +78,9 @@ class Sharding(ABC):
         name: value of ``--sharding``.
         launch_command: what to start the ranks with; None if one process alone will do.
         uses_deepspeed: whether ``--deepspeed`` configures it.
-        replicates: whether each rank holds the whole model.
         is_placed: whether the shards stay on the device where `lay_out` has put them.
         loads_whole_on: ranks that need memory for the whole model where Transformers loads it;
-            None if they hold the whole model anyway.
+            None if each rank holds the whole model anyway.
         loads_with_collectives: whether Transformers partitions a model as it loads it.
         why_one_copy: why ``--replicas`` cannot be given; None if `lay_out` and `shard_loaded` take
             a keyword ``replicas``, the number of copies of the weights, each sharded over
@@ -95,7 +94,6 @@ class Sharding(ABC):
     """
 
     name: ClassVar[str]
-    replicates: ClassVar[bool] = False
     launch_command: ClassVar[str | None] = None
     uses_deepspeed: ClassVar[bool] = False
     is_placed: ClassVar[bool] = True

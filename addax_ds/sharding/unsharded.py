@@ -45,7 +45,6 @@ class Unsharded(Sharding):
     """
 
     name = "none"
-    replicates = True
     is_placed = False
     loads_whole_on = None
     why_one_copy = "each rank holds a copy of the whole model as it is"

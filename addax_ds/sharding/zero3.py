@@ -154,12 +154,11 @@ class Zero3Sharding(Sharding):
         """
         if self._on_gradients is None:
             self.check_unchanged()
-        assert self._on_gradients is not None
         self.backward_ran = True
         shards = [self._shard(self._infos_by_parameter[parameter]) for parameter in parameters]
-        held = [pair for pair in zip(shards, gradients, strict=True) if pair[0].data.numel()]
-        if held:  # and not padding alone
-            self._on_gradients(*zip(*held, strict=True))
+        pairs = zip(shards, gradients, strict=True)
+        self._waiting += (pair for pair in pairs if pair[0].data.numel())  # not padding alone
+        self.hand_over()
 
     def backward(self, loss: Tensor) -> None:  # noqa: D102
         self.engine.backward(loss)

@@ -171,17 +171,19 @@ def _put_back(trainer: "AddaxMixin") -> Iterator[None]:
     """Put back, afterwards, all that steps change."""
     addax, model = trainer.addax, trainer.model
     assert model is not None
-    held = [*(shard.data for shard in addax.sharding.shards()), *model.buffers()]
-    copies = [data.detach().to("cpu", copy=True) for data in held]
+
+    def held() -> list[Tensor]:
+        return [*(shard.data for shard in addax.sharding.shards()), *model.buffers()]
+
+    copies = [data.detach().to("cpu", copy=True) for data in held()]
     state = copy.deepcopy(addax.state_dict())
     device = trainer.args.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        held = [*(shard.data for shard in addax.sharding.shards()), *model.buffers()]
         with torch.no_grad():
-            for data, value in zip(held, copies, strict=True):
+            for data, value in zip(held(), copies, strict=True):
                 data.copy_(value)
         addax.load_state_dict(state)
         addax.sharding.resume_at(addax.index)

@@ -1,5 +1,6 @@
 """Files of the user's, and the folder of the cache."""
 
+import hashlib
 import json
 import os
 import stat
@@ -26,6 +27,16 @@ def read_regular(path: Path, encoding: str) -> str:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is not a regular file")
     return path.read_text(encoding=encoding)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, 64 hex digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(text: str) -> Any:
