@@ -38,6 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 from addax_ds.distributed.collectives import shutdown
+from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from benchmarks.common import (
     SHAPES,
     all_live_tensors,
@@ -262,6 +263,7 @@ def _start() -> None:
     # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
+    multiply_in_fp32()
     deepspeed.init_distributed()
 
 

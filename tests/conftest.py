@@ -24,6 +24,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from tests.support.cases import CASES, batches, float64_outcome
 from tests.support.ranks import free_port, permit
 
@@ -46,8 +47,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _as_the_program_does() -> None:
     torch.set_num_threads(1)
+    multiply_in_fp32()
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,7 @@ from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
 from addax_ds.training.likelihood import check_evaluations
 from addax_ds.training.steps import StepMixin, plan_steps
 from addax_ds.training.trainer import AddaxTrainer
+from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from addax_ds.utils.command_line import mistakes_end_the_program
 from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.signals import INTERRUPTED, Interrupts, ignore_sigterm, on_sigterm
@@ -256,9 +257,10 @@ def _start_logging() -> None:
 
 
 def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
-    """Set threads, and the collectives' library and time limit."""
+    """Set threads, matrix products, and the collectives' library and time limit."""
     if args.device.type == "cpu":
         torch.set_num_threads(model_args.cpu_threads)
+        multiply_in_fp32()
     if args.deepspeed:
         # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
         # for the number of ranks.

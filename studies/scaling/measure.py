@@ -34,6 +34,7 @@ from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.costs import peak_memory
 from addax_ds.training.steps import StepMixin
 from addax_ds.training.trainer import AddaxTrainer
+from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from studies.collectives import Collectives, Traffic
 from studies.provenance import collect_provenance
 from studies.scaling.instruments import instrumented
@@ -214,6 +215,7 @@ def main() -> None:
     os.environ.pop("LOCAL_SIZE", None)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    multiply_in_fp32()
     init_deepspeed()
     point = Point(**job["point"])
     assert dist.get_world_size() == point.ranks

@@ -8,6 +8,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from studies.jobs import free_port as free_port
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,7 @@ def become_rank(environment: dict[str, str], log: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    multiply_in_fp32()
 
 
 def rank_environment(world_size: int, accelerator: str = "cpu") -> dict[str, str]:
