@@ -62,7 +62,6 @@ _OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed
 _FILES = ("train_file", "validation_file", "test_file")
 _OF_DATASETS = ("dataset_config", "train_split", "validation_split", "test_split")
 _SCORED = ("validation", "test")
-_LISTS = (*_FILES, "columns")
 _LONGEST_ARGUMENTS = 1 << 20  # bytes; longer files of JSON are data
 
 
@@ -236,7 +235,7 @@ class _Parser(Parser, HfArgumentParser):
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Return only what `argv`, and the argument file that it may name, says."""
         known, files = self._parse(argv)
-        for name in known.keys() & set(_LISTS):  # a flag of many values takes that file, too
+        for name in known.keys() & self._lists():  # a flag of many values takes that file, too
             files += filter(self._is_argument_file, known[name])
             known[name] = [word for word in known[name] if word not in files]
         if not files:
@@ -251,7 +250,7 @@ class _Parser(Parser, HfArgumentParser):
         names = self._names()
         # argparse leaves alone what the namespace already holds.
         start = argparse.Namespace(**dict.fromkeys(names, missing))
-        for name in _LISTS:  # the last one would win
+        for name in self._lists():  # the last one would win
             if [word.partition("=")[0].replace("-", "_") for word in argv].count(f"__{name}") > 1:
                 raise UserError(f"--{name} is given twice: give all its values after one --{name}.")
         namespace, rest = self.parse_known_args(argv, namespace=start)
@@ -263,6 +262,10 @@ class _Parser(Parser, HfArgumentParser):
 
     def _names(self) -> list[str]:
         return [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+
+    def _lists(self) -> set[str]:
+        """Return the flags of several values."""
+        return {action.dest for action in self._actions if action.nargs in ("+", "*")}
 
     def _is_argument_file(self, word: str) -> bool:
         """Return whether a file is one of arguments: YAML, or an object of their names."""
@@ -381,7 +384,7 @@ def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
 def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
     given = {name for name, value in values.items() if value is not None}
     sources = [name for name in ("train_file", "dataset_name") if name in given]
-    for name in _LISTS:
+    for name in (*_FILES, "columns"):
         if name in given:
             yield from _list_problems(name, values[name])
     if values.get("max_length") is not None and values["max_length"] < 2:

@@ -419,6 +419,10 @@ def test_an_argument_file_behind_a_flag_of_many_values(
         assert found.columns == ["text=a", "tools=b"]
         assert training.settings.hyperparameters.alpha == 0.5
 
+    adapters = ["--lora_r", "8", "--lora_target_modules", "q_proj", "v_proj"]
+    model, *_ = parse_arguments([*adapters, str(settings), "--train_file", rows])
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
