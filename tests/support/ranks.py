@@ -15,9 +15,7 @@ ROOT = Path(__file__).parents[2]
 GRACE_SECONDS = 10.0
 # Imports are most of what a small case takes: ranks are forked from a process that has them. Their
 # hashes of strings are therefore alike, as those of ranks from a launcher are not (test_launch).
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["addax_ds.cli.train", "addax_ds.integrations.deepspeed_engine", "peft", "torch.testing"]
-)
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.support.preload"])
 
 
 _permitted = True
