@@ -31,11 +31,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["zero3", "fsdp2"])
-def of_two_ranks(request, folder) -> Iterator[Callable[[str], list[Any]]]:
-    """Runs a kind; a process that has once used DeepSpeed keeps to it."""
+def of_two_ranks(request, folder) -> Iterator[Callable[..., list[Any]]]:
+    """Runs a function for a back end; a process that has once used DeepSpeed keeps to it."""
     (folder / request.param).mkdir()
     group = RankGroup("trl_cases", 2, folder / request.param)
-    yield lambda kind: group.call("run_case", kind, folder, request.param, 2)
+    yield lambda name, *words: group.call(name, *words, folder, request.param, 2)
     group.close()
 
 
@@ -61,8 +61,16 @@ def test_ten_steps_equal_a_plain_loop_with_the_same_loss(kind, folder, alone):
 
 @pytest.mark.parametrize("kind", trl_cases.KINDS)
 def test_two_ranks_take_the_steps_of_one(kind, folder, alone, of_two_ranks):
-    for found in of_two_ranks(kind):
+    for found in of_two_ranks("run_case", kind):
         assert_same_steps(kind, folder, found, alone[kind])
+
+
+def test_two_ranks_save_and_go_on(of_two_ranks):
+    for found in of_two_ranks("run_saved"):
+        assert found["whole"].keys() == found["again"].keys() == found["saved"].keys()
+        for name, weight in found["whole"].items():
+            assert torch.equal(found["again"][name], weight), name
+            assert torch.equal(found["saved"][name], weight), name
 
 
 def test_the_rest_of_a_trainer_works_as_before(folder, tmp_path):

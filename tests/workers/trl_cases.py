@@ -11,6 +11,7 @@ import torch
 import trl
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -141,6 +142,38 @@ def run_case(kind: str, folder: Path, sharding: str, world_size: int) -> dict[st
     }
     if sharding == "zero3":
         trainer.model_wrapped.destroy()
+    return found
+
+
+def run_saved(folder: Path, sharding: str, world_size: int) -> dict[str, dict[str, Tensor]]:
+    """Train for six steps and save; go on from the fourth. Returns the weights of all three."""
+    outputs = [folder / f"{name}-{sharding}" for name in ("whole", "again")]
+    found = {}
+    for output, checkpoint in zip(outputs, (None, str(outputs[0] / "checkpoint-4")), strict=True):
+        trainer = make(
+            "sft",
+            folder,
+            output,
+            sharding,
+            world_size,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=4,
+            eval_dataset=data("sft"),
+            eval_strategy="steps",
+            eval_steps=3,
+            max_grad_norm=0.5,
+        )
+        if checkpoint is not None:
+            for weight in trainer.model.parameters():
+                weight.detach().zero_()  # all comes from the checkpoint
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found[output.name.partition("-")[0]] = gathered(trainer.model)
+        if checkpoint is None:
+            trainer.save_model(str(output / "model"))
+        if sharding == "zero3":
+            trainer.model_wrapped.destroy()
+    found["saved"] = load_file(outputs[0] / "model" / "model.safetensors")
     return found
 
 
