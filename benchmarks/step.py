@@ -221,8 +221,9 @@ def _memory_alone(workload: Workload, name: str, port: int) -> dict[str, int | N
         "peak_rss_bytes": _status_bytes("VmHWM"),
         "rss_before_model_bytes": rss_before,
         "peak_device_bytes": None if _on_cpu() else get_accelerator().max_memory_allocated(),
-        "state_bytes": live_bytes(all_live_tensors()) - live_before,
     }
+    gc.collect()  # of the last step
+    result["state_bytes"] = live_bytes(all_live_tensors()) - live_before
     shutdown()
     return result
 
