@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCH_EXTENSIONS_DIR"] = extensions.of_session()
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each program would compile the package anew
 if not extensions.is_worker():
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="addax-datasets-")
 
@@ -37,15 +38,18 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with files that start ranks, as they take longest."""
+    """Begin with what takes longest, as ranks do; before them with what waits for no compiler."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "kernels"))
 
 
-def pytest_collection_finish() -> None:
-    """Keep imports out of garbage collections, one of which begins each training."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # One garbage collection begins each training, and would go through all that is imported.
     gc.collect()
     gc.freeze()
+    slow = any(item.get_closest_marker("slow") for item in session.items)
+    if slow and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
+        extensions.compile_ahead(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
 
 
 @pytest.hookimpl(tryfirst=True)

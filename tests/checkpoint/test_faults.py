@@ -7,7 +7,7 @@ import pytest
 from tests.faults.kills import Kill, Strike, interrupt
 from tests.faults.training import Training, write_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.launcher]
+pytestmark = pytest.mark.slow
 
 PLAN = [
     Kill("saving", "one rank", rank=1, delay=0.0, into_save=0.02),

@@ -45,10 +45,11 @@ def works() -> bool:
 
 @pytest.fixture
 def counted_compiler(tmp_path, monkeypatch) -> Path:
-    """A compiler that notes in the returned file how often it compiled."""
+    """A compiler that notes in the returned file how often it compiled, and hurries."""
     log, compiler = tmp_path / "compiled", tmp_path / "compiler"
     compiler.write_text(
-        f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo once >> "{log}" ;; esac\nexec g++ "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo once >> "{log}" ;; esac\n'
+        'exec g++ "$@" -O0\n'
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
@@ -123,7 +124,13 @@ def set_cache_that_is_no_folder(folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("ADDAX_CACHE", str(folder / "file" / "cache"))
 
 
+def hurry(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-O0"))
+
+
 def set_full_disk(folder: Path, monkeypatch) -> None:
+    hurry(monkeypatch)
+
     def replace(source: Path, target: Path) -> None:
         raise OSError("No space left")
 
@@ -135,6 +142,7 @@ def set_fused_multiply_add(folder: Path, monkeypatch) -> None:
 
 
 def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
+    hurry(monkeypatch)
     right = cpu.fused
 
     def wrong(slices, operation, *more) -> None:
@@ -144,6 +152,7 @@ def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
 
 
 def set_no_report_of_kept_weights(folder: Path, monkeypatch) -> None:
+    hurry(monkeypatch)
     right = cpu.fused
 
     def wrong(slices, operation, out=None, gradients=None, kept=None) -> None:

@@ -7,10 +7,13 @@ sessions.
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import DEVNULL
 
 _ROOT = Path(__file__).parents[2]
 STORE = _ROOT / ".pytest_cache" / "torch_extensions" / f"{version('torch')}-{version('deepspeed')}"
@@ -33,6 +36,13 @@ def begin(store: Path = STORE) -> Path:
     for build in _finished(store):
         shutil.copytree(build, folder / build.name)  # with times, by which ninja finds it done
     return folder
+
+
+def compile_ahead(folder: Path) -> None:
+    """Begin to compile DeepSpeed's collectives, for which ranks would wait; it takes a minute."""
+    if not _finished(folder):
+        code = "from addax_ds.distributed.startup import _compile_collectives as f; f()"
+        subprocess.Popen([sys.executable, "-c", code], stdout=DEVNULL, stderr=DEVNULL)
 
 
 def end(folder: Path, store: Path = STORE) -> None:

@@ -76,6 +76,8 @@ def start(
             **inherited,
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
+            # DeepSpeed imports an optimizer that is compiled, and all that compiles it.
+            "TORCHDYNAMO_DISABLE": "1",
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             **(environment or {}),
             _MARK: mark,

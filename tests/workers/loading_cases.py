@@ -178,11 +178,14 @@ class LiveTensors(TorchDispatchMode):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
                 storage = tensor.untyped_storage()
                 if not tensor.is_meta and storage._cdata not in self._alive:
-                    size = 0 if lies_in_a_file(storage) else storage.nbytes()
-                    self._alive[storage._cdata] = (StorageWeakRef(storage), size)
-        self._alive = {k: e for k, e in self._alive.items() if not e[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+                    self._add(storage)
         return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = 0 if lies_in_a_file(storage) else storage.nbytes()
+        self._alive = {k: e for k, e in self._alive.items() if not e[0].expired()}
+        self._alive[storage._cdata] = (StorageWeakRef(storage), size)
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
 
 
 def lies_in_a_file(storage: torch.UntypedStorage) -> bool:

@@ -22,6 +22,7 @@ from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import Example
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.training import learning_rate
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.dtypes import weights_dtype
 from tests.support.tiny import (
@@ -224,6 +225,7 @@ def sweep(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
         args = arguments(case, output, sharding, world_size, **options)
         trainer = make_trainer(name, folder, sharding, args)
         before = gathered(trainer.model)
+        learning_rate.rates = lambda method: (1e-3, 1e-2, 0.1)  # a few serve to be compared
         found[name] = [trainer.find_learning_rate()]
         if sharding != "zero3":  # there a trainer trains once
             found[name].append(trainer.find_learning_rate())
