@@ -212,6 +212,8 @@ def watched(tape: Tape, offloaded: bool) -> Iterator[None]:
         for name in ("alloc_storage", "free_storage"):
             resize = functools.partial(_resize, tape, getattr(_fsdp_param, name))
             stack.enter_context(mock.patch.object(_fsdp_param, name, resize))
+            if hasattr(_fsdp_param_group, name):  # one rank alone
+                stack.enter_context(mock.patch.object(_fsdp_param_group, name, resize))
         yield
 
 
