@@ -121,7 +121,8 @@ def torch_step(case: dict[str, Any]) -> tuple[Any, Callable[[], None], Any]:
     """Return the model, what runs a step, and the optimizer of FSDP2 or an unsharded model."""
     model = random_model(case)
     if case["sharding"] == "fsdp2":
-        shard_model(model, **options_for(torch.device("cpu"), case["replicas"]))
+        layout = case["replicas"], case["cpu_offload"]
+        shard_model(model, **options_for(torch.device("cpu"), *layout))
     optimizer = Addax(model.parameters(), lr=1e-6, alpha=ALPHAS[case["method"]])
     attach(optimizer, model)
     zeroth, first = _closures(model, case)
@@ -175,17 +176,17 @@ def watched(tape: Tape, offloaded: bool) -> Iterator[None]:
     tagged = [
         (PartitionedParameterCoordinator, "fetch_sub_module", "gathered"),
         (Zero3Sharding, "_gather_persistent", "gathered"),
+        (_fsdp_param_group.FSDPParamGroup, "unshard", "gathered"),
+        (_fsdp_param_group.FSDPParamGroup, "wait_for_unshard", "gathered"),
         (GradientSums, "add", "host" if offloaded else "gradients"),
         (DeepSpeedZeroOptimizer_Stage3, f"{_STAGE3}__reduce_and_partition_ipg_grads", "buckets"),
         (Stage3, "step", "optimizer"),
-        (step, "perturb", "host" if offloaded else "gathered"),
+        (step, "perturb", "gathered"),
         (DeepSpeedZeroOptimizer_Stage3, "step", "optimizer"),
-        (_fsdp_param_group.FSDPParamGroup, "unshard", "gathered"),
-        (_fsdp_param_group.FSDPParamGroup, "wait_for_unshard", "gathered"),
     ]
     with contextlib.ExitStack() as stack:
         if offloaded:
-            for owner, name, _ in tagged[:2]:
+            for owner, name, _ in tagged[:4]:
                 wrapped = _copying_from_host(tape, getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, wrapped))
         for owner, name, tag in tagged:
@@ -211,6 +212,8 @@ def watched(tape: Tape, offloaded: bool) -> Iterator[None]:
         for name in ("alloc_storage", "free_storage"):
             resize = functools.partial(_resize, tape, getattr(_fsdp_param, name))
             stack.enter_context(mock.patch.object(_fsdp_param, name, resize))
+            if hasattr(_fsdp_param_group, name):  # one rank alone
+                stack.enter_context(mock.patch.object(_fsdp_param_group, name, resize))
         yield
 
 
@@ -295,7 +298,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     before = [tensor for tensor in all_live_tensors() if tensor.device.type == "cpu"]
     for tensor in before:
         tape.ignore(tensor)
-    offloaded = bool(case["zero_optimization"].get("offload_param"))
+    offloaded = case["cpu_offload"] or bool(case["zero_optimization"].get("offload_param"))
     with watched(tape, offloaded):
         make = zero3_step if case["sharding"] == "zero3" else torch_step
         model, step, optimizer = make(case)

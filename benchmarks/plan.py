@@ -55,6 +55,7 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
             case["accumulation"],
             cuda=False,
             replicas=case["replicas"],
+            cpu_offload=case["cpu_offload"],
         )
     )
 
@@ -68,6 +69,7 @@ def completed(case: dict[str, Any]) -> dict[str, Any]:
         "accumulation": 1,
         "dtype": "bf16",
         "replicas": 1,
+        "cpu_offload": False,
     }
     batches = {"zeroth": (1, 128, 127), "first": (1, 64, 63)}
     return {**usual, **batches, "zero_optimization": automatic, **case}

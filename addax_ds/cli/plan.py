@@ -87,6 +87,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         sharding=arguments.sharding,
         ranks=arguments.gpus * arguments.nodes,
         replicas=_replicas(arguments),
+        cpu_offload=arguments.cpu_offload,
         zeroth_order=None,
         first_order=None,
         checkpointing=arguments.activation_checkpointing,
@@ -95,6 +96,11 @@ def request_of(arguments: argparse.Namespace) -> Request:
         accumulation=arguments.gradient_accumulation_steps or 1,
     )
     host_memory = arguments.host_memory
+    if host_memory is not None and not rules_of(inputs.sharding).is_offloaded(inputs):
+        raise UserError(
+            "--host_memory has no effect without weights in host memory, as with --deepspeed "
+            "zero3_offload, or --sharding fsdp2 --cpu_offload; remove it."
+        )
     return Request(
         inputs=inputs,
         methods=tuple(dict.fromkeys(arguments.methods)),
@@ -128,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         default="1",
         help="copies of the weights, each sharded over its part of the GPUs: a number, or node",
     )
+    add("--cpu_offload", action="store_true", help="weights in host memory, with fsdp2")
     add("--gpu_memory", type=float, default=80.0, help="of a GPU, in GB (1e9 bytes)")
     add(
         "--reserve",
@@ -208,6 +215,11 @@ def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
         return
     if arguments.deepspeed and not rules.uses_deepspeed:
         yield f"--deepspeed has no effect with --sharding {sharding}."
+    if arguments.cpu_offload and not rules.has_cpu_offload:
+        yield (
+            f"--cpu_offload has no effect with --sharding {sharding}: use fsdp2, or --deepspeed "
+            "zero3_offload."
+        )
     for name, effective in _ONLY_FOR.items():
         if getattr(arguments, name) not in (None, False) and effective.isdisjoint(methods):
             yield f"--{name} has no effect with --methods {named}; remove it."
@@ -254,19 +266,12 @@ def _replicas(arguments: argparse.Namespace) -> int:
 
 
 def _zero3(arguments: argparse.Namespace, shape: ModelShape) -> Zero3Settings:
-    if arguments.deepspeed:
-        config, where = load_ds_config(arguments.deepspeed)
-        check_ds_config(config, where)
-        _check_dtype(config, where, arguments.dtype)
-        settings = Zero3Settings.from_json(config["zero_optimization"], shape.hidden)
-    else:
-        settings = Zero3Settings.from_json(automatic_sizes(shape.hidden), shape.hidden)
-    if arguments.host_memory is not None and not settings.offload:
-        raise UserError(
-            "--host_memory has no effect without --deepspeed and a JSON whose offload_param has "
-            "the shards in host memory, as --deepspeed zero3_offload; remove it."
-        )
-    return settings
+    if not arguments.deepspeed:
+        return Zero3Settings.from_json(automatic_sizes(shape.hidden), shape.hidden)
+    config, where = load_ds_config(arguments.deepspeed)
+    check_ds_config(config, where)
+    _check_dtype(config, where, arguments.dtype)
+    return Zero3Settings.from_json(config["zero_optimization"], shape.hidden)
 
 
 def _check_dtype(config: Mapping[str, Any], where: str, dtype: str) -> None:

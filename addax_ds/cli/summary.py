@@ -98,9 +98,8 @@ def _memory(
     )
     kernel = source.attn_implementation
     try:
-        inputs = run_inputs(
-            source.config, kernel, run.sharding, examples, args, settings, run.replicas
-        )
+        layout = run.replicas, run.cpu_offload
+        inputs = run_inputs(source.config, kernel, run.sharding, examples, args, settings, *layout)
         return f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
     except UserError as error:
         return f"not planned, {error}"

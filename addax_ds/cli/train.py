@@ -37,6 +37,7 @@ import addax_ds
 from addax_ds.checkpoint import ownership, resume
 from addax_ds.checkpoint.adapters import check_adapters
 from addax_ds.checkpoint.identity import Run
+from addax_ds.checkpoint.weights import local_slices
 from addax_ds.cli.data import Data, load_data
 from addax_ds.cli.outputs import Outputs, output_folder
 from addax_ds.cli.summary import Duration, announce, report
@@ -51,7 +52,7 @@ from addax_ds.distributed.collectives import (
     raise_on_all_ranks,
     shutdown,
 )
-from addax_ds.distributed.nodes import replicas_of
+from addax_ds.distributed.nodes import replicas_of, threads_of_rank
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.adapters import Lora
@@ -120,7 +121,8 @@ def _finetune(
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     with raise_on_all_ranks():
         replicas = replicas_of(model_args.replicas, args)
-    run = replace(Run.of(args, args.settings, sharding), replicas=replicas)
+    run = Run.of(args, args.settings, sharding)
+    run = replace(run, replicas=replicas, cpu_offload=model_args.cpu_offload)
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
     lora = _lora(model_args, args)
@@ -152,6 +154,7 @@ def _finetune(
     if data.train and args.push_to_hub:
         reach_hub(args)
     model = _load_model(source, args, run, lora)
+    _thread_the_host(model, model_args, args)
     stop_at(model, data.turn_ends, tokenizer)
     baseline = args.method in BASELINES
     trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
@@ -259,7 +262,7 @@ def _start_logging() -> None:
 def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     """Set threads, matrix products, and the collectives' library and time limit."""
     if args.device.type == "cpu":
-        torch.set_num_threads(model_args.cpu_threads)
+        torch.set_num_threads(model_args.cpu_threads or 1)
         multiply_in_fp32()
     if args.deepspeed:
         # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
@@ -308,10 +311,18 @@ def _load_model(
         run.sharding,
         args.device,
         replicas=run.replicas,
+        cpu_offload=run.cpu_offload,
         progress=not args.disable_tqdm and args.process_index == 0,
         recomputes=bool(args.activation_checkpointing),
         lora=lora,
     )
+
+
+def _thread_the_host(model: nn.Module, model_args: ModelArguments, args: AddaxConfig) -> None:
+    """Set the threads that update offloaded weights; every rank has to call it."""
+    homes = {each.data.device.type for each in local_slices(model)}
+    if args.device.type != "cpu" and "cpu" in homes:
+        torch.set_num_threads(model_args.cpu_threads or threads_of_rank(args))
 
 
 def _plan_threshold(
@@ -336,6 +347,7 @@ def _plan_threshold(
         args.settings,
         fixed,
         replicas=run.replicas,
+        cpu_offload=run.cpu_offload,
     )
     args.settings = replace(args.settings, length_threshold=plan.length)
     if plan.parts > 1:

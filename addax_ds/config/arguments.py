@@ -101,10 +101,16 @@ class ModelArguments:
         "Copies of the weights, each sharded over its part of the ranks: a number, or node for one "
         "copy a node, so that weights do not travel between nodes. For --sharding fsdp2.",
     )
-    cpu_threads: int = flag(
-        1,
-        "Threads of one rank on a CPU. Ranks that contend for cores are many times "
-        "slower: ranks times threads should not exceed the cores.",
+    cpu_offload: bool = flag(
+        False,
+        "Keep the weights in host memory, pinned beside a GPU (docs/nodes.md#offload). For "
+        "--sharding fsdp2; ZeRO-3 has offload_param in its JSON.",
+    )
+    cpu_threads: int | None = flag(
+        None,
+        "Threads of one rank on a CPU (default: 1; beside a GPU, for weights in host memory, its "
+        "share of the cores). Ranks that contend for cores are many times slower: ranks times "
+        "threads should not exceed the cores.",
     )
 
 
@@ -219,7 +225,7 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_preset(values["deepspeed"])
     chosen = _check_launcher(values.get("sharding"), bool(values.get("deepspeed")))
-    _check_replicas(chosen, values.get("replicas", "1"))
+    _check_layout(chosen, values)
     if values.get("num_train") == 0:
         values.setdefault("learning_rate", 0.0)  # nothing is trained
     if values.get("train_file") is None and values.get("dataset_name") is None:
@@ -349,8 +355,14 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> type[Sharding]:
     return chosen
 
 
-def _check_replicas(chosen: type[Sharding], replicas: str) -> None:
-    """Raise `UserError` if the back end serves no replicas."""
+def _check_layout(chosen: type[Sharding], values: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the back end serves no replicas, or no offload, and one is asked for."""
+    replicas = values.get("replicas", "1")
+    if values.get("cpu_offload") and chosen.why_not_offloaded is not None:
+        raise UserError(
+            f"--cpu_offload cannot be used with --sharding {chosen.name}: "
+            f"{chosen.why_not_offloaded}."
+        )
     if replicas != "1" and chosen.why_one_copy is not None:
         raise UserError(
             f"--replicas {replicas} cannot be used with --sharding {chosen.name}: "
@@ -368,7 +380,7 @@ def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
     replicas = values.get("replicas", "1")
     if replicas != "node" and not (replicas.isdecimal() and int(replicas) > 0):
         yield f"--replicas {replicas}: it must be a number from 1 on, or node."
-    if values.get("cpu_threads", 1) < 1:
+    if values.get("cpu_threads") is not None and values["cpu_threads"] < 1:
         yield "--cpu_threads must be at least 1."
     for name in ("lora_r", "lora_alpha"):
         if values.get(name) is not None and values[name] < 1:

@@ -1,5 +1,9 @@
 """Ranks that share a machine."""
 
+import os
+from collections import Counter
+from collections.abc import Collection
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from addax_ds.distributed.collectives import all_gather_object
@@ -31,6 +35,27 @@ def replicas_of(asked: str, args: "TrainingArguments") -> int:
             "--sharding none"
         )
     return replicas
+
+
+def threads_of_rank(args: "TrainingArguments") -> int:
+    """Return the threads for a rank beside the others of its node; every rank has to call it."""
+    cores = all_gather_object(os.sched_getaffinity(0))
+    node = next(node for node in nodes(args) if args.process_index in node)
+    return share_of_cores(cores[args.process_index], [cores[rank] for rank in node])
+
+
+def share_of_cores(own: Collection[int], of_node: Collection[Collection[int]]) -> int:
+    """Return how many cores a rank has for itself, at least 1.
+
+    Ranks that a launcher has bound to cores of their own have them whole; a core that n ranks may
+    use counts 1/n for each.
+
+    Args:
+        own: numbers of the cores that the rank may use.
+        of_node: the same of each rank of its node, its own included.
+    """
+    users = Counter(core for cores in of_node for core in cores)
+    return max(1, int(sum(Fraction(1, users[core]) for core in own)))
 
 
 def nodes(args: "TrainingArguments") -> list[list[int]]:

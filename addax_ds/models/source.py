@@ -119,6 +119,7 @@ class ModelSource:
         device: torch.device | str = "cpu",
         *,
         replicas: int = 1,
+        cpu_offload: bool = False,
         progress: bool = False,
         recomputes: bool = False,
         lora: Lora | None = None,
@@ -137,6 +138,7 @@ class ModelSource:
                 DeepSpeed configuration of the live `TrainingArguments`.
             device: where the weights go; under ZeRO-3 that configuration says it.
             replicas: copies of the weights, each sharded over consecutive ranks.
+            cpu_offload: whether the weights stay in host memory.
             progress: whether to show a bar if it takes long.
             recomputes: whether it is to be trained with activation checkpointing.
             lora: adapters that are to be trained alone; or None.
@@ -146,7 +148,9 @@ class ModelSource:
                 it cannot recompute.
         """
         chosen, on = back_end(sharding), torch.device(device)
-        layout = {"replicas": replicas} if replicas > 1 else {}
+        layout: dict[str, Any] = {"replicas": replicas} if replicas > 1 else {}
+        if cpu_offload:
+            layout["cpu_offload"] = True
         where = f"cannot load the model from {self.path}"
         other_form: str | None = None
         with raise_on_all_ranks(), _refused(where):

@@ -5,7 +5,6 @@ it are the CUDA context, what kernels and NCCL allocate for themselves, and bloc
 allocator holds without use.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -38,6 +37,8 @@ class Inputs:
         zero3: settings of DeepSpeed; only read for a back end that it configures.
         accumulation: micro-batches of a step.
         cuda: whether the device is a GPU.
+        cpu_offload: whether the shards are in host memory, of a back end without a JSON that says
+            so.
     """
 
     shape: ModelShape
@@ -52,6 +53,7 @@ class Inputs:
     accumulation: int = 1
     cuda: bool = True
     replicas: int = 1
+    cpu_offload: bool = False
 
     @property
     def sharded_over(self) -> int:
@@ -128,7 +130,7 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
 
 
 def _is_offloaded(inputs: Inputs) -> bool:
-    return rules_of(inputs.sharding).is_offloaded(inputs.zero3)
+    return rules_of(inputs.sharding).is_offloaded(inputs)
 
 
 def _sum_bytes(inputs: Inputs) -> int:
@@ -202,22 +204,15 @@ def _sub_groups(inputs: Inputs) -> list[int]:
 
 
 def host_bytes(inputs: Inputs) -> int:
-    """Return the host memory of a rank with offloaded shards: these, and sums or largest copies.
+    """Return the host memory of a rank with offloaded shards: these, and sums.
 
-    Perturbed copies are gone when the first backward begins to sum.
-
-    A shard is perturbed where it lives (`perturb`), a prefetch bucket at a time.
-    torch rounds every pinned tensor up to a power of two (``CachingHostAllocator.h``); sums over
-    micro-batches are not pinned.
+    A shard is perturbed on the GPU. torch rounds every pinned tensor up to a power of two
+    (``CachingHostAllocator.h``); sums over micro-batches are not pinned.
     """
     if not _is_offloaded(inputs):
         return 0
-    shape, ranks = inputs.shape, inputs.ranks
     elements = _shards(inputs)
-    shards = [count * shape.itemsize for count in elements]
-    if inputs.zero3.pin_memory and inputs.cuda:
+    shards = [count * inputs.shape.itemsize for count in elements]
+    if rules_of(inputs.sharding).is_pinned(inputs) and inputs.cuda:
         shards = [1 << (size - 1).bit_length() for size in shards]
-    group = max(max(shape.numels), inputs.zero3.stage3_prefetch_bucket_size)
-    copies = 0 if inputs.zeroth_order is None else math.ceil(group / ranks)
-    sums = sum(elements) * _sum_bytes(inputs)
-    return sum(shards) + max(sums, copies * shape.itemsize)
+    return sum(shards) + sum(elements) * _sum_bytes(inputs)

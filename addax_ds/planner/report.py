@@ -197,6 +197,7 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
         "nodes": inputs.ranks // request.gpus_per_node,
         "gpus_per_node": request.gpus_per_node,
         "replicas": inputs.replicas,
+        "cpu_offload": inputs.cpu_offload,
         "gpu_memory": request.gpu_memory,
         "reserve": request.reserve,
         "host_memory": request.host_memory,
@@ -308,7 +309,7 @@ def _notes(request: Request, plans: list[Plan], unit: str) -> Iterator[str]:
             )
     if any(plan.first_order_length is not None for plan in plans):
         yield from _of_gradients(request, unit)
-    if rules_of(request.inputs.sharding).is_offloaded(request.inputs.zero3):
+    if rules_of(request.inputs.sharding).is_offloaded(request.inputs):
         yield from _of_host(request, unit)
     for method, why in request.left_out.items():
         yield f"Not planned: {method}, {why}."
@@ -335,8 +336,8 @@ def _of_host(request: Request, unit: str) -> Iterator[str]:
         yield f"{note}; give --host_memory to compare it."
     else:
         yield f"{note}, which has {request.host_memory / GB:g} GB."
-    if request.inputs.zero3.pin_memory:
+    if rules_of(request.inputs.sharding).is_pinned(request.inputs):
         yield (
-            "torch rounds pinned tensors up to a power of two; with offload_param "
+            "torch rounds pinned tensors up to a power of two; with ZeRO-3's offload_param "
             '{"pin_memory": false} the host needs less, and transfers are slower.'
         )

@@ -22,11 +22,13 @@ class Rules:
         is_sharded: whether a rank needs less memory if there are more of them.
         uses_deepspeed: whether the settings of a DeepSpeed JSON apply.
         has_replicas: whether there may be several copies of the weights, each sharded.
+        has_cpu_offload: whether `Inputs.cpu_offload` applies.
     """
 
     is_sharded = False
     uses_deepspeed = False
     has_replicas = False
+    has_cpu_offload = False
 
     def runs(self, method: Method) -> bool:
         """Return whether a method runs: torch's optimizers need DeepSpeed's."""
@@ -40,8 +42,12 @@ class Rules:
         """Return the elements of the buffer that gradients are reduced from."""
         return 0
 
-    def is_offloaded(self, zero3: Zero3Settings) -> bool:
+    def is_offloaded(self, inputs: "Inputs") -> bool:
         """Return whether the shards are in host memory."""
+        return False
+
+    def is_pinned(self, inputs: "Inputs") -> bool:
+        """Return whether the shards are pinned there, if there is a GPU."""
         return False
 
     def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
@@ -58,16 +64,24 @@ class Rules:
 class _Fsdp2(Rules):
     is_sharded = True
     has_replicas = True
+    has_cpu_offload = True
 
     def shards(self, shape: ModelShape, ranks: int) -> list[int]:
         parameters = range(len(shape.sizes))
         return [fsdp2_shard(shape, ranks, (p,)) // shape.itemsize for p in parameters]
 
+    def is_offloaded(self, inputs: "Inputs") -> bool:
+        return inputs.cpu_offload
+
+    def is_pinned(self, inputs: "Inputs") -> bool:
+        return inputs.cpu_offload
+
     def make_engine(
         self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
     ) -> Engine:
         ranks, gloo = inputs.sharded_over, not inputs.cuda
-        return Fsdp2Pass(ledger, inputs.shape, ranks, perturbed, gloo, inputs.replicas > 1)
+        replicated, offloaded = inputs.replicas > 1, inputs.cpu_offload
+        return Fsdp2Pass(ledger, inputs.shape, ranks, perturbed, gloo, replicated, offloaded)
 
 
 class _Zero3(Rules):
@@ -80,8 +94,11 @@ class _Zero3(Rules):
     def bucket_elements(self, zero3: Zero3Settings) -> int:
         return zero3.reduce_bucket_size if zero3.contiguous_gradients else 0
 
-    def is_offloaded(self, zero3: Zero3Settings) -> bool:
-        return zero3.offload
+    def is_offloaded(self, inputs: "Inputs") -> bool:
+        return inputs.zero3.offload
+
+    def is_pinned(self, inputs: "Inputs") -> bool:
+        return inputs.zero3.pin_memory
 
     def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
         return zero3.memory_efficient_linear

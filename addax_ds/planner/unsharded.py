@@ -34,6 +34,7 @@ class Fsdp2Pass(Engine):
         gloo: whether gloo reduces, which copies what it is given.
         replicated: whether reduced gradients are summed over replicas, too; FSDP2 keeps them until
             the end of the backward (``_all_reduce_state``).
+        offloaded: whether what travels comes from host memory.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Fsdp2Pass(Engine):
         perturbed: bool,
         gloo: bool = False,
         replicated: bool = False,
+        offloaded: bool = False,
     ) -> None:
         super().__init__(ledger)
+        self._copied = perturbed or offloaded
         self._replicated, self._kept = replicated, 0
         self._gloo = gloo and ranks > 1
         self._ranks, self._perturbed = ranks, perturbed
@@ -53,6 +56,8 @@ class Fsdp2Pass(Engine):
         in_blocks = {p for parameters in shape.block_parameters for p in parameters}
         self._groups[_ROOT] = tuple(p for p in range(len(shape.sizes)) if p not in in_blocks)
         self._shards = {g: fsdp2_shard(shape, ranks, ps) for g, ps in self._groups.items()}
+        sizes = [numel * shape.itemsize for numel in shape.numels]
+        self._largest = {g: max(sizes[p] for p in ps) for g, ps in self._groups.items()}
         self._modules = {module: group for group, module in enumerate(shape.blocks)} | {0: _ROOT}
         self._owners = {p: group for group, parameters in self._groups.items() for p in parameters}
         self._whole: set[int] = set()
@@ -105,7 +110,7 @@ class Fsdp2Pass(Engine):
             return
         shard = self._shards[group]
         if self._ranks > 1:
-            copies = shard if self._perturbed else 0
+            copies = shard * self._copied
             self.ledger.add("gathered", copies)
             self.ledger.add("gathered", shard * self._ranks)
             self.ledger.add("gathered", -copies)
@@ -117,6 +122,10 @@ class Fsdp2Pass(Engine):
         self._whole.add(group)
         buffer = self._shards[group] * self._ranks
         self.ledger.add("gathered", buffer)
+        if self._ranks == 1:  # from copies of all, or from one after the other
+            copies = buffer if self._perturbed else self._largest[group] * self._copied
+            self.ledger.add("gathered", copies)
+            self.ledger.add("gathered", -copies)
         self._free_deferred()  # a local variable there keeps it until now
         if self._ranks == 1:
             return

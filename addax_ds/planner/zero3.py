@@ -229,6 +229,10 @@ class Zero3Pass(Engine):
             for parameter in parameters:
                 self._hold(parameter, self._bytes(parameter) if copied else 0)
                 self._in_flight[parameter] = _Collective([parameter], 0)
+            if self._perturbed and self._settings.offload:  # besides what came from the host
+                moved = sum(map(self._bytes, parameters))
+                self._add("gathered", moved)
+                self._add("gathered", -moved)
             return
         travelling = sum(self._partition(p) for p in parameters) * shape.itemsize
         self._add("gathered", travelling * copied)

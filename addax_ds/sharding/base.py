@@ -8,7 +8,7 @@ and the loading of models do not know which back end they run on.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Concatenate, Self, TypeVar
 from weakref import WeakSet, ref
 
@@ -85,6 +85,8 @@ class Sharding(ABC):
         why_one_copy: why ``--replicas`` cannot be given; None if `lay_out` and `shard_loaded` take
             a keyword ``replicas``, the number of copies of the weights, each sharded over
             consecutive ranks.
+        why_not_offloaded: why ``--cpu_offload`` cannot be given; None if these two take a keyword
+            ``cpu_offload``, whether the shards go to host memory.
         model: the model, whose stored weights are the shards.
         infos: the trainable parameters.
         reads: which of them the model's code reads.
@@ -100,6 +102,7 @@ class Sharding(ABC):
     loads_whole_on: ClassVar[str | None] = "every rank"
     loads_with_collectives: ClassVar[bool] = False
     why_one_copy: ClassVar[str | None] = "this back end knows no replicas"
+    why_not_offloaded: ClassVar[str | None] = "this back end keeps weights on the device"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model
@@ -247,6 +250,17 @@ class Sharding(ABC):
             shard = self._shards[info] = Shard(*place, info.name, info.decayed, info.group)
         return shard
 
+    def _at_device(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return shards where they are gathered: offloaded ones travel, on the current stream.
+
+        The host waits for none that is pinned.
+        """
+        arrived = [shard.data.to(self.device, non_blocking=True) for shard in shards]
+        return [
+            shard if data is shard.data else replace(shard, data=data)
+            for shard, data in zip(shards, arrived, strict=True)
+        ]
+
     def _stored(self, info: ParameterInfo) -> Tensor:
         """Return the tensor that begins with this rank's part of a parameter."""
         return info.parameter
@@ -389,12 +403,16 @@ def describe_parameters(
     return infos
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
+def materialize(
+    model: nn.Module, device: torch.device, home: torch.device | str | None = None
+) -> None:
     """Give memory to the parameters of a model, or to their shards, that are on the meta device.
 
-    Values of parameters are undefined afterwards. Buffers keep theirs and move to the device.
+    Values of parameters are undefined afterwards. Buffers keep theirs and move to the device, as
+    parameters do if they have no other ``home``.
     """
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    home = home or device
+    model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
 
 
 def padded(data: Tensor, numel: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -113,6 +113,7 @@ class Fsdp2(Sharding):
     name = "fsdp2"
     launch_command = "`torchrun --nproc_per_node N -m addax_ds.cli.train --sharding fsdp2 ...`"
     why_one_copy = None
+    why_not_offloaded = None
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         if not isinstance(model, FSDPModule):
@@ -147,15 +148,17 @@ class Fsdp2(Sharding):
         return any(isinstance(module, FSDPModule) for module in model.modules())
 
     @classmethod
-    def lay_out(cls, model: Any, device: torch.device, *, replicas: int = 1) -> None:  # noqa: D102
-        shard_model(model, **options_for(device, replicas))
-        materialize(model, device)
+    def lay_out(  # noqa: D102
+        cls, model: Any, device: torch.device, *, replicas: int = 1, cpu_offload: bool = False
+    ) -> None:
+        shard_model(model, **options_for(device, replicas, cpu_offload))
+        materialize(model, device, "cpu" if cpu_offload else None)
 
     @classmethod
     def shard_loaded(  # noqa: D102
-        cls, model: nn.Module, device: torch.device, *, replicas: int = 1
+        cls, model: nn.Module, device: torch.device, *, replicas: int = 1, cpu_offload: bool = False
     ) -> None:
-        shard_model(model, **options_for(device, replicas))
+        shard_model(model, **options_for(device, replicas, cpu_offload))
 
     @staticmethod
     def local_slice(parameter: Tensor) -> tuple[int, Tensor]:  # noqa: D102
@@ -260,7 +263,7 @@ class Fsdp2(Sharding):
         self._reshard()  # what is still gathered would be seen unperturbed
 
         def copies(unit: _Unit) -> dict[FSDPParam, Tensor]:
-            shards = [self._shard(info) for info in unit.infos]
+            shards = self._at_device([self._shard(info) for info in unit.infos])
             found = zip(unit.infos, perturb(shards), strict=True)
             states = [(self._fsdp_params[info.parameter], copy) for info, copy in found]
             return {state: padded(copy, state.stored.numel()) for state, copy in states}
@@ -305,12 +308,18 @@ class Fsdp2(Sharding):
         return next(iter(self._fsdp_params.values())).device
 
 
-def options_for(device: torch.device, replicas: int) -> dict[str, DeviceMesh]:
-    """Return the options of `shard_model` for so many copies of the weights."""
-    if replicas == 1:
-        return {}
-    shape = (replicas, dist.get_world_size() // replicas)
-    return {"mesh": init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))}
+def options_for(
+    device: torch.device, replicas: int, cpu_offload: bool = False
+) -> dict[str, DeviceMesh | CPUOffloadPolicy]:
+    """Return the options of `shard_model` for so many copies of the weights, on host or device."""
+    options: dict[str, DeviceMesh | CPUOffloadPolicy] = {}
+    if cpu_offload:  # nothing is pinned without a device that reads it, nor where `_check` refuses
+        pinned = device.type != "cpu" and not BEFORE_2_13
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
+    if replicas > 1:
+        shape, names = (replicas, dist.get_world_size() // replicas), ("replicate", "shard")
+        options["mesh"] = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return options
 
 
 def _param_groups(model: nn.Module) -> Iterator[Any]:

@@ -71,6 +71,7 @@ class Zero3Sharding(Sharding):
         "zero_hpz_partition_size gathers from copies of the shards, which neither perturbation nor "
         "update reaches, and DeepSpeed 0.19 has no mics_shard_size any more; use --sharding fsdp2"
     )
+    why_not_offloaded = "its JSON says so, with offload_param, as --deepspeed zero3_offload does"
     engine: DeepSpeedEngine
 
     def __init__(self, zero: Any) -> None:
@@ -276,7 +277,8 @@ class Zero3Sharding(Sharding):
         """Return the trainable ones of parameters with perturbed copies of their partitions."""
         assert self._perturb is not None
         trained = [p for p in parameters if p in self._infos_by_parameter]
-        copies = self._perturb([self._shard(self._infos_by_parameter[p]) for p in trained])
+        shards = self._at_device([self._shard(self._infos_by_parameter[p]) for p in trained])
+        copies = self._perturb(shards)
         found = []
         for parameter, copy in zip(trained, copies, strict=True):
             stored = parameter.ds_tensor

@@ -56,6 +56,7 @@ def plan_threshold(
     settings: AddaxSettings,
     fixed: int | None = None,
     replicas: int = 1,
+    cpu_offload: bool = False,
 ) -> AutoThreshold:
     """Find the largest L_T whose step should fit on every rank; all ranks have to call it.
 
@@ -71,6 +72,7 @@ def plan_threshold(
         settings: how it trains.
         fixed: L_T of the checkpoint that the run goes on from: rows alone are to be found.
         replicas: copies of the weights.
+        cpu_offload: whether they are in host memory, of a back end without a JSON that says so.
 
     Returns:
         The same on all ranks.
@@ -94,7 +96,8 @@ def plan_threshold(
             # Rows of either stream may be the longest ones, which L_T decides.
             both = examples, examples
             try:
-                inputs = run_inputs(config, attention, sharding, both, args, settings, replicas)
+                layout = replicas, cpu_offload
+                inputs = run_inputs(config, attention, sharding, both, args, settings, *layout)
             except UserError as error:
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
             search = _Search(inputs, examples, args, (budget, host), fixed)
@@ -176,8 +179,9 @@ class _Search:
         if needed.host > self._free_host:
             raise UserError(
                 f"{FLAG}: the offloaded weights take {gigabytes(needed.host)} of host memory a "
-                f"rank, and {gigabytes(self._free_host)} are free: use more nodes, or "
-                '"pin_memory": false, without which torch rounds each weight up to a power of two'
+                f"rank, and {gigabytes(self._free_host)} are free: use more nodes, or ZeRO-3's "
+                'offload_param with "pin_memory": false, without which torch rounds each weight up '
+                "to a power of two"
             )
         return self._free
 

@@ -32,6 +32,7 @@ def run_inputs(
     args: TrainingArguments,
     settings: AddaxSettings,
     replicas: int = 1,
+    cpu_offload: bool = False,
 ) -> Inputs:
     """Return what the memory of a run's steps depends on.
 
@@ -44,6 +45,7 @@ def run_inputs(
         args: of the run.
         settings: how it trains.
         replicas: copies of the weights.
+        cpu_offload: whether they are in host memory, of a back end without a JSON that says so.
 
     Raises:
         UserError: the planner cannot follow the model.
@@ -67,6 +69,7 @@ def run_inputs(
         sharding=sharding,
         ranks=args.world_size,
         replicas=replicas,
+        cpu_offload=cpu_offload,
         zeroth_order=zeroth,
         first_order=first,
         checkpointing=bool(args.activation_checkpointing),

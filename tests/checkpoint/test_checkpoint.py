@@ -251,6 +251,7 @@ def test_every_field_is_refused_warned_of_or_free():
         "sharding",
         "ranks",
         "replicas",
+        "cpu_offload",
         "template_time",  # a resumed run takes that of its checkpoint
     }
 

@@ -245,6 +245,7 @@ def test_weights_are_of_the_type_that_the_json_trains(folder, tmp_path, dtype, b
         (["--gpu_memory", "nan"], "--gpu_memory nan: it must be a number of GB"),
         (["--host_memory", "0"], "--host_memory 0: it must be a number of GB"),
         (["--host_memory", "160"], "--host_memory has no effect without"),
+        (["--cpu_offload"], "--cpu_offload has no effect with --sharding zero3: use fsdp2"),
         (["--methods", "mezo", "--activation_checkpointing"], "_checkpointing has no effect"),
         (
             ["--methods", "mezo", "adamw", "--gradient_accumulation_steps", "2"],

@@ -1,10 +1,17 @@
-"""Two nodes: two launchers on this machine, each with one rank, against one node of two ranks."""
+"""Two nodes: two launchers on this machine, each with one rank, against one node of two ranks.
+
+Each has a network namespace of its own, with an address, where the machine allows it.
+"""
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +33,59 @@ BACK_ENDS = {
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("program_alone")]
+
+
+@dataclass(frozen=True)
+class Host:
+    """How a program is started on a node, and its address."""
+
+    prefix: tuple[str, ...] = ()
+    address: str = "127.0.0.1"
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def separate_hosts(stack: ExitStack) -> list[Host]:
+    """Two network namespaces with a cable between them; `stack` removes them."""
+    names = [f"addax-{os.getpid()}-{number}" for number in range(2)]
+    for name in names:
+        ip("netns", "add", name)
+        stack.callback(ip, "netns", "delete", name)
+    first, second = names
+    ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "eth0", "netns", second)
+    hosts = []
+    for number, name in enumerate(names, 1):
+        address = f"10.99.0.{number}"
+        ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            ip("-n", name, "link", "set", device, "up")
+        prefix = ("ip", "netns", "exec", name)
+        hosts.append(Host(prefix, address, {"GLOO_SOCKET_IFNAME": "eth0"}))
+    return hosts
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    """Two nodes; on one address, where namespaces are not allowed."""
+    with ExitStack() as stack:
+        try:
+            found = separate_hosts(stack)
+        except (OSError, subprocess.CalledProcessError):
+            found = [Host(), Host()]
+        yield found
+
+
+def test_nodes_have_a_network_of_their_own(hosts):
+    if not hosts[0].prefix:
+        pytest.skip("`ip` is not installed, or may make no network namespaces")
+    networks = {
+        subprocess.check_output([*host.prefix, "readlink", "/proc/self/ns/net"]) for host in hosts
+    }
+    assert len(networks) == 2
+    assert os.readlink("/proc/self/ns/net").encode() not in {name.strip() for name in networks}
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +119,26 @@ def flags(folder: Path, output: Path, **more: Any) -> list[str]:
 
 
 def nodes(
-    back_end: str, folder: Path, output: Path, own: dict[int, list[str]] | None = None, **more: Any
+    hosts: list[Host],
+    back_end: str,
+    folder: Path,
+    output: Path,
+    own: dict[int, list[str]] | None = None,
+    **more: Any,
 ) -> list[Started]:
     """Start one launcher for each of two nodes, with flags that one of them alone may have."""
     launcher, of_back_end = BACK_ENDS[back_end]
     port, started = free_port(), []
-    for node in range(2):
-        options = [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    for node, host in enumerate(hosts):
+        meets = [f"--master_addr={hosts[0].address}", f"--master_port={port}"]
+        options = [f"--node_rank={node}", *meets]
         if launcher == "deepspeed":
             options += [f"--hostfile={folder / 'hostfile'}", "--no_ssh"]
         else:
             options += ["--nnodes=2", "--nproc_per_node=1"]
         given = [*of_back_end, *flags(folder, output, **more), *(own or {}).get(node, [])]
-        started.append(start([launcher, *options, TRAIN, *given], port))
+        command = [*host.prefix, launcher, *options, TRAIN, *given]
+        started.append(start(command, port, host.variables))
     return started
 
 
@@ -91,8 +158,11 @@ def assert_same_bits(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=BACK_ENDS)
-def trained(request, folder) -> dict[str, Any]:
-    """One node of two ranks; two nodes; two nodes that go on from what the one node saved."""
+def trained(request, folder, hosts) -> dict[str, Any]:
+    """One node of two ranks; two nodes; two nodes that go on from what the one node saved.
+
+    FSDP2 goes on with the weights in host memory.
+    """
     back_end = request.param
     _, of_back_end = BACK_ENDS[back_end]
     outputs = {name: folder / back_end / name for name in ("one", "two", "resumed")}
@@ -100,8 +170,10 @@ def trained(request, folder) -> dict[str, Any]:
     assert whole.status == 0, whole.output
     checkpoint = outputs["one"] / f"checkpoint-{SAVED_AT}"
     resumes = flags(folder, outputs["resumed"], resume_from_checkpoint=checkpoint)
+    if back_end == "fsdp2":
+        resumes.append("--cpu_offload")
     found = {
-        "two": ended(nodes(back_end, folder, outputs["two"])),
+        "two": ended(nodes(hosts, back_end, folder, outputs["two"])),
         "resumed": [launch(TRAIN, *of_back_end, *resumes, launcher="fork", nodes=2)],
     }
     for outcome in (*found["two"], *found["resumed"]):
@@ -138,10 +210,10 @@ def test_the_first_node_alone_speaks_and_writes(trained):
 
 
 @pytest.mark.parametrize(("back_end", "node"), [("zero3", 0), ("fsdp2", 1)])
-def test_a_mistake_on_one_node_ends_both(back_end, node, folder, tmp_path):
+def test_a_mistake_on_one_node_ends_both(back_end, node, folder, tmp_path, hosts):
     """Found before the ranks have a process group, in which they could tell each other."""
     own = {node: [f"--test_file={tmp_path}/nowhere.jsonl"]}
-    outcomes = ended(nodes(back_end, folder, tmp_path / "output", own))
+    outcomes = ended(nodes(hosts, back_end, folder, tmp_path / "output", own))
     sentence = f"--test_file {tmp_path}/nowhere.jsonl: there is no such file"
     for index, outcome in enumerate(outcomes):
         assert outcome.status not in (0, None), outcome.output
@@ -160,9 +232,10 @@ def wait_for(path: Path, started: list[Started], seconds: float = 100.0) -> None
         time.sleep(0.05)
 
 
-def test_a_node_that_dies_ends_the_other(folder, tmp_path):
+def test_a_node_that_dies_ends_the_other(folder, tmp_path, hosts):
     output = tmp_path / "output"
-    started = nodes("zero3", folder, output, max_steps=100_000, logging_steps=1000, ddp_timeout=20)
+    endless = {"max_steps": 100_000, "logging_steps": 1000, "ddp_timeout": 20}
+    started = nodes(hosts, "zero3", folder, output, **endless)
     wait_for(output / f"checkpoint-{SAVED_AT}", started)
     for process in started[1].running():
         process.kill()

@@ -111,12 +111,15 @@ def test_of_the_zeroth_order_part_all_ranks_exchange_scalars(counted):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """One group of four ranks, two nodes with a copy each, and each going on from the other."""
+    """One group of four ranks, two nodes with a copy each, and each going on from the other.
+
+    The two nodes have their copies in host memory.
+    """
     folder = tmp_path_factory.mktemp("replicas")
     write_model(folder / "model")
     write_rows(folder / "train.jsonl", rows(9, 10))
 
-    def train(name: str, replicas: str, source: str | None = None) -> None:
+    def train(name: str, replicas: str, source: str | None = None, offload: bool = False) -> None:
         values = {
             "model_name_or_path": folder / "model",
             "train_file": folder / "train.jsonl",
@@ -124,6 +127,7 @@ def trained(tmp_path_factory) -> Path:
             "sharding": "fsdp2",
             "use_cpu": True,
             "replicas": replicas,
+            "cpu_offload": offload,
             "alpha": 0.01,
             "learning_rate": 0.05,
             "length_threshold": 12,
@@ -139,7 +143,7 @@ def trained(tmp_path_factory) -> Path:
         assert outcome.status == 0, outcome.output
 
     train("one", "1")
-    train("two", "node")
+    train("two", "node", offload=True)
     train("one-from-two", "1", "two")
     train("two-from-one", "2", "one")
     return folder

@@ -32,7 +32,8 @@ def test_totals_are_within_ten_percent(results, place):
 def test_shards_lie_in_host_memory_if_they_are_offloaded(results):
     """Where they are, "weights" would be zero on both sides, and "host" elsewhere."""
     for result in results:
-        offloaded = "offload_param" in result["case"]["zero_optimization"]
+        case = result["case"]
+        offloaded = case["cpu_offload"] or "offload_param" in case["zero_optimization"]
         assert (result["host"]["measured"] > 0) == offloaded
         assert ("weights" in result["categories"]) != offloaded
     assert any(result["host"]["measured"] for result in results)

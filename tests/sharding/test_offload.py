@@ -2,16 +2,22 @@
 
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from addax_ds import kernels
+from addax_ds.cli import train
+from addax_ds.config.arguments import ModelArguments, parse_arguments
+from addax_ds.distributed import nodes
+from addax_ds.optim import update
 from addax_ds.optim.gradients import GradientSums
 from addax_ds.optim.update import Step
-from addax_ds.sharding.base import Shard
+from addax_ds.sharding.base import Shard, Sharding
+from addax_ds.utils.errors import UserError
 from tests.support.launcher import launch
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.slices import apply_update, perturb
@@ -75,6 +81,23 @@ def test_a_shard_is_perturbed_and_updated_where_it_lives(devices, home, calls):
     assert devices == [(calls,), (calls,) * 2, (calls,), (calls,) * 2]
 
 
+def test_an_offloaded_shard_travels_before_it_is_perturbed(devices):
+    """The copy that has arrived is perturbed; one that lives there is taken as it is."""
+    step = Step(seed=1, index=2, lr=0.1, alpha=0.5, zo_eps=1e-3)
+    with FakeTensorMode():
+        back_end = SimpleNamespace(device=torch.device("cuda", 0))
+        shards = [
+            Shard(torch.empty(64, dtype=torch.bfloat16, device=home), parameter_id=3, start=5)
+            for home in ("cpu", "cuda:0")
+        ]
+        arrived = Sharding._at_device(cast(Any, back_end), shards)
+        assert [shard.data.device.type for shard in arrived] == ["cuda"] * 2
+        assert arrived[1] is shards[1]
+        assert (arrived[0].parameter_id, arrived[0].start) == (3, 5)
+        update.perturb(arrived, step, 1)
+    assert devices == [("cuda",), ("cuda",) * 3]
+
+
 def test_accumulated_gradients_lie_beside_their_shard():
     """In host memory: for a model that a GPU does not hold, their sum is twice as large."""
     with FakeTensorMode():
@@ -87,6 +110,64 @@ def test_accumulated_gradients_lie_beside_their_shard():
         total = sums.take(shard, gradient)
     assert total.device.type == "cpu"
     assert total.dtype == torch.float32
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "--cpu_offload cannot be used with --sharding none: each rank holds the whole model"),
+        (
+            ["--deepspeed", "zero3"],
+            "--cpu_offload cannot be used with --sharding zero3: its JSON says so, with "
+            "offload_param, as --deepspeed zero3_offload does",
+        ),
+    ],
+)
+def test_the_flag_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, flags, says):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=says):
+        parse_arguments(["--cpu_offload", *flags, f"--output_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("own", "of_node", "share"),
+    [
+        (range(16), [range(16)], 16),
+        (range(16), [range(16)] * 8, 2),
+        (range(16), [range(16)] * 3, 5),  # 16 thirds of a core
+        (range(2), [range(2)] * 8, 1),
+        (range(4, 8), [range(4 * rank, 4 * rank + 4) for rank in range(4)], 4),
+        (range(4), [range(4), range(2)], 3),
+    ],
+)
+def test_ranks_of_a_node_share_its_cores(own, of_node, share):
+    assert nodes.share_of_cores(own, of_node) == share
+
+
+@pytest.mark.parametrize(
+    ("device", "home", "asked", "expected"),
+    [
+        ("cuda", "cpu", None, 4),
+        ("cuda", "cpu", 3, 3),
+        ("cuda", "cuda", None, 1),
+        ("cpu", "cpu", None, 1),
+    ],
+)
+def test_threads_are_for_weights_that_lie_beside_a_gpu(monkeypatch, device, home, asked, expected):
+    """Two nodes of two ranks, and eight cores for those of this node."""
+    cores = [range(8), range(8), range(2), range(2)]
+    gathered = iter([cores, [0, 1, 0, 1]])
+    monkeypatch.setattr(nodes, "all_gather_object", lambda own: next(gathered))
+    found = [1]
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    args: Any = SimpleNamespace(device=torch.device(device), process_index=1, local_process_index=1)
+    with FakeTensorMode():
+        model = nn.ParameterList([torch.empty(4, device=home)])
+        train._thread_the_host(model, ModelArguments(cpu_threads=asked), args)
+    assert found[-1] == expected
 
 
 REFUSED = {

@@ -4,6 +4,9 @@ Each stream has a vector clock. What is launched on it happens after all that th
 host have waited for. Kernels and collectives tell `Order` what they read and write; two accesses of
 one tensor, one of them a write, that no wait connects are a race, which a GPU would run in any
 order. The host's own waits are counted.
+
+Offloaded tensors lie with the host, which writes them itself, in the order of its program and its
+waits; a copy of one to the device is launched on the current stream, and reads it.
 """
 
 import contextlib
@@ -39,12 +42,17 @@ class Order:
         races: pairs of accesses that nothing orders.
         accesses: by what they are, and the stream.
         host_waits: by the function of this project that waited; "engine" for those of others.
+        offloaded: whether the watched tensors lie with the host.
+        brings_gradients: whether the update itself brings gradients to them, and waits.
     """
 
     def __init__(self) -> None:
         self.host = Clock()
         self.streams: list[Stream] = []
         self.main, self.nccl = Stream(self, "main"), Stream(self, "nccl")
+        self.processor = Stream(self, "host")
+        self.processor.clock = self.host
+        self.offloaded = self.brings_gradients = False
         self.current = [self.main]
         self.watched: dict[int, str] = {}
         self.races: Counter[str] = Counter()
@@ -116,10 +124,14 @@ class Order:
             gradients: Sequence[Tensor] | None = None,
             kept: Tensor | None = None,
         ) -> None:
-            self.launch()
             what = "update" if out is None else "perturbation"
-            for each in slices:
-                self.access(each.data, what, write=out is None)
+            by_host = self.offloaded and out is None
+            if by_host and gradients is not None and self.brings_gradients:
+                self.wait(self.current[-1].clock)
+            with self.on(self.processor if by_host else None):
+                self.launch()
+                for each in slices:
+                    self.access(each.data, what, write=out is None)
             fused(slices, operation, out, gradients, kept)
 
         patch.setattr(kernels, "fused", noted)
@@ -127,12 +139,30 @@ class Order:
         for name in ("tolist", "item"):
             read = getattr(Tensor, name)
 
-            # What is launched after such a wait may not count on it: it is no one's order.
+            # What is launched after such a wait may not count on it: it is no one's order. What
+            # the host itself does comes after it all the same.
             def waiting(tensor: Tensor, read: Callable[[Tensor], Any] = read) -> Any:
-                self.wait(Clock())
+                self.wait(self.current[-1].clock if self.offloaded else Clock())
                 return read(tensor)
 
             patch.setattr(Tensor, name, waiting)
+
+    def offload(self, patch: pytest.MonkeyPatch) -> None:
+        """Let the watched tensors lie with the host, and ``to(..., non_blocking=...)`` be a copy.
+
+        One that blocks makes the host wait, as for a gradient that comes to its shard.
+        """
+        self.offloaded, move = True, Tensor.to
+
+        def moved(tensor: Tensor, *args: Any, **more: Any) -> Tensor:
+            if "non_blocking" in more:
+                self.launch()
+                self.access(tensor, "copy")
+                if not more["non_blocking"]:
+                    self.wait(self.current[-1].clock)
+            return move(tensor, *args, **more)
+
+        patch.setattr(Tensor, "to", moved)
 
 
 class Stream:

@@ -151,32 +151,41 @@ OFFLOAD = {
 }
 
 
-def planned_with_offload(device: str, device_memory: float) -> AutoThreshold:
+def planned_with_offload(sharding: str, device: str, device_memory: float) -> AutoThreshold:
     args = training_args(
         device=torch.device(device),
         device_memory=device_memory,
         hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": OFFLOAD}),
     )
-    return plan_threshold(tiny_model("opt").config, None, "zero3", DATA, args, SETTINGS)
+    config, of_flag = tiny_model("opt").config, sharding == "fsdp2"
+    return plan_threshold(config, None, sharding, DATA, args, SETTINGS, cpu_offload=of_flag)
 
 
-def test_on_a_cpu_offloaded_shards_are_in_the_memory_that_is_divided():
-    free = planned_with_offload("cpu", 1.0)
+BOTH = pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
+
+
+@BOTH
+def test_on_a_cpu_offloaded_shards_are_in_the_memory_that_is_divided(sharding):
+    free = planned_with_offload(sharding, "cpu", 1.0)
     weights = 4 * sum(p.numel() for p in tiny_model("opt").parameters())
     least = (free.predicted + weights) / 1e9
-    assert planned_with_offload("cpu", least + weights / 1e9).length == free.length
-    assert planned_with_offload("cpu", least * (1 - 1e-9)).length < free.length
+    assert planned_with_offload(sharding, "cpu", least + weights / 1e9).length == free.length
+    assert planned_with_offload(sharding, "cpu", least * (1 - 1e-9)).length < free.length
 
 
-def test_beside_a_gpu_offloaded_shards_have_to_fit_into_host_memory(monkeypatch, tmp_path):
+@BOTH
+def test_beside_a_gpu_offloaded_shards_have_to_fit_into_host_memory(
+    monkeypatch, tmp_path, sharding
+):
     meminfo = tmp_path / "meminfo"
     monkeypatch.setattr(memory, "_MEMINFO", meminfo)
     weights = 4 * sum(p.numel() for p in tiny_model("opt").parameters())
     meminfo.write_text(f"MemAvailable: {2 * weights // 1024} kB\n")
-    assert planned_with_offload("cuda", 1.0).length == planned_with_offload("cpu", 1.0).length
+    lengths = [planned_with_offload(sharding, on, 1.0).length for on in ("cuda", "cpu")]
+    assert lengths[0] == lengths[1]
     meminfo.write_text(f"MemAvailable: {weights // 1024} kB\n")
     with pytest.raises(UserError, match=r"offloaded weights take .* of host memory a rank, and"):
-        planned_with_offload("cuda", 1.0)
+        planned_with_offload(sharding, "cuda", 1.0)
 
 
 def test_too_little_memory_says_how_much_is_missing():

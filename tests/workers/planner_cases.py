@@ -21,7 +21,10 @@ from tests.workers.teardown import shut_down
 LAYERS = {"model": "tiny", "zeroth": (8, 60, 59), "first": (8, 60, 20)}
 MODELS["wide"] = opt_shape(96, 2, 2, vocab_size=8000)
 VOCABULARY = {"model": "wide", "zeroth": (2, 64, 63), "first": (2, 32, 8)}
-ON_ONE_RANK = [{**LAYERS, "sharding": "zero3", "method": "addax"}]
+ON_ONE_RANK = [
+    {**LAYERS, "sharding": "zero3", "method": "addax"},
+    {**VOCABULARY, "sharding": "fsdp2", "method": "mezo", "cpu_offload": True},
+]
 ON_TWO_RANKS = [
     *({**LAYERS, "sharding": "zero3", "method": m} for m in ("addax", "sgd", "adamw")),
     *(
@@ -49,6 +52,7 @@ ON_TWO_RANKS = [
         "zero_optimization": offloaded("wide"),
         "accumulation": 2,
     },
+    {**VOCABULARY, "sharding": "fsdp2", "method": "addax", "cpu_offload": True},
 ]
 ON_FOUR_RANKS = [
     {**LAYERS, "first": (1, 16, 4), "sharding": "fsdp2", "method": "ip-sgd", "replicas": 2}

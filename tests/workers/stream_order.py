@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import cpu_accelerator
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard import (
     _fsdp_collectives,
     _fsdp_param,
@@ -39,6 +40,7 @@ class Case:
     alpha: float = 1e-3
     micro_batches: int = 1
     max_grad_norm: float = 0.0
+    offloaded: bool = False
     drop: Callable[[pytest.MonkeyPatch, Run], None] | None = None  # takes a wait away
 
 
@@ -54,6 +56,18 @@ def no_wait_before_copies(patch: pytest.MonkeyPatch, run: Run) -> None:
         patch.setattr(getattr(context, name), "wait_stream", lambda other: None)
 
 
+def no_wait_for_gradients(patch: pytest.MonkeyPatch, run: Run) -> None:
+    copied = Tensor.to
+
+    def without(tensor: Tensor, *args: Any, **more: Any) -> Tensor:
+        if "non_blocking" in more:
+            more["non_blocking"] = True
+        return copied(tensor, *args, **more)
+
+    patch.setattr(Tensor, "to", without)
+
+
+OFFLOAD = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
 CASES = {
     "ZeRO-3": Case(Zero3),
     "ZeRO-3, MeZO, nothing persistent": Case(Zero3, {"zero": NONE_KEPT}, alpha=1.0),
@@ -66,6 +80,14 @@ CASES = {
     "FSDP2, MeZO": Case(fsdp2, alpha=1.0),
     "FSDP2, two micro-batches, clipped": Case(fsdp2, micro_batches=2, max_grad_norm=0.1),
     "HSDP": Case(fsdp2, {"mesh": hybrid_mesh}),
+    "ZeRO-3, offload": Case(
+        Zero3, {"zero": {**SMALL, "offload_param": {"device": "cpu"}}}, offloaded=True
+    ),
+    "FSDP2, offload": Case(fsdp2, OFFLOAD, offloaded=True),
+    "FSDP2, offload, MeZO": Case(fsdp2, OFFLOAD, alpha=1.0, offloaded=True),
+    "FSDP2, offload, without a wait": Case(
+        fsdp2, OFFLOAD, offloaded=True, drop=no_wait_for_gradients
+    ),
     "FSDP2 without a wait": Case(fsdp2, drop=no_wait_before_copies),
 }
 
@@ -170,6 +192,9 @@ def run_case(name: str) -> dict[str, Any]:
         options = {"mesh": flat_mesh, **case.options} if case.start is fsdp2 else case.options
         model = tiny_opt(dtype=torch.bfloat16, unused=True).train()
         run = case.start(model, hyperparameters, **options)
+        if case.offloaded:
+            order.offload(patch)
+            order.brings_gradients = case.start is Zero3  # FSDP2 has brought them by then
         if case.drop:
             case.drop(patch, run)
         sharding = run.optimizer.sharding
