@@ -8,8 +8,9 @@ import pytest
 from transformers import OPTConfig
 
 from addax_ds.cli.plan import plan
+from addax_ds.config.deepspeed import automatic_sizes
 from addax_ds.planner.memory import Inputs, step_memory
-from addax_ds.planner.shapes import ModelShape, shape_of
+from addax_ds.planner.shapes import ModelShape, find_shape
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.utils.errors import UserError
@@ -17,12 +18,8 @@ from tests.planner.test_memory import SMALL
 
 # Wide enough that weights are not everything beside the activations of 256 tokens.
 WIDE = {**SMALL, "hidden_size": 128, "ffn_dim": 512, "word_embed_proj_dim": 128}
-LENGTH, L_T = 256, 64
-
-
-@pytest.fixture(scope="module")
-def shape() -> ModelShape:
-    return shape_of(OPTConfig(**WIDE), "wide")
+LENGTH, L_T = 256, 240
+ALONE = ["--gpus", "1", "--sharding", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +29,24 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
-def needed(shape: ModelShape, method: str, gpus: int = 1, **more: Any) -> int:
-    """Bytes of a step of one row, as the plan without a recommendation has them."""
+@pytest.fixture(scope="module")
+def shape(folder) -> ModelShape:
+    return find_shape(folder)
+
+
+def needed(
+    shape: ModelShape, method: str, *, gpus: int = 1, rows: int = 1, threshold: int = L_T, **more
+) -> int:
+    """Bytes of a step, as the plan without a recommendation has them."""
     zeroth = Batch(1, LENGTH, LENGTH - 1) if method in ("addax", "mezo") else None
-    of_first = {"addax": L_T, "mezo": None}.get(method, LENGTH)
-    first = None if of_first is None else Batch(more.pop("rows", 1), of_first, of_first - 1)
-    offload = Zero3Settings.from_json({"offload_param": {"device": "cpu"}}, shape.hidden)
-    zero3 = replace(offload, offload=more.pop("offload", False))
-    sharding = more.pop("sharding", "none" if gpus == 1 else "zero3")
-    inputs = Inputs(shape, method, sharding, gpus, zeroth, first, zero3=zero3, **more)
-    return step_memory(inputs).total
+    length = {"addax": threshold, "mezo": None}.get(method, LENGTH)
+    first = None if length is None else Batch(rows, length, length - 1)
+    sizes = Zero3Settings.from_json(automatic_sizes(shape.hidden), shape.hidden)
+    zero3 = replace(sizes, offload=more.pop("offload", False))
+    sharding = "none" if gpus == 1 else "zero3"
+    return step_memory(
+        Inputs(shape, method, sharding, gpus, zeroth, first, zero3=zero3, **more)
+    ).total
 
 
 def recommendation(folder: str, budget: int | None = None, *more: str) -> dict[str, Any]:
@@ -56,49 +61,65 @@ def test_the_plainest_way_that_fits_is_recommended(shape, folder):
     """On one GPU without DeepSpeed, from plenty of memory down to too little."""
     plain = needed(shape, "ip-sgd")
     recomputed = needed(shape, "ip-sgd", checkpointing=True)
-    addax, mezo = needed(shape, "addax"), needed(shape, "mezo")
+    addax = needed(shape, "addax", checkpointing=True)
+    mezo = needed(shape, "mezo")
     assert plain > recomputed > addax > mezo
     for budget, expected in (
         (80 * 10**9, "ip-sgd"),
         (plain, "ip-sgd"),
         (plain - 1, "ip-sgd, checkpointing"),
         (recomputed, "ip-sgd, checkpointing"),
-        (recomputed - 1, f"addax, L_T {L_T}"),
+        (recomputed - 1, f"addax, L_T {L_T}, checkpointing"),
+        (addax, f"addax, L_T {L_T}, checkpointing"),
+        (addax - 1, "mezo"),
         (mezo, "mezo"),
         (mezo - 1, None),
     ):
-        found = recommendation(folder, budget, "--gpus", "1", "--sharding", "none")
+        found = recommendation(folder, budget, *ALONE)
         assert found["recommended"] == expected
         for option in found["options"]:
             assert option["fits"] == (option["total"] <= budget)
     totals = {option["name"]: option["total"] for option in found["options"]}
     assert totals["ip-sgd"] == plain
     assert totals["ip-sgd, checkpointing"] == recomputed
-    assert totals[f"addax, L_T {L_T}"] == addax
+    assert totals[f"addax, L_T {L_T}"] == needed(shape, "addax")
+    assert totals[f"addax, L_T {L_T}, checkpointing"] == addax
     assert totals["mezo"] == mezo
 
 
+def test_addax_recomputes_where_that_makes_l_t_larger(shape, folder):
+    """A given L_T takes the cheaper way; one that is looked for is the largest that fits."""
+    budget = needed(shape, "ip-sgd", checkpointing=True) - 1
+    found = recommendation(folder, budget, *ALONE, "--length_threshold", "64")
+    assert found["recommended"] == "addax, L_T 64"
+    budget = needed(shape, "addax", checkpointing=True, threshold=224)
+    assert budget < needed(shape, "addax", checkpointing=True, threshold=240)
+    words = ["--model", folder, "--length", str(LENGTH), "--per_device_train_batch_size", "1"]
+    words += ["--gpu_memory", repr((budget + 0.5) / 1e9), "--reserve", "0", "--recommend"]
+    text = plan([*words, *ALONE])
+    assert "Recommended: addax, L_T 224, checkpointing (--method addax --length_threshold" in text
+    assert "Rows of more than 224 tokens are zeroth-order" in text
+
+
 def test_fewer_rows_first_order_come_before_a_zeroth_order_part(shape, folder):
-    three = needed(shape, "ip-sgd", checkpointing=True, rows=3)
-    words = ["--gpus", "1", "--sharding", "none", "--per_device_train_batch_size", "5"]
-    found = recommendation(folder, three, *words)
-    assert found["recommended"] == "ip-sgd, checkpointing, 3 row(s)"
+    two = needed(shape, "ip-sgd", checkpointing=True, rows=2)
+    words = [*ALONE, "--per_device_train_batch_size", "3", "--per_device_zo_batch_size", "1"]
+    found = recommendation(folder, two, *words)
+    assert found["recommended"] == "ip-sgd, checkpointing, 2 row(s)"
     (way,) = (o for o in found["options"] if o["name"] == found["recommended"])
-    assert "--per_device_train_batch_size 3" in way["flags"]
+    assert "--per_device_train_batch_size 2" in way["flags"]
 
 
-@pytest.mark.parametrize(("sharding", "expected"), [("zero3", "adamw"), ("fsdp2", "ip-sgd")])
-def test_a_small_model_on_a_large_gpu_needs_nothing_but_the_plain_method(sharding, expected):
-    words = ["--gpus", "1", "--sharding", sharding]
-    assert recommendation("facebook/opt-125m", None, *words)["recommended"] == expected
+@pytest.mark.slow
+def test_a_small_model_on_a_large_gpu_needs_nothing_but_the_plain_method():
+    assert recommendation("facebook/opt-125m", None, "--gpus", "1")["recommended"] == "adamw"
 
 
 def test_weights_in_host_memory_are_recommended_where_it_is_known_to_suffice(shape, folder):
     """They let every row be first-order; without the node's memory they are only named."""
-    offloaded = needed(shape, "ip-sgd", 2, checkpointing=True, offload=True)
-    assert offloaded < needed(shape, "ip-sgd", 2, checkpointing=True)
-    words = ["--gpus", "2", "--length_threshold", "16"]
-    name = "ip-sgd, checkpointing, offload"
+    offloaded = needed(shape, "ip-sgd", gpus=2, checkpointing=True, offload=True)
+    assert offloaded < needed(shape, "ip-sgd", gpus=2, checkpointing=True)
+    words, name = ["--gpus", "2"], "ip-sgd, checkpointing, offload"
     found = recommendation(folder, offloaded, *words, "--host_memory", "1")
     assert found["recommended"] == name
     (way,) = (o for o in found["options"] if o["name"] == name)
@@ -107,7 +128,7 @@ def test_weights_in_host_memory_are_recommended_where_it_is_known_to_suffice(sha
         assert recommendation(folder, offloaded, *words, *more)["recommended"] != name
     words += ["--model", folder, "--length", str(LENGTH), "--reserve", "0", "--recommend"]
     words += ["--gpu_memory", repr((offloaded + 0.5) / 1e9), "--per_device_train_batch_size", "1"]
-    text = plan(words)
+    text = plan([*words, "--length_threshold", str(L_T)])
     assert f"of host memory a node {name} fits, too" in text
 
 
@@ -130,8 +151,7 @@ def test_time_and_traffic_are_those_of_the_passes(shape, folder):
 
 
 def test_what_other_packages_need_is_their_states_beside_checkpointed_steps(shape, folder):
-    words = ["--gpus", "1", "--sharding", "none"]
-    options = {o["name"]: o for o in recommendation(folder, None, *words)["options"]}
+    options = {o["name"]: o for o in recommendation(folder, None, *ALONE)["options"]}
     base = options["ip-sgd, checkpointing"]["total"]
     # Four projections of 128 x 128 in each of three layers, and 128 x 512 twice.
     adapters = 3 * 8 * (4 * (128 + 128) + 2 * (128 + 512))
@@ -139,15 +159,6 @@ def test_what_other_packages_need_is_their_states_beside_checkpointed_steps(shap
         (way,) = (o for n, o in options.items() if n.startswith(name))
         assert way["total"] == base + more
         assert way["flags"] is None
-
-
-def test_the_largest_l_t_is_looked_for_with_checkpointing_first(shape, folder):
-    budget = needed(shape, "addax", checkpointing=True)
-    words = ["--model", folder, "--length", str(LENGTH), "--per_device_train_batch_size", "1"]
-    words += ["--gpu_memory", repr((budget + 0.5) / 1e9), "--reserve", "0", "--recommend"]
-    text = plan([*words, "--gpus", "1", "--sharding", "none"])
-    assert f"Recommended: addax, L_T {L_T}, checkpointing (--method addax" in text
-    assert f"Rows of more than {L_T} tokens are zeroth-order" in text
 
 
 @pytest.mark.parametrize(
