@@ -17,7 +17,7 @@ _INSTEAD = {
         "leaves the rows longer than L out. To learn more from them: a larger --alpha, or a larger "
         "L_T"
     ),
-    "first-order": "Try a smaller --alpha or a higher --learning_rate, or --method mezo",
+    "first-order": "Try a smaller --alpha, or --method mezo",
 }
 
 
