@@ -69,7 +69,9 @@ def _options(request: Request) -> Iterator[Option]:
     rules, inputs = rules_of(request.inputs.sharding), request.inputs
     offloads = rules.uses_deepspeed
     in_gpu = replace(inputs, zero3=replace(inputs.zero3, offload=False))
-    in_host = replace(inputs, zero3=replace(inputs.zero3, offload=True, pin_memory=False))
+    own = inputs.zero3
+    pins = own.pin_memory if own.offload else True  # as zero3_offload does
+    in_host = replace(inputs, zero3=replace(own, offload=True, pin_memory=pins))
     if rules.runs("adamw"):
         yield _first_order(request, in_gpu, "adamw", False)
         yield _first_order(request, in_gpu, "adamw", True)
@@ -161,7 +163,8 @@ def _option(request: Request, inputs: Inputs, why: str, threshold: int | None = 
         flags.append(f"--per_device_train_batch_size {first.rows}")
     if offloaded:
         words.append("offload")
-        flags.append("--deepspeed zero3_offload")
+        if not request.inputs.zero3.offload:  # else the JSON that was given
+            flags.append("--deepspeed zero3_offload")
         why += ", weights in host memory, which every pass reads over its link"
     return Option(
         name=", ".join(words),
