@@ -185,8 +185,9 @@ def _differences(written: Run, now: Run) -> Iterator[str]:
             "and --append_eos that it was written with"
         )
     if written.length_threshold != now.length_threshold:
+        length = written.length_threshold
+        threshold = f"with{'out' * (length is None)} --length_threshold {length or ''}".rstrip()
         yield (
             f"L_T was {written.length_threshold} tokens, and is {now.length_threshold} in this "
-            "run, which would divide the data otherwise: resume with --length_threshold "
-            f"{written.length_threshold}"
+            f"run, which would divide the data otherwise: resume {threshold}"
         )

@@ -11,6 +11,7 @@ from typing import Any
 from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
 from addax_ds.config.deepspeed_values import AUTO
 from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
+from addax_ds.planner import recommend
 from addax_ds.planner.memory import Inputs
 from addax_ds.planner.report import Request, as_json, as_table, make_plans
 from addax_ds.planner.rules import RULES, rules_of
@@ -63,6 +64,11 @@ def plan(argv: Sequence[str] | None = None) -> str:
     arguments = _parser().parse_args(argv)
     with redirect_stdout(sys.stderr):
         request = request_of(arguments)
+        if arguments.recommend:
+            ways = recommend.options(request)
+            if arguments.json:
+                return json.dumps(recommend.as_json(request, ways), indent=2)
+            return recommend.as_text(request, ways)
         plans = make_plans(request)
     if arguments.json:
         return json.dumps(as_json(request, plans), indent=2)
@@ -96,7 +102,9 @@ def request_of(arguments: argparse.Namespace) -> Request:
         accumulation=arguments.gradient_accumulation_steps or 1,
     )
     host_memory = arguments.host_memory
-    if host_memory is not None and not rules_of(inputs.sharding).is_offloaded(inputs):
+    rules = rules_of(inputs.sharding)
+    may_offload = arguments.recommend and rules.offload_flag is not None
+    if host_memory is not None and not (rules.is_offloaded(inputs) or may_offload):
         raise UserError(
             "--host_memory has no effect without weights in host memory, as with --deepspeed "
             "zero3_offload, or --sharding fsdp2 --cpu_offload; remove it."
@@ -176,6 +184,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="recompute blocks in backward",
     )
+    add(
+        "--recommend",
+        action="store_true",
+        help="say which method serves, of all that fit: the plain one where it does",
+    )
     add("--json", action="store_true", help="write JSON, in bytes, instead of a table")
     return parser
 
@@ -207,6 +220,14 @@ def _out_of_range(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
     given, sharding = dict.fromkeys(arguments.methods), arguments.sharding
+    if arguments.recommend:
+        if list(given) != list(METHODS):
+            yield "--methods has no effect with --recommend, which compares all; remove it."
+        if arguments.activation_checkpointing:
+            yield (
+                "--activation_checkpointing has no effect with --recommend, which plans with and "
+                "without it; remove it."
+            )
     rules = rules_of(sharding)
     methods = [method for method in given if rules.runs(method)]
     named = " ".join(methods)

@@ -25,6 +25,7 @@ from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.memory import describe, run_inputs
+from addax_ds.training.mixin import AddaxMixin
 from addax_ds.training.steps import StepMixin, total_steps
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.extras import MissingExtraError, naming_extras
@@ -204,6 +205,15 @@ def report(trainer: StepMixin, title: str, metric: str) -> dict[str, float]:
             (folder / "model").resolve(),
             curves,
         )
+        if (partition := trainer.partition) is not None and (left := len(partition.left_out)):
+            logger.info(
+                "Left out: %d of the %d training examples, longer than L_T = %d",
+                left,
+                left + len(partition.first_order),
+                partition.threshold,
+            )
+        if isinstance(trainer, AddaxMixin) and (parts := trainer.worth.describe()):
+            logger.info("%s", parts)
     logger.info("Results: %s", (folder / "all_results.json").resolve())
     return results
 

@@ -82,7 +82,8 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
     length_threshold: int | str | None = flag(
         None,
         "L_T in tokens, median, or auto: longer sequences are zeroth-order (default "
-        "median). auto is the largest that fits into memory, and needs --max_steps.",
+        "median). auto is the largest that fits into memory, and needs --max_steps. With ip-sgd "
+        "longer sequences are left out (default: none).",
     )
     device_memory: float | None = flag(
         None,

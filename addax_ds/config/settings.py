@@ -32,7 +32,7 @@ _IGNORED: dict[Method, tuple[str, ...]] = {
     "addax": (),
     "addax-wa": ("length_threshold",),
     "mezo": ("length_threshold",),
-    "ip-sgd": ("length_threshold", *_OF_ZEROTH_ORDER),
+    "ip-sgd": _OF_ZEROTH_ORDER,
     **dict.fromkeys(BASELINES, ("length_threshold", *_OF_ZEROTH_ORDER, "rounding")),
 }
 
@@ -46,7 +46,7 @@ class AddaxSettings:
         hyperparameters: of the optimizer; alpha is 1 for mezo, 0 where there are no zeroth-order
             steps.
         length_threshold: L_T in tokens, "median", or "auto" (until a plan has found it); `None`
-            where the data is not partitioned.
+            where the data is not partitioned. ip-sgd leaves out the rows longer than it.
         per_device_zo_batch_size: rows of a zeroth-order micro-batch; 0 where there is none.
         gradient_accumulation_steps: micro-batches of a step and rank, in either stream.
     """
@@ -233,10 +233,15 @@ def _warn(args: "AddaxConfig", max_grad_norm: float, steps: int) -> None:
 
 def _length_threshold(args: "AddaxConfig") -> int | Literal["median", "auto"] | None:
     value = args.length_threshold
-    if args.method != "addax":
+    if args.method != "addax" and (args.method != "ip-sgd" or value is None):
         return None
     if value is None or value == "median":
         return "median"
+    if value == "auto" and args.method == "ip-sgd":
+        raise UserError(
+            "--length_threshold auto is for --method addax. With ip-sgd rows longer than L_T are "
+            "left out: give L_T as a number of tokens, or median."
+        )
     if value == "auto":
         if args.max_steps <= 0:
             raise UserError(

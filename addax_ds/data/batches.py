@@ -205,10 +205,13 @@ class StepBatches(Dataset[dict[str, Any]]):
                 item[f"{stream}_targets"] = int(self.rows.target_counts[indices].sum())
         return item
 
-    def tokens(self, step: int) -> int:
-        """Return how many tokens the step's global batches have, padding left out."""
-        batches = (self._indices(step, stream) for stream in STREAMS)
-        return sum(int(self.rows.lengths[batch].sum()) for batch in batches if batch is not None)
+    def tokens(self, step: int) -> dict[str, int]:
+        """Return how many tokens the step's global batches have, by stream, padding left out."""
+        batches = {stream: self._indices(step, stream) for stream in STREAMS}
+        return {
+            stream: 0 if batch is None else int(self.rows.lengths[batch].sum())
+            for stream, batch in batches.items()
+        }
 
     def indices(self, step: int, stream: str, micro_batch: int) -> NDArray[np.int32]:
         """Return this rank's rows of a micro-batch of a stream that exists, int32."""

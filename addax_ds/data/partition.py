@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -24,21 +24,31 @@ class Partition:
         zeroth_order: D0, int32 indices, ascending; empty if there is no zeroth-order stream.
         first_order: D1, int32 indices, ascending; empty if there is no first-order stream.
         threshold: L_T in tokens; None for methods that do not divide by length.
+        left_out: int32 indices, ascending, of what is in no stream.
     """
 
     zeroth_order: NDArray[np.int32]
     first_order: NDArray[np.int32]
     threshold: int | None
+    left_out: NDArray[np.int32] = field(default_factory=lambda: np.arange(0, dtype=np.int32))
 
     def describe(self, lengths: Lengths) -> str:
-        """Return the partition in words, two lines: size, longest sequence and L_T of each side."""
+        """Return the partition in words: size, longest sequence and L_T of each side, a line each.
+
+        A third line says what is left out, if anything is.
+        """
         above, below = "", ""
         if self.threshold is not None:
             above, below = f", longer than L_T = {self.threshold}", f", at most {self.threshold}"
+        if len(self.left_out):
+            above, left = "", [f"Left out{above}: {_side(self.left_out, lengths)}"]
+        else:
+            left = []
         return "\n".join(
             (
                 f"D0 (zeroth-order{above}): {_side(self.zeroth_order, lengths)}",
                 f"D1 (first-order{below}): {_side(self.first_order, lengths)}",
+                *left,
             )
         )
 
@@ -51,10 +61,12 @@ def partition(
     Args:
         lengths: Tokens of each example.
         method: "addax": D0 = longer than L_T, D1 = the rest. "addax-wa" (without assignment):
-            both are the whole set. "mezo": D0 is the whole set, D1 empty. The others: the reverse.
-        threshold: L_T in tokens for "addax", or "median": the lower median, which never leaves D1
-            empty, and D0 only if no length exceeds it. None for other methods. "auto" is not for
-            this function: it depends on more than lengths.
+            both are the whole set. "mezo": D0 is the whole set, D1 empty. The others: the reverse,
+            but that "ip-sgd" with a threshold leaves out what "addax" has in D0.
+        threshold: L_T in tokens for "addax" and, if it is to leave longer rows out, "ip-sgd"; or
+            "median": the lower median, which never leaves D1 empty, and D0 only if no length
+            exceeds it. None for other methods. "auto" is not for this function: it depends on more
+            than lengths.
 
     Raises:
         UserError: No examples, a threshold that is missing or has no effect, or one that leaves a
@@ -62,7 +74,7 @@ def partition(
     """
     if not len(lengths):
         raise UserError("there are no examples to train on")
-    if method == "addax":
+    if method == "addax" or (method == "ip-sgd" and threshold is not None):
         if threshold is None:
             raise UserError("--method addax needs --length_threshold: a number of tokens or median")
         if threshold == "auto":
@@ -73,7 +85,7 @@ def partition(
         if threshold == "median":
             middle = (len(lengths) - 1) // 2
             threshold = int(np.partition(np.asarray(lengths), middle)[middle])
-        return _by_length(lengths, threshold)
+        return _by_length(lengths, threshold, method)
     if threshold is not None:
         raise UserError(f"--length_threshold has no effect with --method {method}; leave it out")
     whole, none = np.arange(len(lengths), dtype=np.int32), np.arange(0, dtype=np.int32)
@@ -86,7 +98,7 @@ def partition(
     raise UserError(f"--method {method} is unknown; choose from {', '.join(METHODS)}")
 
 
-def _by_length(lengths: Lengths, threshold: int) -> Partition:
+def _by_length(lengths: Lengths, threshold: int, method: Method) -> Partition:
     longer = np.asarray(lengths) > threshold
     shortest, longest = int(np.min(lengths)), int(np.max(lengths))
     advice = (
@@ -99,6 +111,11 @@ def _by_length(lengths: Lengths, threshold: int) -> Partition:
             f"no sequence has at most L_T = {threshold} tokens (they have {shortest} to {longest}),"
             f" so the first-order stream D1 is empty; {advice} use --method addax-wa or mezo"
         )
+    if not longer.any() and method == "ip-sgd":
+        raise UserError(
+            f"no sequence is longer than L_T = {threshold} tokens (they have {shortest} to "
+            f"{longest}), so none would be left out: leave out --length_threshold"
+        )
     if not longer.any():
         raise UserError(
             f"no sequence is longer than L_T = {threshold} tokens (they have {shortest} to "
@@ -106,6 +123,8 @@ def _by_length(lengths: Lengths, threshold: int) -> Partition:
             "or ip-sgd"
         )
     first, zeroth = (np.flatnonzero(side).astype(np.int32) for side in (~longer, longer))
+    if method == "ip-sgd":
+        return Partition(zeroth[:0], first, threshold, left_out=zeroth)
     return Partition(zeroth, first, threshold)
 
 

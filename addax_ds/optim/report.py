@@ -31,6 +31,13 @@ class StepReport:
         first_order_norm: norm of the first-order part, lr * (1 - alpha) * ||g1||, after clipping;
             None unless `Addax.track_norm` was set or the gradient is clipped.
         gradient_norm: ||g1|| over all parameters, before weighting and clipping; None likewise.
+        zeroth_order_decrease: first-order prediction of how much the zeroth-order part alone
+            lowers the loss of its batch, lr * alpha * g0**2 (with another `Estimator` than that of
+            two-sided differences, lr * alpha times the sum of coefficients times projected
+            gradients); 0 if that part was left out, None if alpha is 0, or if parameter groups
+            differ in lr. docs/choosing.md has its bias.
+        first_order_decrease: the same of the first-order part, lr * (1 - alpha) * ||g1||**2, after
+            clipping; None unless the norm was taken, or if alpha is 1.
         loss_scale: what the first-order loss was multiplied by; 1 but for fp16 weights.
         has_nonfinite: whether something was NaN or infinite: a loss, whose part was skipped,
             or elements of an update, which kept their weights.
@@ -45,10 +52,24 @@ class StepReport:
     zeroth_order_norm: float
     first_order_norm: float | None
     gradient_norm: float | None
+    zeroth_order_decrease: float | None = None
+    first_order_decrease: float | None = None
     loss_scale: float = 1.0
     has_nonfinite: bool = False
     stop_requested: bool = False
     projected_gradients: tuple[float, ...] = ()
+
+    @property
+    def zeroth_order_share(self) -> float | None:
+        """Share of the zeroth-order part in the squared norm of the update, from 0 to 1.
+
+        That of the first-order part is the rest: z is as good as orthogonal to g1. None if one of
+        the norms is not known, or both are 0.
+        """
+        if self.first_order_norm is None:
+            return None
+        zeroth, first = self.zeroth_order_norm**2, self.first_order_norm**2
+        return zeroth / (zeroth + first) if zeroth + first > 0 else None
 
 
 class NonFiniteError(UserError, ArithmeticError):

@@ -372,6 +372,8 @@ class RunningStep:
             zeroth_order_norm=weight_of_z * math.hypot(*map(mul, lrs, sizes)),
             first_order_norm=self._first_order_norm(lrs) if norms else None,
             gradient_norm=math.hypot(*norms) if norms else None,
+            zeroth_order_decrease=self._zeroth_order_decrease(lrs),
+            first_order_decrease=self._first_order_decrease(lrs),
             loss_scale=self._loss_scale,
             has_nonfinite=bool(self.problems or self.overflow),
             stop_requested=stop_requested,
@@ -380,11 +382,30 @@ class RunningStep:
 
     def _first_order_norm(self, lrs: list[float]) -> float:
         """Norm of the first-order part of the update, after clipping; 0 if it was left out."""
-        if not self._applied_first_order:
+        return self._weight_of_g1 * math.hypot(*map(mul, lrs, self._norms))
+
+    def _first_order_decrease(self, lrs: list[float]) -> float | None:
+        if not self._norms or self._steps[0].alpha == 1.0:
+            return None
+        squares = map(mul, self._norms, self._norms)
+        return self._weight_of_g1 * math.fsum(map(mul, lrs, squares)) if self._weight_of_g1 else 0.0
+
+    def _zeroth_order_decrease(self, lrs: list[float]) -> float | None:
+        """Decrease along the directions: their slopes times how far the update goes along them."""
+        step, estimate = self._steps[0], self._estimate
+        if step.alpha == 0.0 or len(set(lrs)) > 1:  # g0 is of all groups together
+            return None
+        if estimate is None:
             return 0.0
+        slopes = zip(estimate.coefficients, estimate.projected_gradients, strict=True)
+        return step.lr * step.alpha * math.fsum(c * slope for c, slope in slopes)
+
+    @property
+    def _weight_of_g1(self) -> float:
+        """Factor of g1 in the update but for lr, after clipping; 0 if that part was left out."""
         step = self._steps[0]
-        clipped = (1 - step.alpha) * step.gradient_scale * self._loss_scale
-        return clipped * math.hypot(*map(mul, lrs, self._norms))
+        scale = step.gradient_scale * self._loss_scale
+        return (1 - step.alpha) * scale if self._applied_first_order else 0.0
 
 
 def _checked(loss: Tensor) -> Tensor:

@@ -100,15 +100,15 @@ def _plan(request: Request, method: Method) -> Plan:
     if method == "mezo":
         length = None
     elif looked_up:
-        length = _largest_threshold(request, request.inputs) or GRAIN
+        length = largest_length(request, request.inputs) or GRAIN
     elif method == "addax":
         length = request.length_threshold
-    inputs = _with_batches(request, method, length)
+    inputs = with_batches(request, method, length)
     memory = step_memory(inputs)
     host_per_node = memory.host * request.gpus_per_node
     in_host = request.host_memory is None or host_per_node <= request.host_memory
     needed = gpus_needed(
-        _with_batches(request, method, GRAIN) if looked_up else inputs,
+        with_batches(request, method, GRAIN) if looked_up else inputs,
         request.budget,
         request.host_memory,
         request.gpus_per_node,
@@ -121,30 +121,34 @@ def _plan(request: Request, method: Method) -> Plan:
         host_per_node,
         memory.total <= request.budget and in_host,
         needed,
-        _largest_threshold(request, replace(request.inputs, ranks=needed, replicas=1))
+        largest_length(request, replace(request.inputs, ranks=needed, replicas=1))
         if looked_up and needed
         else length,
     )
 
 
-def _with_batches(request: Request, method: Method, length: int | None) -> Inputs:
-    """Return what a method's step depends on, with first-order sequences of ``length``."""
+def with_batches(
+    request: Request, method: Method, length: int | None, on: Inputs | None = None
+) -> Inputs:
+    """Return what a method's step depends on, with first-order sequences of ``length``.
+
+    Args:
+        request: whose rows and targets they have.
+        method: of the step.
+        length: tokens; None without first-order sequences.
+        on: in place of the request's own inputs.
+    """
     zeroth, first = None, None
     if method in ZEROTH_ORDER:
         zeroth = batch(request.zo_rows, request.length, request.targets)
     if length is not None:
         first = batch(request.train_rows, length, request.targets)
-    return replace(request.inputs, method=method, zeroth_order=zeroth, first_order=first)
+    return replace(on or request.inputs, method=method, zeroth_order=zeroth, first_order=first)
 
 
-def _largest_threshold(request: Request, on: Inputs) -> int | None:
-    """Return the largest L_T with which addax's first-order pass fits, on the ranks of ``on``."""
-    probe = replace(
-        _with_batches(request, "addax", GRAIN),
-        zeroth_order=None,
-        ranks=on.ranks,
-        replicas=on.replicas,
-    )
+def largest_length(request: Request, on: Inputs) -> int | None:
+    """Return the largest L_T with which addax's first-order pass fits, where ``on`` runs."""
+    probe = replace(with_batches(request, "addax", GRAIN, on), zeroth_order=None)
     lengths = [*range(GRAIN, request.length, GRAIN), request.length]
     return largest_threshold(probe, lengths, request.budget, request.targets)
 

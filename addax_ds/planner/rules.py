@@ -1,6 +1,7 @@
 """The planner's rules for each back end, by its name."""
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from addax_ds.optim.methods import BASELINES, Method
@@ -23,12 +24,14 @@ class Rules:
         uses_deepspeed: whether the settings of a DeepSpeed JSON apply.
         has_replicas: whether there may be several copies of the weights, each sharded.
         has_cpu_offload: whether `Inputs.cpu_offload` applies.
+        offload_flag: what puts the shards into host memory; None if nothing does.
     """
 
     is_sharded = False
     uses_deepspeed = False
     has_replicas = False
     has_cpu_offload = False
+    offload_flag: str | None = None
 
     def runs(self, method: Method) -> bool:
         """Return whether a method runs: torch's optimizers need DeepSpeed's."""
@@ -50,6 +53,10 @@ class Rules:
         """Return whether the shards are pinned there, if there is a GPU."""
         return False
 
+    def with_offload(self, inputs: "Inputs", on: bool) -> "Inputs":
+        """Return the same with the shards in host memory, as `offload_flag` has them, or not."""
+        return inputs
+
     def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
         """Return whether linear layers are DeepSpeed's."""
         return False
@@ -65,6 +72,7 @@ class _Fsdp2(Rules):
     is_sharded = True
     has_replicas = True
     has_cpu_offload = True
+    offload_flag = "--cpu_offload"
 
     def shards(self, shape: ModelShape, ranks: int) -> list[int]:
         parameters = range(len(shape.sizes))
@@ -75,6 +83,9 @@ class _Fsdp2(Rules):
 
     def is_pinned(self, inputs: "Inputs") -> bool:
         return inputs.cpu_offload
+
+    def with_offload(self, inputs: "Inputs", on: bool) -> "Inputs":
+        return replace(inputs, cpu_offload=on)
 
     def make_engine(
         self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
@@ -87,6 +98,7 @@ class _Fsdp2(Rules):
 class _Zero3(Rules):
     is_sharded = True
     uses_deepspeed = True
+    offload_flag = "--deepspeed zero3_offload"
 
     def shards(self, shape: ModelShape, ranks: int) -> list[int]:
         return [math.ceil(numel / ranks) for numel in shape.numels]
@@ -99,6 +111,10 @@ class _Zero3(Rules):
 
     def is_pinned(self, inputs: "Inputs") -> bool:
         return inputs.zero3.pin_memory
+
+    def with_offload(self, inputs: "Inputs", on: bool) -> "Inputs":
+        own = inputs.zero3
+        return replace(inputs, zero3=replace(own, offload=on, pin_memory=own.pin_memory or on))
 
     def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
         return zero3.memory_efficient_linear

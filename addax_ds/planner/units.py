@@ -3,5 +3,8 @@
 GRAIN = 16
 """Tokens; L_T is planned in multiples of it."""
 GB = 10**9
+FORWARD, BACKWARD = 1, 2
+"""Computation of a token in units of its forward pass (Kaplan et al., "Scaling Laws for Neural
+Language Models", section 2.1: a backward takes twice as many operations)."""
 RESERVE = 4 * GB
 """Of a GPU's memory, for what is not a tensor: CUDA context, NCCL, fragmentation; an assumption."""

@@ -195,7 +195,7 @@ class StepMixin(SavingMixin):
     def tokens(self, step: int) -> int:
         """Return the number of tokens in a step's global batches, padding left out."""
         assert self._steps is not None
-        return self._steps.tokens(step)
+        return sum(self._steps.tokens(step).values())
 
     def step_batches(self, step: int) -> dict[str, Any]:
         """Return this rank's part of the batches of a step; see `StepBatches`."""

@@ -140,7 +140,7 @@ def _entry(comparison: Comparison, study: Study, contender: Contender) -> Entry:
     ]
     timed = [outcome for _, outcome in _outcomes(timings)]
     timed = timed if len(timed) == len(timings) else []
-    winner = comparison.chosen(study).get(contender.method)
+    winner = comparison.chosen(study).get(contender.name)
     if winner is None:
         return Entry(contender, trainings, None, {}, timed)
     repeated = [Trial(study, contender, winner.learning_rate, seed) for seed in study.seeds]

@@ -20,7 +20,8 @@ class Curve:
     """One method.
 
     Attributes:
-        method: its name.
+        method: by which it is coloured.
+        name: of its settings.
         steps: of its trainings.
         points: minutes of training and accuracy on dev, means over seeds.
         tests: accuracy on the test rows, one a seed.
@@ -28,6 +29,7 @@ class Curve:
     """
 
     method: Method
+    name: str
     steps: int
     points: list[tuple[float, float]]
     tests: list[float]
@@ -36,7 +38,7 @@ class Curve:
     @property
     def label(self) -> str:
         """Name in the legend."""
-        return f"{self.method}, {self.steps} steps"
+        return f"{self.name}, {self.steps} steps"
 
 
 def draw_curves(curves: list[Curve], path: Path, title: str) -> None:

@@ -63,6 +63,7 @@ def _curves(entries: list[Entry]) -> Iterator[Curve]:
             points = [(step * minutes, accuracy) for step, accuracy, _ in entry.curve()]
             yield Curve(
                 entry.contender.method,
+                entry.contender.name,
                 entry.contender.steps,
                 points,
                 list(entry.test_accuracies.values()),
@@ -78,7 +79,7 @@ def _as_json(result: StudyResult) -> dict[str, Any]:
         "most_frequent_answer_share": result.most_frequent,
         "untrained_test_accuracy": result.untrained_accuracy,
         "untrained_circumstances": result.untrained.circumstances if result.untrained else None,
-        "methods": {entry.contender.method: _entry_as_json(entry) for entry in result.entries},
+        "methods": {entry.contender.name: _entry_as_json(entry) for entry in result.entries},
     }
 
 

@@ -90,7 +90,7 @@ class Comparison:
                 if outcome is not None and outcome.dev_score is not None
             ]
             if ranked and None not in outcomes:
-                _, found[contender.method] = max(ranked, key=lambda pair: pair[0])
+                _, found[contender.name] = max(ranked, key=lambda pair: pair[0])
         return found
 
     def jobs(self) -> Iterator[Job]:
@@ -115,7 +115,7 @@ class Comparison:
                     trial = Trial(study, contender, contender.learning_rates[0], seed)
                     short = {"max_steps": str(TIMED_STEPS), "load_best_model_at_end": "False"}
                     short |= dict.fromkeys(("eval_strategy", "save_strategy"), "no")
-                    folder = self.folder / study.name / f"timing-{contender.method}-{seed}"
+                    folder = self.folder / study.name / f"timing-{contender.name}-{seed}"
                     yield Job(trial, folder, {**self._common, **trial.flags, **short})
 
 

@@ -18,6 +18,8 @@ class Contender:
         evaluations: on dev, evenly over the steps.
         first_order: K1, global first-order batch; 0 if there is none.
         zeroth_order: K0, global zeroth-order batch; 0 if there is none.
+        variant: what tells it from the same method with other settings.
+        more: further arguments of ``launch/train.py``, and their values.
     """
 
     method: Method
@@ -26,6 +28,13 @@ class Contender:
     evaluations: int
     first_order: int = 0
     zeroth_order: int = 0
+    variant: str = ""
+    more: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name in tables and of folders."""
+        return f"{self.method}-{self.variant}" if self.variant else self.method
 
     @property
     def flags(self) -> dict[str, str]:
@@ -35,7 +44,7 @@ class Contender:
         if self.first_order and self.zeroth_order:
             flags["per_device_zo_batch_size"] = str(self.zeroth_order)
         every = str(self.steps // self.evaluations)
-        return {**flags, "eval_steps": every, "save_steps": every}
+        return {**flags, "eval_steps": every, "save_steps": every, **dict(self.more)}
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,8 @@ class Trial:
         """Name of its folder."""
         if self.contender is None:
             return f"{self.study.name}/untrained"
-        method = self.contender.method
-        return f"{self.study.name}/{method}-lr{self.learning_rate:g}-seed{self.seed}"
+        name = self.contender.name
+        return f"{self.study.name}/{name}-lr{self.learning_rate:g}-seed{self.seed}"
 
     @property
     def flags(self) -> dict[str, str]:
@@ -135,9 +144,19 @@ def _contenders(steps: int, evaluations: int, mezo_steps: int) -> tuple[Contende
 
 
 def _with_more(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
+    """Add what Addax is to be told apart from.
+
+    The control leaves the zeroth-order part out of Addax: the same batches of D1 and no other row.
+    IP-SGD with checkpointing answers whether memory needs Addax at all; its bits are IP-SGD's.
+    """
     addax, ip_sgd, _ = contenders
     wa = replace(addax, method="addax-wa")
-    return (*contenders, wa, replace(ip_sgd, method="adamw", learning_rates=_ADAMW_RATES))
+    adamw = replace(ip_sgd, method="adamw", learning_rates=_ADAMW_RATES)
+    median = (("length_threshold", "median"),)  # Addax's default
+    short = replace(ip_sgd, variant="short", first_order=addax.first_order, more=median)
+    recomputing = (("activation_checkpointing", "True"),)
+    checkpointed = replace(ip_sgd, variant="checkpointing", more=recomputing)
+    return (*contenders, wa, adamw, short, checkpointed)
 
 
 # With twenty times Addax's steps, as in the papers, and the rate that did best in 160.

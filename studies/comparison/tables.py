@@ -37,7 +37,7 @@ def _results(result: StudyResult) -> Iterator[str]:
     for entry in result.entries:
         steps, seconds, peak = entry.contender.steps, entry.step_seconds, entry.peak_memory
         yield _row(
-            entry.contender.method,
+            entry.contender.name,
             _rate(entry),
             str(steps),
             _spread(list(entry.test_accuracies.values())),
@@ -106,7 +106,7 @@ def _progress(entries: list[Entry]) -> Iterator[str]:
         last = curve[-1][0]
         rising = best == last and len(curve) > 1
         what = "still rising at the end" if rising else f"best at step {best}"
-        lines.append(f"- {entry.contender.method}: {last} steps, dev accuracy {what}")
+        lines.append(f"- {entry.contender.name}: {last} steps, dev accuracy {what}")
         lines[-1] += f" ({accuracy:.3f})"
         lost = [str(t.seed) for t, o in entry.trainings.items() if _lost(entry, t.learning_rate, o)]
         if lost:
@@ -124,7 +124,7 @@ def _lost(entry: Entry, rate: float, outcome: Outcome) -> bool:
 def _above_addax(result: StudyResult) -> Iterator[str]:
     """Yield where Addax loses on the test rows."""
     means: dict[str, float] = {
-        entry.contender.method: statistics.fmean(entry.test_accuracies.values())
+        entry.contender.name: statistics.fmean(entry.test_accuracies.values())
         for entry in result.entries
         if entry.tests
     }
@@ -145,7 +145,7 @@ def _grids(entries: list[Entry]) -> Iterator[str]:
     for entry in entries:
         rates = entry.contender.learning_rates
         tried = ", ".join(f"{rate:g}: {_grid_word(entry, rate)}" for rate in rates)
-        yield _row(entry.contender.method, tried)
+        yield _row(entry.contender.name, tried)
     yield from _made_with(o for entry in entries for o in entry.trainings.values())
 
 
@@ -158,7 +158,7 @@ def _grid_word(entry: Entry, rate: float) -> str:
 
 def _equal_terms(entries: list[Entry]) -> Iterator[str]:
     """Yield dev accuracy after as many steps, and after as long, as Addax's evaluations."""
-    addax = next((e for e in entries if e.contender.method == "addax"), None)
+    addax = next((e for e in entries if e.contender.name == "addax"), None)
     if addax is None or addax.step_seconds is None or not addax.curve():
         return
     points = [(step, step * addax.step_seconds) for step, _, _ in addax.curve()]
@@ -171,7 +171,7 @@ def _equal_terms(entries: list[Entry]) -> Iterator[str]:
         for step, seconds in points:
             cells.append(_at(entry, step))
             cells.append(_at(entry, seconds / entry.step_seconds if entry.step_seconds else None))
-        yield _row(entry.contender.method, *cells)
+        yield _row(entry.contender.name, *cells)
     used = [[*entry.final.values(), *entry.timings] for entry in entries]
     yield from _made_with(outcome for outcomes in used for outcome in outcomes)
 

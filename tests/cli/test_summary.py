@@ -98,16 +98,20 @@ def test_whole_models_on_several_ranks_are_warned_of_unless_asked_for(said, monk
 
 
 @pytest.mark.usefixtures("program_alone")
-def test_a_run_names_its_back_end_and_widened_weights(tmp_path, capsys):
+def test_a_run_names_its_back_end_widened_weights_and_rows_left_out(tmp_path, capsys):
     model = write_model(tmp_path / "model", dtype=torch.bfloat16)
     data = write_rows(tmp_path / "train.jsonl", rows(4, 4))
     flags = ["--method=ip-sgd", "--learning_rate=0.1", "--max_steps=1", "--save_strategy=no"]
     flags += [f"--model_name_or_path={model}", f"--train_file={data}", "--use_cpu"]
     flags += [f"--output_dir={tmp_path}", "--report_to=none", "--per_device_train_batch_size=2"]
     widened = "The model's files have weights of bfloat16, and they are trained in fp32"
-    for more, warned in (([], True), (["--bf16=False"], False), (["--bf16"], False)):
+    short = "--length_threshold=12"
+    for more, warned in (([], True), (["--bf16=False", short], False), (["--bf16"], False)):
         train.main([*flags, *more])
         output = capsys.readouterr().err
+        assert output.count("Left out, longer than L_T = 12: 4 sequences") == (short in more)
+        summary = "Left out: 4 of the 8 training examples, longer than L_T = 12"
+        assert output.count(summary) == (short in more)
         assert (widened in output) == warned
         assert "Ranks: 1, sharding none: the whole model on each" in output
 

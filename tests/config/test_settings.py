@@ -55,6 +55,8 @@ def test_methods() -> None:
     mezo = settled(method="mezo", per_device_zo_batch_size=3, given=own_rows)
     assert essence(mezo) == (1.0, None, 3)
     assert essence(settled(method="ip-sgd", alpha=0.0)) == (0.0, None, 0)
+    control = settled(method="ip-sgd", length_threshold=200)
+    assert essence(control) == (0.0, 200, 0)
     assert essence(settled(method="addax-wa", alpha=0.2)) == (0.2, None, 6)
     for threshold in (200, "200"):
         assert settled(length_threshold=threshold).length_threshold == 200
@@ -82,6 +84,10 @@ def test_methods() -> None:
         ({"per_device_zo_batch_size": 0}, "--per_device_zo_batch_size"),
         ({"method": "mezo", "alpha": 0.5}, r"--alpha 0\.5 contradicts --method mezo"),
         ({"method": "ip-sgd", "alpha": 0.5}, r"--alpha 0\.5 contradicts --method ip-sgd"),
+        (
+            {"method": "ip-sgd", "length_threshold": "auto", "max_steps": 5},
+            "--length_threshold auto is for --method addax.* rows longer than L_T are left out",
+        ),
         ({"method": "ip-sgd", "zo_eps": 1e-3}, "--zo_eps has no effect"),
         ({"method": "ip-sgd", "per_device_zo_batch_size": 2}, "per_device_zo_batch_size has no"),
         ({"method": "mezo", "length_threshold": 9}, "--length_threshold has no effect"),

@@ -77,8 +77,30 @@ def test_methods_without_a_threshold(method, zeroth_order, first_order):
     assert whole.describe([4, 7, 5]) == (
         f"D0 (zeroth-order): {sides[0]}\nD1 (first-order): {sides[1]}"
     )
-    with pytest.raises(UserError, match=f"no effect with --method {method}"):
-        partition([4, 7, 5], method, 5)
+    if method != "ip-sgd":
+        with pytest.raises(UserError, match=f"no effect with --method {method}"):
+            partition([4, 7, 5], method, 5)
+
+
+@pytest.mark.parametrize("threshold", [5, "median"])
+def test_first_order_steps_on_short_rows_alone_are_those_of_addax(threshold):
+    """Its control: the same batches of D1, and what Addax has in D0 is left out."""
+    lengths = [3, 9, 5, 5, 6, 1]
+    addax, control = (partition(lengths, m, threshold) for m in ("addax", "ip-sgd"))
+    assert control.zeroth_order.tolist() == []
+    assert control.left_out.tolist() == addax.zeroth_order.tolist() == [1, 4]
+    assert (control.threshold, addax.threshold, len(addax.left_out)) == (5, 5, 0)
+    assert control.describe(lengths).splitlines() == [
+        "D0 (zeroth-order): none",
+        "D1 (first-order, at most 5): 4 sequences, the longest of 5 tokens",
+        "Left out, longer than L_T = 5: 2 sequences, the longest of 9 tokens",
+    ]
+    one, other = (
+        StepSchedule(each.zeroth_order, each.first_order, 1, 2, seed=3) for each in (addax, control)
+    )
+    for step in range(5):
+        assert (one.first_order_indices(step) == other.first_order_indices(step)).all()
+        assert other.zeroth_order_indices(step) is None
 
 
 @pytest.mark.parametrize(
@@ -88,6 +110,8 @@ def test_methods_without_a_threshold(method, zeroth_order, first_order):
         ([4, 7], "addax", 7, r"L_T = 7 .*4 to 7.*D0 is empty.*from 4 to 6"),
         ([4, 7], "addax", 3, r"L_T = 3 .*4 to 7.*D1 is empty.*from 4 to 6"),
         ([5, 5], "addax", "median", r"L_T = 5 .*5 to 5.*D0 is empty.*equally long"),
+        ([4, 7], "ip-sgd", 7, r"L_T = 7 .*4 to 7.*none would be left out: leave out --length_th"),
+        ([4, 7], "ip-sgd", 3, r"L_T = 3 .*4 to 7.*D1 is empty"),
         ([5, 5], "adam", None, "--method adam is unknown"),
         ([], "mezo", None, "no examples"),
     ],

@@ -195,7 +195,7 @@ def figures(monkeypatch) -> list[Figure]:
 
 
 def test_a_small_difference_looks_small(figures, tmp_path):
-    curve = Curve("addax", 4, [(1.0, 0.62), (2.0, 0.621)], [0.62, 0.621], 1e9)
+    curve = Curve("addax", "addax", 4, [(1.0, 0.62), (2.0, 0.621)], [0.62, 0.621], 1e9)
     draw_curves([curve], tmp_path / "time.png", "tiny")
     draw_costs([curve], tmp_path / "memory.png", "tiny")
     for figure in figures:
@@ -205,7 +205,7 @@ def test_a_small_difference_looks_small(figures, tmp_path):
 
 
 def test_two_curves_of_a_method_are_told_apart(figures, tmp_path):
-    short, long = (Curve("mezo", steps, [(1.0, 0.6)], [0.6], 1e9) for steps in (4, 8))
+    short, long = (Curve("mezo", "mezo", steps, [(1.0, 0.6)], [0.6], 1e9) for steps in (4, 8))
     draw_costs([short, long], tmp_path / "memory.png", "tiny", most_frequent=0.5)
     first, second, line = figures[0].axes[0].lines
     assert first.get_color() == second.get_color() == first.get_markerfacecolor()

@@ -35,12 +35,13 @@ def test_tokens_of_a_step_are_those_of_its_rows_on_all_ranks():
             for stream in ("zeroth_order", "first_order")
             for row in batches.indices(step, stream, 0)
         )
-        assert [batches.tokens(step) for batches in by_rank] == [seen, seen]
+        assert [sum(batches.tokens(step).values()) for batches in by_rank] == [seen, seen]
 
 
 def test_without_a_stream_there_are_no_tokens_of_it():
     schedule = StepSchedule(np.arange(2), np.arange(0), 2, 2, seed=1)
-    assert StepBatches(EncodedRows(examples([3, 4]), 0), schedule, 0, 1).tokens(0) == 7
+    batches = StepBatches(EncodedRows(examples([3, 4]), 0), schedule, 0, 1)
+    assert batches.tokens(0) == {"zeroth_order": 7, "first_order": 0}
 
 
 def test_only_what_lies_between_start_and_stop_counts(monkeypatch):

@@ -1,0 +1,304 @@
+"""Ways to fine-tune a model where it has to run, the plainest first, and the first that fits.
+
+Time is counted in forward passes of a token (`addax_ds.planner.units`), traffic as a ring sends it:
+(n - 1) / n of the weights' bytes for each all-gather and each reduce-scatter of the whole model. A
+zeroth-order pass gathers once; a first-order one gathers for its forward and for its backward, and
+reduces.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from addax_ds.optim.methods import BASELINES, Method
+from addax_ds.planner.memory import Inputs, standing_bytes, step_memory
+from addax_ds.planner.report import Request, largest_length, with_batches
+from addax_ds.planner.rules import rules_of
+from addax_ds.planner.units import BACKWARD, FORWARD, GB, GRAIN
+
+LORA_RANK = 8
+_ADAMW_8BIT = 4
+"""Bytes a parameter beside bf16 weights: a bf16 gradient and two moments of 8 bits."""
+_ADAMW_OF_ADAPTERS = 16
+"""Bytes a parameter: bf16 weight and gradient, fp32 master weight and two moments."""
+_PASSES = 2
+"""Zeroth-order passes of a step along one direction."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to fine-tune.
+
+    Attributes:
+        name: in words.
+        flags: what to give ``launch/train.py``; None for what this package does not train.
+        total: bytes of a GPU.
+        host: bytes of host memory of a node.
+        fits: whether it fits into a GPU and, as far as that was stated, into host memory.
+        units: forward passes of a token of a step.
+        moved: bytes that a GPU sends to others in a step.
+        why: a sentence.
+    """
+
+    name: str
+    flags: str | None
+    total: int
+    host: int
+    fits: bool
+    units: float
+    moved: int
+    why: str
+
+    def may_serve(self, request: Request) -> bool:
+        """Return whether it can be recommended: it fits, and any host memory was stated."""
+        stated = not self.host or request.host_memory is not None
+        return self.fits and stated and self.flags is not None
+
+
+def options(request: Request) -> list[Option]:
+    """Return all ways, in the order in which the first that fits is to be taken."""
+    return list(_options(request))
+
+
+def recommended(request: Request, ways: list[Option]) -> Option | None:
+    """Return the first way that can serve, or None."""
+    return next((way for way in ways if way.may_serve(request)), None)
+
+
+def _options(request: Request) -> Iterator[Option]:
+    rules, inputs = rules_of(request.inputs.sharding), request.inputs
+    offloads, in_gpu = rules.offload_flag is not None, rules.with_offload(inputs, False)
+    # A configuration that was given says whether they are pinned.
+    in_host = inputs if rules.is_offloaded(inputs) else rules.with_offload(inputs, True)
+    if rules.runs("adamw"):
+        yield _first_order(request, in_gpu, "adamw", False)
+        yield _first_order(request, in_gpu, "adamw", True)
+    plain = _first_order(request, in_gpu, "ip-sgd", False)
+    recomputed = _first_order(request, in_gpu, "ip-sgd", True)
+    yield plain
+    yield recomputed
+    all_fit = plain.fits or recomputed.fits
+    if not all_fit and (rows := _fitting_rows(request, in_gpu)):
+        yield _first_order(request, in_gpu, "ip-sgd", True, rows)
+    if offloads:
+        yield _first_order(request, in_host, "ip-sgd", True)
+    # Checkpointing lets L_T be larger, so more rows get an exact gradient.
+    for checkpointing in (True, False) if request.length_threshold is None else (False, True):
+        yield _addax(request, in_gpu, checkpointing, plain.fits)
+    if offloads:
+        yield _addax(request, in_host, True, plain.fits)
+    yield _mezo(request, in_gpu)
+    if offloads:
+        yield _mezo(request, in_host)
+    yield from _of_others(request, recomputed)
+
+
+# ---- ways of this package ------------------------------------------------------------------------
+
+
+def _first_order(
+    request: Request, on: Inputs, method: Method, checkpointing: bool, rows: int | None = None
+) -> Option:
+    """Return every row first-order; ``rows`` a GPU in place of those that were asked for."""
+    asked = replace(request, train_rows=rows or request.train_rows)
+    inputs = with_batches(asked, method, asked.length, on)
+    inputs = replace(inputs, checkpointing=checkpointing)
+    if rows is not None:
+        why = (
+            f"Every row first-order, with {rows} row(s) a GPU in place of {request.train_rows}: "
+            "the same computation in more steps"
+        )
+    elif method in BASELINES:
+        why = "The plain method, with fp32 weights and moments: nothing is given up"
+        states = sum(standing_bytes(inputs).values())
+        if states > request.budget:
+            why = f"Weights and states alone have {states / GB:.1f} GB a GPU"
+    else:
+        why = "Every row first-order, without optimizer states"
+    why += ", a third more computation" * (checkpointing and "states alone" not in why)
+    return _option(request, inputs, why)
+
+
+def _addax(request: Request, on: Inputs, checkpointing: bool, plain_fits: bool) -> Option:
+    on = replace(on, checkpointing=checkpointing)
+    threshold = request.length_threshold
+    if threshold is None:
+        # What fits at the full length fits below it.
+        most = max(GRAIN, (request.length - 1) // GRAIN * GRAIN)
+        threshold = most if plain_fits else largest_length(request, on) or GRAIN
+    inputs = with_batches(request, "addax", threshold, on)
+    if plain_fits:
+        why = "All rows fit first-order, so it has nothing to save"
+    else:
+        why = (
+            f"Rows of more than {threshold} tokens are zeroth-order, which keeps no activations; "
+            "they are learnt less"
+        )
+    return _option(request, inputs, why, threshold)
+
+
+def _mezo(request: Request, on: Inputs) -> Option:
+    why = "Forward passes alone: the least memory, and many times the steps"
+    return _option(request, with_batches(request, "mezo", None, on), why)
+
+
+def _option(request: Request, inputs: Inputs, why: str, threshold: int | None = None) -> Option:
+    """Plan one way of this package."""
+    memory = step_memory(inputs)
+    host = memory.host * request.gpus_per_node
+    in_host = request.host_memory is None or host <= request.host_memory
+    rules = rules_of(inputs.sharding)
+    words: list[str] = [inputs.method]
+    flags = [f"--method {inputs.method}"]
+    if threshold is not None:
+        words.append(f"L_T {threshold}")
+        flags.append(f"--length_threshold {threshold}")
+    if inputs.checkpointing and inputs.first_order is not None:
+        words.append("checkpointing")
+        flags.append("--activation_checkpointing")
+    if (first := inputs.first_order) is not None and first.rows != request.train_rows:
+        words.append(f"{first.rows} row(s)")
+        flags.append(f"--per_device_train_batch_size {first.rows}")
+    if rules.is_offloaded(inputs):
+        words.append("offload")
+        if rules.offload_flag and not rules.is_offloaded(request.inputs):
+            flags.append(rules.offload_flag)
+        why += ", weights in host memory, which every pass reads over its link"
+    return Option(
+        name=", ".join(words),
+        flags=" ".join(flags),
+        total=memory.total,
+        host=host,
+        fits=memory.total <= request.budget and in_host,
+        units=_units(inputs),
+        moved=_moved(inputs),
+        why=why,
+    )
+
+
+def _fitting_rows(request: Request, on: Inputs) -> int | None:
+    """Return the most rows, fewer than asked for, with which checkpointed IP-SGD fits."""
+    for rows in range(request.train_rows - 1, 0, -1):
+        asked = replace(request, train_rows=rows)
+        inputs = replace(with_batches(asked, "ip-sgd", asked.length, on), checkpointing=True)
+        if step_memory(inputs).total <= request.budget:
+            return rows
+    return None
+
+
+def _units(inputs: Inputs) -> float:
+    """Forward passes of a token: those of the step's worst batches."""
+    of_first = FORWARD + BACKWARD + FORWARD * inputs.checkpointing
+    batches = ((inputs.zeroth_order, FORWARD * _PASSES), (inputs.first_order, of_first))
+    parts = [(batch.rows * batch.length, units) for batch, units in batches if batch is not None]
+    return sum(tokens * units for tokens, units in parts) / sum(tokens for tokens, _ in parts)
+
+
+def _moved(inputs: Inputs) -> int:
+    """Bytes that a GPU sends; recomputation finds the weights gathered."""
+    if not rules_of(inputs.sharding).is_sharded:
+        # Whole models average whole gradients.
+        rounds, ranks = 2 * (inputs.first_order is not None), inputs.ranks
+    else:
+        zeroth, first = inputs.zeroth_order is not None, inputs.first_order is not None
+        rounds, ranks = _PASSES * zeroth + 3 * first, inputs.sharded_over
+    return round(rounds * (ranks - 1) / ranks * inputs.shape.parameters * inputs.shape.itemsize)
+
+
+# ---- ways of others ------------------------------------------------------------------------------
+
+
+def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
+    """Estimate, from IP-SGD with checkpointing, what other packages would need."""
+    inputs = request.inputs
+    shape, rules = inputs.shape, rules_of(inputs.sharding)
+    held = sum(rules.shards(shape, inputs.sharded_over))
+    adapters = sum(
+        LORA_RANK * sum(shape.sizes[p])
+        for block in shape.block_parameters
+        for p in block
+        if len(shape.sizes[p]) == 2
+    )
+    ranks = inputs.sharded_over if rules.is_sharded else 1
+    gathers = round(2 * (ranks - 1) / ranks * shape.parameters * shape.itemsize)
+    for name, more, moved, why in (
+        (
+            f"LoRA (r {LORA_RANK}) with AdamW, checkpointing",
+            _ADAMW_OF_ADAPTERS * adapters // ranks,
+            gathers if rules.is_sharded else 0,
+            "At most so much: adapters alone are trained, whose states are small. PEFT has it",
+        ),
+        (
+            "8-bit AdamW, checkpointing",
+            _ADAMW_8BIT * held,
+            recomputed.moved,
+            "An estimate: gradients and moments of all weights. torchao and bitsandbytes have it",
+        ),
+    ):
+        total = recomputed.total + more
+        fits = total <= request.budget
+        yield Option(name, None, total, 0, fits, recomputed.units, moved, why)
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def as_text(request: Request, ways: list[Option]) -> str:
+    """Return the ways as a table, a sentence on each, and what is recommended."""
+    shape, inputs = request.inputs.shape, request.inputs
+    rows = [("", "GB a GPU", "fits", "time", "GB sent", "host GB")]
+    for way in ways:
+        cells = (f"{way.total / GB:.2f}", "yes" if way.fits else "no", f"{way.units:.2f}")
+        rows.append((way.name, *cells, f"{way.moved / GB:.1f}", f"{way.host / GB:.0f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+        for name, *cells in rows
+    ]
+    return "\n".join(
+        [
+            f"{shape.name}: {shape.parameters / 1e9:.3g} billion parameters, {shape.dtype}, "
+            f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
+            f"{request.reserve / GB:g} GB of it kept free; {request.train_rows} row(s) "
+            f"first-order and {request.zo_rows} zeroth-order of up to {request.length} tokens",
+            "",
+            *lines,
+            "",
+            "time: forward passes of a token (a backward is 2 more, a recomputed forward 1 more). "
+            "GB sent: by a GPU in a step.",
+            *(f"{way.name}: {way.why}." for way in ways),
+            "",
+            *_advice(request, ways),
+        ]
+    )
+
+
+def _advice(request: Request, ways: list[Option]) -> Iterator[str]:
+    best = recommended(request, ways)
+    if best is None:
+        yield (
+            "Recommended: none, nothing fits. Use more GPUs (without --recommend the planner says "
+            "how many), fewer rows or shorter ones."
+        )
+    else:
+        yield f"Recommended: {best.name} ({best.flags}). {best.why}."
+    before = ways[: ways.index(best)] if best is not None else ways
+    for way in before:
+        if way.fits and way.host and request.host_memory is None:
+            yield (
+                f"With {way.host / GB:.0f} GB of host memory a node {way.name} fits, too: "
+                "--host_memory weighs it."
+            )
+            break
+    lora = next(way for way in ways if way.name.startswith("LoRA"))
+    if lora.fits and (best is None or best.name.startswith(("addax", "mezo"))):
+        yield f"Where adapters are enough, LoRA serves in at most {lora.total / GB:.1f} GB."
+
+
+def as_json(request: Request, ways: list[Option]) -> dict[str, Any]:
+    """Return the ways in bytes, and the name of the recommended one."""
+    best = recommended(request, ways)
+    return {
+        "recommended": None if best is None else best.name,
+        "options": [asdict(way) for way in ways],
+    }
