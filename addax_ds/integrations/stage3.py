@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.utils import defragment
 from torch import Tensor, nn
 
 from addax_ds.optim.step import Closure
@@ -26,9 +27,16 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     sharding: Zero3Sharding
 
+    def _create_fp16_partitions_with_defragmentation(self, fp16_param_groups: list[dict]) -> None:
+        # The base class moves all shards into one flat buffer, for its optimizer's update: through
+        # host memory, on all ranks at once, or with offload into a second, pinned copy of them.
+        # They are good where they are; the branch for offload fills buffers that are none (below).
+        self.offload_param, offloaded = True, self.offload_param
+        super()._create_fp16_partitions_with_defragmentation(fp16_param_groups)
+        self.offload_param = offloaded
+        get_accelerator().empty_cache()  # whole weights that were cut into shards
+
     def _create_param_groups_fp16_flat_cpu_memory(self) -> None:
-        # The base class copies offloaded shards into pinned buffers of the same size: for a while
-        # the host would hold the model twice. They are good where `zero.Init` has put them.
         for group in self.trainable_param_groups:
             count = sum(parameter.partition_numel() for parameter in group["params"])
             placeholder = torch.empty(count, dtype=self.dtype, device="meta")
@@ -36,6 +44,12 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     def _move_to_flat_buffer(self, *_: Any, **__: Any) -> None:
         """Nothing: there is no buffer (above)."""
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Move the weights to host memory and back by `reload_states`: in one buffer, from now."""
+        if not hasattr(self, "lp_param_buffer"):
+            self.lp_param_buffer = defragment(self._get_parameter_partitions())
+        super().offload_states(*args, **kwargs)
 
     def _setup_for_real_optimizer(self) -> None:
         self.gradient_accumulation_dtype = self.communication_data_type

@@ -1,5 +1,7 @@
 """First-order gradients between their reduction and the update: accumulated, or measured."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,18 +48,24 @@ class SquaredNorms:
     """Squared 2-norms of this rank's gradient shards, by parameter group."""
 
     def __init__(self) -> None:
-        self._norms: list[tuple[int, Tensor]] = []
+        self._norms: dict[int, list[Tensor]] = {}
 
-    def add(self, shard: Shard, gradient: Tensor) -> None:
-        """Take the norm of a gradient, which is read once."""
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self._norms.append((shard.group, norm))
+    def add(self, pairs: Iterable[tuple[Shard, Tensor]]) -> None:
+        """Take the norms of gradients, each of which is read once; on a GPU in few launches."""
+        alike: dict[tuple, list[Tensor]] = {}
+        for shard, gradient in pairs:
+            key = shard.group, gradient.dtype, gradient.device
+            alike.setdefault(key, []).append(gradient)
+        for (group, *_), gradients in alike.items():
+            norms = torch._foreach_norm(gradients, dtype=torch.float32)
+            self._norms.setdefault(group, []).extend(norms)
 
     def take(self, groups: int, device: torch.device) -> Tensor:
         """Return the squared norms, fp64 of shape ``(groups,)``, and forget them."""
         squares = torch.zeros(groups, dtype=torch.float64, device=device)
-        for group, norm in self._norms:
-            squares[group] += norm.to(device, torch.float64).square()
+        for group, norms in self._norms.items():
+            of_group = torch.stack([norm.to(device) for norm in norms])
+            squares[group] = of_group.double().square().sum()
         self._norms.clear()
         return squares
 

@@ -195,12 +195,16 @@ class RunningStep:
         if self._mode is _Mode.APPLY:
             self._update([(shard, self._sums.take(shard, g)) for shard, g in pairs])
             return
-        use = self._squares.add if self._mode is _Mode.TAKE_NORM else self._sums.add
+        if self._mode is _Mode.TAKE_NORM:
+            self._squares.add(pairs)
+            return
         for shard, gradient in pairs:
-            use(shard, gradient)
+            self._sums.add(shard, gradient)
 
     def _update(self, pairs: Sequence[tuple[Shard, Tensor | None]]) -> None:
         """Update shards by their gradients, those that are alike in one call."""
+        if self._track_norm and not self._norms:
+            self._squares.add((shard, g) for shard, g in pairs if g is not None)
         alike: dict[tuple, list[tuple[Shard, Tensor | None]]] = {}
         for shard, gradient in pairs:
             if shard.index in self._updated:
@@ -210,8 +214,6 @@ class RunningStep:
                     "measure() one closure for each micro-batch"
                 )
             self._updated.add(shard.index)
-            if self._track_norm and gradient is not None and not self._norms:
-                self._squares.add(shard, gradient)
             weight, decays = shard.data, self._steps[shard.group].weight_decay != 0.0
             types = weight.dtype, None if gradient is None else gradient.dtype
             key = (*types, weight.device, shard.group, shard.decayed and decays, self._reads(shard))
@@ -247,10 +249,8 @@ class RunningStep:
 
     def _clip_sums(self) -> None:
         """Scale the step by the norm of the summed gradients; drop them if it is not finite."""
-        for shard in self._sharding.shards():
-            held = self._sums.held(shard)
-            if held is not None:
-                self._squares.add(shard, held)
+        held = ((shard, self._sums.held(shard)) for shard in self._sharding.shards())
+        self._squares.add((shard, total) for shard, total in held if total is not None)
         if not self._clip():
             self._sums.clear()
 

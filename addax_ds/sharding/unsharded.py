@@ -1,8 +1,8 @@
 """The whole model on each rank, one or several.
 
-Several ranks are replicas: each gradient is averaged over them when backward has made it, before it
-is applied. (A hook runs before DistributedDataParallel has reduced anything, so a model wrapped by
-that would drift apart.)
+Several ranks are replicas: gradients are averaged over them when backward has made them, a few
+together, before they are applied. (A hook runs before DistributedDataParallel has reduced anything,
+so a model wrapped by that would drift apart.)
 
 During a perturbed pass a block of the model sees ``theta + c z`` because its parameters' ``data``
 point to perturbed copies while the block runs, and to the untouched weights again afterwards. A
@@ -116,15 +116,28 @@ class Unsharded(Sharding):
 
     def _on_gradient(self, parameter: nn.Parameter, number: int) -> None:
         gradient = self._gradient_of(parameter).contiguous()
-        if self.world_size > 1:
-            # These meet, as long as backward has the same order on every rank: a model that
-            # leaves out layers by chance (layerdrop) has not.
-            dist.all_reduce(gradient)
-            gradient /= self.world_size
         # Those that wait have fewer elements together than a block's largest parameter.
         waiting = sum(each.numel() for _, each in self._waiting)
         complete = waiting + gradient.numel() >= self._largest
         self._hold(self._shard(self.infos[number]), gradient.view(-1), None, complete)
+
+    def hand_over(self) -> None:
+        """Average the gradients that wait over the replicas, and hand them over.
+
+        The collectives meet as long as backward has the same order on every rank: a model that
+        leaves out layers by chance (layerdrop) has not.
+        """
+        if self.world_size > 1:
+            alike: dict[torch.dtype, list[Tensor]] = {}
+            for _, gradient in self._waiting:
+                alike.setdefault(gradient.dtype, []).append(gradient)
+            world = dist.group.WORLD
+            assert world is not None
+            for gradients in alike.values():
+                # In place: NCCL takes them in one launch as they are, gloo through a buffer.
+                world.allreduce_coalesced(gradients).wait()
+                torch._foreach_div_(gradients, self.world_size)
+        super().hand_over()
 
     def finish_step(self) -> None:  # noqa: D102
         pass  # the weights that a pass reads are the weights that were updated

@@ -10,6 +10,7 @@ hands each reduced gradient shard to `Zero3Sharding.deliver`.
   into the partitions.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -34,6 +35,7 @@ from addax_ds.sharding.base import (
 from addax_ds.utils.errors import UserError
 
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
+_GATHERS_AHEAD = 4  # of compute, in a perturbed pass
 
 
 def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
@@ -79,6 +81,8 @@ class Zero3Sharding(Sharding):
         self._zero = zero
         self._infos_by_parameter = {info.parameter: info for info in self.infos}
         self._perturb: Perturb | None = None
+        self._compute_stream: Any = None
+        self._gathers_begun: deque[Any] = deque()
         self._inference = False
         self._forward_coordinator = _new_coordinator(zero.parameter_offload)
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
@@ -166,9 +170,12 @@ class Zero3Sharding(Sharding):
 
     def finish_step(self) -> None:  # noqa: D102
         self._partition_all()  # what is still gathered is from before the update
+        # The update of shards without a gradient ran on the current stream.
+        self._order_gathers()
+
+    def _order_gathers(self) -> None:
+        """Let gathers wait for the current stream; DeepSpeed lets none do so."""
         if not get_accelerator().resolves_data_dependency():
-            # The update of shards without a gradient ran on the current stream, and DeepSpeed lets
-            # no gather wait for that one.
             gather_stream = _gather_stream(self._zero.parameter_offload)
             gather_stream.wait_stream(get_accelerator().current_stream())
 
@@ -240,6 +247,9 @@ class Zero3Sharding(Sharding):
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
         self._partition_all()  # what is still gathered would be seen unperturbed
         self._perturb = perturb
+        self._order_gathers()
+        self._compute_stream = get_accelerator().current_stream()
+        self._gathers_begun.clear()
         with self._abandoned_on_error():
             yield
         self._perturb = None
@@ -262,6 +272,7 @@ class Zero3Sharding(Sharding):
             params = [own] if params is None else list(params)
             if self._perturb is None:
                 return gather(params, *args, **kwargs)
+            self._keep_pace()
             stored = [parameter.ds_tensor for parameter in params]
             try:
                 for parameter, copy in self._perturbed_partitions(params):
@@ -272,6 +283,20 @@ class Zero3Sharding(Sharding):
                     parameter.ds_tensor = partition
 
         return wrapped
+
+    def _keep_pace(self) -> None:
+        """Let the gather that comes next wait for what was to compute when an earlier one began.
+
+        What a module has used is free for another gather once it has computed. The host waits for
+        gathers, and these for nothing: they would be far ahead, each in memory of its own.
+        """
+        if get_accelerator().resolves_data_dependency():
+            return
+        event = get_accelerator().Event()
+        event.record(self._compute_stream)
+        self._gathers_begun.append(event)
+        if len(self._gathers_begun) > _GATHERS_AHEAD:
+            get_accelerator().current_stream().wait_event(self._gathers_begun.popleft())
 
     def _perturbed_partitions(self, parameters: list[Any]) -> list[tuple[Any, Tensor]]:
         """Return the trainable ones of parameters with perturbed copies of their partitions."""

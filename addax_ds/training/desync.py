@@ -15,7 +15,6 @@ from addax_ds.optim.addax import Addax
 from addax_ds.utils.errors import UserError
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_PIECE = 1 << 20  # a sum into int64 widens what it reads: 8 MB at a time
 
 _REMEDY = (
     "Something other than the optimizer has written to weights (a callback, a faulty device), or "
@@ -26,7 +25,7 @@ _REMEDY = (
 class DesyncCheck:
     """Compares checksums every so many steps; each reads the weights once.
 
-    A checksum is the sum of a shard's bits, taken as integers: any one altered element changes it.
+    Any one altered element changes a `checksum`.
 
     Args:
         optimizer: attached.
@@ -73,7 +72,7 @@ class DesyncCheck:
         shards = list(self._optimizer.sharding.shards())
         if not shards:
             return {}
-        sums = torch.stack([_bits(shard.data) for shard in shards]).tolist()
+        sums = torch.stack([checksum(shard.data) for shard in shards]).tolist()
         return {f"{s.name}[{s.start}:]": value for s, value in zip(shards, sums, strict=True)}
 
     def _check_replicas(self, sums: dict[str, int]) -> None:
@@ -104,9 +103,20 @@ class DesyncCheck:
                 )
 
 
-def _bits(data: Tensor) -> Tensor:
-    bits = data.view(_INTEGERS[data.element_size()])
-    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PIECE)]).sum()
+def checksum(data: Tensor) -> Tensor:
+    """Sum the bits of a shard, flat, as integers modulo 2**64: int64 of shape ``()``.
+
+    Words of 64 bits, wherever the shard lies, and what is left over at its end: a sum of narrower
+    integers would first widen all of them, to four times the memory.
+    """
+    per_word = 8 // data.element_size()
+    if data.storage_offset() % per_word:
+        data = data.clone()  # a view as words has to begin with one
+    end = data.numel() // per_word * per_word
+    total = data[:end].view(torch.int64).sum()
+    if end < data.numel():
+        total += data[end:].view(_INTEGERS[data.element_size()]).sum(dtype=torch.int64)
+    return total
 
 
 def _first_difference(a: Mapping[str, int], b: Mapping[str, int]) -> str | None:

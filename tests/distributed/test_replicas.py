@@ -106,6 +106,15 @@ def test_of_the_zeroth_order_part_all_ranks_exchange_scalars(counted):
     assert set(inside) == {"_allgather_base_"}
 
 
+@pytest.mark.slow
+def test_whole_models_exchange_the_gradient_once_and_many_parameters_at_a_time(counted):
+    calls = counted["whole"]["calls"]
+    sizes = [size for _, name, size in calls if name == "allreduce_coalesced_"]
+    assert sum(sizes) == counted["whole"]["shard_bytes"]
+    assert len(sizes) <= counted["whole"]["shards"] / 4
+    assert sum(size for _, name, size in calls if name == "allreduce_") < 200  # losses, and flags
+
+
 # ---- the command -------------------------------------------------------------------------------
 
 

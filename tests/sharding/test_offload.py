@@ -112,6 +112,12 @@ def test_accumulated_gradients_lie_beside_their_shard():
     assert total.dtype == torch.float32
 
 
+@pytest.mark.slow
+def test_weights_go_to_host_memory_and_back_when_deepspeed_is_told_to(looked_at):
+    """`engine.offload_states`, the one thing that needs DeepSpeed's flat buffer of all shards."""
+    assert all(rank["zero3"]["returned"] for rank in looked_at)
+
+
 # ---- the command -------------------------------------------------------------------------------
 
 

@@ -45,6 +45,14 @@ def test_the_host_waits_for_the_losses_of_all_passes_at_once(found, name):
         assert own["step"] == {**expected, "finish": 1}
 
 
+def test_gathers_of_perturbed_passes_begin_a_few_modules_ahead_of_compute(found):
+    """What they gather would else be in memory at once: a module's is free once it has computed."""
+    bounded, free = found["ZeRO-3, MeZO, small buckets"], found["ZeRO-3 without a wait"]
+    for of_rank, control in zip(bounded, free, strict=True):
+        assert of_rank["lead"] <= 10
+        assert control["lead"] > 50
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_wait_that_is_missing_is_found(found, name):
     for of_rank in found[name]:

@@ -14,6 +14,13 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, IPGBuck
 
 SOURCES = {
     DeepSpeedZeroOptimizer_Stage3: (
+        # Shards stay where they are: the branch for offload, without its buffers.
+        "def _create_fp16_partitions_with_defragmentation(self, fp16_param_groups)",
+        "self._create_fp16_partitions_with_defragmentation(self.trainable_param_groups)",
+        "if not self.offload_param:  # partitioned params remain in GPU",
+        "def offload_states(self",
+        "self.lp_param_buffer = defragment(parameter_partitions)",
+        "parameter_partitions = self._get_parameter_partitions()",
         "def _create_param_groups_fp16_flat_cpu_memory(self)",
         "def _move_to_flat_buffer(self, param_list, flat_buffer",
         "def _setup_for_real_optimizer(self)",

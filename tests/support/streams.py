@@ -41,6 +41,7 @@ class Order:
         watched: names of the tensors whose accesses count, by address.
         races: pairs of accesses that nothing orders.
         accesses: by what they are, and the stream.
+        lead: most launches on the main stream that a collective was begun without waiting for.
         host_waits: by the function of this project that waited; "engine" for those of others.
         offloaded: whether the watched tensors lie with the host.
         brings_gradients: whether the update itself brings gradients to them, and waits.
@@ -57,6 +58,7 @@ class Order:
         self.watched: dict[int, str] = {}
         self.races: Counter[str] = Counter()
         self.accesses: Counter[str] = Counter()
+        self.lead = 0
         self.host_waits: Counter[str] = Counter()
         self._writes: dict[int, tuple[str, int, str]] = {}
         self._reads: dict[int, dict[str, tuple[str, int, str]]] = defaultdict(dict)
@@ -105,7 +107,8 @@ class Order:
 
     def collective(self, run: Callable[[], Any], reads: Tensor, writes: Tensor) -> Any:
         """Run a collective on the stream of NCCL, after what was launched on the current one."""
-        self.launch()
+        launched, awaited = (s.clock.get("main", 0) for s in (self.main, self.launch()))
+        self.lead = max(self.lead, launched - awaited)
         self.nccl.clock.join(self.current[-1].clock)
         with self.on(self.nccl):
             self.launch()

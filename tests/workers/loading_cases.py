@@ -113,7 +113,12 @@ def whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def step(model: nn.Module, layout: str, dtype: torch.dtype) -> dict[str, Any]:
     """Take one step under DeepSpeed."""
     config = ds_config(layout, dtype)
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # adapters are not yet
+    places = [p.ds_tensor.data_ptr() for p in partitioned]
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
+    stay = places == [p.ds_tensor.data_ptr() for p in partitioned]
+    # Where DeepSpeed would hold one copy of all shards.
+    stay &= all(group.is_meta for group in optimizer.fp16_partitioned_groups_flat)
     engine.eval()
     with torch.no_grad():
         logits = engine(TOKENS).logits
@@ -127,7 +132,7 @@ def step(model: nn.Module, layout: str, dtype: torch.dtype) -> dict[str, Any]:
     after = dict(whole(model))
     buffers = dict(model.named_buffers())
     engine.destroy()
-    return {"logits": logits, "after": after, "buffers": buffers}
+    return {"logits": logits, "after": after, "buffers": buffers, "stay": stay and bool(places)}
 
 
 def same_steps(folder: Path, layout: str, adapters: bool) -> dict[str, bool]:
@@ -147,6 +152,7 @@ def same_steps(folder: Path, layout: str, adapters: bool) -> dict[str, bool]:
     ours, theirs = found
     return {
         "logits": torch.equal(ours["logits"], theirs["logits"]),
+        "stay": ours["stay"] and theirs["stay"],
         "moved": not all(torch.equal(t, before[n]) for n, t in ours["after"].items()),
         **{
             part: ours[part].keys() == theirs[part].keys()

@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 
 import addax_ds
 from addax_ds.kernels.operation import Operation, Slice
@@ -40,7 +41,15 @@ def looked_at(config: str) -> dict[str, Any]:
     engine.backward(loss)
     engine.step()
     addax_ds.kernels.fused = fused
+    returned = None
+    if not optimizer.offload_param:
+        trained = [p.ds_tensor.clone() for p in model.parameters()]
+        engine.offload_states(include=[OffloadStateTypeEnum.lp_params])
+        engine.reload_states()
+        pairs = zip(trained, model.parameters(), strict=True)
+        returned = all(torch.equal(before, p.ds_tensor) for before, p in pairs)
     found = {
+        "returned": returned,
         "device": str(optimizer.parameter_offload.offload_device),
         "all": sorted(shards.values()),
         "read": sorted(map(str, read)),

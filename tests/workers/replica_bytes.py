@@ -1,4 +1,5 @@
-"""Collectives of a step under FSDP2 with two replicas of two shards, by the ranks that take part.
+"""Collectives of a step, by the ranks that take part: FSDP2 with two replicas of two shards, and
+four replicas of whole models.
 
 ``python -m tests.workers.replica_bytes FOLDER``: rank 0 writes ``bytes.json``.
 """
@@ -15,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.cases import mean_loss
-from tests.support.layouts import fsdp2, hybrid_mesh
+from tests.support.layouts import Attached, fsdp2, hybrid_mesh
 from tests.support.models import tiny_opt, token_batches
 from tests.support.reference import Hyperparameters
 from tests.workers.teardown import shut_down
@@ -24,7 +25,9 @@ STEPS = 2  # what FSDP2 does once, in the first, is not counted
 
 
 class ByRanks(TorchDispatchMode):
-    """Collects (ranks, operation, bytes of its largest tensor) of every collective."""
+    """Collects (ranks, operation, bytes) of every collective: of all its tensors, if it coalesces
+    some, or of its largest one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +38,8 @@ class ByRanks(TorchDispatchMode):
             groups = [a for a in args if isinstance(a, torch.ScriptObject)]
             ranks = dist.get_process_group_ranks(ProcessGroup.unbox(groups[0]))
             name = function._schema.name.removeprefix("c10d::")
-            self.calls.append((ranks, name, max(sizes(args))))
+            count = sum if "coalesced" in name else max
+            self.calls.append((ranks, name, count(sizes(args))))
         return function(*args, **(kwargs or {}))
 
 
@@ -50,17 +54,25 @@ def sizes(values: Any) -> list[int]:
 def main() -> None:
     dist.init_process_group("gloo")
     found = {}
-    for name, alpha in {"addax": 0.5, "mezo": 1.0, "ip-sgd": 0.0}.items():
-        run = fsdp2(
-            tiny_opt(dtype=torch.bfloat16), Hyperparameters(lr=0.1, alpha=alpha), hybrid_mesh
-        )
-        shards = sum(p.to_local().numel() for p in run.model.parameters())
+    sharded = partial(fsdp2, mesh=hybrid_mesh)
+    for name, alpha, layout in (
+        ("addax", 0.5, sharded),
+        ("mezo", 1.0, sharded),
+        ("ip-sgd", 0.0, sharded),
+        ("whole", 0.5, Attached),
+    ):
+        run = layout(tiny_opt(dtype=torch.bfloat16), Hyperparameters(lr=0.1, alpha=alpha))
+        parameters = [getattr(p, "_local_tensor", p) for p in run.model.parameters()]
         for step, (long, short) in enumerate(token_batches(STEPS)):
             with ByRanks() as counted:
                 first = partial(mean_loss, run.model, short) if alpha < 1 else None
                 run.train(partial(mean_loss, run.model, long), first)
             if step == STEPS - 1:
-                found[name] = {"calls": counted.calls, "shard_bytes": 2 * shards}
+                found[name] = {
+                    "calls": counted.calls,
+                    "shard_bytes": sum(p.nbytes for p in parameters),
+                    "shards": len(parameters),
+                }
         run.close()
     if dist.get_rank() == 0:
         Path(sys.argv[1], "bytes.json").write_text(json.dumps(found))

@@ -44,8 +44,9 @@ class Case:
     drop: Callable[[pytest.MonkeyPatch, Run], None] | None = None  # takes a wait away
 
 
-def no_wait_at_the_end(patch: pytest.MonkeyPatch, run: Run) -> None:
-    patch.setattr(Zero3Sharding, "finish_step", Zero3Sharding._partition_all)
+def no_waits_for_compute(patch: pytest.MonkeyPatch, run: Run) -> None:
+    for name in ("_order_gathers", "_keep_pace"):
+        patch.setattr(Zero3Sharding, name, lambda self: None)
 
 
 def no_wait_before_copies(patch: pytest.MonkeyPatch, run: Run) -> None:
@@ -75,7 +76,10 @@ CASES = {
         Zero3, {"zero": {**SMALL, **NONE_KEPT, "stage3_max_reuse_distance": 0}}
     ),
     "ZeRO-3, two micro-batches, clipped": Case(Zero3, micro_batches=2, max_grad_norm=0.1),
-    "ZeRO-3 without a wait": Case(Zero3, {"zero": NONE_KEPT}, alpha=1.0, drop=no_wait_at_the_end),
+    "ZeRO-3 without a wait": Case(
+        Zero3, {"zero": {**SMALL, **NONE_KEPT}}, alpha=1.0, drop=no_waits_for_compute
+    ),
+    "ZeRO-3, MeZO, small buckets": Case(Zero3, {"zero": {**SMALL, **NONE_KEPT}}, alpha=1.0),
     "FSDP2": Case(fsdp2),
     "FSDP2, MeZO": Case(fsdp2, alpha=1.0),
     "FSDP2, two micro-batches, clipped": Case(fsdp2, micro_batches=2, max_grad_norm=0.1),
@@ -197,11 +201,22 @@ def run_case(name: str) -> dict[str, Any]:
             order.brings_gradients = case.start is Zero3  # FSDP2 has brought them by then
         if case.drop:
             case.drop(patch, run)
+
+        def compute(*_: Any) -> None:
+            order.launch()
+
+        for module in model.modules():
+            module.register_forward_hook(compute)
         sharding = run.optimizer.sharding
         order.watched = {shard.data.data_ptr(): shard.name for shard in sharding.shards()}
         waits = [train(run, order, case, *pair) for pair in token_batches(STEPS)]
         run.close()
-    return {"races": dict(order.races), "accesses": dict(order.accesses), "waits": waits[-1]}
+    return {
+        "races": dict(order.races),
+        "accesses": dict(order.accesses),
+        "waits": waits[-1],
+        "lead": order.lead,
+    }
 
 
 def train(run: Run, order: Order, case: Case, *batches: Tensor) -> dict[str, dict[str, int]]:
