@@ -2,6 +2,7 @@
 #   make demo ARGS="--seed 1"        flags appended to the demo's command
 #   make test ARGS="-k resume"       arguments for pytest; the same with test-quick
 #   make test-quick                  all rooms, without the tests that start processes
+#   make test-all                    also more layouts, variants and kills: twice as long
 #   make bench                       the benchmarks, on a CPU
 #   make test-gpu                    what only a GPU can show
 #   make gpu-kit                     what part1.sh and part2.sh of benchmarks/gpu need, without a network
@@ -15,6 +16,7 @@ ARGS ?=
 
 VENV := .venv
 TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+LEFT_OUT := and not exhaustive
 STAMP := $(VENV)/installed
 PIP_INSTALL := $(VENV)/bin/python -m pip install -c constraints.txt
 # DeepSpeed compiles its operators on first use and looks for ninja on PATH.
@@ -29,7 +31,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.
     "addax_ds needs Python 3.11 or 3.12, but %s is %d.%d. Remove .venv if there is one, and " \
     "name another interpreter: make install PYTHON=python3.12" % (sys.executable, v[0], v[1]))
 
-.PHONY: install demo test test-quick test-gpu gpu-kit faults bench lint clean
+.PHONY: install demo test test-quick test-all test-gpu gpu-kit faults bench lint clean
 
 install: $(STAMP)
 
@@ -62,10 +64,11 @@ lint: $(STAMP)
 
 # A file stays with one worker, for its fixtures. Ranks of a real launcher wait by spinning, so
 # nothing runs beside them. A selection runs in one process.
-test: lint
+test-all: LEFT_OUT :=
+test test-all: lint
 ifeq ($(ARGS),)
-	$(VENV_PATH) pytest -q -m "not launcher" $(TWO_WORKERS)
-	$(VENV_PATH) pytest -q -m launcher
+	$(VENV_PATH) pytest -q -m "not launcher $(LEFT_OUT)" $(TWO_WORKERS)
+	$(VENV_PATH) pytest -q -m "launcher $(LEFT_OUT)"
 else
 	$(VENV_PATH) pytest -q $(ARGS)
 endif

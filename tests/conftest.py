@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from tests.support.cases import CASES, batches, float64_outcome
+from tests.support.exhaustive import idle, is_exhaustive
 from tests.support.ranks import free_port, permit
 
 
@@ -37,10 +38,17 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what takes longest, as ranks do; before them with what waits for no compiler."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "kernels"))
+    for item in items:
+        if is_exhaustive(item.nodeid):
+            item.add_marker(pytest.mark.exhaustive)
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        patterns = idle([item.nodeid for item in items])
+        assert not patterns, f"tests/support/exhaustive.py names no test by {patterns}"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
