@@ -132,6 +132,14 @@ def test_weights_in_host_memory_are_recommended_where_it_is_known_to_suffice(sha
     assert f"of host memory a node {name} fits, too" in text
 
 
+def test_the_flag_of_the_back_end_puts_weights_into_host_memory(folder):
+    for sharding, flag in (("zero3", "--deepspeed zero3_offload"), ("fsdp2", "--cpu_offload")):
+        words = ["--gpus", "2", "--sharding", sharding, "--host_memory", "1"]
+        options = {o["name"]: o for o in recommendation(folder, None, *words)["options"]}
+        assert options["mezo, offload"]["flags"] == f"--method mezo {flag}"
+        assert options["mezo, offload"]["host"] > options["mezo"]["host"] == 0
+
+
 def test_time_and_traffic_are_those_of_the_passes(shape, folder):
     words = ["--gpus", "4", "--sharding", "fsdp2", "--per_device_zo_batch_size", "2"]
     words += ["--per_device_train_batch_size", "4"]
@@ -166,7 +174,7 @@ def test_what_other_packages_need_is_their_states_beside_checkpointed_steps(shap
     [
         (["--methods", "mezo"], "--methods has no effect with --recommend"),
         (["--activation_checkpointing"], "_checkpointing has no effect with --recommend"),
-        (["--sharding", "fsdp2", "--host_memory", "9"], "--host_memory has no effect without"),
+        (["--sharding", "none", "--host_memory", "9"], "--host_memory has no effect without"),
     ],
 )
 def test_flags_without_effect_are_refused(folder, words, message):
