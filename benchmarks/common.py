@@ -45,6 +45,8 @@ def live_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors."""
     storages = {}
     for tensor in tensors:
+        if tensor.is_meta:
+            continue
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

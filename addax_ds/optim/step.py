@@ -382,7 +382,8 @@ class RunningStep:
 
     def _first_order_norm(self, lrs: list[float]) -> float:
         """Norm of the first-order part of the update, after clipping; 0 if it was left out."""
-        return self._weight_of_g1 * math.hypot(*map(mul, lrs, self._norms))
+        weight = self._weight_of_g1  # 0 also where the norm is infinite
+        return weight * math.hypot(*map(mul, lrs, self._norms)) if weight else 0.0
 
     def _first_order_decrease(self, lrs: list[float]) -> float | None:
         if not self._norms or self._steps[0].alpha == 1.0:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -225,10 +226,10 @@ def sweep(folder: Path, sharding: str, world_size: int) -> dict[str, Any]:
         args = arguments(case, output, sharding, world_size, **options)
         trainer = make_trainer(name, folder, sharding, args)
         before = gathered(trainer.model)
-        learning_rate.rates = lambda method: (1e-3, 1e-2, 0.1)  # a few serve to be compared
-        found[name] = [trainer.find_learning_rate()]
-        if sharding != "zero3":  # there a trainer trains once
-            found[name].append(trainer.find_learning_rate())
+        # A few rates serve to be compared. Under ZeRO-3 a trainer trains once.
+        with patch.object(learning_rate, "rates", lambda method: (1e-3, 1e-2, 0.1)):
+            times = 1 if sharding == "zero3" else 2
+            found[name] = [trainer.find_learning_rate() for _ in range(times)]
         after = gathered(trainer.model)
         assert all(torch.equal(after[key], before[key]) for key in before)
         assert {path.name for path in output.iterdir()} <= {"csv"}  # the engine's own monitor
