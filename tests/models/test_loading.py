@@ -77,7 +77,7 @@ EXPERTS = {
     "vocab_size": 64,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_local_experts": 8,
