@@ -33,10 +33,10 @@ from addax_ds.config.arguments import DataArguments, ModelArguments
 from addax_ds.data.batches import StepBatches, StepSchedule
 from addax_ds.data.encoding import Example, data_digest, encode, lengths_of
 from addax_ds.data.partition import partition
-from addax_ds.data.records import read_records
-from addax_ds.data.sources import open_rows
 from addax_ds.data.train_rows import EncodedRows
 from addax_ds.models.source import ModelSource
+from addax_ds.reading.records import read_records
+from addax_ds.reading.sources import open_rows
 from benchmarks.common import collect_provenance, one_thread_each
 
 CASES = {3_000: 980, 30_000: 980, 300_000: 980, 3_000_000: 60}

@@ -42,11 +42,11 @@ from addax_ds import kernels
 from addax_ds.data.batches import StepBatches, StepSchedule
 from addax_ds.data.encoding import encode
 from addax_ds.data.partition import partition
-from addax_ds.data.records import prompt_completion
 from addax_ds.data.train_rows import EncodedRows
 from addax_ds.evaluation.likelihood import scores_of_logits, targets_of
 from addax_ds.kernels.operation import Draw, Operation, Slice
 from addax_ds.models import demo
+from addax_ds.reading.records import prompt_completion
 from addax_ds.tasks import TASKS
 from benchmarks.common import collect_provenance
 

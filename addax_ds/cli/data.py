@@ -17,12 +17,12 @@ from addax_ds.data.encoding import (
     encode_prompts,
     padding_token,
 )
-from addax_ds.data.records import Record, prompt_completion
-from addax_ds.data.shapes import parse_columns
-from addax_ds.data.sources import Rows, open_rows
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
 from addax_ds.models.source import ModelSource
+from addax_ds.reading.records import Record, prompt_completion
+from addax_ds.reading.shapes import parse_columns
+from addax_ds.reading.sources import Rows, open_rows
 from addax_ds.tasks import GenerationTask, Task, find_task
 from addax_ds.tasks.base import Row
 from addax_ds.utils.errors import UserError

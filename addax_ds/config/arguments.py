@@ -19,9 +19,9 @@ from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.former_flags import FORMER_FLAGS
 from addax_ds.config.presets import find_preset
 from addax_ds.config.values import read_argument_file, type_problems
-from addax_ds.data.shapes import parse_columns
-from addax_ds.data.sources import find_files
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
+from addax_ds.reading.shapes import parse_columns
+from addax_ds.reading.sources import find_files
 from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task

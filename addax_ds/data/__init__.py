@@ -1,1 +1,1 @@
-"""Data: sources -> records -> encoding -> partition -> batches, from files to a step's tensors."""
+"""Data: records -> encoding -> partition -> batches, up to a step's tensors."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from addax_ds.data.encoding import Cuts
-from addax_ds.data.records import log_unused
+from addax_ds.reading.records import log_unused
 from addax_ds.utils.files import sha256_of
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from addax_ds.data.encoding import Example, encode
-from addax_ds.data.records import read_records
-from addax_ds.data.sources import without_nested_nulls
+from addax_ds.reading.records import read_records
+from addax_ds.reading.sources import without_nested_nulls
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def as_examples(
 
 @dataclass(frozen=True)
 class _MapRows:
-    """Rows (`addax_ds.data.sources.Rows`) of a map-style data set."""
+    """Rows (`addax_ds.reading.sources.Rows`) of a map-style data set."""
 
     dataset: MapDataset
     name: str

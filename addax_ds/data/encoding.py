@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from addax_ds.data.records import Record
+from addax_ds.reading.records import Record
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:

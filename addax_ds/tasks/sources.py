@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from addax_ds.data.text_files import JsonLines
+from addax_ds.reading.text_files import JsonLines
 from addax_ds.tasks.sampling import SourceRow
 from addax_ds.utils.errors import UserError
 

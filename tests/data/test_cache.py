@@ -20,15 +20,15 @@ from addax_ds.data import cache, encoding
 from addax_ds.data.arrow import ArrowExamples
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.cache import Encoder, encoded
-from addax_ds.data.clock import moments_read
 from addax_ds.data.encoding import data_digest, encode, learnt_ends
-from addax_ds.data.records import read_records
-from addax_ds.data.sources import Rows, open_rows
 from addax_ds.data.train_rows import EncodedRows
+from addax_ds.reading.clock import moments_read
+from addax_ds.reading.records import read_records
+from addax_ds.reading.sources import Rows, open_rows
 from addax_ds.utils.errors import UserError
-from tests.data.test_chat import DATED
-from tests.data.test_records import CHATML
 from tests.faults.disk import disk_is_full, fault
+from tests.reading.test_chat import DATED
+from tests.reading.test_records import CHATML
 from tests.support.ranks import require_permission
 from tests.support.tiny import byte_tokenizer, row, tiny_tokenizer, words, write_rows
 

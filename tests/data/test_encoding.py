@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from addax_ds.data.encoding import NO_LOSS, Cuts, encode, encode_prompts, learnt_ends, padding_token
-from addax_ds.data.records import Record, chat, plain_text, prompt_completion
+from addax_ds.reading.records import Record, chat, plain_text, prompt_completion
 from addax_ds.utils.errors import UserError
 
 CORPUS = ["a great film It was great", "def f():\n    return 1\n        x", "it was terrible"] * 5

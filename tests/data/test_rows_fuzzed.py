@@ -14,12 +14,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from addax_ds.data import text_files
 from addax_ds.data.encoding import NO_LOSS, encode
-from addax_ds.data.records import prompt_completion
+from addax_ds.reading import text_files
+from addax_ds.reading.records import prompt_completion
 from addax_ds.utils.errors import UserError
 from tests.data.test_encoding import word_level
-from tests.data.test_records import CHATML, INSTRUCT, NO_MARK, read_jsonl, tokenizer_with
+from tests.reading.test_records import CHATML, INSTRUCT, NO_MARK, read_jsonl, tokenizer_with
 from tests.support.fuzz import FINITE_JSON, JSON, TEXT, fuzzed, outcome
 
 COLUMNS = ("prompt", "completion", "messages", "text")

@@ -12,9 +12,9 @@ from torch import nn
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import encode_prompts
-from addax_ds.data.records import Record
 from addax_ds.evaluation.generation import Decoder, GenerationSet
 from addax_ds.evaluation.scored_set import Scores
+from addax_ds.reading.records import Record
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.errors import UserError
 from tests.support.rank_group import Lazy, RankGroup

@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import addax_ds
 from addax_ds.data.encoding import encode
-from addax_ds.data.records import prompt_completion
 from addax_ds.data.train_rows import pad
 from addax_ds.models import demo
+from addax_ds.reading.records import prompt_completion
 from addax_ds.tasks import TASKS
 
 pytestmark = pytest.mark.slow

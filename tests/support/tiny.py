@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from addax_ds.data.encoding import Example, encode, encode_prompts
-from addax_ds.data.records import prompt_completion
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet
+from addax_ds.reading.records import prompt_completion
 from addax_ds.tasks.metrics import squad_scores
 
 VOCABULARY = 211  # odd, so that partitions of the embedding are uneven

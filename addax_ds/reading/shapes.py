@@ -13,7 +13,7 @@ from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, shown
 
 if TYPE_CHECKING:
-    from addax_ds.data.sources import Rows
+    from addax_ds.reading.sources import Rows
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "prompt + completion": ("prompt", "completion"),
@@ -118,7 +118,7 @@ def _chosen(columns: Mapping[str, str]) -> list[str]:
 
 
 class Renamed:
-    """Rows (`addax_ds.data.sources.Rows`) whose columns get other names.
+    """Rows (`addax_ds.reading.sources.Rows`) whose columns get other names.
 
     A shape that is chosen by one of its names is the only one: columns of the others are left out.
 

@@ -7,11 +7,11 @@ import pytest
 
 from addax_ds.data.datasets import as_examples
 from addax_ds.data.encoding import encode
-from addax_ds.data.records import Record, chat, prompt_completion, read_records
-from addax_ds.data.sources import open_rows
+from addax_ds.reading.records import Record, chat, prompt_completion, read_records
+from addax_ds.reading.sources import open_rows
 from addax_ds.utils.errors import UserError
-from tests.data.test_chat import TOOL, TOOLS
-from tests.data.test_records import CHATML, DIALOGUE, learnt, tokenizer_with
+from tests.reading.test_chat import TOOL, TOOLS
+from tests.reading.test_records import CHATML, DIALOGUE, learnt, tokenizer_with
 from tests.support.tiny import byte_tokenizer, write_rows
 
 # As in train.py of Stanford Alpaca.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from addax_ds.data.clock import clock_at
-from addax_ds.data.conventions import SHAREGPT_ROLES
+from addax_ds.reading.clock import clock_at
+from addax_ds.reading.conventions import SHAREGPT_ROLES
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import did_you_mean, shown
 
@@ -100,7 +100,7 @@ def learnt_turns(
         now: date and time that the template reads, local and without a zone; None for the clock.
 
     Raises:
-        UserError: see `addax_ds.data.records.chat`.
+        UserError: see `addax_ds.reading.records.chat`.
     """
     origin, messages = conversation.origin, conversation.messages
     require_chat_template(tokenizer, origin)

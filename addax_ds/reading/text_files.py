@@ -61,7 +61,7 @@ class _Index:
 
 
 class TextRows(ABC):
-    """Rows of one file (`addax_ds.data.sources.Rows`), which is scanned when it is first asked.
+    """Rows of one file (`addax_ds.reading.sources.Rows`), which is scanned when it is first asked.
 
     Args:
         path: of the file; one that ends in ``.gz`` is gzip'd.

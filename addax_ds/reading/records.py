@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from addax_ds.data.chat import Conversation, learnt_turns
-from addax_ds.data.conventions import alpaca_messages, alpaca_prompt, sharegpt_messages
-from addax_ds.data.shapes import OPTIONAL, SHAPES, listed, require_shape, shape_of
-from addax_ds.data.sources import Rows
+from addax_ds.reading.chat import Conversation, learnt_turns
+from addax_ds.reading.conventions import alpaca_messages, alpaca_prompt, sharegpt_messages
+from addax_ds.reading.shapes import OPTIONAL, SHAPES, listed, require_shape, shape_of
+from addax_ds.reading.sources import Rows
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def chat(
 class Records:
     """The records of rows that all have the shape of the first, made when they are read.
 
-    Every row must have that shape (`addax_ds.data.shapes`) and no other. A null counts as a missing
-    column; other columns are ignored, and collected.
+    Every row must have that shape (`addax_ds.reading.shapes`) and no other. A null counts as a
+    missing column; other columns are ignored, and collected.
 
     - `prompt` and `completion`: strings, loss on the completion; or both lists of messages, loss on
       the assistant's turns in the completion.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from addax_ds.data.sources import open_rows
+from addax_ds.reading.sources import open_rows
 from tests.support.fuzz import FINITE_JSON, TEXT, fuzzed, outcome
 
 FIELD = TEXT.map(lambda text: text.encode("utf-8", "replace").decode())

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from addax_ds.data.records import chat
+from addax_ds.reading.records import chat
 from addax_ds.utils.errors import UserError
-from tests.data.test_records import CHATML, DIALOGUE, learnt, read_jsonl, tokenizer_with
+from tests.reading.test_records import CHATML, DIALOGUE, learnt, read_jsonl, tokenizer_with
 from tests.support.tiny import write_rows
 
 # Writes tools, calls of them, and reasoning, as templates of models that have been taught them do.

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from addax_ds.data.records import Record, chat, plain_text, prompt_completion, read_records
-from addax_ds.data.sources import open_rows
+from addax_ds.reading.records import Record, chat, plain_text, prompt_completion, read_records
+from addax_ds.reading.sources import open_rows
 from addax_ds.utils.errors import UserError
 
 CHATML = (

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from addax_ds.data.records import Record, plain_text, prompt_completion, read_records
-from addax_ds.data.shapes import parse_columns
-from addax_ds.data.sources import open_rows
+from addax_ds.reading.records import Record, plain_text, prompt_completion, read_records
+from addax_ds.reading.shapes import parse_columns
+from addax_ds.reading.sources import open_rows
 from addax_ds.utils.errors import UserError
-from tests.data.test_records import CHATML, DIALOGUE, tokenizer_with
+from tests.reading.test_records import CHATML, DIALOGUE, tokenizer_with
 from tests.support.tiny import write_rows
 
 SQUAD = {"question": "Who?", "answer": " You", "context": "c", "id": 1}

@@ -1,7 +1,7 @@
 """Where rows come from: files and data sets, by what the arguments name.
 
-`open_rows` returns `Rows`, of which `addax_ds.data.records` makes text. JSON and CSV files are read
-by `addax_ds.data.text_files`, all else by `datasets`.
+`open_rows` returns `Rows`, of which `addax_ds.reading.records` makes text. JSON and CSV files are
+read by `addax_ds.reading.text_files`, all else by `datasets`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from addax_ds.data.shapes import Renamed
-from addax_ds.data.text_files import (
+from addax_ds.reading.shapes import Renamed
+from addax_ds.reading.text_files import (
     JsonArray,
     JsonLines,
     Table,

@@ -14,10 +14,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from addax_ds.data.encoding import encode
-from addax_ds.data.records import read_records
-from addax_ds.data.sources import find_files, open_rows
+from addax_ds.reading.records import read_records
+from addax_ds.reading.sources import find_files, open_rows
 from addax_ds.utils.errors import UserError
-from tests.data.test_chat import CALL, TOOL, TOOLS
+from tests.reading.test_chat import CALL, TOOL, TOOLS
 from tests.support.tiny import byte_tokenizer, write_rows
 
 # What readers of tables take for something else: nothing, numbers, the end of a row or a field.
