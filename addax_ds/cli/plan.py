@@ -236,7 +236,7 @@ def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
         return
     if arguments.deepspeed and not rules.uses_deepspeed:
         yield f"--deepspeed has no effect with --sharding {sharding}."
-    if arguments.cpu_offload and not rules.has_cpu_offload:
+    if arguments.cpu_offload and rules.offload_flag != "--cpu_offload":
         yield (
             f"--cpu_offload has no effect with --sharding {sharding}: use fsdp2, or --deepspeed "
             "zero3_offload."

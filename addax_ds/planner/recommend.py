@@ -14,7 +14,7 @@ from addax_ds.optim.methods import BASELINES, Method
 from addax_ds.planner.memory import Inputs, standing_bytes, step_memory
 from addax_ds.planner.report import Request, largest_length, with_batches
 from addax_ds.planner.rules import rules_of
-from addax_ds.planner.units import BACKWARD, FORWARD, GB, GRAIN
+from addax_ds.planner.units import FORWARD, GB, GRAIN, first_order_units
 
 LORA_RANK = 8
 _ADAMW_8BIT = 4
@@ -188,7 +188,7 @@ def _fitting_rows(request: Request, on: Inputs) -> int | None:
 
 def _units(inputs: Inputs) -> float:
     """Forward passes of a token: those of the step's worst batches."""
-    of_first = FORWARD + BACKWARD + FORWARD * inputs.checkpointing
+    of_first = first_order_units(inputs.checkpointing)
     batches = ((inputs.zeroth_order, FORWARD * _PASSES), (inputs.first_order, of_first))
     parts = [(batch.rows * batch.length, units) for batch, units in batches if batch is not None]
     return sum(tokens * units for tokens, units in parts) / sum(tokens for tokens, _ in parts)

@@ -23,14 +23,13 @@ class Rules:
         is_sharded: whether a rank needs less memory if there are more of them.
         uses_deepspeed: whether the settings of a DeepSpeed JSON apply.
         has_replicas: whether there may be several copies of the weights, each sharded.
-        has_cpu_offload: whether `Inputs.cpu_offload` applies.
         offload_flag: what puts the shards into host memory; None if nothing does.
+            `Inputs.cpu_offload` applies where it is ``--cpu_offload``.
     """
 
     is_sharded = False
     uses_deepspeed = False
     has_replicas = False
-    has_cpu_offload = False
     offload_flag: str | None = None
 
     def runs(self, method: Method) -> bool:
@@ -71,7 +70,6 @@ class Rules:
 class _Fsdp2(Rules):
     is_sharded = True
     has_replicas = True
-    has_cpu_offload = True
     offload_flag = "--cpu_offload"
 
     def shards(self, shape: ModelShape, ranks: int) -> list[int]:

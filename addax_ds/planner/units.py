@@ -8,3 +8,8 @@ FORWARD, BACKWARD = 1, 2
 Language Models", section 2.1: a backward takes twice as many operations)."""
 RESERVE = 4 * GB
 """Of a GPU's memory, for what is not a tensor: CUDA context, NCCL, fragmentation; an assumption."""
+
+
+def first_order_units(recomputes: bool) -> int:
+    """Return the forward passes that a first-order token costs, with checkpointing or without."""
+    return FORWARD + BACKWARD + FORWARD * recomputes

@@ -14,7 +14,7 @@ from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.addax import Addax
 from addax_ds.optim.attach import attach
 from addax_ds.optim.methods import IN_PLACE
-from addax_ds.planner.units import BACKWARD, FORWARD
+from addax_ds.planner.units import FORWARD, first_order_units
 from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
@@ -190,8 +190,9 @@ class AddaxMixin(StepMixin):
         """Return the forward passes of tokens that each part of a step costs; see `Worth`."""
         assert self._steps is not None
         addax, args, tokens = self.addax, self.args, self._steps.tokens(step)
-        recomputes = bool(args.activation_checkpointing or args.gradient_checkpointing)
-        of_row = FORWARD + BACKWARD + FORWARD * recomputes
+        of_row = first_order_units(
+            bool(args.activation_checkpointing or args.gradient_checkpointing)
+        )
         if addax.max_grad_norm > 0.0 and self.settings.gradient_accumulation_steps == 1:
             of_row *= 2  # one backward finds the norm
         passes = len(addax.estimator.passes)
