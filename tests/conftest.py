@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from tests.support.cases import CASES, batches, float64_outcome
 from tests.support.exhaustive import idle, is_exhaustive
+from tests.support.rank_group import Lazy
 from tests.support.ranks import free_port, permit
 
 
@@ -111,13 +112,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def float64_results() -> dict[str, dict]:
+def float64_results() -> Lazy[str, dict]:
     """Start, end and g0 of the float64 loop, by case; equal cases are computed once."""
-    results: dict[str, dict] = {}
     by_content: dict[str, dict] = {}
-    for name, case in CASES.items():
+
+    def of_case(name: str) -> dict:
+        case = CASES[name]
         key = f"{case.model} {case.hyperparameters}"
         if key not in by_content:
             by_content[key] = float64_outcome(case, batches())
-        results[name] = by_content[key]
-    return results
+        return by_content[key]
+
+    return Lazy(CASES, of_case)

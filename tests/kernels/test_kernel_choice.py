@@ -43,6 +43,11 @@ def works() -> bool:
     return torch.equal(z, expected)
 
 
+def take_the_built_one(monkeypatch) -> None:
+    """Go back to the cache of all other tests, for those in which nothing is built."""
+    monkeypatch.delenv("ADDAX_CACHE")
+
+
 @pytest.fixture
 def counted_compiler(tmp_path, monkeypatch) -> Path:
     """A compiler that notes in the returned file how often it compiled, and hurries."""
@@ -124,12 +129,8 @@ def set_cache_that_is_no_folder(folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("ADDAX_CACHE", str(folder / "file" / "cache"))
 
 
-def hurry(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-O0"))
-
-
 def set_full_disk(folder: Path, monkeypatch) -> None:
-    hurry(monkeypatch)
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-O0"))
 
     def replace(source: Path, target: Path) -> None:
         raise OSError("No space left")
@@ -142,7 +143,7 @@ def set_fused_multiply_add(folder: Path, monkeypatch) -> None:
 
 
 def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
-    hurry(monkeypatch)
+    take_the_built_one(monkeypatch)
     right = cpu.fused
 
     def wrong(slices, operation, *more) -> None:
@@ -152,7 +153,7 @@ def set_z_for_the_realised_difference(folder: Path, monkeypatch) -> None:
 
 
 def set_no_report_of_kept_weights(folder: Path, monkeypatch) -> None:
-    hurry(monkeypatch)
+    take_the_built_one(monkeypatch)
     right = cpu.fused
 
     def wrong(slices, operation, out=None, gradients=None, kept=None) -> None:
@@ -199,6 +200,7 @@ def test_without_a_library_one_warning_and_plain_torch(
 
 
 def test_the_choice_is_said_once_and_can_be_forced(fresh, monkeypatch, caplog):
+    take_the_built_one(monkeypatch)
     with caplog.at_level(logging.INFO, logger="addax_ds.kernels"):
         for forced, module in ((None, cpu), ("reference", reference), ("cpp", cpu)):
             kernels.implementation.cache_clear()

@@ -62,25 +62,25 @@ def test_world_sizes_agree_to_fp32_rounding(results, name):
     assert one["g0"] == pytest.approx(two["g0"], rel=2e-3, abs=2e-3)
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", ["frozen", "frozen-persistence-0"])
-def test_frozen_parameters_do_not_move(results, name):
+def test_frozen_parameters_do_not_move(results, name, world_size):
     start = CASES[name].build()
     frozen = {n for n, p in start.named_parameters() if not p.requires_grad}
     assert frozen
-    for world_size in WORLD_SIZES:
-        end = results[world_size][name][0]["weights"]
-        for n, p in start.named_parameters():
-            assert torch.equal(p, end[n]) == (n in frozen), n
+    end = results[world_size][name][0]["weights"]
+    for n, p in start.named_parameters():
+        assert torch.equal(p, end[n]) == (n in frozen), n
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(("name", "forwards"), [("tied", 3), ("ip-sgd", 1), ("mezo", 2)])
-def test_number_of_passes(results, name, forwards):
-    for world_size in WORLD_SIZES:
-        assert results[world_size][name][0]["forwards"] == forwards * STEPS
+def test_number_of_passes(results, name, forwards, world_size):
+    assert results[world_size][name][0]["forwards"] == forwards * STEPS
 
 
-def test_prefetching_keeps_its_trace_after_the_first_step(results):
-    for world_size in WORLD_SIZES:
-        for name in CASES:
-            after_the_first = results[world_size][name][0]["output"].split("step 1\n")[1]
-            assert "Invalidate trace cache" not in after_the_first, name
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_prefetching_keeps_its_trace_after_the_first_step(results, name, world_size):
+    after_the_first = results[world_size][name][0]["output"].split("step 1\n")[1]
+    assert "Invalidate trace cache" not in after_the_first
