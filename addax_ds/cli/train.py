@@ -52,7 +52,7 @@ from addax_ds.distributed.collectives import (
     raise_on_all_ranks,
     shutdown,
 )
-from addax_ds.distributed.nodes import replicas_of, threads_of_rank
+from addax_ds.distributed.nodes import nodes, replicas_of, threads_of_rank
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.adapters import Lora
@@ -120,7 +120,7 @@ def _finetune(
 ) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     with raise_on_all_ranks():
-        replicas = replicas_of(model_args.replicas, args)
+        replicas = replicas_of(model_args.replicas, [len(node) for node in nodes(args)])
     run = Run.of(args, args.settings, sharding)
     run = replace(run, replicas=replicas, cpu_offload=model_args.cpu_offload)
     resumed = resume.find(args.resume_from_checkpoint, args)
