@@ -216,11 +216,9 @@ class Fsdp2(Sharding):
         self._reshard()  # what is still gathered is from before the update
 
     def abandon(self) -> None:  # noqa: D102
-        self.awaiting_backward = self.backward_ran = False
-        self._waiting.clear()
         self._reshard()  # which drops what is being gathered or reduced, too
-        for parameter, fsdp_param in self._fsdp_params.items():
-            parameter.grad = None
+        super().abandon()
+        for fsdp_param in self._fsdp_params.values():
             fsdp_param.unsharded_accumulated_grad = None
             if hasattr(fsdp_param, "_unsharded_param"):
                 fsdp_param._unsharded_param.grad = None
