@@ -332,6 +332,13 @@ def _check_group(group: Any) -> None:
             "fully_shard(reshard_after_forward=<a number>) gathers for backward from "
             "copies that an update in place would not reach: use True or False"
         )
+    trained = (p.sharded_param for p in group.fsdp_params if p.sharded_param.requires_grad)
+    if len(dtypes := {parameter.dtype for parameter in trained}) > 1:
+        raise UserError(
+            f"weights of {' and '.join(sorted(map(str, dtypes)))} are sharded together, and FSDP2 "
+            "reduces gradients of one dtype: call fully_shard on the modules of one of them first, "
+            "or train under ZeRO-3"
+        )
 
 
 def _check(fsdp_param: Any) -> None:
