@@ -44,7 +44,8 @@ class ArchiveMember:
     @property
     def cached(self) -> Path:
         """Path of the file once it has been fetched."""
-        return cache_folder() / f"{self.sha256[:16]}-{Path(self.path[-1]).name}"
+        folder, name = Path(self.path[-1]).parts[-2:]  # many files of an archive are task.json
+        return cache_folder() / f"{self.sha256[:16]}-{folder}-{name}"
 
     def read(self) -> str:
         """Return the file's text; the first call fetches it, and others wait.
