@@ -171,3 +171,11 @@ STUDIES: dict[str, Study] = {
         Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,), beside="multiemo"),
     )
 }
+
+# What a user would take instead of Addax to save memory.
+_PEERS = (
+    Contender("adamw", (2e-4, 1e-4, 5e-4), 40, 2, 8, variant="lora", more=(("lora_r", "16"),)),
+)
+STUDIES["multiemo-peers"] = Study(
+    "multiemo-peers", "MULTIEMO", 256, _PEERS, (0, 1, 2), beside="multiemo"
+)
