@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from addax_ds.data.encoding import NO_LOSS
+from addax_ds.evaluation.output_head import computing_losses, plain_head
 from addax_ds.utils.errors import UserError
 
 
@@ -91,12 +92,35 @@ def target_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         fp64 ``(sequences, 2)``.
     """
     arguments = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    positions = batch["positions"]
-    if takes_positions(model):
-        logits = model(**arguments, logits_to_keep=positions).logits
-    else:
-        logits = model(**arguments).logits[:, positions]
-    return _scores(logits, batch)
+    return _sums(target_losses(model, arguments, batch), batch)
+
+
+def target_losses(model: Any, arguments: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> Any:
+    """Run a model and return the negative log-likelihood of each target token.
+
+    Many are computed by the output projection itself (`addax_ds.evaluation.output_head`), and the
+    logits of all of them are never held.
+
+    Args:
+        model: see `target_scores`.
+        arguments: of the model.
+        tokens: of `target_tensors`.
+
+    Returns:
+        fp32 ``(tokens,)``.
+    """
+    positions, target = tokens["positions"], tokens["target_token"]
+    takes = takes_positions(model)
+    if takes:
+        arguments = {**arguments, "logits_to_keep": positions}
+    head = plain_head(_unwrapped(model), len(target))
+    if head is None:
+        logits = model(**arguments).logits
+        return _losses(logits if takes else logits[:, positions], tokens)
+    if not takes:
+        tokens = {**tokens, "target_position": positions[tokens["target_position"]]}
+    with computing_losses(head, tokens):
+        return model(**arguments).logits
 
 
 def scores_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -106,14 +130,18 @@ def scores_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
         logits: of all positions.
         targets: int64 ``(rows, length)``, see `targets_of`.
     """
-    return _scores(logits, _target_tokens(targets))
+    tokens = _target_tokens(targets)
+    return _sums(_losses(logits, tokens), tokens)
 
 
-def _scores(logits: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+def _losses(logits: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
     chosen = logits[tokens["target_row"], tokens["target_position"]].float()
-    losses = F.cross_entropy(chosen, tokens["target_token"], reduction="none")
+    return F.cross_entropy(chosen, tokens["target_token"], reduction="none")
+
+
+def _sums(losses: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
     counts = tokens["target_count"]
-    sums = torch.zeros(len(counts), dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=losses.device)
     sums.index_add_(0, tokens["target_sequence"], -losses.double())
     return torch.stack((sums, counts.double()), dim=1)
 
@@ -124,13 +152,17 @@ def takes_positions(model: Any) -> bool:
     Raises:
         UserError: if adapters put virtual tokens in front of the prompt, which moves all positions.
     """
+    return "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
+
+
+def _unwrapped(model: Any) -> Any:
     inner = getattr(model, "module", model)
-    if hasattr(inner, "get_base_model"):
-        config = inner.active_peft_config
-        if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
-            raise UserError(
-                f"adapters of type {config.peft_type} put tokens in front of the prompt, which is "
-                "not supported: use LoRA, or prefix tuning"
-            )
-        inner = inner.get_base_model()
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    if not hasattr(inner, "get_base_model"):
+        return inner
+    config = inner.active_peft_config
+    if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+        raise UserError(
+            f"adapters of type {config.peft_type} put tokens in front of the prompt, which is not "
+            "supported: use LoRA, or prefix tuning"
+        )
+    return inner.get_base_model()

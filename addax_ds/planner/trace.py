@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
-from addax_ds.evaluation.likelihood import takes_positions
+from addax_ds.evaluation.likelihood import target_losses
+from addax_ds.evaluation.output_head import plain_head
 from addax_ds.planner.shapes import ModelShape, reason
 from addax_ds.planner.tape import Event, Tape
 from addax_ds.utils.errors import UserError
@@ -136,6 +137,7 @@ def _run(
         tape.ignore(tensor)
     parameters = _note_gradients(model, tape)
     _note_modules(model, tape)
+    plain_head(model, batch.rows * batch.targets)  # its trial, done once, is none of the pass's
     with tape, torch.set_grad_enabled(backward):
         loss = _loss(model, inputs, batch)
         if backward:
@@ -231,18 +233,12 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def _loss(model: Any, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
-    """Return the loss as `target_scores` computes it; it keeps the same."""
-
     def indices(number: int) -> Tensor:
         return torch.zeros(number, dtype=torch.long, device="meta")
 
-    positions = indices(batch.positions)
-    if takes_positions(model):
-        logits = model(**inputs, logits_to_keep=positions).logits
-    else:
-        logits = model(**inputs).logits[:, positions]
-    row, position, target = (indices(batch.rows * batch.targets) for _ in range(3))
-    losses = F.cross_entropy(logits[row, position].float(), target, reduction="none")
+    names = "target_row", "target_position", "target_token"
+    tokens = {name: indices(batch.rows * batch.targets) for name in names}
+    losses = target_losses(model, inputs, {**tokens, "positions": indices(batch.positions)})
     return losses.double().sum()
 
 

@@ -144,19 +144,34 @@ def _contenders(steps: int, evaluations: int, mezo_steps: int) -> tuple[Contende
 
 
 def _with_more(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
-    """Add what Addax is to be told apart from.
-
-    The control leaves the zeroth-order part out of Addax: the same batches of D1 and no other row.
-    IP-SGD with checkpointing answers whether memory needs Addax at all; its bits are IP-SGD's.
-    """
     addax, ip_sgd, _ = contenders
     wa = replace(addax, method="addax-wa")
     adamw = replace(ip_sgd, method="adamw", learning_rates=_ADAMW_RATES)
+    return (*contenders, wa, adamw)
+
+
+def _controls(rate: float) -> tuple[Contender, Contender]:
+    """Return Addax, and Addax without its zeroth-order part: the same batches of D1 alone."""
+    addax, ip_sgd, _ = _contenders(40, 2, 160)
     median = (("length_threshold", "median"),)  # Addax's default
     short = replace(ip_sgd, variant="short", first_order=addax.first_order, more=median)
+    return replace(addax, learning_rates=(rate,)), replace(short, learning_rates=(rate,))
+
+
+def _parts(rate: float) -> tuple[Contender, ...]:
+    """Return Addax with other mixtures, and IP-SGD with recomputed activations.
+
+    The latter answers whether memory needs Addax at all.
+    """
+    addax, _ = _controls(rate)
+    mixtures = [
+        replace(addax, variant=f"alpha-{alpha}", more=(("alpha", alpha),))
+        for alpha in ("1e-2", "1e-1", "1e-4")
+    ]
+    directions = replace(addax, variant="directions-4", more=(("zo_directions", "4"),))
     recomputing = (("activation_checkpointing", "True"),)
-    checkpointed = replace(ip_sgd, variant="checkpointing", more=recomputing)
-    return (*contenders, wa, adamw, short, checkpointed)
+    ip_sgd = Contender("ip-sgd", (rate,), 40, 2, 8, variant="checkpointing", more=recomputing)
+    return (*mixtures, directions, ip_sgd)
 
 
 # With twenty times Addax's steps, as in the papers, and the rate that did best in 160.
@@ -168,6 +183,8 @@ STUDIES: dict[str, Study] = {
         Study("multiemo", "MULTIEMO", 256, _with_more(_contenders(40, 2, 160)), (0, 1, 2)),
         Study("sst2", "SST2", 256, _contenders(100, 4, 400), (0,)),
         Study("boolq", "BOOLQ", 256, _contenders(40, 2, 160), (0,)),
+        Study("multiemo-controls", "MULTIEMO", 256, _controls(2e-3), (0, 1, 2)),
+        Study("multiemo-parts", "MULTIEMO", 256, _parts(2e-3), (0, 1, 2)),
         Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,), beside="multiemo"),
     )
 }

@@ -13,11 +13,14 @@ _PATTERNS = (
     r"checkpoint/test_faults\.py",
     r"checkpoint/test_elastic\.py::\w+\[.*-two-again-",
     r"studies/test_scaling_launch\.py",
+    r"studies/test_scaling_bytes\.py",
     r"distributed/test_nodes\.py::test_a_slurm_job_saves_before_its_time_is_up_and_goes_on",
     r"distributed/test_nodes\.py::test_a_node_that_dies_ends_the_other",
     r"distributed/test_nodes\.py::.*\[fsdp2",
     r"distributed/test_nodes\.py::test_a_mistake_on_one_node_ends_both",
     r"cli/test_launch\.py::test_other_launchers_and_back_ends_train_alike\[(torchrun|accelerate)-",
+    r"test_import\.py::test_it_trains_without_what_the_extras_install\[unsharded",
+    r"test_import\.py::test_a_plan_without_a_json_is_made_without_deepspeed",
     r"test_import\.py::test_the_command_trains_without_deepspeed_and_matplotlib",
     r"test_import\.py::test_deepspeed_knows_the_optimizer\[(import deepspeed|.*importlib)",
     # A matrix of layouts, of which three are in `make test`; parity has all of them there.
@@ -26,7 +29,8 @@ _PATTERNS = (
     rf"training/test_length_threshold\.py::test_a_rehearsal_changes_nothing\w*{_MORE_LAYOUTS}",
     r"training/test_length_threshold\.py::test_a_rehearsal_changes_nothing\w*\[.*-accumulated\]",
     r"training/test_length_threshold\.py::test_memory_that_runs_out_on_one_rank\w*\[.*-backward\]",
-    r"training/test_trainer\.py::test_learning_rates_are_found_alike_\w+\[(fsdp2|none)-",
+    r"training/test_trainer\.py::test_learning_rates_are_found_alike",
+    r"training/test_length_threshold\.py::test_two_ranks_by_the_launcher",
     r"training/test_trl\.py::test_two_ranks_take_the_steps_of_one\[(.*-reward|fsdp2-dpo)\]",
     r"training/test_desync\.py::\w+\[ZeRO-3 x2, CPU offload",
     rf"sharding/test_parity\.py::test_replayed\w+{_MORE_LAYOUTS}\w+-addax, q = 4",
@@ -45,6 +49,7 @@ _PATTERNS = (
     # Builds and variants of the kernels.
     r"kernels/test_kernels\.py::\w+\[(avx2|sse2|2-lanes)",
     r"kernels/test_kernel_choice\.py::\w+\[set_fused_multiply_add",
+    r"kernels/test_kernel_choice\.py::test_a_waiting_rank_does_not_build",
     r"kernels/test_kernels\.py::test_triton_compiles\w+\[(?!None|\*i16-None-1-True|\*fp32-\*fp32-1-F)",
     # What is measured, of which the parts have tests of their own.
     r"benchmarks/test_benchmarks\.py::test_(the_record_is_complete|all_but_the_parts_train)",
@@ -54,7 +59,7 @@ _PATTERNS = (
     r"planner/test_measured\.py",
     r"cli/test_plan\.py::test_(opt_66b_on_one_gpu|the_tied_gradient_of_opt_66b)",
     r"models/test_demo_model\.py::test_g0_correlates_with_the_gradient_along_z",
-    r"models/test_demo_assets\.py::test_two_processes_share_one_conversion",
+    r"models/test_demo_assets\.py",
     r"models/test_loading\.py::test_a_rank_holds_its_share_and_what_one_conversion_needs\[2",
     # More random walks and files.
     r"optim/test_calls_fuzzed\.py::test_a_walk_\w+\[.*, ([89]|\d\d)\)\]",

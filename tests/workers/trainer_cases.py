@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from addax_ds import UserError
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.encoding import Example
+from addax_ds.evaluation import output_head
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.sharding.fsdp2 import shard_model
 from addax_ds.training import learning_rate
@@ -28,6 +29,7 @@ from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.dtypes import weights_dtype
 from tests.support.tiny import (
     MARKER,
+    VOCABULARY,
     choice_set,
     examples,
     repeatable,
@@ -146,6 +148,10 @@ ATTACHED = ("addax", "mezo", "lora", "resume", "accumulated", "everything")
 """The cases that several ranks run without DeepSpeed; the rest is about batches and logs."""
 
 
+CHUNKED = ("addax", "addax-wa", "lora")
+"""The cases whose output projection computes losses, of two tokens at a time."""
+
+
 def write_models(folder: Path) -> None:
     for name, case in CASES.items():
         write_model(folder / "models" / name, case.family, **case.model)
@@ -167,6 +173,9 @@ def run_case(
         previous: a topology that has trained `MOVED` before and left a checkpoint to go on from.
     """
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16 alone
+    if name in CHUNKED:
+        with patch.object(output_head, "CHUNK_ELEMENTS", 2 * VOCABULARY):
+            return run(name, folder, sharding, world_size)
     if name == "moved":
         output = folder / f"{sharding}-{world_size}" / "moved"
         args = arguments(CASES[MOVED], output, sharding, world_size)
