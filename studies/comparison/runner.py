@@ -144,7 +144,8 @@ def _begin(job: Job, command: list[str]) -> None:
 
 def _command(job: Job) -> list[str]:
     launcher = [script("deepspeed"), "--num_gpus", "1"]
-    program = ["--master_port", str(free_port()), str(_ROOT / "launch" / "train.py")]
+    file = "studies/comparison/peers.py" if "peer" in job.flags else "launch/train.py"
+    program = ["--master_port", str(free_port()), str(_ROOT / file)]
     flags = {**job.flags, "output_dir": str(job.folder.resolve())}
     return [*launcher, *program, *(f"--{name}={value}" for name, value in flags.items())]
 
