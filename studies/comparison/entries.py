@@ -110,9 +110,14 @@ class StudyResult:
 
     @property
     def most_frequent(self) -> float | None:
-        """Share of the most frequent right answer of the test rows, if there is one."""
-        answers = Counter(row["candidates"][row["label"]] for row in self.untrained_rows)
-        return max(answers.values()) / answers.total() if answers else None
+        """Share of the most frequent right answer of the test rows.
+
+        None if it is not known, or if rows differ in what they choose from.
+        """
+        if len({tuple(row["candidates"]) for row in self.untrained_rows}) != 1:
+            return None
+        labels = Counter(row["label"] for row in self.untrained_rows)
+        return max(labels.values()) / labels.total()
 
     @property
     def addax(self) -> Entry | None:

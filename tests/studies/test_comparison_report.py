@@ -184,6 +184,18 @@ def test_rows_by_length_and_against_addax(compared):
     assert tables.count(made_with) == tables.count("\n|---") == 5
 
 
+def test_answers_that_differ_from_row_to_row_have_no_most_frequent_one(compared):
+    untrained = compared.test(Trial(STUDY))
+    read(untrained, "++--")
+    _, content = report(compared)
+    assert content["studies"]["tiny"]["most_frequent_answer_share"] == 1.0
+    path = untrained.folder / "predictions_test.jsonl"
+    path.write_text(path.read_text().replace('"b"', '"c"', 1))
+    tables, content = report(compared)
+    assert content["studies"]["tiny"]["most_frequent_answer_share"] is None
+    assert "most frequent answer" not in tables
+
+
 def test_methods_of_another_study_on_the_same_rows_are_compared_with_its_addax(compared):
     beside = Study("tiny-peers", "MULTIEMO", 64, (MEZO,), (0, 1))
     elsewhere = replace(beside, name="tiny-other", max_length=65)
