@@ -190,22 +190,22 @@ STUDIES: dict[str, Study] = {
 }
 
 # What a user would take instead of Addax to save memory.
+_ADAMW = Contender("adamw", (1e-4, 5e-5, 2e-4), 40, 2, first_order=8)
 _LORA = (("lora_r", "16"), ("lora_target_modules", "all-linear"))
-_peer = replace(Contender("adamw", (1e-4, 5e-5, 2e-4), 40, 2), first_order=8)
 _PEERS = (
-    replace(_peer, learning_rates=(2e-4, 1e-4, 5e-4), variant="lora", more=_LORA),
-    replace(_peer, variant="8bit", more=(("peer", "adamw-8bit"),)),
-    replace(_peer, learning_rates=(1e-4, 3e-5, 3e-4), variant="badam", more=(("peer", "badam"),)),
+    replace(_ADAMW, learning_rates=(2e-4, 1e-4, 5e-4), variant="lora", more=_LORA),
+    replace(_ADAMW, variant="8bit", more=(("peer", "adamw-8bit"),)),
+    replace(_ADAMW, learning_rates=(1e-4, 3e-5, 3e-4), variant="badam", more=(("peer", "badam"),)),
 )
-STUDIES["multiemo-peers"] = Study(
-    "multiemo-peers", "MULTIEMO", 256, _PEERS, (0, 1, 2), beside="multiemo"
-)
-
 # Rows of every length: the longest of MultiEmo has 1,184 tokens.
 _WHOLE = (*_controls(2e-3), replace(_contenders(40, 2, 160)[1], learning_rates=(2e-3,)))
-for _task, _name in (
-    ("MULTIEMO", "multiemo-whole"),
-    ("COQA", "coqa"),
-    ("TOPICAL_CHAT", "topical-chat"),
-):
-    STUDIES[_name] = Study(_name, _task, 1184, _WHOLE, (0, 1, 2))
+
+STUDIES |= {
+    study.name: study
+    for study in (
+        Study("multiemo-peers", "MULTIEMO", 256, _PEERS, (0, 1, 2), beside="multiemo"),
+        Study("multiemo-whole", "MULTIEMO", 1184, _WHOLE, (0, 1, 2)),
+        Study("coqa", "COQA", 1184, _WHOLE, (0, 1, 2)),
+        Study("topical-chat", "TOPICAL_CHAT", 1184, _WHOLE, (0, 1, 2)),
+    )
+}
