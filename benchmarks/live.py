@@ -6,9 +6,8 @@ kernels and gloo allocate for themselves, the allocator's unused blocks) is in t
 size alone.
 
 Offloaded shards are in the same memory as all else on a CPU. What a GPU's rank would have in host
-memory (the shards, perturbed copies of them, sums over micro-batches) is counted as "host" and
-apart, with a peak of its own, and `DeepSpeed`'s copies from there to the device, which on a CPU are
-the same tensor, are made.
+memory (the shards, sums over micro-batches) is counted as "host" and apart, with a peak of its own,
+and copies from there to the device, which on a CPU are the same tensor, are made.
 """
 
 import contextlib

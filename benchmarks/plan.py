@@ -30,6 +30,7 @@ from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
+from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from benchmarks.common import collect_provenance, one_thread_each
 from benchmarks.live import MODELS, measure
 from studies.jobs import free_port, script, write_json
@@ -221,6 +222,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cases:
         torch.set_num_threads(1)
+        multiply_in_fp32()
         deepspeed.init_distributed("gloo")
         measured = examine(json.loads(arguments.cases))
         if dist.get_rank() == 0:

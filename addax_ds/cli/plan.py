@@ -10,6 +10,7 @@ from typing import Any
 
 from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
 from addax_ds.config.deepspeed_values import AUTO
+from addax_ds.distributed.nodes import replicas_of
 from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
 from addax_ds.planner import recommend
 from addax_ds.planner.memory import Inputs
@@ -272,18 +273,13 @@ def _check_length(arguments: argparse.Namespace, shape: ModelShape, length: int)
 
 
 def _replicas(arguments: argparse.Namespace) -> int:
-    """Return the copies of the weights."""
-    asked, gpus = arguments.replicas, arguments.gpus * arguments.nodes
-    replicas = str(arguments.nodes) if asked == "node" else asked
-    if not replicas.isdecimal() or not int(replicas) or gpus % int(replicas):
+    """Return the copies of the weights; a GPU is a rank."""
+    asked, sharding = arguments.replicas, arguments.sharding
+    if asked != "1" and not rules_of(sharding).has_replicas:
         raise UserError(
-            f"--replicas {asked}: it must be node, or a number that divides the {gpus} GPUs"
+            f"--replicas {asked} cannot be planned with --sharding {sharding}: use fsdp2"
         )
-    if int(replicas) > 1 and not rules_of(arguments.sharding).has_replicas:
-        raise UserError(
-            f"--replicas {asked} cannot be planned with --sharding {arguments.sharding}: use fsdp2"
-        )
-    return int(replicas)
+    return replicas_of(asked, [arguments.gpus] * arguments.nodes)
 
 
 def _zero3(arguments: argparse.Namespace, shape: ModelShape) -> Zero3Settings:

@@ -52,7 +52,7 @@ from addax_ds.distributed.collectives import (
     raise_on_all_ranks,
     shutdown,
 )
-from addax_ds.distributed.nodes import replicas_of, threads_of_rank
+from addax_ds.distributed.nodes import nodes, replicas_of, threads_of_rank
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.models.adapters import Lora
@@ -79,14 +79,14 @@ _PREDICTIONS = "predictions_test.jsonl"
 _RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDICTIONS)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, trainer: type[BaselineTrainer] | None = None) -> None:
     """Run `finetune` as a program: a user's mistake is a sentence and exit status 1.
 
     Ctrl-C while it trains saves a checkpoint. Whenever it comes, the exit status is 130.
     """
     interrupts = Interrupts()
     with mistakes_end_the_program():  # on every rank: a mistake may be on one machine only
-        finetune(argv, interrupts)
+        finetune(argv, interrupts, trainer)
     shutdown()
     ignore_sigterm()  # a launcher may send it again
     if interrupts.received:
@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def finetune(
-    argv: Sequence[str] | None = None, interrupts: Interrupts | None = None
+    argv: Sequence[str] | None = None,
+    interrupts: Interrupts | None = None,
+    trainer: type[BaselineTrainer] | None = None,
 ) -> dict[str, float]:
     """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds.
 
@@ -103,13 +105,14 @@ def finetune(
     Args:
         argv: see `parse_arguments`.
         interrupts: notes Ctrl-C, for the training to stop; None leaves it to Python.
+        trainer: takes the steps in place of the method's own.
     """
     _start_logging()
     model_args, data_args, args = parse_arguments(argv)
     _set_up(args, model_args)
     # A sweep over learning rates writes nothing, beside another run if need be.
     with nullcontext() if args.find_learning_rate else ownership.held(args):
-        return _finetune(model_args, data_args, args, interrupts)
+        return _finetune(model_args, data_args, args, interrupts, trainer)
 
 
 def _finetune(
@@ -117,10 +120,11 @@ def _finetune(
     data_args: DataArguments,
     args: AddaxConfig,
     interrupts: Interrupts | None,
+    other: type[BaselineTrainer] | None,
 ) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     with raise_on_all_ranks():
-        replicas = replicas_of(model_args.replicas, args)
+        replicas = replicas_of(model_args.replicas, [len(node) for node in nodes(args)])
     run = Run.of(args, args.settings, sharding)
     run = replace(run, replicas=replicas, cpu_offload=model_args.cpu_offload)
     resumed = resume.find(args.resume_from_checkpoint, args)
@@ -156,8 +160,8 @@ def _finetune(
     model = _load_model(source, args, run, lora)
     _thread_the_host(model, model_args, args)
     stop_at(model, data.turn_ends, tokenizer)
-    baseline = args.method in BASELINES
-    trainer = (BaselineTrainer if baseline else partial(AddaxTrainer, planned=planned))(
+    own = BaselineTrainer if args.method in BASELINES else partial(AddaxTrainer, planned=planned)
+    trainer = (other or own)(
         model,
         args,
         train_dataset=data.train or None,

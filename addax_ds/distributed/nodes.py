@@ -13,18 +13,22 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def replicas_of(asked: str, args: "TrainingArguments") -> int:
-    """Return the copies of the weights that ``--replicas`` asks for; every rank has to call it.
+def replicas_of(asked: str, ranks_of_nodes: Collection[int]) -> int:
+    """Return how many copies of the weights ``--replicas`` asks for.
+
+    Args:
+        asked: a number, or "node".
+        ranks_of_nodes: how many ranks each node has.
 
     Raises:
         UserError: the ranks cannot be divided by them, or each rank would hold a whole copy.
     """
-    ranks, per_node = args.world_size, {len(node) for node in nodes(args)}
-    if asked == "node" and len(per_node) > 1:
-        raise UserError(
-            f"--replicas node needs as many ranks on each node; there are {sorted(per_node)}"
-        )
-    replicas = ranks // per_node.pop() if asked == "node" else int(asked)
+    ranks, sizes = sum(ranks_of_nodes), sorted(set(ranks_of_nodes))
+    if asked == "node" and len(sizes) > 1:
+        raise UserError(f"--replicas node needs as many ranks on each node; there are {sizes}")
+    if asked != "node" and not (asked.isdecimal() and int(asked)):
+        raise UserError(f"--replicas {asked}: it must be a number from 1 on, or node.")
+    replicas = len(ranks_of_nodes) if asked == "node" else int(asked)
     if ranks % replicas:
         raise UserError(
             f"--replicas {asked}: {ranks} ranks cannot be divided into {replicas} equal parts"

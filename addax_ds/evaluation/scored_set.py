@@ -134,13 +134,18 @@ class EvaluationSet(ScoredSet):
         return {"loss": mean_loss(answers), "accuracy": float(np.mean(right))}
 
     def predictions(self, scores: Scores) -> Iterator[dict[str, Any]]:
-        """Yield each row's candidate scores, the choice, and whether it is right."""
+        """Yield each row's candidate scores, the choice, and whether it is right.
+
+        ``tokens`` are those of the prompt and the right answer, which alone has ``answer_tokens``.
+        """
         means = scores[:, 0] / scores[:, 1]
         for choice in self.choices:
             own = means[choice.first : choice.first + choice.count]
             predicted = int(np.argmax(own))
             yield {
                 "origin": self.examples[choice.first].origin,
+                "tokens": self.examples[choice.first + choice.label].length,
+                "answer_tokens": int(scores[choice.first + choice.label, 1]),
                 "candidates": list(choice.candidates),
                 "scores": own.tolist(),
                 "predicted": predicted,

@@ -328,14 +328,17 @@ class Sharding(ABC):
     def finish_step(self) -> None:
         """Make the updated weights visible to the next pass."""
 
-    @abstractmethod
     def abandon(self) -> None:
         """Give up a pass that an exception has ended at any point, in backward too.
 
-        Frees what is gathered and drops gradients on their way, so that the next step finds what it
-        would have found without that pass. All ranks have to have left it at the same point:
-        collectives that only some of them began are still waited for.
+        Drops gradients on their way, and has to free what is gathered, so that the next step finds
+        what it would have found without that pass. All ranks have to have left it at the same
+        point: collectives that only some of them began are still waited for.
         """
+        self.awaiting_backward = self.backward_ran = False
+        self._waiting.clear()
+        for info in self.infos:
+            info.parameter.grad = None
 
     def step_without_backward(self) -> None:  # noqa: B027
         """Complete a step that ran no backward.

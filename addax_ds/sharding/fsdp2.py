@@ -216,11 +216,9 @@ class Fsdp2(Sharding):
         self._reshard()  # what is still gathered is from before the update
 
     def abandon(self) -> None:  # noqa: D102
-        self.awaiting_backward = self.backward_ran = False
-        self._waiting.clear()
         self._reshard()  # which drops what is being gathered or reduced, too
-        for parameter, fsdp_param in self._fsdp_params.items():
-            parameter.grad = None
+        super().abandon()
+        for fsdp_param in self._fsdp_params.values():
             fsdp_param.unsharded_accumulated_grad = None
             if hasattr(fsdp_param, "_unsharded_param"):
                 fsdp_param._unsharded_param.grad = None
@@ -333,6 +331,13 @@ def _check_group(group: Any) -> None:
         raise UserError(
             "fully_shard(reshard_after_forward=<a number>) gathers for backward from "
             "copies that an update in place would not reach: use True or False"
+        )
+    trained = (p.sharded_param for p in group.fsdp_params if p.sharded_param.requires_grad)
+    if len(dtypes := {parameter.dtype for parameter in trained}) > 1:
+        raise UserError(
+            f"weights of {' and '.join(sorted(map(str, dtypes)))} are sharded together, and FSDP2 "
+            "reduces gradients of one dtype: call fully_shard on the modules of one of them first, "
+            "or train under ZeRO-3"
         )
 
 

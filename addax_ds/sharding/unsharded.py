@@ -142,12 +142,6 @@ class Unsharded(Sharding):
     def finish_step(self) -> None:  # noqa: D102
         pass  # the weights that a pass reads are the weights that were updated
 
-    def abandon(self) -> None:  # noqa: D102
-        self.awaiting_backward = self.backward_ran = False
-        self._waiting.clear()
-        for info in self.infos:
-            info.parameter.grad = None
-
     def check_unchanged(self) -> None:  # noqa: D102
         super().check_unchanged()
         owned: set[int] = set()

@@ -181,7 +181,7 @@ class Zero3Sharding(Sharding):
 
     def abandon(self) -> None:  # noqa: D102
         get_accelerator().synchronize()  # what is in flight uses memory that is freed here
-        self.awaiting_backward = self.backward_ran = False
+        super().abandon()
         zero, offload = self._zero, self._zero.parameter_offload
         _inflight(offload).clear()
         for parameter in self.model.parameters():
@@ -199,8 +199,6 @@ class Zero3Sharding(Sharding):
         del running[running.index(self.model) + 1 :]
         for bucket in zero.ipg_buckets.values():
             bucket.clear_params()
-        for info in self.infos:
-            info.parameter.grad = None
         while zero._backward_active_depth:
             zero.exit_backward()
         for timer in self.engine.timers.get_timers().values():

@@ -37,13 +37,10 @@ class BaselineTrainer(LikelihoodMixin, StepMixin, Trainer):
     ) -> Tensor:
         """Forward and backward of each micro-batch, and the engine's step after the last."""
         model.train()
-        engine: Any = self.model_wrapped
         self._losses.clear()
         micro_batches = self._micro_batches(model, inputs, "first_order")
         for number, loss in enumerate(micro_batches, start=1):
-            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            engine.backward(loss())
-            engine.step()
+            self.backward(loss(), is_last=number == len(micro_batches))
         mean = sum(loss for _, _, loss in self._losses) / len(self._losses)
         assert isinstance(mean, Tensor)
         if self.args.world_size > 1:
@@ -52,6 +49,13 @@ class BaselineTrainer(LikelihoodMixin, StepMixin, Trainer):
         step = self.state.global_step
         self._non_finite.count(step, [] if math.isfinite(mean) else [f"first-order loss {mean}"])
         return mean
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a micro-batch to the step's mean; take the step after the last."""
+        engine: Any = self.model_wrapped
+        engine.set_gradient_accumulation_boundary(is_last)
+        engine.backward(loss)
+        engine.step()
 
     def train(
         self,

@@ -1,13 +1,12 @@
 """State of a study's methods, gathered from the outcomes of its jobs."""
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from studies.comparison.outcome import Outcome, seconds_a_step
+from studies.comparison.rows import Rows, median_length, read_rows
 from studies.comparison.runner import Comparison, Job
 from studies.comparison.study import Contender, Study, Trial
 
@@ -21,6 +20,7 @@ class Entry:
         trainings: that have run: the grid's, then those of the other seeds at the chosen rate.
         chosen: the training that is best on dev, once the grid is complete.
         tests: readings of the test rows at the chosen rate, by seed.
+        rows: what these answered.
         timings: short trainings with the machine to themselves; empty unless all have run.
     """
 
@@ -28,6 +28,7 @@ class Entry:
     trainings: dict[Trial, Outcome]
     chosen: Trial | None
     tests: dict[int, Outcome]
+    rows: dict[int, Rows]
     timings: list[Outcome]
 
     @property
@@ -99,13 +100,35 @@ class StudyResult:
         study: the study.
         entries: of its methods.
         untrained: the reading of the test rows by the model as it is, if it has run.
-        most_frequent: share of the most frequent right answer of the test rows, if it is known.
+        untrained_rows: what it answered.
     """
 
     study: Study
     entries: list[Entry]
     untrained: Outcome | None
-    most_frequent: float | None
+    untrained_rows: Rows
+
+    @property
+    def most_frequent(self) -> float | None:
+        """Share of the most frequent right answer of the test rows.
+
+        None if it is not known, or if rows differ in what they choose from.
+        """
+        if len({tuple(row["candidates"]) for row in self.untrained_rows}) != 1:
+            return None
+        labels = Counter(row["label"] for row in self.untrained_rows)
+        return max(labels.values()) / labels.total()
+
+    @property
+    def addax(self) -> Entry | None:
+        """The method that the others are compared with, if it is here and has read test rows."""
+        return next((e for e in self.entries if e.contender.name == "addax" and e.rows), None)
+
+    @property
+    def border(self) -> int | None:
+        """Median length of the test rows in tokens, if it is known."""
+        readings = (rows for entry in self.entries for rows in entry.rows.values())
+        return median_length([self.untrained_rows, *readings])
 
     @property
     def untrained_accuracy(self) -> float | None:
@@ -126,7 +149,7 @@ def gather(comparison: Comparison, study: Study) -> StudyResult:
         study,
         [_entry(comparison, study, contender) for contender in study.contenders],
         start.outcome,
-        _most_frequent(start.folder / "predictions_test.jsonl"),
+        read_rows(start.folder) if start.outcome else [],
     )
 
 
@@ -142,11 +165,14 @@ def _entry(comparison: Comparison, study: Study, contender: Contender) -> Entry:
     timed = timed if len(timed) == len(timings) else []
     winner = comparison.chosen(study).get(contender.name)
     if winner is None:
-        return Entry(contender, trainings, None, {}, timed)
+        return Entry(contender, trainings, None, {}, {}, timed)
     repeated = [Trial(study, contender, winner.learning_rate, seed) for seed in study.seeds]
     trainings |= _outcomes(map(comparison.training, repeated))
-    tests = {trial.seed: outcome for trial, outcome in _outcomes(map(comparison.test, repeated))}
-    return Entry(contender, trainings, winner, tests, timed)
+    read = [job for job in map(comparison.test, repeated) if job.outcome is not None]
+    tests = {trial.seed: outcome for trial, outcome in _outcomes(read)}
+    rows = {job.trial.seed: read_rows(job.folder) for job in read}
+    rows = {seed: of_seed for seed, of_seed in rows.items() if of_seed}
+    return Entry(contender, trainings, winner, tests, rows, timed)
 
 
 def _outcomes(jobs: Iterable[Job]) -> Iterator[tuple[Trial, Outcome]]:
@@ -154,11 +180,3 @@ def _outcomes(jobs: Iterable[Job]) -> Iterator[tuple[Trial, Outcome]]:
         outcome = job.outcome
         if outcome is not None:
             yield job.trial, outcome
-
-
-def _most_frequent(predictions: Path) -> float | None:
-    if not predictions.is_file():
-        return None
-    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
-    answers = Counter(row["candidates"][row["label"]] for row in rows)
-    return max(answers.values()) / len(rows)

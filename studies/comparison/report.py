@@ -9,6 +9,7 @@ from addax_ds.utils.errors import UserError
 from studies.comparison.entries import Entry, StudyResult, gather
 from studies.comparison.figures import Curve, draw_costs, draw_curves
 from studies.comparison.outcome import Outcome
+from studies.comparison.rows import Rows, by_length, paired
 from studies.comparison.runner import Comparison
 from studies.comparison.study import Trial
 from studies.comparison.tables import page
@@ -34,26 +35,34 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     drawn: dict[str, list[StudyResult]] = {}
     names = {study.name for study in comparison.studies}
     # Those with figures of their own come first in them.
-    for study in sorted(comparison.studies, key=lambda study: study.beside is not None):
-        result = gather(comparison, study)
+    studies = sorted(comparison.studies, key=lambda study: study.beside is not None)
+    results = [gather(comparison, study) for study in studies]
+    for result in results:
         if not any(entry.trainings for entry in result.entries):
             continue
-        content["studies"][study.name] = _as_json(result)
-        pages.append("\n".join(page(result)))
+        study, addax = result.study, _addax(result, results)
+        content["studies"][study.name] = _as_json(result, addax)
+        pages.append("\n".join(page(result, addax)))
         figure = study.beside if study.beside in names else study.name
         drawn.setdefault(figure, []).append(result)
     if not pages:
         raise UserError(f"{comparison.folder}: no training of these studies is over")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, results in drawn.items():
-        curves = [curve for result in results for curve in _curves(result.entries)]
+    for name, shown in drawn.items():
+        curves = [curve for result in shown for curve in _curves(result.entries)]
         if curves:
             draw_curves(curves, folder / f"{name}-time.png", name)
-            draw_costs(curves, folder / f"{name}-memory.png", name, results[0].most_frequent)
+            draw_costs(curves, folder / f"{name}-memory.png", name, shown[0].most_frequent)
     # NaN is no JSON: a number that may be NaN has to be left out before this.
     written = json.dumps(content, indent=1, allow_nan=False)
     (folder / "comparison.json").write_text(written + "\n")
     (folder / "tables.md").write_text("\n".join(pages) + "\n")
+
+
+def _addax(result: StudyResult, results: list[StudyResult]) -> Entry | None:
+    """Return Addax of a study, or of another one on the same rows."""
+    same = (other for other in results if other.study.data_flags == result.study.data_flags)
+    return next((found.addax for found in (result, *same) if found.addax), None)
 
 
 def _curves(entries: list[Entry]) -> Iterator[Curve]:
@@ -71,7 +80,7 @@ def _curves(entries: list[Entry]) -> Iterator[Curve]:
             )
 
 
-def _as_json(result: StudyResult) -> dict[str, Any]:
+def _as_json(result: StudyResult, addax: Entry | None) -> dict[str, Any]:
     study = result.study
     return {
         "data": study.data_flags | {"task": study.task},
@@ -79,8 +88,27 @@ def _as_json(result: StudyResult) -> dict[str, Any]:
         "most_frequent_answer_share": result.most_frequent,
         "untrained_test_accuracy": result.untrained_accuracy,
         "untrained_circumstances": result.untrained.circumstances if result.untrained else None,
-        "methods": {entry.contender.name: _entry_as_json(entry) for entry in result.entries},
+        "median_test_row_tokens": result.border,
+        "untrained_by_length": _halves([result.untrained_rows], result.border),
+        "methods": {
+            entry.contender.name: {
+                **_entry_as_json(entry),
+                "test_rows_by_length": _halves(list(entry.rows.values()), result.border),
+                "against_addax": _against(entry, addax),
+            }
+            for entry in result.entries
+        },
     }
+
+
+def _halves(readings: list[Rows], border: int | None) -> list[dict[str, Any]] | None:
+    found = None if border is None else by_length(readings, border)
+    return None if found is None else [half.as_json() for half in found]
+
+
+def _against(entry: Entry, addax: Entry | None) -> dict[str, Any] | None:
+    found = None if addax in (None, entry) else paired(entry.rows, addax.rows)
+    return None if found is None else found.as_json()
 
 
 def _entry_as_json(entry: Entry) -> dict[str, Any]:

@@ -9,6 +9,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
 
 from addax_ds.optim.report import NON_FINITE
 from addax_ds.utils.errors import UserError
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[2]
 _GRACE_S = 60.0
+_MERGED = "merged"
 TIMED_ROUNDS = 2
 TIMED_STEPS = 6
 
@@ -75,7 +80,9 @@ class Comparison:
         """Return the job that reads the test rows with a trained model, or the model as it is."""
         flags = {**self._common, **trial.study.data_flags, "num_train": "0"}
         if trial.contender is not None:
-            flags["model_name_or_path"] = str((self.folder / trial.name / "model").resolve())
+            # A folder of adapters is no model to be read with.
+            name = _MERGED if "lora_r" in trial.contender.flags else "model"
+            flags["model_name_or_path"] = str((self.folder / trial.name / name).resolve())
         return Job(trial, self.folder / trial.name / "test", flags)
 
     def chosen(self, study: Study) -> dict[str, Trial]:
@@ -140,11 +147,27 @@ def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
 def _begin(job: Job, command: list[str]) -> None:
     logger.info("%s", job.folder)
     (job.folder / "command.json").write_text(json.dumps(command, indent=1) + "\n")
+    model = Path(job.flags.get("model_name_or_path", ""))
+    if model.name == _MERGED and not model.is_dir():
+        _merge(model.with_name("model"), model)
+
+
+def _merge(adapters: Path, folder: Path) -> None:
+    """Write a model with its adapters added to its weights in fp32, rounded to bf16."""
+    from peft import AutoPeftModelForCausalLM
+
+    adapted = AutoPeftModelForCausalLM.from_pretrained(adapters, dtype=torch.float32)
+    merged: Any = adapted.merge_and_unload()
+    partial = folder.with_name(f".{folder.name}")
+    merged.to(torch.bfloat16).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(adapters).save_pretrained(partial)
+    partial.replace(folder)
 
 
 def _command(job: Job) -> list[str]:
     launcher = [script("deepspeed"), "--num_gpus", "1"]
-    program = ["--master_port", str(free_port()), str(_ROOT / "launch" / "train.py")]
+    file = "studies/comparison/peers.py" if "peer" in job.flags else "launch/train.py"
+    program = ["--master_port", str(free_port()), str(_ROOT / file)]
     flags = {**job.flags, "output_dir": str(job.folder.resolve())}
     return [*launcher, *program, *(f"--{name}={value}" for name, value in flags.items())]
 

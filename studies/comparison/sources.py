@@ -44,7 +44,9 @@ class ArchiveMember:
     @property
     def cached(self) -> Path:
         """Path of the file once it has been fetched."""
-        return cache_folder() / f"{self.sha256[:16]}-{Path(self.path[-1]).name}"
+        # With the folder, since many files of an archive are called task.json.
+        name = "-".join(Path(self.path[-1]).parts[-2:])
+        return cache_folder() / f"{self.sha256[:16]}-{name}"
 
     def read(self) -> str:
         """Return the file's text; the first call fetches it, and others wait.

@@ -188,3 +188,24 @@ STUDIES: dict[str, Study] = {
         Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,), beside="multiemo"),
     )
 }
+
+# What a user would take instead of Addax to save memory.
+_ADAMW = Contender("adamw", (1e-4, 5e-5, 2e-4), 40, 2, first_order=8)
+_LORA = (("lora_r", "16"), ("lora_target_modules", "all-linear"))
+_PEERS = (
+    replace(_ADAMW, learning_rates=(2e-4, 1e-4, 5e-4), variant="lora", more=_LORA),
+    replace(_ADAMW, variant="8bit", more=(("peer", "adamw-8bit"),)),
+    replace(_ADAMW, learning_rates=(1e-4, 3e-5, 3e-4), variant="badam", more=(("peer", "badam"),)),
+)
+# Rows of every length: the longest of MultiEmo has 1,184 tokens.
+_WHOLE = (*_controls(2e-3), replace(_contenders(40, 2, 160)[1], learning_rates=(2e-3,)))
+
+STUDIES |= {
+    study.name: study
+    for study in (
+        Study("multiemo-peers", "MULTIEMO", 256, _PEERS, (0, 1, 2), beside="multiemo"),
+        Study("multiemo-whole", "MULTIEMO", 1184, _WHOLE, (0, 1, 2)),
+        Study("coqa", "COQA", 1184, _WHOLE, (0, 1, 2)),
+        Study("topical-chat", "TOPICAL_CHAT", 1184, _WHOLE, (0, 1, 2)),
+    )
+}

@@ -6,17 +6,25 @@ from typing import Any
 
 from studies.comparison.entries import Entry, StudyResult
 from studies.comparison.outcome import Outcome
+from studies.comparison.rows import by_length, paired
 
 _NOT_RUN = "not run"
 
 
-def page(result: StudyResult) -> Iterator[str]:
-    """Yield the lines of a study's tables, each with what its runs were made with."""
+def page(result: StudyResult, addax: Entry | None) -> Iterator[str]:
+    """Yield the lines of a study's tables, each with what its runs were made with.
+
+    Args:
+        result: of the study.
+        addax: to compare its methods with; of this or of another study on the same data.
+    """
     yield f"### {result.study.name}\n"
     yield from _results(result)
     yield from _made_with(result.outcomes)
     yield from _progress(result.entries)
     yield from _above_addax(result)
+    yield from _against(result.entries, addax)
+    yield from _lengths(result)
     yield from _grids(result.entries)
     yield from _equal_terms(result.entries)
     yield ""
@@ -137,6 +145,47 @@ def _above_addax(result: StudyResult) -> Iterator[str]:
     ]
     found = ", ".join(above) if above else "none"
     yield f"\nAbove addax on the test rows, of {', '.join(others)}: {found}."
+
+
+def _against(entries: list[Entry], addax: Entry | None) -> Iterator[str]:
+    """Yield the methods against Addax, on the same rows and seeds."""
+    lines = []
+    for entry in entries:
+        found = paired(entry.rows, addax.rows) if addax else None
+        if found is None or entry is addax:
+            continue
+        low, high = found.interval
+        alone = ", ".join(f"{it} to {others}" for others, it in found.alone.values())
+        p_values = ", ".join(f"{p:.2g}" for p in found.p_values.values())
+        interval = f"{found.difference:+.3f} ({low:+.3f} to {high:+.3f})"
+        lines.append(_row(entry.contender.name, interval, alone, p_values))
+    if lines:
+        yield "\nTest rows paired with those of addax, by seed (p is McNemar's, exact; the interval"
+        yield "holds 95 % of the differences of resampled rows and seeds):\n"
+        yield _row("method", "accuracy less addax's", "rows right alone, to addax's", "p")
+        yield "|---" * 4 + "|"
+        yield from lines
+        yield from _made_with(
+            o for entry in (addax, *entries) if entry for o in entry.tests.values()
+        )
+
+
+def _lengths(result: StudyResult) -> Iterator[str]:
+    """Yield accuracy and loss of the shorter and of the longer half of the test rows."""
+    border = result.border
+    if border is None:
+        return
+    readings = [("as it is", [result.untrained_rows])]
+    readings += [(entry.contender.name, list(entry.rows.values())) for entry in result.entries]
+    yield f"\nTest rows of up to {border} tokens (the median) and longer ones, mean over seeds:\n"
+    yield f"| method | accuracy, up to {border} | above | loss, up to {border} | above |"
+    yield "|---" * 5 + "|"
+    for name, rows in readings:
+        if found := by_length(rows, border):
+            short, long = found
+            values = (short.accuracy, long.accuracy, short.loss, long.loss)
+            yield _row(name, *(f"{value:.3f}" for value in values))
+    yield from _made_with(outcome for entry in result.entries for outcome in entry.tests.values())
 
 
 def _grids(entries: list[Entry]) -> Iterator[str]:

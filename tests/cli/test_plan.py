@@ -138,6 +138,13 @@ def test_json_says_where_and_with_what(folder):
     assert result["versions"]["transformers"] == transformers.__version__
 
 
+def test_a_node_has_a_copy(folder):
+    words = ["--model", folder, *WORDS, "--nodes", "3", "--methods", "mezo", "--sharding", "fsdp2"]
+    of_node = planned(*words, "--replicas", "node")
+    assert of_node["replicas"] == 3
+    assert of_node == planned(*words, "--replicas", "3")
+
+
 def test_json_repeats_what_was_asked(folder):
     asked = {"target_tokens": 3, "gradient_accumulation_steps": 2, "length_threshold": 64}
     words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
@@ -246,6 +253,10 @@ def test_weights_are_of_the_type_that_the_json_trains(folder, tmp_path, dtype, b
         (["--host_memory", "0"], "--host_memory 0: it must be a number of GB"),
         (["--host_memory", "160"], "--host_memory has no effect without"),
         (["--cpu_offload"], "--cpu_offload has no effect with --sharding zero3: use fsdp2"),
+        (["--replicas", "2"], "--replicas 2 cannot be planned with --sharding zero3: use fsdp2"),
+        (["--sharding", "fsdp2", "--replicas", "two"], "--replicas two: it must be a number"),
+        (["--sharding", "fsdp2", "--replicas", "3"], "2 ranks cannot be divided into 3 equal"),
+        (["--sharding", "fsdp2", "--replicas", "2"], "would hold the whole model"),
         (["--methods", "mezo", "--activation_checkpointing"], "_checkpointing has no effect"),
         (
             ["--methods", "mezo", "adamw", "--gradient_accumulation_steps", "2"],

@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from addax_ds.config.arguments import parse_arguments
-from addax_ds.distributed import nodes
+from addax_ds.distributed.nodes import replicas_of
 from addax_ds.utils.errors import UserError
 from tests.support.launcher import launch
 from tests.support.ranks import run_ranks
@@ -28,11 +27,8 @@ STEPS, SAVED_AT = 4, 2
     ("asked", "per_node", "replicas"),
     [("1", [4], 1), ("2", [4], 2), ("node", [2, 2], 2), ("node", [4], 1), ("4", [4, 4], 4)],
 )
-def test_copies_of_the_weights(monkeypatch, asked, per_node, replicas):
-    locals_ = [local for ranks in per_node for local in range(ranks)]
-    monkeypatch.setattr(nodes, "all_gather_object", lambda own: locals_)
-    args: Any = SimpleNamespace(world_size=sum(per_node), local_process_index=0)
-    assert nodes.replicas_of(asked, args) == replicas
+def test_copies_of_the_weights(asked, per_node, replicas):
+    assert replicas_of(asked, per_node) == replicas
 
 
 @pytest.mark.parametrize(
@@ -44,12 +40,9 @@ def test_copies_of_the_weights(monkeypatch, asked, per_node, replicas):
         ("node", [2, 1], r"needs as many ranks on each node; there are \[1, 2\]"),
     ],
 )
-def test_what_cannot_be_is_refused(monkeypatch, asked, per_node, says):
-    locals_ = [local for ranks in per_node for local in range(ranks)]
-    monkeypatch.setattr(nodes, "all_gather_object", lambda own: locals_)
-    args: Any = SimpleNamespace(world_size=sum(per_node), local_process_index=0)
+def test_what_cannot_be_is_refused(asked, per_node, says):
     with pytest.raises(UserError, match=says):
-        nodes.replicas_of(asked, args)
+        replicas_of(asked, per_node)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def test_metrics_and_predictions_from_known_scores():
     assert list(dataset.predictions(SCORES)) == [
         {
             "origin": "row 0",
+            "tokens": dataset.examples[1].length,
+            "answer_tokens": 2,
             "candidates": ["a", "b"],
             "scores": [-2.0, -1.5],
             "predicted": 1,
@@ -137,6 +139,8 @@ def test_metrics_and_predictions_from_known_scores():
         },
         {
             "origin": "row 2",
+            "tokens": dataset.examples[2].length,
+            "answer_tokens": 1,
             "candidates": ["c", "d"],
             "scores": [-1.0, -0.75],
             "predicted": 1,

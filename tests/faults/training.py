@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +14,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from tests.support.launcher import _MARK, LAUNCHERS, _running
-from tests.support.ranks import ROOT, free_port
+from tests.support.launcher import start_ranks
 from tests.support.tiny import repeatable, rows, write_model, write_rows
 
 SCRIPT = "launch/train.py"
@@ -147,44 +143,23 @@ class Launch:
 
     def __init__(self, launcher: str, flags: list[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        programs = Path(sys.executable).parent
-        self._mark, self._port, self._log = uuid.uuid4().hex, free_port(), log
-        options = [o.format(ranks=2, port=self._port) for o in LAUNCHERS[launcher]]
-        ours = {
-            "DS_ACCELERATOR": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            _MARK: self._mark,
-        }
-        not_ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        self._log = log
         with log.open("w") as output:
-            self._process = subprocess.Popen(
-                [str(programs / launcher), *options, SCRIPT, *flags],
-                cwd=ROOT,
-                env={**{k: v for k, v in os.environ.items() if k not in not_ours}, **ours},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._started = start_ranks(launcher, [SCRIPT, *flags], output=output)
 
     def __enter__(self) -> "Launch":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in _running(self._mark):
-            process.kill()
-        self._process.wait()
-        # DeepSpeed never removes these, 69 MB a rank.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
-            buffer.unlink()
+        self._started.end()
+        self._started.process.wait()
 
     # ---- watching ------------------------------------------------------------------------------
 
     @property
     def status(self) -> int | None:
         """Exit status of the launcher, None while it runs."""
-        return self._process.poll()
+        return self._started.process.poll()
 
     def said(self) -> str:
         return self._log.read_text(errors="replace")
@@ -192,7 +167,7 @@ class Launch:
     def ranks(self) -> list[psutil.Process]:
         """The ranks that have been started, in their order."""
         ranks = {}
-        for process in psutil.Process(self._process.pid).children(recursive=True):
+        for process in psutil.Process(self._started.process.pid).children(recursive=True):
             # Those that are just starting, or ending, are none.
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 environment, parent = process.environ(), process.parent()
@@ -233,9 +208,9 @@ class Launch:
             Failure: the time is up.
         """
         start = time.monotonic()
-        while self.status is None or _running(self._mark):
+        while self.status is None or self._started.running():
             if time.monotonic() > start + seconds:
-                left = [process.cmdline()[:4] for process in _running(self._mark)]
+                left = [process.cmdline()[:4] for process in self._started.running()]
                 raise Failure(f"still there after {seconds} s: {left}\n{self.said()[-4000:]}")
             time.sleep(0.02)
         return time.monotonic() - start
@@ -244,7 +219,7 @@ class Launch:
 
     def kill_everything(self) -> None:
         """SIGKILL to the launcher, its helpers and all ranks."""
-        for process in [psutil.Process(self._process.pid), *_running(self._mark)]:
+        for process in [psutil.Process(self._started.process.pid), *self._started.running()]:
             send(process, signal.SIGKILL)
 
 

@@ -13,11 +13,13 @@ import torch
 from tests.support.cases import batches, float64_outcome
 from tests.support.layouts import LAYOUTS, on_layouts
 from tests.support.reference import distance, norm
-from tests.workers.parity import DTYPES, LIVE, REPLAYED, REPLAYED_STEPS, RUNS
+from tests.workers.parity import DTYPES, LIVE, MIXED, REPLAYED, REPLAYED_STEPS, RUNS
 
 pytestmark = pytest.mark.slow
 
 FIRST = "unsharded x1"
+STILL = {"layers.1.0.weight", "unused.bias"}
+"""Of a replayed run: frozen, or read by no pass, and decay leaves a bias as it is."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,22 @@ def float64_runs() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != FIRST])
 def test_replayed_steps_are_equal_to_the_bit(results, layout, dtype, method):
+    weights = require_equal(results, layout, method, dtype)
+    assert {weight.dtype for weight in weights.values()} == {DTYPES[dtype]}
+
+
+@pytest.mark.parametrize("layout", ["unsharded x2", "ZeRO-3 x2", "ZeRO-3 x2, CPU offload"])
+def test_weights_of_two_dtypes_are_replayed_to_the_bit(results, layout):
+    """FSDP2 refuses them."""
+    weights = require_equal(results, layout, "addax", MIXED)
+    start = results[FIRST][0]["replayed", "addax", MIXED]["start"]
+    for name, weight in weights.items():
+        assert weight.dtype == (torch.float32 if name.endswith("bias") else torch.bfloat16), name
+        assert torch.equal(weight, start[name]) == (name in STILL), name
+
+
+def require_equal(results, layout, method, dtype) -> dict[str, torch.Tensor]:
+    """Compare a replayed run with the one of `FIRST`, and return its weights."""
     wanted = results[FIRST][0]["replayed", method, dtype]
     for rank in results[layout]:
         found = rank["replayed", method, dtype]
@@ -43,8 +61,9 @@ def test_replayed_steps_are_equal_to_the_bit(results, layout, dtype, method):
         assert found["seen"] == wanted["seen"]  # theta + eps z, theta - eps z and theta
         assert found["weights"].keys() == wanted["weights"].keys()
         for name, weight in wanted["weights"].items():
-            assert weight.dtype == DTYPES[dtype]
+            assert found["weights"][name].dtype == weight.dtype
             assert torch.equal(found["weights"][name], weight), name
+    return wanted["weights"]
 
 
 PASSES = {"addax": 3, "mezo": 2, "ip-sgd": 1, "addax, q = 4": 9}
@@ -58,8 +77,7 @@ def test_replayed_steps_move_what_they_should(results, dtype, method, passes):
     # A parameter of one bf16 element may stay where it is by stochastic rounding.
     whole = {n: p for n, p in run["weights"].items() if p.numel() > 1}
     still = {n for n, p in whole.items() if torch.equal(p, start[n])}
-    # No pass reads the unused ones, and their decay leaves a bias as it is.
-    assert still == {"layers.1.0.weight", "unused.bias"}
+    assert still == STILL
     decay = 1 - REPLAYED[method].lr * REPLAYED[method].weight_decay
     decayed = start["unused.weight"].double() * decay**REPLAYED_STEPS
     close = {"rtol": 1e-6 if dtype == "fp32" else 2**-6, "atol": 0.0}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 from addax_ds.config.arguments import parse_arguments
 from addax_ds.optim.report import MAX_NON_FINITE_STEPS, NonFiniteError, NonFiniteSteps
+from addax_ds.tasks.sampling import Sizes
 from addax_ds.utils.errors import UserError
 from studies.comparison import cli, runner, sources, tasks
 from studies.comparison.cli import main
@@ -77,6 +79,8 @@ def test_a_file_out_of_an_archive_is_fetched_once(index):
     assert asked == ["https://index/simple/p/", "https://index/p.tar.gz"]
     assert member.read() == "naïve\n"
     assert len(asked) == 2
+    other = replace(member, path=("p-1/inner.tar.gz", "more/rows.txt"))
+    assert other.cached != member.cached  # many files of an archive may have the same name
 
 
 @pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"path": ("p-1/other.tar.gz",)}])
@@ -110,6 +114,53 @@ def test_reviews_are_the_positive_and_negative_ones(monkeypatch):
     )
     (rows,) = tasks.reviews().values()
     assert [(row.origin[-1], row.columns["label"]) for row in rows] == [("0", 1), ("2", 0)]
+
+
+def test_a_question_follows_its_story_and_what_was_asked_before(monkeypatch):
+    stories = [
+        {
+            "id": f"s{number}",
+            "story": "A cat sat. ",
+            "questions": [{"input_text": "Who?"}, {"input_text": "How?"}],
+            "answers": [{"input_text": "a cat"}, {"input_text": "sitting"}],
+        }
+        for number in range(203)
+    ]
+    read = SimpleNamespace(read=lambda: json.dumps({"data": stories}))
+    monkeypatch.setattr(tasks, "_STORIES", read)
+    rows = tasks.COQA.rows(Sizes(2, 1, 400))
+    first, second = sorted(rows.test, key=lambda row: row.origin)[:2]
+    assert (first.prompt, first.candidates, first.answer) == (
+        "A cat sat.\n\nQ: Who?\nA:",
+        (" a cat", " sitting"),
+        " a cat",
+    )
+    assert second.prompt == "A cat sat.\n\nQ: Who?\nA: a cat\nQ: How?\nA:"
+    assert second.candidates == (" sitting", " a cat")
+    trained = {row.origin.split()[1] for row in (*rows.train, *rows.dev)}
+    tested = {row.origin.split()[1] for row in rows.test}
+    assert (len(trained), len(tested)) == (3, 200)
+    assert not trained & tested
+
+
+def test_a_message_follows_its_dialogue(monkeypatch):
+    said = ["Hello", "Hi", "Bye", "Bye, too"]
+    examples = []
+    for number in range(402):
+        for end in range(1, 4):
+            turns = " ".join(f"agent_{'AB'[i % 2]}: {text}" for i, text in enumerate(said[:end]))
+            examples.append({"input": turns, "target": said[end], "comment": f"d{number}"})
+    read = SimpleNamespace(read=lambda: json.dumps({"examples": examples}))
+    monkeypatch.setattr(tasks, "_CHATS", read)
+    rows = tasks.TOPICAL_CHAT.rows(Sizes(1, 1, 1200))
+    assert [
+        (row.prompt, row.candidates) for row in sorted(rows.test, key=lambda r: r.origin)[:3]
+    ] == [
+        ("agent_A: Hello agent_B:", (" Hi", " Bye")),
+        ("agent_A: Hello agent_B: Hi agent_A:", (" Bye", " Bye, too")),
+        ("agent_A: Hello agent_B: Hi agent_A: Bye agent_B:", (" Bye, too", " Bye")),
+    ]
+    assert len({row.origin.split()[1] for row in (*rows.train, *rows.dev, *rows.test)}) == 402
 
 
 def test_no_snippet_has_a_tested_sentence_in_it_or_the_other_way_round(monkeypatch):
@@ -229,6 +280,8 @@ def test_the_flags_are_those_of_the_launcher(tmp_path, launched):
         compared = Comparison([study], tmp_path, common)
         for trial in study.grid:
             flags = compared.training(trial).flags
+            if "peer" in flags:  # of another program
+                continue
             _, data, args = parse_arguments([f"--{k}={v}" for k, v in flags.items()])
             assert trial.contender is not None
             assert (args.method, args.max_steps) == (

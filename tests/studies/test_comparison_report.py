@@ -1,9 +1,11 @@
 """The report of a comparison: its tables, what follows from them, its JSON and its figures."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -11,6 +13,7 @@ from addax_ds.utils.errors import UserError
 from studies.comparison.figures import Curve, draw_costs, draw_curves
 from studies.comparison.outcome import Outcome, seconds_a_step
 from studies.comparison.report import write_report
+from studies.comparison.rows import bootstrap, mcnemar
 from studies.comparison.runner import Comparison
 from studies.comparison.study import Study, Trial
 from tests.studies.test_comparison import (
@@ -137,6 +140,102 @@ def test_comparison_json(compared):
         assert one["command"].startswith("deepspeed --num_gpus 1 launch/train.py --bf16=True ")
         assert f" --learning_rate={one['learning_rate']:g} " in one["command"]
         assert str(compared.folder) not in one["command"]
+
+
+def read(job: Any, rights: str, tokens: str = "3579", loss: float = 1.0) -> None:
+    """Write what a job answered: which rows it has right, and their lengths."""
+    rows = [
+        {
+            "origin": f"row {number}",
+            "tokens": int(length),
+            "answer_tokens": number + 1,
+            "candidates": ["a", "b"],
+            "scores": [-loss * int(length), -1.0],
+            "label": 0,
+            "right": right == "+",
+        }
+        for number, (right, length) in enumerate(zip(rights, tokens, strict=True))
+    ]
+    (job.folder / "predictions_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_rows_by_length_and_against_addax(compared):
+    """Every second seed reads the rows in another order, and its loss is twice as high."""
+    addax, mezo = (Trial(STUDY, ADDAX, 2e-3), Trial(STUDY, MEZO, 1e-6))
+    read(compared.test(Trial(STUDY)), "----")
+    for trial, of_seeds in ((addax, ("++-+", "+---")), (mezo, ("-+++", "+--+"))):
+        for seed, rights in enumerate(of_seeds):
+            read(compared.test(replace(trial, seed=seed)), rights, loss=1.0 + seed)
+    tables, content = report(compared)
+    # Of two rows each; token by token: (3 + 2 * 5) / 3 and (3 * 7 + 4 * 9) / 7, half as much again.
+    assert "| method | accuracy, up to 5 | above | loss, up to 5 | above |" in tables
+    assert "| as it is | 0.000 | 0.000 | 4.333 | 8.143 |" in tables
+    assert "| addax | 0.750 | 0.250 | 6.500 | 12.214 |" in tables
+    short, long = content["studies"]["tiny"]["methods"]["mezo"]["test_rows_by_length"]
+    assert short == {"rows": 2, "accuracy": 0.5, "loss": pytest.approx(6.5)}
+    assert long == {"rows": 2, "accuracy": 0.75, "loss": pytest.approx(12.214, abs=1e-3)}
+    against = content["studies"]["tiny"]["methods"]["mezo"]["against_addax"]
+    assert against["difference"] == 0.125
+    assert against["alone"] == {"0": [1, 1], "1": [0, 1]}
+    assert against["p_values"] == {"0": 1.0, "1": 1.0}
+    assert "| 1 to 1, 1 to 0 | 1, 1 |" in tables
+    assert content["studies"]["tiny"]["methods"]["addax"]["against_addax"] is None
+    made_with = "Made with commit 0123456789ab; torch 2.0; abacus, 2 cores."
+    assert tables.count(made_with) == tables.count("\n|---") == 5
+
+
+def test_answers_that_differ_from_row_to_row_have_no_most_frequent_one(compared):
+    untrained = compared.test(Trial(STUDY))
+    read(untrained, "++--")
+    _, content = report(compared)
+    assert content["studies"]["tiny"]["most_frequent_answer_share"] == 1.0
+    path = untrained.folder / "predictions_test.jsonl"
+    path.write_text(path.read_text().replace('"b"', '"c"', 1))
+    tables, content = report(compared)
+    assert content["studies"]["tiny"]["most_frequent_answer_share"] is None
+    assert "most frequent answer" not in tables
+
+
+def test_methods_of_another_study_on_the_same_rows_are_compared_with_its_addax(compared):
+    beside = Study("tiny-peers", "MULTIEMO", 64, (MEZO,), (0, 1))
+    elsewhere = replace(beside, name="tiny-other", max_length=65)
+    compared.studies += [beside, elsewhere]
+    read(compared.test(Trial(STUDY, ADDAX, 2e-3, 1)), "+---")
+    for study in (beside, elsewhere):
+        for seed in (0, 1):
+            trial = Trial(study, MEZO, 1e-6, seed)
+            finish(compared.training(trial), log=[evaluated(0.8, 4)], results=COSTS)
+            finish(compared.test(trial), results={"test_accuracy": 0.8})
+            read(compared.test(trial), "++++")
+    _, content = report(compared)
+    against = {
+        name: content["studies"][name]["methods"]["mezo"]["against_addax"]
+        for name in ("tiny-peers", "tiny-other")
+    }
+    assert against["tiny-peers"]["alone"] == {"1": [0, 3]}
+    assert against["tiny-peers"]["difference"] == 0.75
+    assert against["tiny-other"] is None
+
+
+def test_mcnemar():
+    """The example of Fay, "Exact McNemar's test and matching confidence intervals" (exact2x2)."""
+    assert mcnemar(9, 2) == mcnemar(2, 9) == pytest.approx(0.06543, abs=5e-6)
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
+
+
+def test_the_interval_of_a_difference():
+    """Of one seed it is the binomial one; seeds that differ make it wider."""
+    gains = np.zeros((1, 400))
+    gains[0, :100] = 1.0
+    low, high = bootstrap(gains)
+    margin = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    assert (low, high) == (
+        pytest.approx(0.25 - margin, abs=5e-3),
+        pytest.approx(0.25 + margin, abs=5e-3),
+    )
+    low, high = bootstrap(np.concatenate([gains, -gains]))
+    assert low == pytest.approx(-0.25, abs=0.05)
+    assert high == pytest.approx(0.25, abs=0.05)
 
 
 def test_figures(compared):

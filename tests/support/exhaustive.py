@@ -5,6 +5,11 @@ Of each of these a smaller, or another, test of the same thing stays in ``make t
 
 import re
 
+import pytest
+
+ALL_NAMES = pytest.StashKey[list[str]]()
+"""Of all tests, in the configuration of a session that has collected them."""
+
 # Layouts whose parts are shown alone: replicas, one rank under an engine, offload.
 _MORE_LAYOUTS = r"\[(unsharded x2|ZeRO-3 x1|ZeRO-3 x2, CPU offload|FSDP2 x4 \(HSDP 2x2\))-?"
 

@@ -7,8 +7,11 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import psutil
 
@@ -46,7 +49,21 @@ class Started:
 
     def running(self) -> list[psutil.Process]:
         """Return what of it is alive."""
-        return _running(self.mark)
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                is_marked = process.environ().get(_MARK) == self.mark
+                if is_marked and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        """End what is left of it."""
+        for survivor in self.running():
+            survivor.kill()
+        # DeepSpeed never removes these, 69 MB a rank.
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
+            buffer.unlink()
 
 
 def start(
@@ -54,6 +71,7 @@ def start(
     port: int,
     environment: dict[str, str] | None = None,
     folder: Path = ROOT,
+    output: int | TextIO = subprocess.PIPE,
 ) -> Started:
     """Start a program of this environment, as on a machine without a GPU.
 
@@ -62,6 +80,7 @@ def start(
         port: on which its ranks meet.
         environment: variables that it gets beside this process's own.
         folder: in which it runs.
+        output: file that it writes to; else a pipe, which `finish` reads.
     """
     require_permission()
     mark = uuid.uuid4().hex
@@ -75,6 +94,7 @@ def start(
         env={
             **inherited,
             "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             # DeepSpeed imports an optimizer that is compiled, and all that compiles it.
             "TORCHDYNAMO_DISABLE": "1",
@@ -82,11 +102,18 @@ def start(
             **(environment or {}),
             _MARK: mark,
         },
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )
     return Started(process, mark, port)
+
+
+def start_ranks(launcher: str, words: Sequence[str], ranks: int = 2, **options: Any) -> Started:
+    """Start a script and its flags on ranks of this machine; for the options see `start`."""
+    port = free_port()
+    flags = [flag.format(ranks=ranks, port=port) for flag in LAUNCHERS[launcher]]
+    return start([launcher, *flags, *words], port, **options)
 
 
 def finish(started: Started, timeout: float = 300.0) -> Outcome:
@@ -101,11 +128,7 @@ def finish(started: Started, timeout: float = 300.0) -> Outcome:
     except subprocess.TimeoutExpired:
         status, left_behind = None, len(started.running())
     finally:
-        for survivor in started.running():
-            survivor.kill()
-        # DeepSpeed never removes these, 69 MB a rank.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{started.port}_*"):
-            buffer.unlink()
+        started.end()
     if status is None:
         output, _ = process.communicate()
     return Outcome(status, output, left_behind)
@@ -127,9 +150,7 @@ def launch(
     if launcher == "fork":
         return _fork(script.removesuffix(".py").replace("/", "."), flags, ranks, timeout, nodes)
     assert nodes == 1
-    port = free_port()
-    options = [option.format(ranks=ranks, port=port) for option in LAUNCHERS[launcher]]
-    return finish(start([launcher, *options, script, *flags], port), timeout)
+    return finish(start_ranks(launcher, [script, *flags], ranks), timeout)
 
 
 def _fork(module: str, flags: tuple[str, ...], ranks: int, timeout: float, nodes: int) -> Outcome:
@@ -139,14 +160,3 @@ def _fork(module: str, flags: tuple[str, ...], ranks: int, timeout: float, nodes
     failed = [code for code in codes if code not in (0, -signal.SIGKILL)]
     status = failed[0] if failed else None if killed else 0
     return Outcome(status, "".join(output), killed)
-
-
-def _running(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found

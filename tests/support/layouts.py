@@ -80,6 +80,9 @@ class Zero3(Run):
             "optimizer": {"type": "Addax", "params": params},
             "zero_optimization": {"stage": 3, "reduce_bucket_size": 150_000, **(zero or {})},
         }
+        if len({parameter.dtype for parameter in model.parameters()}) > 1:
+            # As a model is loaded: what `initialize` cuts itself becomes of one dtype.
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
         self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, config=config)
 
     def backward(self, loss: Tensor) -> None:

@@ -155,6 +155,12 @@ def left_out_of_sharding() -> None:
     fsdp2(model, H, ignored_params={model.model.decoder.final_layer_norm.weight})
 
 
+def weights_of_two_dtypes() -> None:
+    model = tiny_opt(dtype=torch.bfloat16)
+    model.model.decoder.final_layer_norm.float()
+    fsdp2(model, H)
+
+
 def wrapped_in_ddp() -> None:
     model = DistributedDataParallel(tiny_opt())
     addax_ds.attach(addax(model), model)
@@ -193,6 +199,7 @@ MISTAKES: dict[str, Callable[[], None]] = {
             tensor_parallel,
             sharded_along_columns,
             left_out_of_sharding,
+            weights_of_two_dtypes,
             wrapped_in_ddp,
             zero3_attached,
         )

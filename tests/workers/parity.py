@@ -43,6 +43,7 @@ REPLAYED = {
 REPLAYED["addax, q = 4"] = replace(REPLAYED["addax"], zo_directions=4)
 REPLAYED_STEPS = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIXED = "bf16 with fp32 biases"
 
 
 class Leaf(nn.Module):
@@ -91,7 +92,7 @@ class Linear(nn.Module):
         for leaf, of_leaf in zip(self.leaves(), shapes, strict=True):
             for name, shape in of_leaf.items():
                 draws = torch.randint(-8, 9, (3, *shape), generator=generator)
-                leaf.recorded[name] = (part_of(draws) / 64).to(leaf.weight.dtype)
+                leaf.recorded[name] = (part_of(draws) / 64).to(getattr(leaf, name).dtype)
 
 
 def digest(tensor: Tensor) -> str:
@@ -116,8 +117,11 @@ def recorded_losses(step: int, passes: int) -> Iterator[Tensor]:
         yield part_of(draws) / 1024
 
 
-def replay(layout: Layout, dtype: torch.dtype, h: Hyperparameters) -> dict[str, Any]:
-    model = Linear(dtype)
+def replay(layout: Layout, dtype: str, h: Hyperparameters) -> dict[str, Any]:
+    model = Linear(DTYPES.get(dtype, torch.bfloat16))
+    if dtype == MIXED:
+        for leaf in model.leaves():
+            leaf.bias.data = leaf.bias.data.float()
     shapes = [{n: p.shape for n, p in leaf.named_parameters()} for leaf in model.leaves()]
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     run = layout.run(model, h)
@@ -140,6 +144,7 @@ def replay(layout: Layout, dtype: torch.dtype, h: Hyperparameters) -> dict[str, 
 RUNS = [
     *(("live", method, "fp32") for method in LIVE),
     *(("replayed", method, dtype) for dtype in DTYPES for method in REPLAYED),
+    ("replayed", "addax", MIXED),
 ]
 
 
@@ -151,4 +156,4 @@ def run_case(layout: str, run: tuple[str, str, str]) -> dict[str, Any]:
     kind, method, dtype = run
     if kind == "live":
         return train(LAYOUTS[layout], LIVE[method])
-    return replay(LAYOUTS[layout], DTYPES[dtype], REPLAYED[method])
+    return replay(LAYOUTS[layout], dtype, REPLAYED[method])
