@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from addax_ds.checkpoint import checkpoint
 from addax_ds.checkpoint.atomic import verify
 from tests.support.launcher import Outcome, Started, finish, launch, start
+from tests.support.rank_group import Lazy
 from tests.support.ranks import ROOT, free_port
 from tests.support.tiny import rows, write_model, write_rows
 
@@ -172,19 +173,23 @@ def trained(request, folder, hosts) -> dict[str, Any]:
     resumes = flags(folder, outputs["resumed"], resume_from_checkpoint=checkpoint)
     if back_end == "fsdp2":
         resumes.append("--cpu_offload")
-    found = {
-        "two": ended(nodes(hosts, back_end, folder, outputs["two"])),
-        "resumed": [launch(TRAIN, *of_back_end, *resumes, launcher="fork", nodes=2)],
-    }
-    for outcome in (*found["two"], *found["resumed"]):
-        assert outcome.status == 0, outcome.output
-        assert outcome.left_behind == 0
-    return {"outputs": outputs, **found}
+
+    def of_run(name: str) -> list[Outcome]:
+        if name == "two":
+            outcomes = ended(nodes(hosts, back_end, folder, outputs["two"]))
+        else:
+            outcomes = [launch(TRAIN, *of_back_end, *resumes, launcher="fork", nodes=2)]
+        for outcome in outcomes:
+            assert outcome.status == 0, outcome.output
+            assert outcome.left_behind == 0
+        return outcomes
+
+    return {"outputs": outputs, "runs": Lazy(("two", "resumed"), of_run)}
 
 
 @pytest.mark.parametrize("name", ["two", "resumed"])
 def test_two_nodes_train_to_the_same_bits_as_one(trained, name):
-    outputs = trained["outputs"]
+    outputs, _ = trained["outputs"], trained["runs"][name]
     assert_same_bits(outputs["one"] / "model", outputs[name] / "model")
     before, after = (weights(outputs["one"] / at) for at in (f"checkpoint-{SAVED_AT}", "model"))
     assert not all(torch.equal(before[weight], after[weight]) for weight in after)
@@ -197,7 +202,7 @@ def test_two_nodes_train_to_the_same_bits_as_one(trained, name):
 
 def test_the_first_node_alone_speaks_and_writes(trained):
     """Although rank 1, too, is the first one of its node."""
-    first, second = (outcome.output for outcome in trained["two"])
+    first, second = (outcome.output for outcome in trained["runs"]["two"])
     assert first.count("ranks 2") == 1
     assert "D0 (zeroth-order" in first
     assert "D0 (zeroth-order" not in second

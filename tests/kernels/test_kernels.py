@@ -459,14 +459,25 @@ def test_fp32_is_not_rounded_stochastically():
 
 @needs_triton
 @pytest.mark.slow
-def test_triton_equals_the_reference_under_the_interpreter(tmp_path):
+@pytest.mark.parametrize(
+    "checks",
+    [
+        (
+            "t.check_random_slices(module, 8, seed=3); t.check_many_slices(module, 2, seed=4)\n"
+            "t.check_nan_gradients(module); t.check_elements_beside_a_slice(module)\n"
+        ),
+        (
+            "t.check_conversions(module); t.check_stochastic_rounding(module)\n"
+            "t.check_overflowing_passes(module)\n"
+        ),
+    ],
+    ids=["slices", "roundings"],
+)
+def test_triton_equals_the_reference_under_the_interpreter(checks):
     code = (
         "import tests.kernels.test_kernels as t; from addax_ds import kernels\n"
         "module = kernels.implementation('cpu'); assert module.__name__.endswith('gpu')\n"
-        "t.check_random_slices(module, 8, seed=3); t.check_conversions(module)\n"
-        "t.check_many_slices(module, 2, seed=4)\n"
-        "t.check_stochastic_rounding(module); t.check_overflowing_passes(module)\n"
-        "t.check_nan_gradients(module); t.check_elements_beside_a_slice(module)\n"
+        f"{checks}"
         "print('compared')"
     )
     result = subprocess.run(
