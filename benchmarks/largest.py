@@ -32,6 +32,7 @@ from transformers.integrations import HfDeepSpeedConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 from addax_ds.distributed.collectives import shutdown
+from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import ZEROTH_ORDER, Method
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import OPT_FAMILY, shape_of
@@ -219,7 +220,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model:
         torch.set_num_threads(1)
-        deepspeed.init_distributed("gloo")
+        init_deepspeed()
         result = train(arguments.model, arguments.method)
         if dist.get_rank() == 0:
             arguments.output.write_text(json.dumps(result))

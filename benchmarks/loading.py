@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 from addax_ds.checkpoint.weights import full_shapes, local_slices, save_weights
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.distributed.collectives import all_gather_object, shutdown
+from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.models.source import ModelSource
 from benchmarks.common import collect_provenance, one_thread_each
 from benchmarks.live import MODELS
@@ -225,7 +226,7 @@ def main() -> None:
     size = arguments.max_file_size
     if arguments.way:
         torch.set_num_threads(1)
-        deepspeed.init_distributed("gloo")
+        init_deepspeed()
         target = arguments.output.parent / "saved"
         found = measure(arguments.way, arguments.source, target, size)
         if dist.get_rank() == 0:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 
 import addax_ds  # noqa: F401  (registers the optimizer)
 from addax_ds.distributed.collectives import shutdown
+from addax_ds.distributed.startup import init_deepspeed
 from benchmarks.common import (
     all_live_tensors,
     collect_provenance,
@@ -132,7 +133,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
+    init_deepspeed()
     results = {}
     for name in OPTIMIZERS:
         results[name] = examine(name, arguments.shape)

@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import OPTConfig
@@ -25,6 +24,7 @@ from transformers import OPTConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 from addax_ds.distributed.collectives import shutdown
+from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
@@ -223,7 +223,7 @@ def main() -> None:
     if arguments.cases:
         torch.set_num_threads(1)
         multiply_in_fp32()
-        deepspeed.init_distributed("gloo")
+        init_deepspeed()
         measured = examine(json.loads(arguments.cases))
         if dist.get_rank() == 0:
             arguments.output.write_text(json.dumps(measured))

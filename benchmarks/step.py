@@ -29,7 +29,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -38,6 +37,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this file as a script
 
 from addax_ds.distributed.collectives import shutdown
+from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from benchmarks.common import (
     SHAPES,
@@ -265,7 +265,7 @@ def _start() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
     multiply_in_fp32()
-    deepspeed.init_distributed()
+    init_deepspeed()
 
 
 def run(workload: Workload, names: list[str], rounds: int, with_memory: bool) -> dict[str, Any]:

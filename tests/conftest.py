@@ -1,10 +1,9 @@
 import gc
+import importlib
 import os
 import shutil
 import signal
 import tempfile
-
-from tests.support import extensions
 
 # Before torch and DeepSpeed are imported: the suite runs on a CPU, one thread a process.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -12,14 +11,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["TORCH_EXTENSIONS_DIR"] = extensions.of_session()
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each program would compile the package anew
-if not extensions.is_worker():
+if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="addax-datasets-")
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,18 +29,20 @@ from tests.support.exhaustive import ALL_NAMES, is_exhaustive
 from tests.support.rank_group import Lazy
 from tests.support.ranks import free_port, permit
 
+# No rank in this process compiles anything, as none of `init_deepspeed`.
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
 
 def pytest_unconfigure() -> None:
-    if not extensions.is_worker():
-        extensions.end(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, as ranks do; before them with what waits for no compiler."""
+    """Begin with what takes longest, as ranks do."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "kernels"))
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if is_exhaustive(item.nodeid):
             item.add_marker(pytest.mark.exhaustive)
@@ -55,9 +54,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # One garbage collection begins each training, and would go through all that is imported.
     gc.collect()
     gc.freeze()
-    slow = any(item.get_closest_marker("slow") for item in session.items)
-    if slow and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
-        extensions.compile_ahead(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
 
 
 @pytest.hookimpl(tryfirst=True)

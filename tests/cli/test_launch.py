@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -520,22 +519,6 @@ def test_ranks_with_other_data_do_not_start(model, tmp_path):
     assert outcome.output.count("\n- ") == 2
     assert outcome.left_behind == 0
     assert not (tmp_path / "output").exists()
-
-
-@pytest.mark.slow
-def test_the_lock_of_a_killed_compilation_is_no_hang(model, tmp_path, monkeypatch):
-    """It lies where torch looks for it, beside a finished build if there is one."""
-    builds = tmp_path / "extensions"
-    shutil.copytree(os.environ["TORCH_EXTENSIONS_DIR"], builds)
-    lock = builds / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(exist_ok=True)
-    lock.touch()
-    os.utime(lock, (0, 0))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(builds))
-    outcome = launch(TRAIN, *full_run(model, tmp_path, tmp_path / "output"), launcher="fork")
-    assert outcome.status == 0, outcome.output
-    assert not lock.exists()
-    verify(tmp_path / "output" / "model")
 
 
 @pytest.mark.slow

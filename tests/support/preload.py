@@ -19,6 +19,9 @@ for _name in (
 ):
     importlib.import_module(_name)
 
+# Ranks compile nothing, as those of `init_deepspeed`.
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
 # DeepSpeed and Accelerate collect garbage at each start, and would go through all of that.
 gc.collect()
 gc.freeze()
