@@ -19,7 +19,7 @@ TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 LEFT_OUT := and not exhaustive
 STAMP := $(VENV)/installed
 PIP_INSTALL := $(VENV)/bin/python -m pip install --no-compile -c constraints.txt
-# DeepSpeed compiles its operators on first use and looks for ninja on PATH.
+# Programs that start others by name find them here.
 VENV_PATH := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Without an accelerator DeepSpeed must be told so, and ranks that share cores get one thread each.
 CPU_ONLY := DS_ACCELERATOR=cpu OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
@@ -38,7 +38,7 @@ install: $(STAMP)
 # The stamp is written last, so an interrupted installation is taken up again. DeepSpeed comes as
 # source and is built with the pinned setuptools, hence no build isolation. The demo's two packages
 # are only read as data, hence no dependencies. pip would compile 15,000 files on one core.
-# Model families are compiled when they are used.
+# Model families are compiled when they are used; some files are templates, and no Python.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@rm -f $@
 	@python=$(VENV)/bin/python; [ -x $$python ] || python=$(PYTHON); $$python -c '$(CHECK_PYTHON)'

@@ -138,8 +138,8 @@ def script(name: str) -> str:
 def environment() -> dict[str, str]:
     """Return the environment of processes that import this checkout and start programs.
 
-    PYTHONPATH begins with the checkout; PATH with the programs beside this Python, such as ninja
-    for DeepSpeed. DeepSpeed's launcher hands variables of these names on to other nodes.
+    PYTHONPATH begins with the checkout; PATH with the programs beside this Python. DeepSpeed's
+    launcher hands variables of these names on to other nodes.
     """
     modules = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".removesuffix(os.pathsep)
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

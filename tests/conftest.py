@@ -1,5 +1,4 @@
 import gc
-import importlib
 import os
 import shutil
 import signal
@@ -23,14 +22,12 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import tests.support.uncompiled  # noqa: F401  (ranks in this process, too, compile nothing)
 from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from tests.support.cases import CASES, batches, float64_outcome
 from tests.support.exhaustive import ALL_NAMES, is_exhaustive
 from tests.support.rank_group import Lazy
 from tests.support.ranks import free_port, permit
-
-# No rank in this process compiles anything, as none of `init_deepspeed`.
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def pytest_unconfigure() -> None:

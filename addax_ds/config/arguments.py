@@ -19,6 +19,7 @@ from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.former_flags import FORMER_FLAGS
 from addax_ds.config.presets import find_preset
 from addax_ds.config.values import read_argument_file, type_problems
+from addax_ds.distributed.nodes import replicas_problem
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.reading.shapes import parse_columns
 from addax_ds.reading.sources import find_files
@@ -377,9 +378,8 @@ def _model_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name} has no effect without --model_name_or_path."
         elif values.get(name) and str(path).endswith(".gguf"):
             yield f"--{name} has no effect with a .gguf file; remove it."
-    replicas = values.get("replicas", "1")
-    if replicas != "node" and not (replicas.isdecimal() and int(replicas) > 0):
-        yield f"--replicas {replicas}: it must be a number from 1 on, or node."
+    if problem := replicas_problem(values.get("replicas", "1")):
+        yield problem
     if values.get("cpu_threads") is not None and values["cpu_threads"] < 1:
         yield "--cpu_threads must be at least 1."
     for name in ("lora_r", "lora_alpha"):

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+def replicas_problem(asked: str) -> str | None:
+    """Return what is wrong with a ``--replicas``, whatever the ranks; None if nothing is."""
+    if asked == "node" or (asked.isdecimal() and int(asked) > 0):
+        return None
+    return f"--replicas {asked}: it must be a number from 1 on, or node."
+
+
 def replicas_of(asked: str, ranks_of_nodes: Collection[int]) -> int:
     """Return how many copies of the weights ``--replicas`` asks for.
 
@@ -26,8 +33,8 @@ def replicas_of(asked: str, ranks_of_nodes: Collection[int]) -> int:
     ranks, sizes = sum(ranks_of_nodes), sorted(set(ranks_of_nodes))
     if asked == "node" and len(sizes) > 1:
         raise UserError(f"--replicas node needs as many ranks on each node; there are {sizes}")
-    if asked != "node" and not (asked.isdecimal() and int(asked)):
-        raise UserError(f"--replicas {asked}: it must be a number from 1 on, or node.")
+    if problem := replicas_problem(asked):
+        raise UserError(problem)
     replicas = len(ranks_of_nodes) if asked == "node" else int(asked)
     if ranks % replicas:
         raise UserError(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
@@ -119,13 +120,16 @@ def _is_compiled(module: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _results_are_logits(model_class: Any, config: str) -> bool:
-    """Try it on the meta device, without weights, so that all ranks find the same."""
+    """Try it on the meta device, without weights, so that all ranks find the same.
+
+    Whoever records the operations of a pass (`addax_ds.planner.tape`) does not see it.
+    """
     ids = torch.ones((1, 2), dtype=torch.int64, device="meta")
     result = torch.zeros((1, 2, 1), device="meta")
     try:
         settings = model_class.config_class.from_dict(json.loads(config))
         settings._attn_implementation = "eager"  # others look at the values of the mask
-        with torch.device("meta"), no_init_weights(), torch.no_grad():
+        with _disable_current_modes(), torch.device("meta"), no_init_weights(), torch.no_grad():
             model = model_class(settings).eval()
             for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
                 del layers[:]  # experts look at values, and nothing here depends on layers

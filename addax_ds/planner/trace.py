@@ -28,7 +28,6 @@ from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
 from addax_ds.evaluation.likelihood import target_losses
-from addax_ds.evaluation.output_head import plain_head
 from addax_ds.planner.shapes import ModelShape, reason
 from addax_ds.planner.tape import Event, Tape
 from addax_ds.utils.errors import UserError
@@ -137,7 +136,6 @@ def _run(
         tape.ignore(tensor)
     parameters = _note_gradients(model, tape)
     _note_modules(model, tape)
-    plain_head(model, batch.rows * batch.targets)  # its trial, done once, is none of the pass's
     with tape, torch.set_grad_enabled(backward):
         loss = _loss(model, inputs, batch)
         if backward:

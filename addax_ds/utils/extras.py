@@ -7,7 +7,7 @@ from addax_ds.utils.errors import UserError
 
 _TRAIN = ("accelerate", "datasets", "huggingface_hub", "numpy", "safetensors", "tqdm")
 _EXTRAS = {
-    "deepspeed": ("deepspeed", "psutil", "pydantic"),
+    "deepspeed": ("deepspeed", "pydantic"),
     "train": (*_TRAIN, "transformers", "yaml"),
     "plots": ("matplotlib",),
     "lora": ("peft",),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from addax_ds.utils.errors import UserError
 from studies.comparison.entries import Entry, StudyResult, gather
 from studies.comparison.figures import Curve, draw_costs, draw_curves
 from studies.comparison.outcome import Outcome
-from studies.comparison.rows import Rows, by_length, paired
+from studies.comparison.rows import Paired, Rows, by_length, paired
 from studies.comparison.runner import Comparison
 from studies.comparison.study import Trial
 from studies.comparison.tables import page
@@ -41,8 +42,9 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         if not any(entry.trainings for entry in result.entries):
             continue
         study, addax = result.study, _addax(result, results)
-        content["studies"][study.name] = _as_json(result, addax)
-        pages.append("\n".join(page(result, addax)))
+        against = _against(result, addax)
+        content["studies"][study.name] = _as_json(result, against)
+        pages.append("\n".join(page(result, addax, against)))
         figure = study.beside if study.beside in names else study.name
         drawn.setdefault(figure, []).append(result)
     if not pages:
@@ -65,6 +67,15 @@ def _addax(result: StudyResult, results: list[StudyResult]) -> Entry | None:
     return next((found.addax for found in (result, *same) if found.addax), None)
 
 
+def _against(result: StudyResult, addax: Entry | None) -> dict[str, Paired]:
+    """Compare the other methods of a study with Addax on the test rows, by name."""
+    if addax is None:
+        return {}
+    others = (entry for entry in result.entries if entry is not addax)
+    found = {entry.contender.name: paired(entry.rows, addax.rows) for entry in others}
+    return {name: pair for name, pair in found.items() if pair is not None}
+
+
 def _curves(entries: list[Entry]) -> Iterator[Curve]:
     for entry in entries:
         if entry.step_seconds is not None and entry.curve():
@@ -80,7 +91,7 @@ def _curves(entries: list[Entry]) -> Iterator[Curve]:
             )
 
 
-def _as_json(result: StudyResult, addax: Entry | None) -> dict[str, Any]:
+def _as_json(result: StudyResult, against: dict[str, Paired]) -> dict[str, Any]:
     study = result.study
     return {
         "data": study.data_flags | {"task": study.task},
@@ -94,7 +105,7 @@ def _as_json(result: StudyResult, addax: Entry | None) -> dict[str, Any]:
             entry.contender.name: {
                 **_entry_as_json(entry),
                 "test_rows_by_length": _halves(list(entry.rows.values()), result.border),
-                "against_addax": _against(entry, addax),
+                "against_addax": _attributes(against.get(entry.contender.name)),
             }
             for entry in result.entries
         },
@@ -103,12 +114,11 @@ def _as_json(result: StudyResult, addax: Entry | None) -> dict[str, Any]:
 
 def _halves(readings: list[Rows], border: int | None) -> list[dict[str, Any]] | None:
     found = None if border is None else by_length(readings, border)
-    return None if found is None else [half.as_json() for half in found]
+    return None if found is None else [asdict(half) for half in found]
 
 
-def _against(entry: Entry, addax: Entry | None) -> dict[str, Any] | None:
-    found = None if addax in (None, entry) else paired(entry.rows, addax.rows)
-    return None if found is None else found.as_json()
+def _attributes(found: Paired | None) -> dict[str, Any] | None:
+    return None if found is None else asdict(found)
 
 
 def _entry_as_json(entry: Entry) -> dict[str, Any]:

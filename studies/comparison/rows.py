@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,6 @@ class Paired:
     interval: tuple[float, float]
     alone: dict[int, tuple[int, int]]
     p_values: dict[int, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the attributes by name."""
-        return asdict(self)
 
 
 def paired(rows: Mapping[int, Rows], others: Mapping[int, Rows]) -> Paired | None:
@@ -114,10 +110,6 @@ class Bucket:
     rows: int
     accuracy: float
     loss: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the attributes by name."""
-        return asdict(self)
 
 
 def median_length(readings: Iterable[Rows]) -> int | None:

@@ -143,69 +143,56 @@ def _contenders(steps: int, evaluations: int, mezo_steps: int) -> tuple[Contende
     )
 
 
-def _with_more(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
-    addax, ip_sgd, _ = contenders
-    wa = replace(addax, method="addax-wa")
-    adamw = replace(ip_sgd, method="adamw", learning_rates=_ADAMW_RATES)
-    return (*contenders, wa, adamw)
-
-
-def _controls(rate: float) -> tuple[Contender, Contender]:
-    """Return Addax, and Addax without its zeroth-order part: the same batches of D1 alone."""
-    addax, ip_sgd, _ = _contenders(40, 2, 160)
-    median = (("length_threshold", "median"),)  # Addax's default
-    short = replace(ip_sgd, variant="short", first_order=addax.first_order, more=median)
-    return replace(addax, learning_rates=(rate,)), replace(short, learning_rates=(rate,))
-
-
-def _parts(rate: float) -> tuple[Contender, ...]:
-    """Return Addax with other mixtures, and IP-SGD with recomputed activations.
-
-    The latter answers whether memory needs Addax at all.
-    """
-    addax, _ = _controls(rate)
-    mixtures = [
-        replace(addax, variant=f"alpha-{alpha}", more=(("alpha", alpha),))
-        for alpha in ("1e-2", "1e-1", "1e-4")
-    ]
-    directions = replace(addax, variant="directions-4", more=(("zo_directions", "4"),))
-    recomputing = (("activation_checkpointing", "True"),)
-    ip_sgd = Contender("ip-sgd", (rate,), 40, 2, 8, variant="checkpointing", more=recomputing)
-    return (*mixtures, directions, ip_sgd)
-
-
+_BASIC = _contenders(40, 2, 160)
+_ADDAX, _IP_SGD, _ = _BASIC
+_ADAMW = replace(_IP_SGD, method="adamw", learning_rates=_ADAMW_RATES)
+_MULTIEMO = (*_BASIC, replace(_ADDAX, method="addax-wa"), _ADAMW)
 # With twenty times Addax's steps, as in the papers, and the rate that did best in 160.
 _LONG_MEZO = Contender("mezo", (3e-5,), 800, 5, zeroth_order=8)
+
+# At the rate that did best on the reviews.
+_ADDAX_AT_BEST, _IP_SGD_AT_BEST = (replace(c, learning_rates=(2e-3,)) for c in (_ADDAX, _IP_SGD))
+# Addax without its zeroth-order part: the same batches of D1 alone, with the L_T of its default.
+_SHORT = replace(
+    _IP_SGD_AT_BEST,
+    variant="short",
+    first_order=_ADDAX.first_order,
+    more=(("length_threshold", "median"),),
+)
+_PARTS = (
+    *(
+        replace(_ADDAX_AT_BEST, variant=f"alpha-{alpha}", more=(("alpha", alpha),))
+        for alpha in ("1e-2", "1e-1", "1e-4")
+    ),
+    replace(_ADDAX_AT_BEST, variant="directions-4", more=(("zo_directions", "4"),)),
+    # Does memory need Addax at all?
+    replace(_IP_SGD_AT_BEST, variant="checkpointing", more=(("activation_checkpointing", "True"),)),
+)
+_WHOLE = (_ADDAX_AT_BEST, _SHORT, _IP_SGD_AT_BEST)
+
+# What a user would take instead of Addax to save memory.
+_LORA = (("lora_r", "16"), ("lora_target_modules", "all-linear"))
+_EIGHT_BIT, _BADAM = ((("peer", name),) for name in ("adamw-8bit", "badam"))
+_PEERS = (
+    replace(_ADAMW, learning_rates=(2e-4, 1e-4, 5e-4), variant="lora", more=_LORA),
+    replace(_ADAMW, learning_rates=(1e-4, 5e-5, 2e-4), variant="8bit", more=_EIGHT_BIT),
+    replace(_ADAMW, learning_rates=(1e-4, 3e-5, 3e-4), variant="badam", more=_BADAM),
+)
+
+_CUT, _UNCUT = 256, 1184  # the longest of MultiEmo
 
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
-        Study("multiemo", "MULTIEMO", 256, _with_more(_contenders(40, 2, 160)), (0, 1, 2)),
-        Study("sst2", "SST2", 256, _contenders(100, 4, 400), (0,)),
-        Study("boolq", "BOOLQ", 256, _contenders(40, 2, 160), (0,)),
-        Study("multiemo-controls", "MULTIEMO", 256, _controls(2e-3), (0, 1, 2)),
-        Study("multiemo-parts", "MULTIEMO", 256, _parts(2e-3), (0, 1, 2)),
-        Study("multiemo-long", "MULTIEMO", 256, (_LONG_MEZO,), (0,), beside="multiemo"),
-    )
-}
-
-# What a user would take instead of Addax to save memory.
-_ADAMW = Contender("adamw", (1e-4, 5e-5, 2e-4), 40, 2, first_order=8)
-_LORA = (("lora_r", "16"), ("lora_target_modules", "all-linear"))
-_PEERS = (
-    replace(_ADAMW, learning_rates=(2e-4, 1e-4, 5e-4), variant="lora", more=_LORA),
-    replace(_ADAMW, variant="8bit", more=(("peer", "adamw-8bit"),)),
-    replace(_ADAMW, learning_rates=(1e-4, 3e-5, 3e-4), variant="badam", more=(("peer", "badam"),)),
-)
-# Rows of every length: the longest of MultiEmo has 1,184 tokens.
-_WHOLE = (*_controls(2e-3), replace(_contenders(40, 2, 160)[1], learning_rates=(2e-3,)))
-
-STUDIES |= {
-    study.name: study
-    for study in (
-        Study("multiemo-peers", "MULTIEMO", 256, _PEERS, (0, 1, 2), beside="multiemo"),
-        Study("multiemo-whole", "MULTIEMO", 1184, _WHOLE, (0, 1, 2)),
-        Study("coqa", "COQA", 1184, _WHOLE, (0, 1, 2)),
-        Study("topical-chat", "TOPICAL_CHAT", 1184, _WHOLE, (0, 1, 2)),
+        Study("multiemo", "MULTIEMO", _CUT, _MULTIEMO, (0, 1, 2)),
+        Study("sst2", "SST2", _CUT, _contenders(100, 4, 400), (0,)),
+        Study("boolq", "BOOLQ", _CUT, _BASIC, (0,)),
+        Study("multiemo-controls", "MULTIEMO", _CUT, (_ADDAX_AT_BEST, _SHORT), (0, 1, 2)),
+        Study("multiemo-parts", "MULTIEMO", _CUT, _PARTS, (0, 1, 2)),
+        Study("multiemo-long", "MULTIEMO", _CUT, (_LONG_MEZO,), (0,), beside="multiemo"),
+        Study("multiemo-peers", "MULTIEMO", _CUT, _PEERS, (0, 1, 2), beside="multiemo"),
+        Study("multiemo-whole", "MULTIEMO", _UNCUT, _WHOLE, (0, 1, 2)),
+        Study("coqa", "COQA", _UNCUT, _WHOLE, (0, 1, 2)),
+        Study("topical-chat", "TOPICAL_CHAT", _UNCUT, _WHOLE, (0, 1, 2)),
     )
 }

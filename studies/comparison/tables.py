@@ -1,29 +1,30 @@
 """The tables of a study, and sentences that follow from them."""
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from studies.comparison.entries import Entry, StudyResult
 from studies.comparison.outcome import Outcome
-from studies.comparison.rows import by_length, paired
+from studies.comparison.rows import Paired, by_length
 
 _NOT_RUN = "not run"
 
 
-def page(result: StudyResult, addax: Entry | None) -> Iterator[str]:
+def page(result: StudyResult, addax: Entry | None, against: Mapping[str, Paired]) -> Iterator[str]:
     """Yield the lines of a study's tables, each with what its runs were made with.
 
     Args:
         result: of the study.
-        addax: to compare its methods with; of this or of another study on the same data.
+        addax: with which its methods are compared; of this or of another study on the same data.
+        against: its methods, by name, compared with Addax on the test rows.
     """
     yield f"### {result.study.name}\n"
     yield from _results(result)
     yield from _made_with(result.outcomes)
     yield from _progress(result.entries)
     yield from _above_addax(result)
-    yield from _against(result.entries, addax)
+    yield from _against(result.entries, addax, against)
     yield from _lengths(result)
     yield from _grids(result.entries)
     yield from _equal_terms(result.entries)
@@ -147,18 +148,17 @@ def _above_addax(result: StudyResult) -> Iterator[str]:
     yield f"\nAbove addax on the test rows, of {', '.join(others)}: {found}."
 
 
-def _against(entries: list[Entry], addax: Entry | None) -> Iterator[str]:
+def _against(
+    entries: list[Entry], addax: Entry | None, against: Mapping[str, Paired]
+) -> Iterator[str]:
     """Yield the methods against Addax, on the same rows and seeds."""
     lines = []
-    for entry in entries:
-        found = paired(entry.rows, addax.rows) if addax else None
-        if found is None or entry is addax:
-            continue
+    for name, found in against.items():
         low, high = found.interval
         alone = ", ".join(f"{it} to {others}" for others, it in found.alone.values())
         p_values = ", ".join(f"{p:.2g}" for p in found.p_values.values())
         interval = f"{found.difference:+.3f} ({low:+.3f} to {high:+.3f})"
-        lines.append(_row(entry.contender.name, interval, alone, p_values))
+        lines.append(_row(name, interval, alone, p_values))
     if lines:
         yield "\nTest rows paired with those of addax, by seed (p is McNemar's, exact; the interval"
         yield "holds 95 % of the differences of resampled rows and seeds):\n"

@@ -89,7 +89,9 @@ def questions() -> Mapping[str, Sequence[SourceRow]]:
     """
     groups = []
     for story in json.loads(_STORIES.read())["data"]:
-        asked, answers = ([each["input_text"] for each in story[key]] for key in _OF_STORY)
+        asked, answers = (
+            [each["input_text"] for each in story[key]] for key in ("questions", "answers")
+        )
         said, rows = story["story"].strip() + "\n", []
         for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
             said += f"\nQ: {question}\nA:"
@@ -98,9 +100,6 @@ def questions() -> Mapping[str, Sequence[SourceRow]]:
             said += f" {answer}"
         groups.append(rows)
     return _apart(groups, tested=200)
-
-
-_OF_STORY = ("questions", "answers")
 
 
 def messages() -> Mapping[str, Sequence[SourceRow]]:
@@ -172,10 +171,8 @@ BOOLQ = replace(
     sizes=Sizes(test=1770),
 )
 
-_LONG = ChoiceTask(
-    name="",
-    title="",
-    source=dict,
+_long = functools.partial(
+    ChoiceTask,
     columns={"text": str, "right": str, "wrong": str},
     prompt=lambda row: row["text"],
     candidates=lambda row: (f" {row['right']}", f" {row['wrong']}"),
@@ -183,16 +180,14 @@ _LONG = ChoiceTask(
     metric="loss",
 )
 
-COQA = replace(
-    _LONG,
+COQA = _long(
     name="coqa",
     title="CoQA",
     source=questions,
     sizes=Sizes(train=400, dev=100, test=400),
 )
 
-TOPICAL_CHAT = replace(
-    _LONG,
+TOPICAL_CHAT = _long(
     name="topical-chat",
     title="Topical-Chat",
     source=messages,

@@ -51,8 +51,8 @@ _PATTERNS = (
     r"sharding/test_zero3\.py::\w+\[.*-1\]",
     r"sharding/test_zero3\.py::test_world_sizes_agree_to_fp32_rounding",
     r"sharding/test_zero3\.py::test_ranks_agree_on_every_g0_to_the_bit",
-    r"sharding/test_fsdp2\.py::test_passes_see_perturbed\w+\[(hsdp-bf16|four|whole|dropout|bf16|vocab|reshard)",
-    r"sharding/test_fsdp2\.py::test_steps_move_every\w+\[(hsdp-bf16|four|whole|dropout|bf16|vocab|reshard)",
+    r"sharding/test_fsdp2\.py::test_(passes_see|steps_move)\w+"
+    r"\[(hsdp-bf16|four|whole|dropout|bf16|vocab|reshard)",
     r"sharding/test_streams\.py::\w+\[ZeRO-3, (small|two|MeZO, nothing)",
     # Builds and variants of the kernels.
     r"kernels/test_kernels\.py::\w+\[(avx2|sse2|2-lanes)",

@@ -9,6 +9,7 @@ for _name in (
     "addax_ds.integrations.deepspeed_engine",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which compiles, by what is slow to import
     "peft",
+    "tests.support.uncompiled",
     "torch._dynamo",  # of every optimizer
     "torch.distributed.fsdp",
     "torch.testing",
@@ -18,9 +19,6 @@ for _name in (
     "transformers.models.opt.modeling_opt",
 ):
     importlib.import_module(_name)
-
-# Ranks compile nothing, as those of `init_deepspeed`.
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 # DeepSpeed and Accelerate collect garbage at each start, and would go through all of that.
 gc.collect()

@@ -63,7 +63,6 @@ def _test(combination: tuple[str, ...], folder: Path, tests: tuple[str, ...]) ->
         **os.environ,
         "PYTHONPATH": path,
         "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     log = folder / "pytest.log"
