@@ -104,7 +104,8 @@ class Zero3Pass(Engine):
         settings: of DeepSpeed.
         ranks: over which parameters are partitioned.
         trace: of the pass; the order of its modules is what DeepSpeed has recorded.
-        perturbed: whether what travels is a perturbed copy.
+        perturbed: whether what travels is a perturbed copy; no backward follows then, and a block
+            is gathered as one unit.
         keeps_persistent: whether persistent parameters stay whole between passes, as DeepSpeed's
             own optimizer has it; Addax gathers them at the start of each pass.
         gloo: whether gloo reduces, which copies what it is given.
@@ -127,11 +128,15 @@ class Zero3Pass(Engine):
         self._perturbed = perturbed
         self._persistent = settings.persistent(shape)
         self._keeps_persistent = keeps_persistent
-        self._order = [e[1] for e in trace.events if e[0] == "fetch"]
+        self._modules = dict(enumerate(shape.modules))
+        self._prefetched = settings.stage3_prefetch_bucket_size
+        if perturbed:
+            self._merge_blocks(trace)
+        self._order = [e[1] for e in trace.events if e[0] == "fetch" and e[1] in self._modules]
         self._distances, self._uses = [0], [[] for _ in shape.numels]  # type: ignore[var-annotated]
         self._queue: deque[tuple[int, int]] = deque()
         for position, module in enumerate(self._order):
-            parameters = shape.modules[module]
+            parameters = self._modules[module]
             self._distances.append(self._distances[-1] + sum(self._numels(parameters)))
             for parameter in sorted(parameters):
                 self._uses[parameter].append(position)
@@ -145,6 +150,24 @@ class Zero3Pass(Engine):
         self._bucket: list[tuple[int, int]] = []  # parameter, bytes outside of the bucket's buffer
         self._bucket_elements = 0
 
+    def _merge_blocks(self, trace: Trace) -> None:
+        """Make units of the blocks (``Zero3Sharding.forward_only``)."""
+        limit = self._settings.stage3_max_live_parameters
+        whole = zip(self._shape.blocks, self._shape.block_parameters, strict=True)
+        units = {block: ps for block, ps in whole if sum(self._numels(ps)) <= limit}
+        within = None
+        for kind, module, *_ in trace.events:
+            if kind == "fetch" and within is None and module in units:
+                within = module
+            elif kind == "release" and module == within:
+                within = None
+            elif kind == "fetch" and within is not None:
+                self._modules.pop(module, None)
+        self._modules |= units
+        if self._prefetched:
+            alone = ([p for p in ps if p not in self._persistent] for ps in units.values())
+            self._prefetched = max([self._prefetched, *(sum(self._numels(ps)) for ps in alone)])
+
     # ---- gathering -----------------------------------------------------------------------------
 
     def begin(self) -> None:  # noqa: D102
@@ -155,7 +178,9 @@ class Zero3Pass(Engine):
             self._wait(sorted(self._persistent))
 
     def fetch(self, module: int, is_forward: bool) -> None:  # noqa: D102
-        needed = self._shape.modules[module]
+        needed = self._modules.get(module)
+        if needed is None:
+            return
         self._start([p for p in needed if not self._is_gathered(p)])
         for parameter in needed:
             self._active.setdefault(parameter, []).append(module)
@@ -165,7 +190,7 @@ class Zero3Pass(Engine):
         self._step += 1
 
     def release(self, module: int, is_forward: bool) -> None:  # noqa: D102
-        for parameter in self._shape.modules[module]:
+        for parameter in self._modules.get(module, ()):
             users = self._active.get(parameter, [])
             if module in users:
                 self._active[parameter] = [user for user in users if user != module]
@@ -200,7 +225,7 @@ class Zero3Pass(Engine):
     def _prefetch(self) -> None:
         settings = self._settings
         room = settings.stage3_max_live_parameters - self._available
-        limit = min(room, settings.stage3_prefetch_bucket_size)
+        limit = min(room, self._prefetched)
         chosen: list[int] = []
         elements = 0
         while self._queue and elements < limit:

@@ -22,20 +22,24 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from addax_ds.sharding.base import (
     OnGradients,
     ParameterInfo,
     Perturb,
     Sharding,
+    blocks,
     materialize,
     padded,
 )
 from addax_ds.utils.errors import UserError
 
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
-_GATHERS_AHEAD = 4  # of compute, in a perturbed pass
+# Gathers that may begin before the compute that they follow, in a perturbed pass.
+_MODULES_AHEAD, _BLOCKS_AHEAD = 4, 1
 
 
 def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
@@ -84,7 +88,8 @@ class Zero3Sharding(Sharding):
         self._compute_stream: Any = None
         self._gathers_begun: deque[Any] = deque()
         self._inference = False
-        self._forward_coordinator = _new_coordinator(zero.parameter_offload)
+        self._blocks = _blocks_to_gather(zero.module, zero.parameter_offload)
+        self._forward_coordinator = self._new_forward_coordinator()
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
         # parameters are wrapped, trainable ones alone are perturbed.
         self._gathers: list[tuple[Any, Callable, Callable]] = []
@@ -190,7 +195,7 @@ class Zero3Sharding(Sharding):
         offload.release_backward_leftovers()
         # Their records of the order of modules, and of where in it they are, end in the middle.
         offload.param_coordinator = _new_coordinator(offload)
-        self._forward_coordinator = _new_coordinator(offload)
+        self._forward_coordinator = self._new_forward_coordinator()
         self._partition_all()
         for module in self.model.modules():
             if isinstance(module._parameters, parameter_offload.ZeROOrderedDict):
@@ -223,23 +228,48 @@ class Zero3Sharding(Sharding):
         usual = offload.param_coordinator
         self._partition_all()
         offload.param_coordinator = self._forward_coordinator
-        with self._abandoned_on_error(), self._without_backward_hooks():
+        with self._abandoned_on_error(), self._block_by_block(), _silenced(self._idle_hooks()):
             yield
         self._partition_all()
         offload.param_coordinator = usual
 
     @contextmanager
-    def _without_backward_hooks(self) -> Iterator[None]:
-        """Leave out the hooks by which DeepSpeed follows a backward: a fifth of a step's time."""
-        hooks = [(h.hooks_dict_ref(), h.id) for h in self._zero.parameter_offload.backward_hooks]
-        usual = [(of_module, key, of_module[key]) for of_module, key in hooks]
-        for of_module, key in hooks:
-            of_module[key] = _nothing
+    def _block_by_block(self) -> Iterator[None]:
+        """Let DeepSpeed gather and release a decoder layer as one unit, not module by module."""
+        for block in self._blocks:
+            block._z3_leaf = True
         try:
             yield
         finally:
-            for of_module, key, hook in usual:
-                of_module[key] = hook
+            for block in self._blocks:
+                block._z3_leaf = False
+
+    def _idle_hooks(self) -> list[RemovableHandle]:
+        """Return DeepSpeed's hooks that have nothing to do in such a pass: most of its host time.
+
+        They follow a backward, or gather and release parts of what is one unit now.
+        """
+        offload = self._zero.parameter_offload
+        inside = {
+            id(hooks)
+            for block in self._blocks
+            for module in block.modules()
+            if module is not block
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        }
+        gathering = (h for h in offload.forward_hooks if id(h.hooks_dict_ref()) in inside)
+        return [*offload.backward_hooks, *gathering]
+
+    def _new_forward_coordinator(self) -> PartitionedParameterCoordinator:
+        """Make a coordinator that prefetches a whole block, unless it is to prefetch nothing."""
+        offload = self._zero.parameter_offload
+        persistent = set(self._zero.persistent_parameters)
+        sizes = [
+            sum(p.ds_numel for p in block.parameters() if p not in persistent)  # type: ignore
+            for block in self._blocks
+        ]
+        usual = offload._prefetch_bucket_sz
+        return _new_coordinator(offload, max([usual, *sizes]) if usual else 0)
 
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
@@ -293,7 +323,7 @@ class Zero3Sharding(Sharding):
         event = get_accelerator().Event()
         event.record(self._compute_stream)
         self._gathers_begun.append(event)
-        if len(self._gathers_begun) > _GATHERS_AHEAD:
+        if len(self._gathers_begun) > (_BLOCKS_AHEAD if self._blocks else _MODULES_AHEAD):
             get_accelerator().current_stream().wait_event(self._gathers_begun.popleft())
 
     def _perturbed_partitions(self, parameters: list[Any]) -> list[tuple[Any, Tensor]]:
@@ -371,10 +401,46 @@ def _nothing(*_: Any) -> None:
     """Change neither the input nor the output of a module, as a hook."""
 
 
-def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
-    """Make a parameter coordinator like the one of ``offload``, with an empty trace."""
+@contextmanager
+def _silenced(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Leave out hooks, which keep their places among those of others."""
+    usual = []
+    for handle in handles:
+        of_module, key = handle.hooks_dict_ref(), handle.id
+        usual.append((of_module, key, of_module[key]))
+        of_module[key] = _nothing
+    try:
+        yield
+    finally:
+        for of_module, key, hook in usual:
+            of_module[key] = hook
+
+
+def _blocks_to_gather(model: nn.Module, offload: Any) -> list[Any]:
+    """Return the decoder layers that are gathered as one unit where no backward follows.
+
+    Not those beyond ``stage3_max_live_parameters``, nor what is or has such a unit already.
+    """
+    return [
+        block
+        for block in blocks(model)
+        if sum(p.ds_numel for p in block.parameters())  # type: ignore[attr-defined]
+        <= offload._max_available_parameters_in_numel
+        and not any(map(z3_leaf_module, block.modules()))
+    ]
+
+
+def _new_coordinator(
+    offload: Any, prefetch: int | None = None
+) -> PartitionedParameterCoordinator:
+    """Make a parameter coordinator like the one of ``offload``, with an empty trace.
+
+    Args:
+        offload: of the model.
+        prefetch: elements that are gathered ahead; None for as many as there.
+    """
     return PartitionedParameterCoordinator(
-        prefetch_bucket_sz=offload._prefetch_bucket_sz,
+        prefetch_bucket_sz=offload._prefetch_bucket_sz if prefetch is None else prefetch,
         max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
         max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
         allgather_stream=_gather_stream(offload),

@@ -12,6 +12,7 @@ from deepspeed import comm
 from torch import Tensor
 
 import addax_ds  # noqa: F401  (registers the optimizer)
+from addax_ds.sharding.base import blocks
 from studies.collectives import CollectiveCounter
 from tests.support.cases import mean_loss
 from tests.support.models import tiny_opt, token_batches
@@ -19,7 +20,8 @@ from tests.workers.teardown import shut_down
 
 CASES: dict[str, dict[str, Any]] = {
     "persistence-0": {"stage3_param_persistence_threshold": 0},
-    "default": {"stage3_param_persistence_threshold": 1000},
+    # Room for a block, which "persistence-0" has not.
+    "by block": {"stage3_param_persistence_threshold": 1000, "stage3_max_live_parameters": 300_000},
 }
 SETTLED = 3  # the step from which DeepSpeed follows its recorded traces
 
@@ -58,8 +60,13 @@ def examine(zero: dict[str, Any]) -> dict[str, Any]:
         for name, begin, end in zip(names, [0, *ends], ends, strict=False):
             parts[name] += counter.calls[begin:end]
     world_size = comm.get_world_size()
+    layers = list(blocks(model))
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [m for m in model.modules() if m not in inside and list(m.parameters(recurse=False))]
     result = {
         "parts": parts,
+        "blocks": len(layers),
+        "outside": len(outside),
         "persistent": sum(hasattr(p, "ds_persist") and p.ds_persist for p in model.parameters()),
         "model_bytes": sum(2 * world_size * p.ds_tensor.ds_numel for p in model.parameters()),
     }
