@@ -154,7 +154,7 @@ class Zero3Pass(Engine):
         """Make units of the blocks (``Zero3Sharding.forward_only``)."""
         limit = self._settings.stage3_max_live_parameters
         whole = zip(self._shape.blocks, self._shape.block_parameters, strict=True)
-        units = {block: ps for block, ps in whole if sum(self._numels(ps)) <= limit}
+        units = {block: ps for block, ps in whole if 2 * sum(self._numels(ps)) <= limit}
         within = None
         for kind, module, *_ in trace.events:
             if kind == "fetch" and within is None and module in units:

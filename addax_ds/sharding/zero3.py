@@ -11,7 +11,7 @@ hands each reduced gradient shard to `Zero3Sharding.deliver`.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -24,7 +24,6 @@ from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from addax_ds.sharding.base import (
     OnGradients,
@@ -244,7 +243,7 @@ class Zero3Sharding(Sharding):
             for block in self._blocks:
                 block._z3_leaf = False
 
-    def _idle_hooks(self) -> list[RemovableHandle]:
+    def _idle_hooks(self) -> list[Any]:
         """Return DeepSpeed's hooks that have nothing to do in such a pass: most of its host time.
 
         They follow a backward, or gather and release parts of what is one unit now.
@@ -262,10 +261,9 @@ class Zero3Sharding(Sharding):
 
     def _new_forward_coordinator(self) -> PartitionedParameterCoordinator:
         """Make a coordinator that prefetches a whole block, unless it is to prefetch nothing."""
-        offload = self._zero.parameter_offload
-        persistent = set(self._zero.persistent_parameters)
+        offload, persistent = self._zero.parameter_offload, set(self._zero.persistent_parameters)
         sizes = [
-            sum(p.ds_numel for p in block.parameters() if p not in persistent)  # type: ignore
+            _elements(p for p in block.parameters() if p not in persistent)
             for block in self._blocks
         ]
         usual = offload._prefetch_bucket_sz
@@ -402,7 +400,7 @@ def _nothing(*_: Any) -> None:
 
 
 @contextmanager
-def _silenced(handles: list[RemovableHandle]) -> Iterator[None]:
+def _silenced(handles: list[Any]) -> Iterator[None]:
     """Leave out hooks, which keep their places among those of others."""
     usual = []
     for handle in handles:
@@ -419,20 +417,22 @@ def _silenced(handles: list[RemovableHandle]) -> Iterator[None]:
 def _blocks_to_gather(model: nn.Module, offload: Any) -> list[Any]:
     """Return the decoder layers that are gathered as one unit where no backward follows.
 
-    Not those beyond ``stage3_max_live_parameters``, nor what is or has such a unit already.
+    Two are live at a time, so not those of more than half of ``stage3_max_live_parameters``; nor
+    what is or has such a unit already.
     """
     return [
         block
         for block in blocks(model)
-        if sum(p.ds_numel for p in block.parameters())  # type: ignore[attr-defined]
-        <= offload._max_available_parameters_in_numel
+        if 2 * _elements(block.parameters()) <= offload._max_available_parameters_in_numel
         and not any(map(z3_leaf_module, block.modules()))
     ]
 
 
-def _new_coordinator(
-    offload: Any, prefetch: int | None = None
-) -> PartitionedParameterCoordinator:
+def _elements(parameters: Iterable[Any]) -> int:
+    return sum(parameter.ds_numel for parameter in parameters)
+
+
+def _new_coordinator(offload: Any, prefetch: int | None = None) -> PartitionedParameterCoordinator:
     """Make a parameter coordinator like the one of ``offload``, with an empty trace.
 
     Args:
