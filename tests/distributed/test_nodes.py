@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Host:
 
 
 def separate_hosts(stack: ExitStack) -> list[Host]:
-    """Two network namespaces with a cable between them; `stack` removes them."""
+    """Two network namespaces with a slow cable between them; `stack` removes them."""
     names = [f"addax-{os.getpid()}-{number}" for number in range(2)]
     for name in names:
         ip("netns", "add", name)
@@ -59,13 +59,20 @@ def separate_hosts(stack: ExitStack) -> list[Host]:
         ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             ip("-n", name, "link", "set", device, "up")
+        with suppress(OSError, subprocess.CalledProcessError):  # not every kernel can
+            limit = ("tbf", "rate", "50mbit", "burst", "32kbit", "latency", "400ms")
+            run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *limit)
         prefix = ("ip", "netns", "exec", name)
         hosts.append(Host(prefix, address, {"GLOO_SOCKET_IFNAME": "eth0"}))
     return hosts
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+    run("ip", *words)
+
+
+def run(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +219,20 @@ def test_the_first_node_alone_speaks_and_writes(trained):
         verify(output / name)
     saved = {path.name for path in (output / f"checkpoint-{STEPS}").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= saved
+
+
+@pytest.mark.parametrize("trained", ["fsdp2"], indirect=True)
+def test_nodes_with_disks_of_their_own_save_and_go_on(trained, folder, tmp_path, hosts):
+    """Neither sees the other's files, so `--save_on_each_node` writes whole checkpoints on both."""
+    disks = [tmp_path / f"disk-{node}" for node in range(2)]
+    own = {1: [f"--output_dir={disks[1]}"]}
+    for more in ({"max_steps": SAVED_AT}, {"resume_from_checkpoint": True}):
+        started = nodes(hosts, "fsdp2", folder, disks[0], own, save_on_each_node=True, **more)
+        for outcome in ended(started):
+            assert outcome.status == 0, outcome.output
+    for disk in disks:
+        verify(disk / f"checkpoint-{STEPS}")
+        assert_same_bits(disk / f"checkpoint-{STEPS}", trained["outputs"]["one"] / "model")
 
 
 @pytest.mark.parametrize(("back_end", "node"), [("zero3", 0), ("fsdp2", 1)])
