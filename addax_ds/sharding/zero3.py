@@ -10,9 +10,10 @@ hands each reduced gradient shard to `Zero3Sharding.deliver`.
   into the partitions.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import deepspeed.comm as dist
@@ -87,6 +88,7 @@ class Zero3Sharding(Sharding):
         self._compute_stream: Any = None
         self._gathers_begun: deque[Any] = deque()
         self._inference = False
+        self._running: Counter[nn.Module] | None = None
         self._blocks = _blocks_to_gather(zero.module, zero.parameter_offload)
         self._forward_coordinator = self._new_forward_coordinator()
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
@@ -227,37 +229,55 @@ class Zero3Sharding(Sharding):
         usual = offload.param_coordinator
         self._partition_all()
         offload.param_coordinator = self._forward_coordinator
-        with self._abandoned_on_error(), self._block_by_block(), _silenced(self._idle_hooks()):
+        with self._abandoned_on_error(), self._block_by_block():
             yield
         self._partition_all()
         offload.param_coordinator = usual
 
     @contextmanager
     def _block_by_block(self) -> Iterator[None]:
-        """Let DeepSpeed gather and release a decoder layer as one unit, not module by module."""
+        """Let DeepSpeed gather and release a decoder layer as one unit, not module by module.
+
+        Its hooks of the modules inside do nothing while their block runs, and work as ever where a
+        model calls them by themselves. Those that follow a backward do nothing. They are most of a
+        pass's host time.
+        """
+        if self._running is not None:  # a pass in a pass
+            yield
+            return
+        running, usual = Counter[nn.Module](), []
+        hooks = {id(h.hooks_dict_ref()): h for h in self._zero.parameter_offload.forward_hooks}
+
+        def replace(handle: Any, make: Callable[[Callable], Callable]) -> None:
+            of_module, key = (
+                handle.hooks_dict_ref(),
+                handle.id,
+            )  # in its place among those of others
+            usual.append((of_module, key, of_module[key]))
+            of_module[key] = make(of_module[key])
+
+        for handle in self._zero.parameter_offload.backward_hooks:
+            replace(handle, lambda hook: _nothing)
         for block in self._blocks:
+            for module in block.modules():
+                ends = (1, module._forward_pre_hooks), (-1, module._forward_hooks)
+                for change, of_module in ends:
+                    if id(of_module) not in hooks:  # a module that came later
+                        continue
+                    make = partial(_noting, running, block, change)
+                    if module is not block:
+                        make = partial(_unless_within, running, block)
+                    replace(hooks[id(of_module)], make)
             block._z3_leaf = True
+        self._running = running
         try:
             yield
         finally:
+            self._running = None
             for block in self._blocks:
                 block._z3_leaf = False
-
-    def _idle_hooks(self) -> list[Any]:
-        """Return DeepSpeed's hooks that have nothing to do in such a pass: most of its host time.
-
-        They follow a backward, or gather and release parts of what is one unit now.
-        """
-        offload = self._zero.parameter_offload
-        inside = {
-            id(hooks)
-            for block in self._blocks
-            for module in block.modules()
-            if module is not block
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        }
-        gathering = (h for h in offload.forward_hooks if id(h.hooks_dict_ref()) in inside)
-        return [*offload.backward_hooks, *gathering]
+            for of_module, key, hook in reversed(usual):
+                of_module[key] = hook
 
     def _new_forward_coordinator(self) -> PartitionedParameterCoordinator:
         """Make a coordinator that prefetches a whole block, unless it is to prefetch nothing."""
@@ -399,19 +419,20 @@ def _nothing(*_: Any) -> None:
     """Change neither the input nor the output of a module, as a hook."""
 
 
-@contextmanager
-def _silenced(handles: list[Any]) -> Iterator[None]:
-    """Leave out hooks, which keep their places among those of others."""
-    usual = []
-    for handle in handles:
-        of_module, key = handle.hooks_dict_ref(), handle.id
-        usual.append((of_module, key, of_module[key]))
-        of_module[key] = _nothing
-    try:
-        yield
-    finally:
-        for of_module, key, hook in usual:
-            of_module[key] = hook
+def _noting(running: Counter[nn.Module], block: nn.Module, change: int, hook: Callable) -> Callable:
+    """Return a hook of a block that keeps count of how often it is being run."""
+
+    def noting(*args: Any) -> Any:
+        result = hook(*args)
+        running[block] += change
+        return result
+
+    return noting
+
+
+def _unless_within(running: Counter[nn.Module], block: nn.Module, hook: Callable) -> Callable:
+    """Return a hook of a module that does nothing while the block around it runs."""
+    return lambda *args: None if running[block] else hook(*args)
 
 
 def _blocks_to_gather(model: nn.Module, offload: Any) -> list[Any]:
