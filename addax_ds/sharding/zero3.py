@@ -245,32 +245,30 @@ class Zero3Sharding(Sharding):
         if self._running is not None:  # a pass in a pass
             yield
             return
-        running, usual = Counter[nn.Module](), []
-        hooks = {id(h.hooks_dict_ref()): h for h in self._zero.parameter_offload.forward_hooks}
+        offload, usual = self._zero.parameter_offload, []
+        hooks = {id(handle.hooks_dict_ref()): handle for handle in offload.forward_hooks}
+        self._running = running = Counter[nn.Module]()
 
         def replace(handle: Any, make: Callable[[Callable], Callable]) -> None:
-            of_module, key = (
-                handle.hooks_dict_ref(),
-                handle.id,
-            )  # in its place among those of others
+            # Where it is, among those of others.
+            of_module, key = handle.hooks_dict_ref(), handle.id
             usual.append((of_module, key, of_module[key]))
             of_module[key] = make(of_module[key])
 
-        for handle in self._zero.parameter_offload.backward_hooks:
-            replace(handle, lambda hook: _nothing)
-        for block in self._blocks:
-            for module in block.modules():
-                ends = (1, module._forward_pre_hooks), (-1, module._forward_hooks)
-                for change, of_module in ends:
-                    if id(of_module) not in hooks:  # a module that came later
-                        continue
-                    make = partial(_noting, running, block, change)
-                    if module is not block:
-                        make = partial(_unless_within, running, block)
-                    replace(hooks[id(of_module)], make)
-            block._z3_leaf = True
-        self._running = running
         try:
+            for handle in offload.backward_hooks:
+                replace(handle, lambda hook: _nothing)
+            for block in self._blocks:
+                block._z3_leaf = True
+                for module in block.modules():
+                    ends = (1, module._forward_pre_hooks), (-1, module._forward_hooks)
+                    for change, of_module in ends:
+                        if id(of_module) not in hooks:  # a module that came later
+                            continue
+                        make = partial(_noting, running, block, change)
+                        if module is not block:
+                            make = partial(_unless_within, running, block)
+                        replace(hooks[id(of_module)], make)
             yield
         finally:
             self._running = None
