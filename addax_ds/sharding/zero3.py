@@ -263,12 +263,11 @@ class Zero3Sharding(Sharding):
                 for module in block.modules():
                     ends = (1, module._forward_pre_hooks), (-1, module._forward_hooks)
                     for change, of_module in ends:
-                        if id(of_module) not in hooks:  # a module that came later
-                            continue
                         make = partial(_noting, running, block, change)
                         if module is not block:
                             make = partial(_unless_within, running, block)
-                        replace(hooks[id(of_module)], make)
+                        if handle := hooks.get(id(of_module)):  # none if the module came later
+                            replace(handle, make)
             yield
         finally:
             self._running = None

@@ -34,8 +34,9 @@ def test_bytes(measured, name):
     model = case["model_bytes"]
     assert sum(calls(case, "zeroth_order", "allgather")) == 2 * model
     forward, backward = (sum(calls(case, part, "allgather")) for part in ("forward", "backward"))
-    assert model <= forward  # the end of a forward may gather for the backward
-    assert model < forward + backward <= 2 * model
+    early = forward - model  # for the backward, at the end of a forward, where there is room
+    assert early >= 0 if name == "by block" else early == 0
+    assert 0 < early + backward <= model
     assert sum(calls(case, "backward", "reduce_scatter")) == model
     names = {name for part in case["parts"].values() for name, _ in part}
     assert names == {"_allgather_base_", "_reduce_scatter_base_", "allreduce_"}
@@ -56,7 +57,7 @@ def test_a_block_is_gathered_as_a_whole_where_no_backward_follows(measured):
 
 def test_persistent_parameters_travel_together(measured):
     """One collective a pass for all of them; none in the step itself."""
-    default, none = measured["by block"], measured["persistence-0"]
+    default, none = measured["default"], measured["persistence-0"]
     assert default["persistent"] > 20
     assert none["persistent"] == 0
     for part, passes in (("zeroth_order", 2), ("forward", 1), ("backward", 0)):

@@ -20,7 +20,8 @@ from tests.workers.teardown import shut_down
 
 CASES: dict[str, dict[str, Any]] = {
     "persistence-0": {"stage3_param_persistence_threshold": 0},
-    # Room for two blocks, which "persistence-0" has not.
+    "default": {"stage3_param_persistence_threshold": 1000},
+    # Room for two blocks, which the others have not.
     "by block": {"stage3_param_persistence_threshold": 1000, "stage3_max_live_parameters": 500_000},
 }
 SETTLED = 3  # the step from which DeepSpeed follows its recorded traces
