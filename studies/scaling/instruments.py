@@ -25,7 +25,8 @@ _PHASES = {
     ALL_REDUCE: phases.REDUCE,
 }
 
-# Of each method the kind, and the place among its arguments of the whole tensors.
+# Of each method the kind, and the place among its arguments of the whole tensors. A torch before
+# 2.13 lacks the "single" ones.
 _COLLECTIVES: dict[str, tuple[str, int]] = {
     "all_gather_single": (ALL_GATHER, 0),
     "all_gather_single_coalesced": (ALL_GATHER, 0),
@@ -68,6 +69,8 @@ def instrumented(trainer: StepMixin, timer: PhaseTimer, traffic: Traffic) -> Ite
         for owner, name, phase in timed:
             stack.enter_context(_wrapped(owner, name, functools.partial(_timed, timer, phase)))
         for name, (kind, place) in _COLLECTIVES.items():
+            if not hasattr(ProcessGroup, name):
+                continue
             wrap = functools.partial(_counted, timer, traffic, kind, place)
             stack.enter_context(_wrapped(ProcessGroup, name, wrap))
         yield
