@@ -15,7 +15,7 @@ from studies.scaling.point import SMALL_SHAPES
 
 SHAPES: dict[str, dict[str, Any]] = {
     **SMALL_SHAPES,
-    **{name: OPT_FAMILY[name] for name in ("opt-125m", "opt-350m")},
+    **{name: OPT_FAMILY[name] for name in ("opt-125m", "opt-350m", "opt-1.3b")},
 }
 """Arguments of `OPTConfig`."""
 
@@ -25,20 +25,21 @@ def one_thread_each() -> dict[str, str]:
     return {**environment(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def random_model(shape: str) -> nn.Module:
+def random_model(shape: str, device: torch.device) -> nn.Module:
     """OPT of a shape with random bf16 weights, the same on all ranks, in training mode.
 
     Without dropout, so that contenders see the same losses.
     """
     torch.manual_seed(0)
     config = OPTConfig(**SHAPES[shape], dropout=0.0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
 
 
 def parameter_count(shape: str) -> int:
     """Number of parameters of a shape, a tied one counted once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in random_model(shape).parameters())
+    model = random_model(shape, torch.device("meta"))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:

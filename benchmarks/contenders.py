@@ -30,6 +30,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 import addax_ds  # noqa: F401  (registers the optimizer)
@@ -127,7 +128,7 @@ def _stateful(shape: str, long: Tensor, short: Tensor, optimizer: dict[str, Any]
 
 
 def mezo(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
-    model = random_model(shape).eval().to(long.device)
+    model = random_model(shape, long.device).eval()
     learning_rate = ALPHA * LEARNING_RATE  # as in Addax, whose zeroth-order part is so weighted
     seed = 0
 
@@ -214,7 +215,9 @@ def _engine(shape: str, config: dict[str, Any]) -> tuple[Any, Any]:
         "zero_allow_untested_optimizer": True,  # torch's SGD is one
         **config,
     }
-    engine, wrapped, _, _ = deepspeed.initialize(model=random_model(shape), config=config)
+    device = torch.device(get_accelerator().current_device_name())
+    model = random_model(shape, device)
+    engine, wrapped, _, _ = deepspeed.initialize(model=model, config=config)
     return engine, wrapped
 
 

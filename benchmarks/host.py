@@ -197,10 +197,11 @@ def set_up(sharding: str, layers: int) -> tuple[Run, Run]:
 
     torch.set_num_threads(1)
     if sharding == "zero3":
-        import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-        deepspeed.init_distributed("gloo")
+        from addax_ds.distributed.startup import init_deepspeed
+
+        init_deepspeed()
         # DeepSpeed asks a CPU for its number at each reduction, by a process that it starts.
         type(get_accelerator()).device_count = lambda self: 1
         return with_deepspeed(layers)
@@ -241,9 +242,10 @@ class Worker:
 
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         rank |= {"MASTER_PORT": str(free_port()), "ADDAX_CHECKOUT": str(checkout)}
+        path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--serve", sharding, "--layers", str(layers)],
-            env={**one_thread_each(), **rank, "PYTHONPATH": str(checkout)},
+            env={**one_thread_each(), **rank, "PYTHONPATH": path},
             cwd=checkout,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -67,9 +67,12 @@ def batch_of(rows: int, length: int, targets: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def closure(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+def closure(
+    model: Any, batch: dict[str, Tensor], device: torch.device | None = None
+) -> Callable[[], Tensor]:
     """Return what computes the loss of a batch, as `StepMixin` does."""
     prepared = {**batch, **target_tensors(batch["labels"])}
+    prepared = {name: tensor.to(device) for name, tensor in prepared.items()}
 
     def loss() -> Tensor:
         scores = target_scores(model, prepared)

@@ -72,7 +72,7 @@ class GradientWatch:
 
 def examine(name: str, shape: str) -> dict[str, int]:
     """Train three steps with one optimizer and return what was alive, in bytes on this rank."""
-    model: Any = random_model(shape)
+    model: Any = random_model(shape, torch.device("cpu"))
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},

@@ -50,7 +50,7 @@ from benchmarks.contenders import CONTENDERS, USUAL, Contender, zero_configurati
 from studies.collectives import CollectiveCounter, ring_bytes
 from studies.jobs import free_port
 
-LENGTHS = {"tiny": (32, 16)}
+LENGTHS = {"tiny": (32, 16), "opt-1.3b": (1024, 256)}
 USUAL_LENGTHS = (256, 64)  # of the zeroth-order (long) and the first-order (short) batch
 WARM_UP_ROUNDS = 3  # DeepSpeed follows its recorded order of modules from the third step on
 STEPS_ALONE = 3

@@ -8,10 +8,16 @@ LINES_SHOWN=3 part 60 versions python3 -c "
 import torch, triton, transformers, deepspeed, accelerate, datasets, addax_ds
 from addax_ds.utils.versions import versions
 print(versions(), triton.__version__, torch.cuda.get_device_name(), torch.cuda.nccl.version())"
-part 60 kernels python3 benchmarks/gpu/kernels.py --output "$OUT/kernels.json"
-part 120 bits python3 -m pytest -q -p no:cacheprovider -n 8 tests/gpu/test_kernels_gpu.py
-part 90 ranks python3 -m pytest -q -p no:cacheprovider tests/gpu/test_ranks_gpu.py
-for sharding in zero3 fsdp2; do
-  point 45 "opt-1.3b_$sharding" --models opt-1.3b --lengths 512 --methods addax --sharding $sharding
-done
+LINES_SHOWN=14 part 60 kernels python3 benchmarks/gpu/kernel_speed.py --output "$OUT/kernels.json"
+# What is not timed runs together, and on other cores what the host takes for a step.
+tests=(python3 -m pytest -q -p no:cacheprovider)
+LINES_SHOWN=12 part 150 bits "${tests[@]}" -n 4 tests/gpu/test_kernels_gpu.py >"$OUT/bits" &
+LINES_SHOWN=30 part 150 ranks "${tests[@]}" tests/gpu/test_ranks_gpu.py >"$OUT/ranks" &
+CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu LINES_SHOWN=6 part 100 host python3 benchmarks/host.py \
+  --rounds 5 --output "$OUT" >"$OUT/host" &
+wait
+cat "$OUT"/{bits,ranks,host}
+LINES_SHOWN=12 part 120 opt-1.3b deepspeed --num_gpus 1 benchmarks/step.py --shape opt-1.3b \
+  --long_rows 8 --short_rows 4 --rounds 7 --no_memory --output "$OUT"
+steps 60 opt-1.3b fsdp2 --batches 8x1024,4x256
 keep part1

@@ -21,13 +21,12 @@ part() {
   tail -"${LINES_SHOWN:-25}" "$OUT/$name.log" | cut -c1-200
 }
 
-# point SECONDS NAME FLAGS...: one point of the scaling study, random weights on one rank.
-point() {
-  local limit=$1 name=$2
-  shift 2
-  part "$limit" "$name" python3 launch/scaling.py --ranks 1 --steps 4 --project 8 \
-    --folder "/tmp/gpukit_scaling/$name" --output "$OUT/$name" "$@"
-  tail -3 /tmp/gpukit_scaling/"$name"/points/*/*/output.log 2>/dev/null | cut -c1-200
+# steps SECONDS SHAPE SHARDING FLAGS...: steps of random weights on one rank, beside the plan.
+steps() {
+  local limit=$1 shape=$2 sharding=$3
+  shift 3
+  LINES_SHOWN=40 part "$limit" "${shape}_$sharding" python3 benchmarks/gpu/steps.py \
+    --shape "$shape" --sharding "$sharding" --output "$OUT/${shape}_$sharding.json" "$@"
 }
 
 # The replies of such machines hold few files: one archive, and what stands at the top.

@@ -1,6 +1,6 @@
 """Speed of the Triton kernels on a GPU, beside a copy on the same device.
 
-    python benchmarks/gpu/kernels.py --output kernels.json
+    python benchmarks/gpu/kernel_speed.py --output kernels.json
 
 Milliseconds are medians of 15 calls between two events of the stream. Large operations take the
 largest weight of OPT-13B. Calls over one and over many small parameters, such as biases and gains,
