@@ -7,15 +7,14 @@ interpreter cannot see either, and by Triton's defaults multiply and add are fus
 bf16 tensors travel as int16. Directions are unrolled: registers and compile time grow with their
 number.
 
-A launch covers any number of slices, by a table of their addresses in the GPU's memory. It holds
-the whole tiles of a slice apart from its ragged ends: whole tiles at aligned addresses are read and
-written in words of 64 bits.
+A launch covers any number of slices, by a table of their addresses in the GPU's memory. A thread
+has one counter, hence one element of each of a tile's eight rows. More counters would make wider
+loads, and need so many registers that few threads run at once, where arithmetic is what takes time.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 
 import torch
 import triton
@@ -38,9 +37,8 @@ OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 _TILE = 128
 _LANES = 16
 # Counters of a program, eight elements each. The interpreter wants few programs.
-BLOCK = 1 << 11 if triton.knobs.runtime.interpret else 1 << 9
-_ALIGNED_BYTES = 16  # of the address of a whole tile
-COLUMNS = tl.constexpr(10)
+BLOCK = 1 << 11 if triton.knobs.runtime.interpret else 1 << 7
+COLUMNS = tl.constexpr(9)
 
 
 def gaussian(out: Tensor, draw: Draw, start: int) -> None:
@@ -65,9 +63,8 @@ def fused(
     with _device(weight):
         table, rows, programs = _table(
             b"".join([each.row for each in slices]),
-            None if out is None else (out.data_ptr() % _ALIGNED_BYTES, *offsets(slices)[:-1]),
+            None if out is None else tuple(offsets(slices)),
             None if gradients is None else tuple(each.data_ptr() for each in gradients),
-            (weight.itemsize, 0 if gradients is None else gradients[0].itemsize),
             weight.device,
             torch.cuda.current_stream().cuda_stream if weight.is_cuda else 0,
         )
@@ -93,11 +90,10 @@ def _table(
     rows: bytes,
     begins: tuple[int, ...] | None,
     gradients: tuple[int, ...] | None,
-    sizes: tuple[int, int],
     device: torch.device,
     stream: int,
 ) -> tuple[Tensor, int, int]:
-    """Return a table of parts of slices, their number, and the programs that work on them.
+    """Return a table of slices, the number of its rows, and the programs that work on them.
 
     It holds numbers alone, so it serves until another set of slices has the same ones, and what
     comes again in every step (most of it) is copied to the GPU once. A stream has its own, as
@@ -105,40 +101,23 @@ def _table(
 
     Args:
         rows: `Slice.row` of each slice.
-        begins: address of the output modulo `_ALIGNED_BYTES`, then the slices' `offsets` in it;
-            None if the weights are overwritten.
+        begins: the slices' `offsets` in the output; None if the weights are overwritten.
         gradients: their addresses, or None.
-        sizes: bytes of an element of the weights, and of the gradients.
         device: of the table.
         stream: handle of the stream that it is used on.
     """
-    parts: list[tuple[int, ...]] = []
+    table: list[tuple[int, ...]] = []
     programs = 0
     for number, (address, start, count, parameter_id, index) in enumerate(unpacked(rows)):
-        base = 0 if begins is None else begins[0] + begins[number + 1] * sizes[0]
+        if count == 0:
+            continue
+        offset = 0 if begins is None else begins[number]
         gradient = 0 if gradients is None else gradients[number]
-        for low, high in _cut(start, count):
-            at = address + low * sizes[0], base + low * sizes[0], gradient + low * sizes[1]
-            whole = (start + low) % _TILE == 0 and (high - low) % _TILE == 0
-            whole = whole and all(each % _ALIGNED_BYTES == 0 for each in at)
-            offset = 0 if begins is None else begins[number + 1] + low
-            place = (start + low) // _TILE, (start + low) % _TILE, high - low
-            parts.append(
-                (programs, at[0], offset, at[2], *place, _signed(parameter_id), index, whole)
-            )
-            programs += _grid(start + low, high - low)[0]
-    table = torch.tensor(parts, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), len(parts), programs
-
-
-def _cut(start: int, count: int) -> Iterator[tuple[int, int]]:
-    """Cut a slice into its whole tiles and the ends before and after them, where there are any."""
-    stop = start + count
-    first, last = -(-start // _TILE) * _TILE, stop // _TILE * _TILE
-    borders = (start, first, last, stop) if first < last else (start, stop)
-    for low, high in pairwise(borders):
-        if low < high:
-            yield low - start, high - start
+        place = start // _TILE, start % _TILE, count
+        table.append((programs, address, offset, gradient, *place, _signed(parameter_id), index))
+        programs += _grid(start, count)[0]
+    numbers = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True), len(table), programs
 
 
 def _device(tensor: Tensor) -> torch.cuda.device | nullcontext:
@@ -234,110 +213,34 @@ def fused_kernel(
         high = tl.where(is_later, middle, high)
         low = tl.where(is_later, low, middle)
     row = table + low * COLUMNS
-    mark = None if kept is None else kept + tl.load(row + 8)
-    first = program - tl.load(row).to(tl.int32)  # of the part's programs this is the one
-    count = tl.load(row + 6)
+    first = program - tl.load(row).to(tl.int32)  # of the slice's programs this is the one
     draw = (seed_low, seed_high, tl.load(row + 7).to(tl.int32), step, probe_and_stream)
-    of_part = (first, tl.load(row + 4), tl.load(row + 5), count)
-    numbers = (c0, c1, c2, zo_eps)
-    BITS: tl.constexpr = WEIGHT.primitive_bitwidth
-    # How an address is aligned the compiler learns where the address is made.
-    if tl.load(row + 9) != 0:
-        weight = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 16)
-        _work(
-            weight if out is None else out + tl.multiple_of(tl.load(row + 2), 128 // BITS),
-            weight,
-            None
-            if GRADIENT is None
-            else tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(GRADIENT)), 16),
-            mark,
-            numbers,
-            draw,
-            of_part,
-            STREAM_ROUNDING,
-            DIRECTIONS,
-            REALISED,
-            STOCHASTIC,
-            BLOCK,
-            True,
-        )
+    first_tile = tl.load(row + 4) + first.to(tl.int64) * (BLOCK // 16)
+    # Where the program's elements begin in the slice, and which of them are of it.
+    begin = first.to(tl.int64) * (BLOCK * 8) - tl.load(row + 5)
+    lowest = tl.maximum(-begin, 0).to(tl.int32)
+    end = tl.minimum(tl.load(row + 6) - begin, BLOCK * 8).to(tl.int32)
+    weight = tl.load(row + 1).to(tl.pointer_type(WEIGHT)) + begin
+    if out is None:  # noqa: SIM108 (an expression would hold two types)
+        target = weight
     else:
-        weight = tl.load(row + 1).to(tl.pointer_type(WEIGHT))
-        _work(
-            weight if out is None else out + tl.load(row + 2),
-            weight,
-            None if GRADIENT is None else tl.load(row + 3).to(tl.pointer_type(GRADIENT)),
-            mark,
-            numbers,
-            draw,
-            of_part,
-            STREAM_ROUNDING,
-            DIRECTIONS,
-            REALISED,
-            STOCHASTIC,
-            BLOCK,
-            False,
-        )
-
-
-@triton.jit
-def _work(
-    out: tl.tensor,
-    weight: tl.tensor,
-    gradient: tl.tensor | None,
-    mark: tl.tensor | None,
-    numbers: tl.tuple,
-    draw: tl.tuple,
-    of_part: tl.tuple,
-    STREAM_ROUNDING: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    REALISED: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    """A program's share of one row of the table."""
-    c0, c1, c2, zo_eps = numbers
-    seed_low, seed_high, parameter_id, step, probe_and_stream = draw
-    number, first_tile, skipped, count = of_part
-    inside = tl.arange(0, BLOCK)
-    local = number.to(tl.int64) * BLOCK + inside
-    element = (inside // 16) * 128 + inside % 16
-    base = number.to(tl.int64) * (BLOCK * 8)
-    if WHOLE:
-        # Offsets of 32 bits from aligned addresses, and tiles that are inside or not.
-        out += base
-        weight += base
-        if gradient is not None:
-            gradient += base
-        is_inside = inside // 16 < count // 128 - number * (BLOCK // 16)
-    else:
-        element = element + base - skipped
+        target = out + (tl.load(row + 2) + begin)
+    if GRADIENT is not None:
+        gradient = tl.load(row + 3).to(tl.pointer_type(GRADIENT)) + begin
+    local = tl.arange(0, BLOCK)
+    element = (local // 16) * 128 + local % 16
     z_words = ()  # of all directions: static loops are unrolled, so tuples may grow in them
     for k in tl.static_range(DIRECTIONS):
-        probe = probe_and_stream + 2 * k
-        words = _words(local, first_tile, seed_low, seed_high, parameter_id, step, probe)
-        z_words += (words,)  # type: ignore[assignment]
-    random_words = _words(
-        local,
-        first_tile,
-        seed_low,
-        seed_high,
-        parameter_id,
-        step,
-        probe_and_stream | STREAM_ROUNDING,
-    )
+        z_words += (_words(local, first_tile, *draw[:4], probe_and_stream + 2 * k),)  # type: ignore[assignment]
+    random_words = _words(local, first_tile, *draw[:4], probe_and_stream | STREAM_ROUNDING)
     keeping = tl.zeros((BLOCK,), tl.int1)
     for i in tl.static_range(4):
         z = ()
         for k in tl.static_range(DIRECTIONS):
             z += (_normals(z_words[k][i]),)  # type: ignore[assignment]
         for half in tl.static_range(2):
-            at = element + 32 * i + 16 * half
-            if WHOLE:  # noqa: SIM108 (an expression would hold two types)
-                mask = is_inside
-            else:
-                mask = (at >= 0) & (at < count)
+            at = element + (32 * i + 16 * half)
+            mask = (at >= lowest) & (at < end)
             stored = tl.load(weight + at, mask=mask, other=0)
             wide = _widen(stored)
             value = wide * c0
@@ -349,7 +252,7 @@ def _work(
                     decrement = d * c2[k]
                 else:
                     decrement = decrement + d * c2[k]
-            if gradient is not None:
+            if GRADIENT is not None:
                 part = _widen(tl.load(gradient + at, mask=mask, other=0)) * c1
                 if DIRECTIONS > 0:
                     part = part + decrement
@@ -362,9 +265,10 @@ def _work(
             else:
                 rounded = _round(value, stored.dtype)
             finite = _is_finite(_widen(rounded))
-            tl.store(out + at, tl.where(finite, rounded, stored), mask=mask)
+            tl.store(target + at, tl.where(finite, rounded, stored), mask=mask)
             keeping |= mask & ~finite
-    if mark is not None:
+    if kept is not None:
+        mark = kept + tl.load(row + 8)
         tl.store(mark + tl.zeros((BLOCK,), tl.int32), 1, mask=keeping)
 
 

@@ -29,7 +29,8 @@ steps() {
     --shape "$shape" --sharding "$sharding" --output "$OUT/${shape}_$sharding.json" "$@"
 }
 
-# The replies of such machines hold few files: one archive, and what stands at the top.
+# The replies of such machines hold few files: one archive.
 keep() {
-  tar -C "$OUT" -czf "$OUT/$1.tgz" --exclude='*.tgz' . && find "$OUT" -mindepth 1 ! -name '*.tgz' -delete
+  tar -C "$OUT" -czf "/tmp/$1.tgz" . && find "$OUT" -mindepth 1 -delete
+  mv "/tmp/$1.tgz" "$OUT"
 }

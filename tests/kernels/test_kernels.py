@@ -528,10 +528,6 @@ def test_triton_compiles_without_fused_multiply_add(
         if not realised and gradient is None:  # the search finds what Triton does by default
             fusing = compiled(gpu.fused_kernel, types, constants, {"enable_fp_fusion": True})
             assert re.search(r"\bfma\.rn\.f32", fusing)
-        narrow = weight != "*fp32"
-        assert re.search(
-            r"\bld\.global\S*\.v2\.b32" if narrow else r"\bld\.global\S*\.v4\.b32", ptx
-        )
     assert not re.search(r"\bfma\.|\.ftz|\bsqrt\.approx|\bmad\.rn", ptx)
     assert re.search(r"\bsqrt\.rn\.f32", ptx)
 
