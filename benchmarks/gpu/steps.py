@@ -107,7 +107,7 @@ class Bench:
     ) -> dict[str, Any]:
         """Take steps of a method; return seconds, and GB beside the plan."""
         first = short if method == "addax" else long
-        planned = self.plan(method, long, first, checkpointing)
+        planned = self.plan(method, long, short, checkpointing=checkpointing)
         self._set_checkpointing(checkpointing)
         self.optimizer.alpha = ALPHAS[method]
         step = self.step(self.loss_of(long), self.loss_of(first))
@@ -214,8 +214,9 @@ class Bench:
         rows = batch_of(batch.rows, batch.length, batch.targets)
         return closure(self.called, rows, self.device)
 
-    def plan(self, method: Method, long: Batch, first: Batch, checkpointing: bool) -> int:
+    def plan(self, method: Method, long: Batch, short: Batch, *, checkpointing: bool) -> int:
         """Return the bytes that the planner says."""
+        first = short if method == "addax" else long
         inputs = Inputs(
             shape_of(OPTConfig(**MODELS[self.shape]), self.shape),
             method,
@@ -267,6 +268,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=MODELS, default="opt-1.3b")
     parser.add_argument("--sharding", choices=("zero3", "fsdp2", "none"), default="zero3")
     parser.add_argument("--batches", type=_batches, nargs="+", default=[_batches("4x1024,2x256")])
+    parser.add_argument("--methods", choices=ALPHAS, nargs="+", default=list(ALPHAS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
@@ -294,13 +296,12 @@ def main() -> None:
 
     print(f"{arguments.shape} {arguments.sharding}: ready in {bench.seconds_to_start:.1f} s")
     usual, *others = arguments.batches
-    for method in ("addax", "mezo"):
-        note(bench.measure(method, *usual, steps=arguments.steps))
     room = torch.cuda.mem_get_info()[1] * 0.9 if on_gpu else float("inf")
-    for checkpointing in (True, False):
-        if bench.plan("ip-sgd", usual[0], usual[0], checkpointing) < room:
-            more = {"steps": arguments.steps, "checkpointing": checkpointing}
-            note(bench.measure("ip-sgd", *usual, **more))
+    for method in arguments.methods:
+        for checkpointing in (True, False) if method == "ip-sgd" else (False,):
+            if bench.plan(method, *usual, checkpointing=checkpointing) < room:
+                more = {"steps": arguments.steps, "checkpointing": checkpointing}
+                note(bench.measure(method, *usual, **more))
     for batches in others:
         note(bench.measure("addax", *batches, steps=arguments.steps))
     document["profile"] = bench.profiled(*usual)

@@ -24,32 +24,43 @@ def test_triton_serves_the_gpu():
     assert kernels.implementation("cuda").__name__ == "addax_ds.kernels.gpu"
 
 
+# Directions, zo_eps, and whether there is a gradient: of the weights' type, or wider.
+KINDS = [
+    (1, 0.0, None),
+    (1, 1e-3, None),
+    (0, 0.0, "same"),
+    (1, 1e-3, "same"),
+    (1, 0.0, "fp32"),
+    (3, 1e-3, "fp32"),
+]
+
+
 @pytest.mark.parametrize("dtype", BITS)
 def test_a_thousand_random_slices(dtype):
+    """Each kind is compiled, which takes longer than all else here."""
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
-    for _ in range(1000):
+    for turn in range(1000):
+        directions, zo_eps, gradient_type = KINDS[turn % len(KINDS)]
         count, start = rng.randrange(1, 5000), rng.randrange(2**35 - 5000)
         offset = rng.randrange(16)  # from the alignment of an allocation
         stored = torch.randn(offset + count, generator=generator).mul_(0.1).to(dtype)
-        gradient_dtype = rng.choice((None, torch.float32, dtype))
         gradient = None
-        if gradient_dtype is not None:
-            gradient = torch.randn(count, generator=generator).to(gradient_dtype)
+        if gradient_type is not None:
+            gradient = torch.randn(count, generator=generator)
+            gradient = gradient.to(dtype if gradient_type == "same" else torch.float32)
             if rng.random() < 0.5:
                 gradient[rng.randrange(count)] = math.inf
         operation = Operation(
             Draw(rng.randrange(2**64), rng.randrange(2**32), rng.randrange(2**32)),
             c0=rng.choice((1.0, 0.99)),
-            c1=rng.choice((0.0, 1e-3)),
-            c2=rng.choice(((), (1e-3,), (1e-3, -2e-3, 0.0))),
-            zo_eps=rng.choice((0.0, 1e-3)),
-            stochastic=dtype != torch.float32 and rng.random() < 0.5,
+            c1=0.0 if gradient is None else 1e-3,
+            c2=(1e-3, -2e-3, 0.0)[:directions],
+            zo_eps=zo_eps,
+            stochastic=dtype != torch.float32 and zo_eps > 0.0,
         )
         expected, on_gpu = stored.clone()[offset:], stored.cuda()[offset:]
         kept = torch.zeros(1, dtype=torch.int32)
         kept_on_gpu = kept.cuda()
-        if operation.c1 == 0.0:  # a term that is left out, were it infinite
-            gradient = None
         fused(reference, expected, expected, gradient, operation, start, kept)
         moved = None if gradient is None else gradient.cuda()
         fused(kernels, on_gpu, on_gpu, moved, operation, start, kept_on_gpu)
