@@ -8,8 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
 from addax_ds.config.deepspeed_values import AUTO
+from addax_ds.data.encoding import lengths_of, target_counts_of
 from addax_ds.distributed.nodes import replicas_of
 from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
 from addax_ds.planner import recommend
@@ -85,6 +89,10 @@ def request_of(arguments: argparse.Namespace) -> Request:
     _check(arguments)
     shape = find_shape(arguments.model, arguments.dtype)
     length = arguments.length or min(shape.positions or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
+    targets, row_lengths = arguments.target_tokens, None
+    if arguments.train_file:
+        row_lengths, targets = _rows_of(arguments)
+        length = int(row_lengths.max())
     _check_length(arguments, shape, length)
     zero3 = _zero3(arguments, shape)
     train_rows = arguments.per_device_train_batch_size or _DEFAULT_ROWS
@@ -117,12 +125,29 @@ def request_of(arguments: argparse.Namespace) -> Request:
         train_rows=train_rows,
         length=length,
         length_threshold=arguments.length_threshold,
-        targets=arguments.target_tokens,
+        targets=targets,
         gpu_memory=int(arguments.gpu_memory * GB),
         reserve=int(arguments.reserve * GB),
         host_memory=None if host_memory is None else int(host_memory * GB),
         gpus_per_node=arguments.gpus,
+        row_lengths=row_lengths,
     )
+
+
+def _rows_of(arguments: argparse.Namespace) -> tuple[NDArray[np.int32], int]:
+    """Return the tokens of each row of a training file, and the most that any predicts.
+
+    Read and tokenised as ``launch/train.py`` does it, into the same cache.
+    """
+    # They import what trains, which a plan from numbers does without.
+    from addax_ds.cli.data import load_data
+    from addax_ds.config.arguments import DataArguments, ModelArguments
+    from addax_ds.models.source import ModelSource
+
+    source = ModelSource.find(ModelArguments(model_name_or_path=arguments.model))
+    files = DataArguments(train_file=arguments.train_file, max_length=arguments.length)
+    rows = load_data(files, source.load_tokenizer(), source).train
+    return lengths_of(rows), int(target_counts_of(rows).max())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,6 +196,12 @@ def _parser() -> argparse.ArgumentParser:
         help="L_T, the longest first-order sequence of addax (default: the longest that fits)",
     )
     add("--target_tokens", type=int, help="predicted tokens of a sequence (default: all)")
+    add(
+        "--train_file",
+        nargs="+",
+        help="files of rows as launch/train.py takes them, for lengths and predicted tokens; "
+        "--model is a folder with a tokenizer, and --length cuts",
+    )
     add("--deepspeed", help="DeepSpeed JSON (default: bucket sizes of zero3)")
     add("--sharding", choices=tuple(RULES), default="zero3", help="back end")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="type of the weights")
@@ -221,6 +252,8 @@ def _out_of_range(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
     given, sharding = dict.fromkeys(arguments.methods), arguments.sharding
+    if arguments.train_file and arguments.target_tokens is not None:
+        yield "--target_tokens has no effect with --train_file, which says it; remove it."
     if arguments.recommend:
         if list(given) != list(METHODS):
             yield "--methods has no effect with --recommend, which compares all; remove it."

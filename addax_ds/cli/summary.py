@@ -24,7 +24,7 @@ from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
-from addax_ds.training.memory import describe, run_inputs
+from addax_ds.training.memory import describe, plainer_way, run_inputs
 from addax_ds.training.mixin import AddaxMixin
 from addax_ds.training.steps import StepMixin, total_steps
 from addax_ds.utils.errors import UserError
@@ -66,8 +66,10 @@ def announce(
         streams, schedule = plan
         logger.info("%s", streams.describe(lengths_of(data.train)))
         logger.info("Method: %s", _method(args, run, schedule))
-        memory = _memory(source, data, streams, args, settings, run)
+        memory, plainer = _memory(source, data, streams, args, settings, run)
         logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
+        if plainer is not None and not adapted:
+            logger.info("Plainer: %s (docs/choosing.md)", plainer)
     logger.info("Output: %s", output_folder(args).resolve())
 
 
@@ -92,7 +94,8 @@ def _memory(
     args: TrainingArguments,
     settings: AddaxSettings,
     run: Run,
-) -> str:
+) -> tuple[str, str | None]:
+    """Describe the memory of a step, and the plainer method if that would fit."""
     examples = (
         _extremes(data.train, streams.zeroth_order),
         _extremes(data.train, streams.first_order),
@@ -101,9 +104,10 @@ def _memory(
     try:
         layout = run.replicas, run.cpu_offload
         inputs = run_inputs(source.config, kernel, run.sharding, examples, args, settings, *layout)
-        return f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
+        memory = f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
+        return memory, plainer_way(inputs, args.device)
     except UserError as error:
-        return f"not planned, {error}"
+        return f"not planned, {error}", None
 
 
 def _extremes(examples: Sequence[Example], indices: NDArray[np.int32]) -> list[Example]:

@@ -131,10 +131,17 @@ def _addax(request: Request, on: Inputs, checkpointing: bool, plain_fits: bool) 
         why = "All rows fit first-order, so it has nothing to save"
     else:
         why = (
-            f"Rows of more than {threshold} tokens are zeroth-order, which keeps no activations; "
-            "they are learnt less"
+            f"Rows of more than {threshold} tokens{_share(request, threshold)} are zeroth-order, "
+            "which keeps no activations; they are learnt less"
         )
     return _option(request, inputs, why, threshold)
+
+
+def _share(request: Request, threshold: int) -> str:
+    """Say how many of the training rows are longer than L_T, where they are known."""
+    if (lengths := request.row_lengths) is None:
+        return ""
+    return f", {(lengths > threshold).mean():.1%} of the training rows,"
 
 
 def _mezo(request: Request, on: Inputs) -> Option:
@@ -261,6 +268,7 @@ def as_text(request: Request, ways: list[Option]) -> str:
             f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
             f"{request.reserve / GB:g} GB of it kept free; {request.train_rows} row(s) "
             f"first-order and {request.zo_rows} zeroth-order of up to {request.length} tokens",
+            *request.of_rows(),
             "",
             *lines,
             "",

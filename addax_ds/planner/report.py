@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from addax_ds.optim.methods import ZEROTH_ORDER, Method
 from addax_ds.planner.memory import Inputs, Memory, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
@@ -36,6 +39,7 @@ class Request:
         reserve: bytes of it that are not for tensors.
         host_memory: bytes of a node's host memory for offloaded shards; None: not compared.
         gpus_per_node: ranks that share a host.
+        row_lengths: tokens of each training row, where they are known.
     """
 
     inputs: Inputs
@@ -49,11 +53,20 @@ class Request:
     reserve: int
     host_memory: int | None
     gpus_per_node: int
+    row_lengths: NDArray[np.int32] | None = None
 
     @property
     def budget(self) -> int:
         """Bytes for tensors."""
         return self.gpu_memory - self.reserve
+
+    def of_rows(self) -> Iterator[str]:
+        """Describe the training rows, where they are known."""
+        if (lengths := self.row_lengths) is not None:
+            yield (
+                f"{len(lengths)} training rows of {lengths.min()} to {lengths.max()} tokens, "
+                f"median {np.median(lengths):g}"
+            )
 
     @property
     def left_out(self) -> dict[Method, str]:
@@ -266,6 +279,7 @@ def as_table(request: Request, plans: list[Plan]) -> str:
         f"{f', {inputs.replicas} copies' if inputs.replicas > 1 else ''}, "
         f"{request.reserve / GB:g} GB of it kept free",
         ", ".join(_batches(request, plans)),
+        *request.of_rows(),
     ]
     return "\n".join([*heads, "", *lines, "", *_notes(request, plans, unit)])
 

@@ -74,10 +74,10 @@ class CostMeter:
 def peak_memory(device: torch.device) -> int:
     """Return the most memory that this process has held up to now, in bytes.
 
-    On a GPU what torch allocated there; on a CPU the resident set, libraries and page cache of
-    mapped files included.
+    On a GPU what tensors held there, with what was free but waited for a stream; on a CPU the
+    resident set, libraries and page cache of mapped files included.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.memory_stats(device).get("active_bytes.all.peak", 0)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -109,6 +110,47 @@ def describe(inputs: Inputs, device: torch.device) -> str:
         return text
     needed = memory.total if inputs.cuda else memory.total + memory.host
     return f"{text}; {'only ' * (needed > free)}{free / GB:.2f} GB are free for them"
+
+
+def plainer_way(inputs: Inputs, device: torch.device) -> str | None:
+    """Say that in-place SGD on every row would fit a run that takes some rows zeroth-order.
+
+    Returns:
+        A sentence; None if it would not fit, if every row is first-order anyway, or if free memory
+        cannot be found out.
+
+    Raises:
+        UserError: the planner cannot follow the model.
+    """
+    batches = [batch for batch in (inputs.zeroth_order, inputs.first_order) if batch is not None]
+    if inputs.zeroth_order is None:
+        return None
+    every = Batch(
+        sum(batch.rows for batch in batches),
+        max(batch.length for batch in batches),
+        max(batch.targets for batch in batches),
+    )
+    try:
+        free, _ = free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    except UserError:
+        return None
+    for checkpointing in (False, True):
+        plain = replace(
+            inputs,
+            method="ip-sgd",
+            zeroth_order=None,
+            first_order=every,
+            checkpointing=checkpointing,
+        )
+        memory = step_memory(plain)
+        needed = memory.total if inputs.cuda else memory.total + memory.host
+        if needed <= free:
+            flags = "--method ip-sgd" + " --activation_checkpointing" * checkpointing
+            return (
+                f"{flags} would fit, with every row first-order: {memory.total / GB:.2f} GB of "
+                f"tensors on a rank for {every.rows} row(s) of {every.length} tokens"
+            )
+    return None
 
 
 def free_memory(device: torch.device, ranks: int, stated: int | None = None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from addax_ds.cli.plan import main, plan
 from addax_ds.utils.errors import UserError
 from tests.planner.test_memory import SMALL
 from tests.support.ranks import ROOT
+from tests.support.tiny import write_byte_model, write_rows
 
 WORDS = ["--gpus", "2", "--gpu_memory", "1", "--reserve", "0.1", "--length", "256"]
 
@@ -283,12 +284,40 @@ def test_weights_are_of_the_type_that_the_json_trains(folder, tmp_path, dtype, b
         (["--reserve", "2"], "--reserve"),
         (["--method", "adamw"], "Unrecognized arguments"),
         (["--deepspeed", "missing.json"], "missing.json"),
+        (["--train_file", "missing.jsonl"], "missing.jsonl"),
+        (
+            ["--train_file", "rows.jsonl", "--target_tokens", "3"],
+            "--target_tokens has no effect with --train_file",
+        ),
     ],
 )
 def test_mistakes_are_sentences(folder, capsys, words, message):
     with pytest.raises(SystemExit):
         main(["--model", folder, *WORDS, *words])
     assert message in capsys.readouterr().err
+
+
+def test_lengths_and_targets_are_those_of_a_training_file(tmp_path):
+    model = str(write_byte_model(tmp_path / "model"))
+    sizes = [(20, 10), (200, 30), (40, 50), (300, 5)]  # bytes, each a token; EOS is one more
+    rows = [{"prompt": "p" * p, "completion": "c" * c} for p, c in sizes]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    words = ["--model", model, *WORDS[:-2], "--length_threshold", "64"]
+    known = plan([*words, "--train_file", file])
+    assert "\n4 training rows of 31 to 306 tokens, median 161\n" in known
+    stated = plan([*words, "--length", "306", "--target_tokens", "51"])
+    without_rows = [line for line in known.splitlines() if "training rows of" not in line]
+    assert without_rows == stated.splitlines()
+    said = plan([*words, "--train_file", file, "--recommend", "--gpu_memory", "0.103"])
+    assert "Rows of more than 64 tokens, 75.0% of the training rows, are zeroth-order" in said
+
+
+def test_length_cuts_the_rows_of_a_training_file(tmp_path):
+    model = str(write_byte_model(tmp_path / "model"))
+    rows = [{"prompt": "p" * 300, "completion": "c" * 9}, {"prompt": "p", "completion": "c"}]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    said = plan(["--model", model, *WORDS[:-2], "--length", "100", "--train_file", file])
+    assert "2 training rows of 3 to 100 tokens" in said
 
 
 def test_nvme_is_refused(folder, tmp_path):

@@ -1,5 +1,6 @@
 """What a run says of the memory it takes, before it trains."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.training import memory as run_memory
-from addax_ds.training.memory import describe, run_inputs
+from addax_ds.training.memory import describe, plainer_way, run_inputs
 from tests.support.tiny import examples, rows, tiny_model
 
 DATA = sorted(examples(rows(7, 9)), key=lambda example: example.length)
@@ -74,6 +75,38 @@ def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path)
     assert describe(inputs, torch.device("cpu")).endswith("; only 0.05 GB are free for them")
     meminfo.write_text("")
     assert describe(inputs, torch.device("cpu")).endswith(")")
+
+
+def test_in_place_sgd_is_named_where_every_row_fits_through_backward(monkeypatch, tmp_path):
+    config = tiny_model("opt", hidden_size=256, ffn_dim=1024, num_hidden_layers=4).config
+    settings = AddaxSettings("addax", Hyperparameters(lr=0.1), None, 3)
+    inputs = run_inputs(config, None, "none", (LONG, SHORT), ARGS, settings)
+    every = largest(3 + 4, DATA)
+    plain = replace(inputs, method="ip-sgd", zeroth_order=None, first_order=every)
+    whole, recomputed = (
+        step_memory(replace(plain, checkpointing=each)).total for each in (False, True)
+    )
+    assert recomputed < whole
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
+
+    def told(free: int) -> str | None:
+        meminfo.write_text(f"MemAvailable: {(2_000_000_000 + free) // 1024 + 1} kB\n")
+        return plainer_way(inputs, torch.device("cpu"))
+
+    said = told(whole)
+    assert said is not None
+    assert said.startswith("--method ip-sgd would fit, with every row first-order: ")
+    assert (
+        f"{whole / 1e9:.2f} GB of tensors on a rank for 7 row(s) of {every.length} tokens" in said
+    )
+    said = told((whole + recomputed) // 2)
+    assert said is not None
+    assert said.startswith("--method ip-sgd --activation_checkpointing would fit")
+    assert told(recomputed - 4096) is None
+    assert plainer_way(plain, torch.device("cpu")) is None
+    meminfo.write_text("")
+    assert plainer_way(inputs, torch.device("cpu")) is None
 
 
 def test_a_model_that_cannot_be_planned():
