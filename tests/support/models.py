@@ -14,13 +14,13 @@ def tiny_opt(
     unused: bool = False,
     dropout: float = 0.0,
     vocabulary: int = VOCABULARY,
-    activation: str = "relu",
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """OPT with 3 layers; its odd vocabulary makes the embedding's partitions uneven.
 
-    GELU for runs on several world sizes: a ReLU that two of them see on two sides of its kink
-    makes their gradients differ by more than rounding.
+    With GELU in place of ReLU, which two devices or numbers of ranks may see on two sides of its
+    kink: of twelve float64 loops with weights that differed by 1e-7, three ended 2 % of the way
+    apart.
     """
     config = OPTConfig(
         hidden_size=128,
@@ -31,7 +31,7 @@ def tiny_opt(
         max_position_embeddings=66,
         word_embed_proj_dim=128,
         dropout=dropout,
-        activation_function=activation,
+        activation_function="gelu",
         tie_word_embeddings=tied,
     )
     torch.manual_seed(7)

@@ -31,7 +31,7 @@ VOCABULARY = 67
 
 
 def build() -> nn.Module:
-    return tiny_opt(activation="gelu", vocabulary=VOCABULARY, unused=True).train()
+    return tiny_opt(vocabulary=VOCABULARY, unused=True).train()
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:

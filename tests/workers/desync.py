@@ -45,7 +45,7 @@ def set_up() -> None:
 def run_case(layout: str, name: str) -> str | None:
     """Check every other step; do harm before the given one."""
     harm, step = CASES[name]
-    case = Case(model={"activation": "gelu"})
+    case = Case()
     run = LAYOUTS[layout].run(case.build(), case.hyperparameters)
     check = DesyncCheck(unwrap(run.optimizer), every=2)
     try:

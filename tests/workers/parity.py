@@ -29,7 +29,6 @@ METHODS = {
 }
 LIVE = {
     name: Case(
-        model={"activation": "gelu"},
         hyperparameters=hyperparameters,
         steps=STEPS if hyperparameters.zo_directions == 1 else 3,
     )

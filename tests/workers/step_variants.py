@@ -31,7 +31,7 @@ class Variant:
 
     @property
     def case(self) -> Case:
-        model = {"activation": "gelu", "dropout": self.dropout}
+        model = {"dropout": self.dropout}
         return Case(model=model, hyperparameters=self.hyperparameters)
 
 
@@ -89,7 +89,7 @@ def train(layout: Layout, variant: Variant) -> dict[str, Any]:
 
 def early_nan(layout: Layout, h: Hyperparameters) -> dict[str, Any]:
     """One step; the first of two first-order micro-batches of the last rank has a loss of NaN."""
-    run = layout.run(Case(model={"activation": "gelu"}).build(), h)
+    run = layout.run(Case().build(), h)
     before = run.weights()
     ((long, short),) = global_batches(1)
     first_order = closures(run, short, 2)
