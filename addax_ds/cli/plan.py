@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,20 +89,22 @@ def request_of(arguments: argparse.Namespace) -> Request:
     """
     _check(arguments)
     shape = find_shape(arguments.model, arguments.dtype)
+    zero3 = _zero3(arguments, shape)
+    replicas = _replicas(arguments)
     length = arguments.length or min(shape.positions or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
-    targets, row_lengths = arguments.target_tokens, None
-    if arguments.train_file:
+    targets, row_lengths, named = arguments.target_tokens, None, f"--length {length}"
+    if arguments.train_file:  # last, as it may take minutes
         row_lengths, targets = _rows_of(arguments)
         length = int(row_lengths.max())
-    _check_length(arguments, shape, length)
-    zero3 = _zero3(arguments, shape)
+        named = f"the longest row of --train_file, {length} tokens"
+    _check_length(arguments, shape, length, named)
     train_rows = arguments.per_device_train_batch_size or _DEFAULT_ROWS
     inputs = Inputs(
         shape=shape,
         method="addax",
         sharding=arguments.sharding,
         ranks=arguments.gpus * arguments.nodes,
-        replicas=_replicas(arguments),
+        replicas=replicas,
         cpu_offload=arguments.cpu_offload,
         zeroth_order=None,
         first_order=None,
@@ -139,6 +142,10 @@ def _rows_of(arguments: argparse.Namespace) -> tuple[NDArray[np.int32], int]:
 
     Read and tokenised as ``launch/train.py`` does it, into the same cache.
     """
+    if not Path(arguments.model).is_dir():
+        raise UserError(
+            f"--train_file needs the model's tokenizer: --model {arguments.model} is no folder"
+        )
     # They import what trains, which a plan from numbers does without.
     from addax_ds.cli.data import load_data
     from addax_ds.config.arguments import DataArguments, ModelArguments
@@ -286,21 +293,23 @@ def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def _check_length(arguments: argparse.Namespace, shape: ModelShape, length: int) -> None:
+def _check_length(
+    arguments: argparse.Namespace, shape: ModelShape, length: int, named: str
+) -> None:
     if length < 2 or length > (shape.positions or length):
-        raise UserError(f"--length {length}: {shape.name} takes 2 to {shape.positions} tokens")
+        raise UserError(f"{named}: {shape.name} takes 2 to {shape.positions} tokens")
     if "addax" not in arguments.methods:
         return
     threshold = arguments.length_threshold
     if threshold is None and length <= GRAIN:
         raise UserError(
-            f"--length {length}: L_T is looked for in multiples of {GRAIN} tokens, and none leaves "
+            f"{named}: L_T is looked for in multiples of {GRAIN} tokens, and none leaves "
             "a longer sequence that would be zeroth-order: give a --length_threshold below "
             "--length, or --methods without addax"
         )
     if threshold is not None and threshold >= length:
         raise UserError(
-            f"--length_threshold {threshold} is not below --length {length}: no sequence would be "
+            f"--length_threshold {threshold} is not below {named}: no sequence would be "
             "zeroth-order"
         )
 

@@ -22,6 +22,7 @@ from addax_ds.data.partition import Partition
 from addax_ds.distributed.startup import launcher_patience
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
+from addax_ds.planner.memory import Inputs
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.memory import describe, plainer_way, run_inputs
@@ -66,10 +67,14 @@ def announce(
         streams, schedule = plan
         logger.info("%s", streams.describe(lengths_of(data.train)))
         logger.info("Method: %s", _method(args, run, schedule))
-        memory, plainer = _memory(source, data, streams, args, settings, run)
+        try:
+            inputs = _inputs(source, data, streams, args, settings, run)
+            memory = f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
+        except UserError as error:
+            memory, inputs = f"not planned, {error}", None
         logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
-        if plainer is not None and not adapted:
-            logger.info("Plainer: %s (docs/choosing.md)", plainer)
+        if inputs is not None and not adapted and (way := plainer_way(inputs, args.device)):
+            logger.info("Plainer: %s (docs/choosing.md)", way)
     logger.info("Output: %s", output_folder(args).resolve())
 
 
@@ -87,27 +92,20 @@ def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
     return ", ".join([*parts, f"ranks {run.ranks}", f"steps {steps}"])
 
 
-def _memory(
+def _inputs(
     source: ModelSource,
     data: Data,
     streams: Partition,
     args: TrainingArguments,
     settings: AddaxSettings,
     run: Run,
-) -> tuple[str, str | None]:
-    """Describe the memory of a step, and the plainer method if that would fit."""
+) -> Inputs:
     examples = (
         _extremes(data.train, streams.zeroth_order),
         _extremes(data.train, streams.first_order),
     )
-    kernel = source.attn_implementation
-    try:
-        layout = run.replicas, run.cpu_offload
-        inputs = run_inputs(source.config, kernel, run.sharding, examples, args, settings, *layout)
-        memory = f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
-        return memory, plainer_way(inputs, args.device)
-    except UserError as error:
-        return f"not planned, {error}", None
+    kernel, layout = source.attn_implementation, (run.replicas, run.cpu_offload)
+    return run_inputs(source.config, kernel, run.sharding, examples, args, settings, *layout)
 
 
 def _extremes(examples: Sequence[Example], indices: NDArray[np.int32]) -> list[Example]:

@@ -140,7 +140,7 @@ def _obstacle(name: str, device_type: str) -> str | None:
 def _agrees(module: ModuleType, device_type: str) -> bool:
     """Return whether an implementation equals the reference on the CPU.
 
-    In what steps of bf16 and fp16 weights do, so that little is compiled for this check alone.
+    In what Addax does with bf16 and fp16 weights, so that little is compiled for this check alone.
     """
     draw, start, results = Draw(1, 2, 3), 5, []
     update = Operation(draw, 0.875, 0.5, (0.25,), 0.01, stochastic=True)

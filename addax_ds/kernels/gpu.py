@@ -1,7 +1,7 @@
 """The kernels in Triton.
 
-They compute the bits of `reference`: under Triton's interpreter in every test run, on an H100 in
-``tests/gpu``. Compiled for compute capability 9.0 they hold no fused multiply-add and a correctly
+They compute the bits of `reference`: under Triton's interpreter in every test run, and on a GPU in
+``tests/gpu``, by hand (benchmarks/README.md says what has run). Compiled for compute capability 9.0 they hold no fused multiply-add and a correctly
 rounded square root; by Triton's defaults multiply and add are fused.
 
 bf16 tensors travel as int16. Directions are unrolled: registers and compile time grow with their
@@ -71,11 +71,12 @@ def fused(
         if programs == 0:
             return
         seed_low, seed_high, _, *rest = _counter(operation.draw, STREAM_Z)
+        realised = bool(operation.c2) and operation.zo_eps != 0.0
         fused_kernel[(programs,)](
             *(table, rows, None if out is None else _as_integers(out), kept),
             *(operation.c0, operation.c1, operation.c2 or (0.0,), operation.zo_eps),
             *(seed_low, seed_high, *rest),
-            *(STREAM_ROUNDING, len(operation.c2), operation.zo_eps != 0.0, operation.stochastic),
+            *(STREAM_ROUNDING, len(operation.c2), realised, operation.stochastic),
             *(_TYPES[weight.dtype], None if gradients is None else _TYPES[gradients[0].dtype]),
             BLOCK,
             **OPTIONS,
@@ -113,7 +114,7 @@ def _table(
             continue
         offset = 0 if begins is None else begins[number]
         gradient = 0 if gradients is None else gradients[number]
-        place = start // _TILE, start % _TILE, count
+        place = _slice(start, count)
         table.append((programs, address, offset, gradient, *place, _signed(parameter_id), index))
         programs += _grid(start, count)[0]
     numbers = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -237,13 +238,13 @@ def fused_kernel(
     # All is read before anything is written: an update whose reads and writes took turns was up to
     # six times slower on an H100.
     weights = ()
-    slopes = ()
+    gradients = ()
     for number in tl.static_range(8):
         at = element + 16 * number
         mask = (at >= lowest) & (at < end)
         weights += (_read_once(weight + at, mask),)  # type: ignore[assignment]
         if GRADIENT is not None:
-            slopes += (_read_once(gradient + at, mask),)  # type: ignore[assignment]
+            gradients += (_read_once(gradient + at, mask),)  # type: ignore[assignment]
     keeping = tl.zeros((BLOCK,), tl.int1)
     for i in tl.static_range(4):
         z = ()
@@ -264,7 +265,7 @@ def fused_kernel(
                 else:
                     decrement = decrement + d * c2[k]
             if GRADIENT is not None:
-                part = _widen(slopes[2 * i + half]) * c1
+                part = _widen(gradients[2 * i + half]) * c1
                 if DIRECTIONS > 0:
                     part = part + decrement
                 value = value - part
@@ -285,6 +286,7 @@ def fused_kernel(
 
 @triton.jit
 def _read_once(at: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Read past the L1 cache, which would keep what nothing reads again."""
     return tl.load(at, mask=mask, other=0, cache_modifier=".cg")
 
 

@@ -268,7 +268,7 @@ def as_text(request: Request, ways: list[Option]) -> str:
             f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
             f"{request.reserve / GB:g} GB of it kept free; {request.train_rows} row(s) "
             f"first-order and {request.zo_rows} zeroth-order of up to {request.length} tokens",
-            *request.of_rows(),
+            *request.describe_rows(),
             "",
             *lines,
             "",
@@ -308,5 +308,6 @@ def as_json(request: Request, ways: list[Option]) -> dict[str, Any]:
     best = recommended(request, ways)
     return {
         "recommended": None if best is None else best.name,
+        "training_rows": request.rows_as_json(),
         "options": [asdict(way) for way in ways],
     }

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,20 +53,31 @@ class Request:
     reserve: int
     host_memory: int | None
     gpus_per_node: int
-    row_lengths: NDArray[np.int32] | None = None
+    row_lengths: NDArray[np.int32] | None = field(default=None, compare=False)
 
     @property
     def budget(self) -> int:
         """Bytes for tensors."""
         return self.gpu_memory - self.reserve
 
-    def of_rows(self) -> Iterator[str]:
+    def describe_rows(self) -> Iterator[str]:
         """Describe the training rows, where they are known."""
         if (lengths := self.row_lengths) is not None:
             yield (
                 f"{len(lengths)} training rows of {lengths.min()} to {lengths.max()} tokens, "
                 f"median {np.median(lengths):g}"
             )
+
+    def rows_as_json(self) -> dict[str, int | float] | None:
+        """Return the number of training rows and their lengths, where they are known."""
+        if (lengths := self.row_lengths) is None:
+            return None
+        return {
+            "count": len(lengths),
+            "shortest": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "longest": int(lengths.max()),
+        }
 
     @property
     def left_out(self) -> dict[Method, str]:
@@ -224,6 +235,7 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
         "length": request.length,
         "length_threshold": request.length_threshold,
         "target_tokens": request.targets,
+        "training_rows": request.rows_as_json(),
         "attn_implementation": inputs.attention,
         "activation_checkpointing": inputs.checkpointing,
         "zero_optimization": (
@@ -279,7 +291,7 @@ def as_table(request: Request, plans: list[Plan]) -> str:
         f"{f', {inputs.replicas} copies' if inputs.replicas > 1 else ''}, "
         f"{request.reserve / GB:g} GB of it kept free",
         ", ".join(_batches(request, plans)),
-        *request.of_rows(),
+        *request.describe_rows(),
     ]
     return "\n".join([*heads, "", *lines, "", *_notes(request, plans, unit)])
 

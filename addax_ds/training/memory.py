@@ -116,24 +116,25 @@ def plainer_way(inputs: Inputs, device: torch.device) -> str | None:
     """Say that in-place SGD on every row would fit a run that takes some rows zeroth-order.
 
     Returns:
-        A sentence; None if it would not fit, if every row is first-order anyway, or if free memory
-        cannot be found out.
-
-    Raises:
-        UserError: the planner cannot follow the model.
+        A sentence; None if it would not fit, if every row is first-order anyway, or if one of them
+        cannot be planned or free memory cannot be found out.
     """
-    batches = [batch for batch in (inputs.zeroth_order, inputs.first_order) if batch is not None]
     if inputs.zeroth_order is None:
         return None
+    both = [each for each in (inputs.zeroth_order, inputs.first_order) if each is not None]
     every = Batch(
-        sum(batch.rows for batch in batches),
-        max(batch.length for batch in batches),
-        max(batch.targets for batch in batches),
+        sum(each.rows for each in both),
+        max(each.length for each in both),
+        max(each.targets for each in both),
     )
     try:
-        free, _ = free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return _plainer_way(inputs, every, device)
     except UserError:
         return None
+
+
+def _plainer_way(inputs: Inputs, every: Batch, device: torch.device) -> str | None:
+    free, _ = free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for checkpointing in (False, True):
         plain = replace(
             inputs,
@@ -145,10 +146,11 @@ def plainer_way(inputs: Inputs, device: torch.device) -> str | None:
         memory = step_memory(plain)
         needed = memory.total if inputs.cuda else memory.total + memory.host
         if needed <= free:
-            flags = "--method ip-sgd" + " --activation_checkpointing" * checkpointing
+            flags = f"--method ip-sgd --per_device_train_batch_size {every.rows}"
             return (
-                f"{flags} would fit, with every row first-order: {memory.total / GB:.2f} GB of "
-                f"tensors on a rank for {every.rows} row(s) of {every.length} tokens"
+                f"{flags}{' --activation_checkpointing' * checkpointing} would fit, in place of "
+                "this method's flags, with every row first-order: "
+                f"{memory.total / GB:.2f} GB of tensors on a rank at up to {every.length} tokens"
             )
     return None
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from addax_ds.data.encoding import NO_LOSS, Example, lengths_of, target_counts_of
 from addax_ds.data.train_rows import pad
 from addax_ds.distributed.collectives import collectives_begun, side_group
-from addax_ds.training.costs import peak_memory
 from addax_ds.training.length_threshold import FLAG, AutoThreshold, gigabytes
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import shown
@@ -122,7 +121,7 @@ class _End:
         end.collectives = collectives_begun()
         gc.collect()  # what frames of the failed pass hold goes in cycles
         if on_gpu:
-            end.peak = peak_memory(device)
+            end.peak = torch.cuda.max_memory_allocated(device)
             torch.cuda.empty_cache()
         if limit is not None and end.peak > limit and not end.short:
             end.short = f"{gigabytes(end.peak)} at the peak, of {gigabytes(limit)}"

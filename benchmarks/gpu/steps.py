@@ -218,7 +218,7 @@ class Bench:
         """Return the bytes that the planner says."""
         first = short if method == "addax" else long
         inputs = Inputs(
-            shape_of(OPTConfig(**MODELS[self.shape]), self.shape),
+            shape_of(self.config, self.shape),
             method,
             self.sharding,
             1,
@@ -281,6 +281,9 @@ def main() -> None:
         "shape": arguments.shape,
         "sharding": arguments.sharding,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "steps": arguments.steps,
+        "warm-up steps": WARM_UP_STEPS,
+        "predicted tokens of a row": TARGETS,
         "seconds to start": bench.seconds_to_start,
         "zero_optimization": bench.zero if arguments.sharding == "zero3" else None,
         "circumstances": collect_provenance(),

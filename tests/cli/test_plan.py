@@ -284,7 +284,8 @@ def test_weights_are_of_the_type_that_the_json_trains(folder, tmp_path, dtype, b
         (["--reserve", "2"], "--reserve"),
         (["--method", "adamw"], "Unrecognized arguments"),
         (["--deepspeed", "missing.json"], "missing.json"),
-        (["--train_file", "missing.jsonl"], "missing.jsonl"),
+        (["--train_file", "x.jsonl"], "no tokenizer in "),
+        (["--train_file", "x.jsonl", "--deepspeed", "missing.json"], "missing.json"),
         (
             ["--train_file", "rows.jsonl", "--target_tokens", "3"],
             "--target_tokens has no effect with --train_file",
@@ -306,10 +307,17 @@ def test_lengths_and_targets_are_those_of_a_training_file(tmp_path):
     known = plan([*words, "--train_file", file])
     assert "\n4 training rows of 31 to 306 tokens, median 161\n" in known
     stated = plan([*words, "--length", "306", "--target_tokens", "51"])
+    rows_of = json.loads(plan([*words, "--train_file", file, "--json"]))["training_rows"]
+    assert rows_of == {"count": 4, "shortest": 31, "median": 161, "longest": 306}
     without_rows = [line for line in known.splitlines() if "training rows of" not in line]
     assert without_rows == stated.splitlines()
     said = plan([*words, "--train_file", file, "--recommend", "--gpu_memory", "0.103"])
     assert "Rows of more than 64 tokens, 75.0% of the training rows, are zeroth-order" in said
+
+
+def test_a_training_file_needs_a_folder_with_a_tokenizer():
+    with pytest.raises(UserError, match="--model facebook/opt-125m is no folder"):
+        plan(["--model", "facebook/opt-125m", "--train_file", "rows.jsonl"])
 
 
 def test_length_cuts_the_rows_of_a_training_file(tmp_path):

@@ -24,14 +24,14 @@ def test_triton_serves_the_gpu():
     assert kernels.implementation("cuda").__name__ == "addax_ds.kernels.gpu"
 
 
-# Directions, zo_eps, and whether there is a gradient: of the weights' type, or wider.
+# Directions, zo_eps, gradient (of the weights' type, or wider), stochastic rounding.
 KINDS = [
-    (1, 0.0, None),
-    (1, 1e-3, None),
-    (0, 0.0, "same"),
-    (1, 1e-3, "same"),
-    (1, 0.0, "fp32"),
-    (3, 1e-3, "fp32"),
+    (1, 0.0, None, False),  # perturbation
+    (1, 1e-3, None, True),  # MeZO
+    (0, 1e-3, "same", True),  # in-place SGD
+    (1, 1e-3, "same", True),  # Addax
+    (1, 0.0, "fp32", False),  # Addax on fp32 weights
+    (3, 1e-3, "fp32", True),  # from sums over micro-batches
 ]
 
 
@@ -40,7 +40,7 @@ def test_a_thousand_random_slices(dtype):
     """Each kind is compiled, which takes longer than all else here."""
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     for turn in range(1000):
-        directions, zo_eps, gradient_type = KINDS[turn % len(KINDS)]
+        directions, zo_eps, gradient_type, stochastic = KINDS[turn % len(KINDS)]
         count, start = rng.randrange(1, 5000), rng.randrange(2**35 - 5000)
         offset = rng.randrange(16)  # from the alignment of an allocation
         stored = torch.randn(offset + count, generator=generator).mul_(0.1).to(dtype)
@@ -56,7 +56,7 @@ def test_a_thousand_random_slices(dtype):
             c1=0.0 if gradient is None else 1e-3,
             c2=(1e-3, -2e-3, 0.0)[:directions],
             zo_eps=zo_eps,
-            stochastic=dtype != torch.float32 and zo_eps > 0.0,
+            stochastic=stochastic and dtype != torch.float32,
         )
         expected, on_gpu = stored.clone()[offset:], stored.cuda()[offset:]
         kept = torch.zeros(1, dtype=torch.int32)

@@ -499,6 +499,7 @@ def test_triton_equals_the_reference_under_the_interpreter(checks):
         ("*i16", None, 1, True, True, "*i32"),
         ("*i16", "*fp32", 1, False, True, "*i32"),
         ("*i16", "*fp32", 2, True, True, "*i32"),
+        ("*i16", "*i16", 0, False, True, "*i32"),
         ("*i16", "*i16", 1, True, False, None),
         ("*fp16", "*fp16", 1, False, False, "*i32"),
         ("*fp16", "*fp32", 1, True, True, None),
