@@ -1,11 +1,9 @@
 """The kernels in Triton.
 
 They compute the bits of `reference`: under Triton's interpreter in every test run, and on a GPU in
-``tests/gpu``, by hand (benchmarks/README.md says what has run). Compiled for compute capability 9.0 they hold no fused multiply-add and a correctly
-rounded square root; by Triton's defaults multiply and add are fused.
-
-bf16 tensors travel as int16. Directions are unrolled: registers and compile time grow with their
-number.
+``tests/gpu``, by hand (benchmarks/README.md says what has run). Compiled for compute capability 9.0
+they hold no fused multiply-add and a correctly rounded square root; by Triton's defaults multiply
+and add are fused.
 
 A launch covers any number of slices, by a table of their addresses in the GPU's memory. A thread
 has two counters, and each of them one element of a tile's eight rows. More would make wider loads,
