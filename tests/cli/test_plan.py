@@ -284,7 +284,7 @@ def test_weights_are_of_the_type_that_the_json_trains(folder, tmp_path, dtype, b
         (["--reserve", "2"], "--reserve"),
         (["--method", "adamw"], "Unrecognized arguments"),
         (["--deepspeed", "missing.json"], "missing.json"),
-        (["--train_file", "x.jsonl"], "no tokenizer in "),
+        (["--train_file", "x.jsonl"], "x.jsonl: there is no such file"),
         (["--train_file", "x.jsonl", "--deepspeed", "missing.json"], "missing.json"),
         (
             ["--train_file", "rows.jsonl", "--target_tokens", "3"],
