@@ -62,10 +62,10 @@ class Request:
 
     def describe_rows(self) -> Iterator[str]:
         """Describe the training rows, where they are known."""
-        if (lengths := self.row_lengths) is not None:
+        if (rows := self.rows_as_json()) is not None:
             yield (
-                f"{len(lengths)} training rows of {lengths.min()} to {lengths.max()} tokens, "
-                f"median {np.median(lengths):g}"
+                f"{rows['count']} training rows of {rows['shortest']} to {rows['longest']} tokens, "
+                f"median {rows['median']:g}"
             )
 
     def rows_as_json(self) -> dict[str, int | float] | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example, lengths_of, target_counts_of
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.threshold import batch
 from addax_ds.planner.trace import Batch
@@ -105,11 +105,11 @@ def describe(inputs: Inputs, device: torch.device) -> str:
     if memory.host:
         text += f", and {memory.host / GB:.2f} GB of host memory"
     try:
-        free, _ = free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        free = _free(device)
     except UserError:
         return text
-    needed = memory.total if inputs.cuda else memory.total + memory.host
-    return f"{text}; {'only ' * (needed > free)}{free / GB:.2f} GB are free for them"
+    short = _needed(inputs, memory) > free
+    return f"{text}; {'only ' * short}{free / GB:.2f} GB are free for them"
 
 
 def plainer_way(inputs: Inputs, device: torch.device) -> str | None:
@@ -134,7 +134,7 @@ def plainer_way(inputs: Inputs, device: torch.device) -> str | None:
 
 
 def _plainer_way(inputs: Inputs, every: Batch, device: torch.device) -> str | None:
-    free, _ = free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    free = _free(device)
     for checkpointing in (False, True):
         plain = replace(
             inputs,
@@ -144,8 +144,7 @@ def _plainer_way(inputs: Inputs, every: Batch, device: torch.device) -> str | No
             checkpointing=checkpointing,
         )
         memory = step_memory(plain)
-        needed = memory.total if inputs.cuda else memory.total + memory.host
-        if needed <= free:
+        if _needed(inputs, memory) <= free:
             flags = f"--method ip-sgd --per_device_train_batch_size {every.rows}"
             return (
                 f"{flags}{' --activation_checkpointing' * checkpointing} would fit, in place of "
@@ -153,6 +152,16 @@ def _plainer_way(inputs: Inputs, every: Batch, device: torch.device) -> str | No
                 f"{memory.total / GB:.2f} GB of tensors on a rank at up to {every.length} tokens"
             )
     return None
+
+
+def _free(device: torch.device) -> int:
+    """Return the bytes that this rank has for tensors on its device."""
+    return free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))[0]
+
+
+def _needed(inputs: Inputs, memory: Memory) -> int:
+    """Return the bytes of a plan on the device, which on a CPU is the host as well."""
+    return memory.total if inputs.cuda else memory.total + memory.host
 
 
 def free_memory(device: torch.device, ranks: int, stated: int | None = None) -> tuple[int, int]:

@@ -34,11 +34,13 @@ from transformers.integrations import HfDeepSpeedConfig
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this file is run as a script
 
 import addax_ds
+from addax_ds.config.deepspeed import load_ds_config
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import Method
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
+from addax_ds.planner.units import GB
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
 from benchmarks.common import collect_provenance
 from benchmarks.live import ALPHAS, MODELS, batch_of, closure
@@ -47,8 +49,6 @@ from studies.scaling.model import random_model
 
 TARGETS = 8
 WARM_UP_STEPS = 3  # DeepSpeed follows its recorded order of modules from the third step on
-GB = 1e9
-ROOT = Path(__file__).parents[2]
 
 Step = Callable[[], None]
 
@@ -103,11 +103,10 @@ class Bench:
     # ---- what is measured ------------------------------------------------------------------------
 
     def measure(
-        self, method: Method, long: Batch, short: Batch, *, steps: int, checkpointing: bool = False
+        self, method: Method, long: Batch, short: Batch, *, steps: int, checkpointing: bool
     ) -> dict[str, Any]:
-        """Take steps of a method; return seconds, and GB beside the plan."""
+        """Take steps of a method; return seconds and GB."""
         first = short if method == "addax" else long
-        planned = self.plan(method, long, short, checkpointing=checkpointing)
         self._set_checkpointing(checkpointing)
         self.optimizer.alpha = ALPHAS[method]
         step = self.step(self.loss_of(long), self.loss_of(first))
@@ -116,7 +115,6 @@ class Bench:
             "rows": f"{long.rows} x {long.length}"
             + (f", {first.rows} x {first.length}" if method == "addax" else ""),
             **self.timed(step, steps),
-            "planned GB": planned / GB,
         }
         self._set_checkpointing(False)
         return found
@@ -244,7 +242,7 @@ class Bench:
 
 def _zero_optimization(hidden: int) -> dict[str, Any]:
     """Return what Trainer makes of ds_configs/zero3.json."""
-    shipped = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())["zero_optimization"]
+    shipped = load_ds_config("zero3")[0]["zero_optimization"]
     automatic = automatic_sizes(hidden)
     return {key: automatic[key] if value == "auto" else value for key, value in shipped.items()}
 
@@ -300,13 +298,17 @@ def main() -> None:
     print(f"{arguments.shape} {arguments.sharding}: ready in {bench.seconds_to_start:.1f} s")
     usual, *others = arguments.batches
     room = torch.cuda.mem_get_info()[1] * 0.9 if on_gpu else float("inf")
-    for method in arguments.methods:
-        for checkpointing in (True, False) if method == "ip-sgd" else (False,):
-            if bench.plan(method, *usual, checkpointing=checkpointing) < room:
-                more = {"steps": arguments.steps, "checkpointing": checkpointing}
-                note(bench.measure(method, *usual, **more))
-    for batches in others:
-        note(bench.measure("addax", *batches, steps=arguments.steps))
+    jobs: list[tuple[Method, tuple[Batch, Batch], bool]] = [
+        (method, usual, checkpointing)
+        for method in arguments.methods
+        for checkpointing in ((True, False) if method == "ip-sgd" else (False,))
+    ]
+    jobs += [("addax", batches, False) for batches in others]
+    for method, batches, checkpointing in jobs:
+        planned = bench.plan(method, *batches, checkpointing=checkpointing)
+        if planned < room:
+            more = {"steps": arguments.steps, "checkpointing": checkpointing}
+            note({**bench.measure(method, *batches, **more), "planned GB": planned / GB})
     document["profile"] = bench.profiled(*usual)
     if arguments.sharding != "zero3":
         note(bench.parts(*usual, steps=arguments.steps))
