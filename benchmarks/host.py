@@ -342,6 +342,7 @@ def main() -> None:
             "environment": collect_provenance(),
         }
         path = args.output / "host.json"
+        args.output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -103,7 +103,7 @@ def examine(name: str, shape: str) -> dict[str, int]:
         "peak_gradient_bytes": watch.peak,
         "parameters": parameter_count(shape),
         "largest_parameter": max(p.ds_numel for p in model.parameters()),
-        "bucket_bytes": BYTES * BUCKETS[shape],
+        "bucket_bytes": BYTES * optimizer.reduce_bucket_size,
     }
     engine.destroy()
     return result

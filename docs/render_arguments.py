@@ -109,8 +109,10 @@ micro-batch. |
 | `optimizer.params` | {params}; "auto" becomes the argument. |
 | `scheduler` | Without it Trainer's `lr_scheduler_type` is used. |
 | `fp16.loss_scale` | 0 adjusts itself; another value stays. |
-| `zero_optimization.reduce_bucket_size` | "auto" becomes hidden_size squared. |
-| `zero_optimization.stage3_prefetch_bucket_size` | "auto" becomes 0.9 times hidden_size squared. |
+| `zero_optimization.reduce_bucket_size` | "auto" becomes hidden_size squared. At \
+least a decoder layer, if two fit stage3_max_live_parameters. |
+| `zero_optimization.stage3_prefetch_bucket_size` | "auto" becomes 0.9 times \
+hidden_size squared. At least such a layer, unless 0. |
 | `zero_optimization.stage3_param_persistence_threshold` | "auto" becomes 10 times hidden_size. |
 | `steps_per_print` | Trainer switches these lines off; it logs by itself. |
 """

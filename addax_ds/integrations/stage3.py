@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.utils import defragment
 from torch import Tensor, nn
 
 from addax_ds.optim.step import Closure
-from addax_ds.sharding.zero3 import Zero3Sharding, mangled
+from addax_ds.sharding.zero3 import Zero3Sharding, largest_gradient, mangled, units
 from addax_ds.utils.errors import UserError
 
 
@@ -26,6 +26,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     """
 
     sharding: Zero3Sharding
+    reduce_bucket_size: int
 
     def _create_fp16_partitions_with_defragmentation(self, fp16_param_groups: list[dict]) -> None:
         # The base class moves all shards into one flat buffer, for its optimizer's update: through
@@ -53,6 +54,9 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     def _setup_for_real_optimizer(self) -> None:
         self.gradient_accumulation_dtype = self.communication_data_type
+        # One collective and one update for a decoder layer.
+        layer = largest_gradient(units(self.module, self.parameter_offload))
+        self.reduce_bucket_size = max(self.reduce_bucket_size, layer)
         if self.contiguous_gradients:
             for dtype, bucket in self.ipg_buckets.items():
                 bucket.buffer = torch.empty(

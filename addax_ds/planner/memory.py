@@ -106,8 +106,8 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
 
     - Weights: each parameter cut into equal parts, padded (ZeRO-3, Rajbhandari et al., "ZeRO",
       section 5.3: 2 psi / N for 16-bit weights); rows of it under FSDP2.
-    - One bucket of ``reduce_bucket_size`` in the weights' type (``_setup_for_real_optimizer`` of
-      ``Stage3`` and of DeepSpeed).
+    - One bucket of ``reduce_bucket_size`` in the weights' type, for Addax at least a decoder layer
+      (``_setup_for_real_optimizer`` of ``Stage3`` and of DeepSpeed).
     - SGD and AdamW of DeepSpeed: fp32 master weights, a partition for gradients in the weights'
       type, and for AdamW two fp32 moments: with the 16-bit weights 16 bytes a parameter over the
       ranks (``_create_fp32_partitions``, ``grad_partitions_flat_buffer``).
@@ -116,7 +116,7 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
     """
     shape, elements = inputs.shape, sum(_shards(inputs))
     standing = {"weights": 0 if _is_offloaded(inputs) else elements * shape.itemsize}
-    if bucket := rules_of(inputs.sharding).bucket_elements(inputs.zero3):
+    if bucket := rules_of(inputs.sharding).bucket_elements(inputs):
         standing["buckets"] = bucket * shape.itemsize
     if inputs.method in BASELINES:
         master_and_moments = _FP32 * (3 if inputs.method == "adamw" else 1)

@@ -40,7 +40,7 @@ class Rules:
         """Return the elements of each parameter that a rank holds, padding included."""
         return list(shape.numels)
 
-    def bucket_elements(self, zero3: Zero3Settings) -> int:
+    def bucket_elements(self, inputs: "Inputs") -> int:
         """Return the elements of the buffer that gradients are reduced from."""
         return 0
 
@@ -101,8 +101,9 @@ class _Zero3(Rules):
     def shards(self, shape: ModelShape, ranks: int) -> list[int]:
         return [math.ceil(numel / ranks) for numel in shape.numels]
 
-    def bucket_elements(self, zero3: Zero3Settings) -> int:
-        return zero3.reduce_bucket_size if zero3.contiguous_gradients else 0
+    def bucket_elements(self, inputs: "Inputs") -> int:
+        settings = self._settings(inputs)
+        return settings.reduce_bucket_size if settings.contiguous_gradients else 0
 
     def is_offloaded(self, inputs: "Inputs") -> bool:
         return inputs.zero3.offload
@@ -120,9 +121,23 @@ class _Zero3(Rules):
     def make_engine(
         self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
     ) -> Engine:
-        shape, settings, ranks = inputs.shape, inputs.zero3, inputs.ranks
-        stock, gloo = inputs.method in BASELINES, not inputs.cuda
-        return Zero3Pass(ledger, shape, settings, ranks, events, perturbed, stock, gloo)
+        shape, stock, gloo = inputs.shape, inputs.method in BASELINES, not inputs.cuda
+        units = {} if stock else inputs.zero3.units(shape)
+        return Zero3Pass(
+            ledger,
+            shape,
+            self._settings(inputs),
+            inputs.ranks,
+            events,
+            perturbed,
+            units,
+            stock,
+            gloo,
+        )
+
+    def _settings(self, inputs: "Inputs") -> Zero3Settings:
+        own = inputs.zero3
+        return own if inputs.method in BASELINES else own.with_whole_units(inputs.shape)
 
 
 RULES: dict[str, Rules] = {"zero3": _Zero3(), "fsdp2": _Fsdp2(), "none": Rules()}

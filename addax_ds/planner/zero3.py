@@ -10,7 +10,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from addax_ds.config.deepspeed import automatic_sizes
@@ -75,6 +75,28 @@ class Zero3Settings:
             }
         )
 
+    def units(self, shape: ModelShape) -> dict[int, tuple[int, ...]]:
+        """Return the blocks that are gathered as one (`addax_ds.sharding.zero3.units`)."""
+        limit = self.stage3_max_live_parameters
+        whole = zip(shape.blocks, shape.block_parameters, strict=True)
+        return {b: ps for b, ps in whole if 2 * sum(shape.numels[p] for p in ps) <= limit}
+
+    def with_whole_units(self, shape: ModelShape) -> "Zero3Settings":
+        """Return what Addax makes of them: `units` are prefetched and reduced as one."""
+        units, persistent = self.units(shape).values(), self.persistent(shape)
+        if not units:
+            return self
+        reduced = max(sum(shape.numels[p] for p in ps) for ps in units)
+        travels = max(sum(shape.numels[p] for p in ps if p not in persistent) for ps in units)
+        ahead = self.stage3_prefetch_bucket_size
+        ahead = max(ahead, travels) if ahead else 0
+        return replace(
+            self,
+            reduce_bucket_size=max(self.reduce_bucket_size, reduced),
+            stage3_prefetch_bucket_size=ahead,
+            stage3_max_live_parameters=min(self.stage3_max_live_parameters, travels + ahead),
+        )
+
     def persistent(self, shape: ModelShape) -> frozenset[int]:
         """Return the parameters that stay whole (``mark_persistent_parameters``)."""
         found, total = set(), 0
@@ -101,11 +123,11 @@ class Zero3Pass(Engine):
     Args:
         ledger: the account.
         shape: of the model.
-        settings: of DeepSpeed.
+        settings: of DeepSpeed, for Addax with whole units.
         ranks: over which parameters are partitioned.
         trace: of the pass; the order of its modules is what DeepSpeed has recorded.
-        perturbed: whether what travels is a perturbed copy; no backward follows then, and a block
-            is gathered as one unit.
+        perturbed: whether what travels is a perturbed copy; no backward follows then.
+        units: parameters of the blocks that are gathered as one, by the block's module.
         keeps_persistent: whether persistent parameters stay whole between passes, as DeepSpeed's
             own optimizer has it; Addax gathers them at the start of each pass.
         gloo: whether gloo reduces, which copies what it is given.
@@ -119,6 +141,7 @@ class Zero3Pass(Engine):
         ranks: int,
         trace: Trace,
         perturbed: bool,
+        units: Mapping[int, tuple[int, ...]],
         keeps_persistent: bool = False,
         gloo: bool = False,
     ) -> None:
@@ -129,9 +152,7 @@ class Zero3Pass(Engine):
         self._persistent = settings.persistent(shape)
         self._keeps_persistent = keeps_persistent
         self._modules = dict(enumerate(shape.modules))
-        self._prefetched = settings.stage3_prefetch_bucket_size
-        if perturbed:
-            self._merge_blocks(trace)
+        self._merge_blocks(trace, units)
         self._order = [e[1] for e in trace.events if e[0] == "fetch" and e[1] in self._modules]
         self._distances, self._uses = [0], [[] for _ in shape.numels]  # type: ignore[var-annotated]
         self._queue: deque[tuple[int, int]] = deque()
@@ -150,11 +171,8 @@ class Zero3Pass(Engine):
         self._bucket: list[tuple[int, int]] = []  # parameter, bytes outside of the bucket's buffer
         self._bucket_elements = 0
 
-    def _merge_blocks(self, trace: Trace) -> None:
-        """Make units of the blocks (``Zero3Sharding.forward_only``)."""
-        limit = self._settings.stage3_max_live_parameters
-        whole = zip(self._shape.blocks, self._shape.block_parameters, strict=True)
-        units = {block: ps for block, ps in whole if 2 * sum(self._numels(ps)) <= limit}
+    def _merge_blocks(self, trace: Trace, units: Mapping[int, tuple[int, ...]]) -> None:
+        """Make units of the blocks (``Zero3Sharding._gather_by_block``)."""
         within = None
         for kind, module, *_ in trace.events:
             if kind == "fetch" and within is None and module in units:
@@ -164,9 +182,6 @@ class Zero3Pass(Engine):
             elif kind == "fetch" and within is not None:
                 self._modules.pop(module, None)
         self._modules |= units
-        if self._prefetched:
-            alone = ([p for p in ps if p not in self._persistent] for ps in units.values())
-            self._prefetched = max([self._prefetched, *(sum(self._numels(ps)) for ps in alone)])
 
     # ---- gathering -----------------------------------------------------------------------------
 
@@ -225,7 +240,7 @@ class Zero3Pass(Engine):
     def _prefetch(self) -> None:
         settings = self._settings
         room = settings.stage3_max_live_parameters - self._available
-        limit = min(room, self._prefetched)
+        limit = min(room, settings.stage3_prefetch_bucket_size)
         chosen: list[int] = []
         elements = 0
         while self._queue and elements < limit:

@@ -10,7 +10,7 @@ hands each reduced gradient shard to `Zero3Sharding.deliver`.
   into the partitions.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +22,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator,
+    iter_params,
+)
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
@@ -88,9 +91,11 @@ class Zero3Sharding(Sharding):
         self._compute_stream: Any = None
         self._gathers_begun: deque[Any] = deque()
         self._inference = False
-        self._running: Counter[nn.Module] | None = None
-        self._blocks = _blocks_to_gather(zero.module, zero.parameter_offload)
-        self._forward_coordinator = self._new_forward_coordinator()
+        self._blocks = units(zero.module, zero.parameter_offload)
+        self._usual_hooks: list[tuple[dict[int, Callable], int, Callable]] = []
+        self._gather_by_block()
+        self._forward_coordinator = self._new_coordinator()
+        zero.parameter_offload.param_coordinator = self._new_coordinator()
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
         # parameters are wrapped, trainable ones alone are perturbed.
         self._gathers: list[tuple[Any, Callable, Callable]] = []
@@ -156,6 +161,13 @@ class Zero3Sharding(Sharding):
             parameter.all_gather_coalesced = coalesced
             parameter.all_gather = single
         self._gathers.clear()
+        for of_module, key, hook in reversed(self._usual_hooks):
+            if key in of_module:
+                of_module[key] = hook
+        self._usual_hooks.clear()
+        for block in self._blocks:
+            block._z3_leaf = False
+        self._blocks.clear()
 
     def deliver(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
         """Hand over the reduced gradient partitions of a bucket, which may be padded.
@@ -195,8 +207,8 @@ class Zero3Sharding(Sharding):
                 parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
         offload.release_backward_leftovers()
         # Their records of the order of modules, and of where in it they are, end in the middle.
-        offload.param_coordinator = _new_coordinator(offload)
-        self._forward_coordinator = self._new_forward_coordinator()
+        offload.param_coordinator = self._new_coordinator()
+        self._forward_coordinator = self._new_coordinator()
         self._partition_all()
         for module in self.model.modules():
             if isinstance(module._parameters, parameter_offload.ZeROOrderedDict):
@@ -229,62 +241,10 @@ class Zero3Sharding(Sharding):
         usual = offload.param_coordinator
         self._partition_all()
         offload.param_coordinator = self._forward_coordinator
-        with self._abandoned_on_error(), self._block_by_block():
+        with self._abandoned_on_error():
             yield
         self._partition_all()
         offload.param_coordinator = usual
-
-    @contextmanager
-    def _block_by_block(self) -> Iterator[None]:
-        """Let DeepSpeed gather and release a decoder layer as one unit, not module by module.
-
-        Its hooks of the modules inside do nothing while their block runs, and work as ever where a
-        model calls them by themselves. Those that follow a backward do nothing. They are most of a
-        pass's host time.
-        """
-        if self._running is not None:  # a pass in a pass
-            yield
-            return
-        offload, usual = self._zero.parameter_offload, []
-        hooks = {id(handle.hooks_dict_ref()): handle for handle in offload.forward_hooks}
-        self._running = running = Counter[nn.Module]()
-
-        def replace(handle: Any, make: Callable[[Callable], Callable]) -> None:
-            # Where it is, among those of others.
-            of_module, key = handle.hooks_dict_ref(), handle.id
-            usual.append((of_module, key, of_module[key]))
-            of_module[key] = make(of_module[key])
-
-        try:
-            for handle in offload.backward_hooks:
-                replace(handle, lambda hook: _nothing)
-            for block in self._blocks:
-                block._z3_leaf = True
-                for module in block.modules():
-                    ends = (1, module._forward_pre_hooks), (-1, module._forward_hooks)
-                    for change, of_module in ends:
-                        make = partial(_noting, running, block, change)
-                        if module is not block:
-                            make = partial(_unless_within, running, block)
-                        if handle := hooks.get(id(of_module)):  # none if the module came later
-                            replace(handle, make)
-            yield
-        finally:
-            self._running = None
-            for block in self._blocks:
-                block._z3_leaf = False
-            for of_module, key, hook in reversed(usual):
-                of_module[key] = hook
-
-    def _new_forward_coordinator(self) -> PartitionedParameterCoordinator:
-        """Make a coordinator that prefetches a whole block, unless it is to prefetch nothing."""
-        offload, persistent = self._zero.parameter_offload, set(self._zero.persistent_parameters)
-        sizes = [
-            _elements(p for p in block.parameters() if p not in persistent)
-            for block in self._blocks
-        ]
-        usual = offload._prefetch_bucket_sz
-        return _new_coordinator(offload, max([usual, *sizes]) if usual else 0)
 
     @contextmanager
     def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
@@ -356,6 +316,62 @@ class Zero3Sharding(Sharding):
             found.append((parameter, whole))
         return found
 
+    # ---- units of gathering --------------------------------------------------------------------
+
+    def _gather_by_block(self) -> None:
+        """Let DeepSpeed gather and release a decoder layer as one unit, not module by module.
+
+        Most of a step's host time is its hooks of the modules inside: two in forward and two nodes
+        of autograd each. They do nothing while their block is gathered, and work as ever where a
+        model calls such a module by itself. Gradients go one by one, as ever: the flag comes after
+        DeepSpeed has made its hooks for them, which would else collect those of a block.
+        """
+        offload = self._zero.parameter_offload
+        of_forward, of_backward = (
+            {id(handle.hooks_dict_ref()): handle for handle in handles}
+            for handles in (offload.forward_hooks, offload.backward_hooks)
+        )
+        for handle in offload.backward_hooks:
+            self._replace(handle, _where_a_backward_follows)
+        for block in self._blocks:
+            block._z3_leaf = True
+            within = partial(_unless_gathered, block, next(block.parameters()))
+            for module in block.modules():
+                for of_module in (module._forward_pre_hooks, module._forward_hooks):
+                    for handles in (of_forward, of_backward):
+                        # None if the module came later.
+                        if module is not block and (handle := handles.get(id(of_module))):
+                            self._replace(handle, within)
+            if handle := of_backward.get(id(block._forward_pre_hooks)):
+                self._replace(handle, partial(_of_keywords_as_well, block))
+                block._forward_pre_hooks_with_kwargs[handle.id] = True
+
+    def _replace(self, handle: Any, make: Callable[[Callable], Callable]) -> None:
+        """Put another hook in the place of one, among those of others."""
+        of_module, key = handle.hooks_dict_ref(), handle.id
+        self._usual_hooks.append((of_module, key, of_module[key]))
+        of_module[key] = make(of_module[key])
+
+    def _new_coordinator(self) -> "_Coordinator":
+        """Make a coordinator with an empty trace, whose `units` are gathered one ahead."""
+        offload, persistent = self._zero.parameter_offload, set(self._zero.persistent_parameters)
+        ahead, live = offload._prefetch_bucket_sz, offload._max_available_parameters_in_numel
+        if self._blocks:
+            each = (b.parameters() for b in self._blocks)
+            unit = max(_elements(p for p in ps if p not in persistent) for ps in each)
+            ahead = max(ahead, unit) if ahead else 0
+            # It prefetches at each module, and before the first unit are some without parameters.
+            live = min(live, unit + ahead)
+        return _Coordinator(
+            prefetch_bucket_sz=ahead,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=live,
+            allgather_stream=_gather_stream(offload),
+            inflight_param_registry=_inflight(offload),
+            timers=offload.timers,
+            log_trace_cache_warnings=offload.log_trace_cache_warnings,
+        )
+
     # ---- collectives ---------------------------------------------------------------------------
 
     @property
@@ -412,60 +428,117 @@ class Zero3Sharding(Sharding):
             missing[0].all_gather_coalesced(missing).wait()
 
 
-def _nothing(*_: Any) -> None:
-    """Change neither the input nor the output of a module, as a hook."""
+class _Coordinator(PartitionedParameterCoordinator):
+    """DeepSpeed's coordinator of gathers for a model of which some modules are units.
+
+    To see what of a module is used again soon, DeepSpeed's own looks at all that follow as it does
+    at that module: into all of them if it is a unit, which is into the whole model, else into none.
+    """
+
+    def __init__(self, *, max_reuse_distance_in_numel: int, **more: Any) -> None:
+        super().__init__(max_reuse_distance_in_numel=max_reuse_distance_in_numel, **more)
+        self._reuse_distance = max_reuse_distance_in_numel
+        self._order: Any = None
+        self._used_soon: dict[int, set[int]] = {}
+
+    def _PartitionedParameterCoordinator__params_to_release(
+        self, module: nn.Module, step: int
+    ) -> set[int]:
+        """Return the ids of what a module has and neither stays nor is used again soon."""
+        fetched = _private(self, "__most_recent_step_id_param_fetched_for")
+        used_soon = self._used_soon_after(step)
+        return {
+            parameter.ds_id
+            for parameter in _fetched_for(module)
+            if not parameter.ds_persist
+            and parameter.ds_id not in used_soon
+            and fetched[parameter] <= step  # else it was passed over as one that is there
+        }
+
+    def _used_soon_after(self, step: int) -> set[int]:
+        order = _private(self, "__submodule_order")
+        if order is not self._order:  # a new record
+            self._order = order
+            self._used_soon.clear()
+        if step not in self._used_soon:
+            used, distance = set(), 0
+            for module in order[step:]:
+                if distance >= self._reuse_distance:
+                    break
+                for parameter in _fetched_for(module):
+                    used.add(parameter.ds_id)
+                    distance += parameter.ds_numel
+            self._used_soon[step] = used
+        return self._used_soon[step]
 
 
-def _noting(running: Counter[nn.Module], block: nn.Module, change: int, hook: Callable) -> Callable:
-    """Return a hook of a block that keeps count of how often it is being run."""
+def _private(coordinator: _Coordinator, name: str) -> Any:
+    return getattr(coordinator, mangled(PartitionedParameterCoordinator, name))
 
-    def noting(*args: Any) -> Any:
-        result = hook(*args)
-        running[block] += change
-        return result
+
+def _fetched_for(module: nn.Module) -> Iterable[Any]:
+    return iter_params(module, recurse=z3_leaf_module(module))
+
+
+def _where_a_backward_follows(hook: Callable) -> Callable:
+    """Return a hook that does nothing while autograd records nothing."""
+    return lambda *args: hook(*args) if torch.is_grad_enabled() else None
+
+
+def _of_keywords_as_well(block: Any, hook: Callable) -> Callable:
+    """Return a hook that notes when backward has come to the last of a block's inputs.
+
+    DeepSpeed's own knows positional ones alone. A layer called by keywords would stay gathered.
+    """
+
+    def noting(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        args = hook(module, args)
+        noted = {
+            name: block.post_bwd_fn.apply(value) if _takes_gradient(value) else value
+            for name, value in kwargs.items()
+        }
+        return args, noted
 
     return noting
 
 
-def _unless_within(running: Counter[nn.Module], block: nn.Module, hook: Callable) -> Callable:
-    """Return a hook of a module that does nothing while the block around it runs."""
-    return lambda *args: None if running[block] else hook(*args)
+def _takes_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
-def _blocks_to_gather(model: nn.Module, offload: Any) -> list[Any]:
-    """Return the decoder layers that are gathered as one unit where no backward follows.
+def _unless_gathered(block: nn.Module, parameter: Any, hook: Callable) -> Callable:
+    """Return a hook that does nothing while its block, which has the parameter, is gathered."""
+    return lambda *args: None if block.ds_id in parameter.ds_active_sub_modules else hook(*args)
+
+
+def units(model: nn.Module, offload: Any) -> list[Any]:
+    """Return the decoder layers that are gathered, and whose gradients are reduced, as one.
 
     Two are live at a time, so not those of more than half of ``stage3_max_live_parameters``; nor
-    what is or has such a unit already.
+    what is or has a leaf of DeepSpeed's already.
+
+    Args:
+        model: partitioned.
+        offload: DeepSpeed's ``parameter_offload`` of the model.
     """
     return [
         block
         for block in blocks(model)
-        if 2 * _elements(block.parameters()) <= offload._max_available_parameters_in_numel
+        if 0 < 2 * _elements(block.parameters()) <= offload._max_available_parameters_in_numel
         and not any(map(z3_leaf_module, block.modules()))
     ]
 
 
+def largest_gradient(unit_modules: Iterable[nn.Module]) -> int:
+    """Return the elements of the trained parameters of the largest of `units`; 0 for none."""
+    sizes = (_elements(p for p in unit.parameters() if p.requires_grad) for unit in unit_modules)
+    return max(sizes, default=0)
+
+
 def _elements(parameters: Iterable[Any]) -> int:
     return sum(parameter.ds_numel for parameter in parameters)
-
-
-def _new_coordinator(offload: Any, prefetch: int | None = None) -> PartitionedParameterCoordinator:
-    """Make a parameter coordinator like the one of ``offload``, with an empty trace.
-
-    Args:
-        offload: of the model.
-        prefetch: elements that are gathered ahead; None for as many as there.
-    """
-    return PartitionedParameterCoordinator(
-        prefetch_bucket_sz=offload._prefetch_bucket_sz if prefetch is None else prefetch,
-        max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
-        max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
-        allgather_stream=_gather_stream(offload),
-        inflight_param_registry=_inflight(offload),
-        timers=offload.timers,
-        log_trace_cache_warnings=offload.log_trace_cache_warnings,
-    )
 
 
 def _inflight(offload: Any) -> Any:

@@ -255,10 +255,14 @@ def test_adamw_has_sixteen_bytes_a_parameter_over_the_ranks(small):
 
 
 def test_addax_has_the_weights_and_a_bucket(small):
-    assert standing_bytes(inputs_of(small, ranks=1)) == {
-        "weights": 2 * small.parameters,
-        "buckets": 2 * 4096,
-    }
+    """The bucket holds a layer, if two of them may be live."""
+    layer = 12 * 64**2 + 13 * 64
+    for limit, bucket in ((10**9, layer), (2 * layer, layer), (2 * layer - 1, 4096)):
+        zero3 = replace(SETTINGS, stage3_max_live_parameters=limit)
+        assert standing_bytes(inputs_of(small, ranks=1, zero3=zero3)) == {
+            "weights": 2 * small.parameters,
+            "buckets": 2 * bucket,
+        }
 
 
 def test_micro_batches_are_summed_in_fp32(small):
@@ -324,7 +328,8 @@ def test_no_threshold_helps_if_the_zeroth_order_pass_does_not_fit(small):
 
 
 def test_one_gpu_is_enough_though_two_need_more(small):
-    inputs = inputs_of(small, first_order=Batch(1, 16, 8), zeroth_order=None)
+    one_by_one = replace(SETTINGS, stage3_max_live_parameters=0)
+    inputs = inputs_of(small, first_order=Batch(1, 16, 8), zeroth_order=None, zero3=one_by_one)
     totals = {ranks: step_memory(replace(inputs, ranks=ranks)).total for ranks in (1, 2, 4, 8, 64)}
     assert totals[64] < totals[8] < totals[1] < totals[4] < totals[2]
     assert gpus_needed(inputs, totals[1]) == 1

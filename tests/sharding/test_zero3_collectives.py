@@ -46,13 +46,21 @@ def test_bytes(measured, name):
     assert not any(calls(case, part, "allreduce") for part in others)
 
 
-def test_a_block_is_gathered_as_a_whole_where_no_backward_follows(measured):
+def test_a_block_travels_as_a_whole(measured):
     """If it may be live as a whole: then as often as there are blocks, and modules outside."""
     case, limited = measured["by block"], measured["persistence-0"]
     units = case["blocks"] + case["outside"] + 1  # and the persistent ones
-    assert len(calls(case, "zeroth_order", "allgather")) <= 2 * units
-    assert len(calls(case, "forward", "allgather")) > units
-    assert len(calls(limited, "zeroth_order", "allgather")) > 2 * units
+    for part, passes in (("zeroth_order", 2), ("forward", 1), ("backward", 1)):
+        assert len(calls(case, part, "allgather")) <= passes * units
+        assert len(calls(limited, part, "allgather")) > passes * units
+
+
+def test_buckets_hold_a_block(measured):
+    """However small they are, unless a block may not be live."""
+    case, limited = measured["by block"], measured["persistence-0"]
+    reduced = len(calls(case, "backward", "reduce_scatter"))
+    assert case["blocks"] < reduced <= case["blocks"] + case["outside"] + 1
+    assert len(calls(limited, "backward", "reduce_scatter")) > 2 * reduced
 
 
 def test_persistent_parameters_travel_together(measured):

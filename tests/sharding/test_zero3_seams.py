@@ -59,8 +59,12 @@ SOURCES = {
         "self._max_reuse_distance_in_numel",
         "self._max_available_parameters_in_numel",
         "self.log_trace_cache_warnings",
+        "module.post_bwd_fn.apply",
+        "param.ds_z3_leaf_module = module",
         "def release_backward_leftovers(self)",
-        # What passes without a backward leave out.
+        # What is left out inside a unit, and by passes without a backward.
+        "self.forward_hooks.append(module.register_forward_pre_hook(_pre_forward_module_hook))",
+        "self.forward_hooks.append(module.register_forward_hook(_post_forward_module_hook))",
         "backward_hooks.append(module.register_forward_hook(_pre_backward_module_hook))",
         "backward_hooks.append(module.register_forward_pre_hook(_post_backward_module_hook))",
     ),
@@ -80,6 +84,15 @@ SOURCES = {
     PartitionedParameterCoordinator: (
         "param_group[0].all_gather_coalesced(param_group",
         "Invalidate trace cache",  # what test_zero3 looks for in the log
+        # A unit is fetched and released as a whole, which begins after gradients have their hooks.
+        "params_to_fetch = set(iter_params(current_submodule, recurse=is_leaf))",
+        "is_leaf = z3_leaf_module(current_submodule)",
+        "param.ds_active_sub_modules.add(current_submodule.ds_id)",
+        "param.ds_active_sub_modules.discard(submodule.ds_id)",
+        "self.__params_to_release(submodule, self.__step_id)",
+        "def __params_to_release(self, submodule_to_release: Module, step_id: int) -> Set[int]",
+        "self.__most_recent_step_id_param_fetched_for[param] > step_id",
+        "for module in self.__submodule_order[step_id:]",
     ),
     DeepSpeedEngine: (
         "def _configure_zero_optimizer(self, optimizer)",

@@ -19,7 +19,20 @@ from benchmarks.plan import examine, offloaded
 from tests.workers.teardown import shut_down
 
 LAYERS = {"model": "tiny", "zeroth": (8, 60, 59), "first": (8, 60, 20)}
+MODELS["deep"] = opt_shape(64, 8, 2, vocab_size=1003)
 MODELS["wide"] = opt_shape(96, 2, 2, vocab_size=8000)
+DEEP = {"model": "deep", "zeroth": (2, 16, 15), "first": (2, 16, 4)}
+_SIZES = {
+    "reduce_bucket_size": 10**4,
+    "stage3_prefetch_bucket_size": 10**4,
+    "stage3_param_persistence_threshold": 1000,
+}
+LIMITS = (
+    # A layer has 50,000 elements. Four stay between forward and backward; two live; modules alone.
+    {**_SIZES, "stage3_max_reuse_distance": 400_000},
+    {**_SIZES, "stage3_max_reuse_distance": 0},
+    {**_SIZES, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 50_000},
+)
 VOCABULARY = {"model": "wide", "zeroth": (2, 64, 63), "first": (2, 32, 8)}
 ON_ONE_RANK = [
     {**LAYERS, "sharding": "zero3", "method": "addax"},
@@ -34,6 +47,10 @@ ON_TWO_RANKS = [
             {"attention": "eager"},
             {"zero_optimization": {"reduce_bucket_size": 10**6}},
         )
+    ),
+    *(
+        {**DEEP, "sharding": "zero3", "method": "ip-sgd", "zero_optimization": limits}
+        for limits in LIMITS
     ),
     *({**VOCABULARY, "sharding": "zero3", "method": m} for m in ("mezo", "ip-sgd")),
     *({**VOCABULARY, "sharding": "fsdp2", "method": m} for m in ("mezo", "ip-sgd")),

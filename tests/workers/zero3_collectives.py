@@ -35,7 +35,7 @@ def examine(zero: dict[str, Any]) -> dict[str, Any]:
         "optimizer": {"type": "Addax", "params": {"lr": 1e-3, "alpha": 1e-3}},
         "zero_optimization": {
             "stage": 3,
-            "reduce_bucket_size": 10**7,
+            "reduce_bucket_size": 1000,
             # Small enough that backward has to gather again.
             "stage3_prefetch_bucket_size": 50_000,
             "stage3_max_live_parameters": 100_000,
