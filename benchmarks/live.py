@@ -160,7 +160,8 @@ def standing(tape: Tape, model: Any, optimizer: Any, home: str) -> None:
         if hasattr(parameter, "ds_tensor") and parameter.numel():
             tape.note(parameter.data, "gathered")  # DeepSpeed's own optimizer keeps small ones
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
-        tape.note(bucket.buffer, "buckets")
+        if bucket.buffer is not None:
+            tape.note(bucket.buffer, "buckets")
     for group in getattr(optimizer, "fp32_partitioned_groups_flat", []):
         tape.note(group, "optimizer")
         for state in optimizer.optimizer.state[group].values():

@@ -57,13 +57,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         # One collective and one update for a decoder layer.
         layer = largest_gradient(units(self.module, self.parameter_offload))
         self.reduce_bucket_size = max(self.reduce_bucket_size, layer)
-        if self.contiguous_gradients:
-            for dtype, bucket in self.ipg_buckets.items():
-                bucket.buffer = torch.empty(
-                    self.reduce_bucket_size,
-                    dtype=dtype,
-                    device=get_accelerator().current_device_name(),
-                )
         # The base class looks up gradient partitions here after each backward; there are none.
         nothing = torch.empty(0)
         self.grad_partitions_flat_buffer = nothing
@@ -90,13 +83,17 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         return self.optimizer.zeroth_order(closure)
 
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
-        """Put a gradient into its bucket.
+        """Put a gradient into its bucket, which the first one makes: MeZO needs none.
 
         Raises:
             UserError: for a parameter that was frozen between its forward and its backward.
         """
         if param.grad is None:
             self.sharding.check_unchanged()
+        for dtype, bucket in self.ipg_buckets.items() if self.contiguous_gradients else ():
+            if bucket.buffer is None:
+                device = get_accelerator().current_device_name()
+                bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
         super().reduce_ready_partitions_and_remove_grads(param)
 
     def partition_grads(

@@ -41,7 +41,7 @@ class Rules:
         return list(shape.numels)
 
     def bucket_elements(self, inputs: "Inputs") -> int:
-        """Return the elements of the buffer that gradients are reduced from."""
+        """Return the elements of the buffer that gradients are reduced from, if there are any."""
         return 0
 
     def is_offloaded(self, inputs: "Inputs") -> bool:
@@ -103,7 +103,8 @@ class _Zero3(Rules):
 
     def bucket_elements(self, inputs: "Inputs") -> int:
         settings = self._settings(inputs)
-        return settings.reduce_bucket_size if settings.contiguous_gradients else 0
+        needed = settings.contiguous_gradients and inputs.method != "mezo"
+        return settings.reduce_bucket_size if needed else 0
 
     def is_offloaded(self, inputs: "Inputs") -> bool:
         return inputs.zero3.offload

@@ -205,12 +205,13 @@ class Zero3Sharding(Sharding):
         for parameter in self.model.parameters():
             if parameter.ds_status is ZeroParamStatus.INFLIGHT:  # type: ignore[attr-defined]
                 parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
-        offload.release_backward_leftovers()
         # Their records of the order of modules, and of where in it they are, end in the middle.
         offload.param_coordinator = self._new_coordinator()
         self._forward_coordinator = self._new_coordinator()
         self._partition_all()
         for module in self.model.modules():
+            # What a recomputation has left to the release after a backward; deepspeed >= 0.19.1.
+            getattr(module, "ds_recompute_parameters", set()).clear()
             if isinstance(module._parameters, parameter_offload.ZeROOrderedDict):
                 module._parameters._in_forward = False
         running = parameter_offload.FWD_MODULE_STACK

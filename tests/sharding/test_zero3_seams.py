@@ -39,7 +39,6 @@ SOURCES = {
         "def destroy(self)",
         # What is given up when a pass is abandoned.
         "self.ipg_buckets: ",
-        "self.parameter_offload.release_backward_leftovers()",
     ),
     IPGBucketZ3: ("def clear_params(self)",),
     ZeROOptimizer: ("def _backward_active_depth(self)", "def exit_backward(self)"),
@@ -61,7 +60,6 @@ SOURCES = {
         "self.log_trace_cache_warnings",
         "module.post_bwd_fn.apply",
         "param.ds_z3_leaf_module = module",
-        "def release_backward_leftovers(self)",
         # What is left out inside a unit, and by passes without a backward.
         "self.forward_hooks.append(module.register_forward_pre_hook(_pre_forward_module_hook))",
         "self.forward_hooks.append(module.register_forward_hook(_post_forward_module_hook))",

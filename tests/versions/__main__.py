@@ -27,9 +27,11 @@ TESTS = (
     "tests/sharding/test_fsdp2.py",
     "tests/sharding/test_zero3.py",
     "tests/sharding/test_zero3_passes.py",
+    "tests/sharding/test_zero3_units.py",
     "tests/sharding/test_parity.py",
     "tests/training/test_trainer.py",
 )
+FLAGS = ("-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", "-m", "not exhaustive")
 BUILT_HERE = ("deepspeed",)  # as source, with the setuptools of this environment
 WITH_NEEDS = ("torch",)  # all other packages find theirs here
 OF_OLD_HUBS = ("httpx", "httpcore")
@@ -64,12 +66,12 @@ def _test(combination: tuple[str, ...], folder: Path, tests: tuple[str, ...]) ->
         "PYTHONPATH": path,
         "DS_ACCELERATOR": "cpu",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", *FLAGS, *tests]
     log = folder / "pytest.log"
     with log.open("w") as output:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-    last = log.read_text().rstrip().splitlines()[-1]
-    return re.sub(r" in [\d.]+s.*", "", last)
+    found = re.findall(r"^(\d+ \w+, .+|\d+ \w+) in [\d.]+s", log.read_text(), re.MULTILINE)
+    return found[-1] if found else f"did not end: {log}"
 
 
 def _install(requirement: str, packages: Path) -> None:
