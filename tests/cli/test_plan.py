@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from transformers import MixtralConfig, OPTConfig
 
@@ -135,7 +135,7 @@ def test_bytes_with_checkpointing_are_those_of_a_plan_with_it(folder):
 def test_json_says_where_and_with_what(folder):
     result = planned("--model", folder, *WORDS, "--nodes", "3", "--methods", "mezo")
     assert (result["nodes"], result["gpus_per_node"], result["gpus"]) == (3, 2, 6)
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == metadata.version("torch")  # its own may name the build
     assert result["versions"]["transformers"] == transformers.__version__
 
 
