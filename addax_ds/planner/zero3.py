@@ -23,6 +23,8 @@ from addax_ds.planner.trace import Trace
 class Zero3Settings:
     """Keys of ``zero_optimization`` that memory depends on; sizes are in elements.
 
+    Addax raises two of them (`with_whole_units`).
+
     Attributes:
         reduce_bucket_size: elements of the buffer that gradients are reduced from.
         stage3_prefetch_bucket_size: elements gathered ahead of their module.
@@ -79,7 +81,11 @@ class Zero3Settings:
         """Return the blocks that are gathered as one (`addax_ds.sharding.zero3.units`)."""
         limit = self.stage3_max_live_parameters
         whole = zip(shape.blocks, shape.block_parameters, strict=True)
-        return {b: ps for b, ps in whole if 2 * sum(shape.numels[p] for p in ps) <= limit}
+        return {
+            block: parameters
+            for block, parameters in whole
+            if block in shape.uniform and 2 * sum(shape.numels[p] for p in parameters) <= limit
+        }
 
     def with_whole_units(self, shape: ModelShape) -> "Zero3Settings":
         """Return what Addax makes of them: `units` are prefetched and reduced as one."""
@@ -94,7 +100,6 @@ class Zero3Settings:
             self,
             reduce_bucket_size=max(self.reduce_bucket_size, reduced),
             stage3_prefetch_bucket_size=ahead,
-            stage3_max_live_parameters=min(self.stage3_max_live_parameters, travels + ahead),
         )
 
     def persistent(self, shape: ModelShape) -> frozenset[int]:
@@ -152,6 +157,7 @@ class Zero3Pass(Engine):
         self._persistent = settings.persistent(shape)
         self._keeps_persistent = keeps_persistent
         self._modules = dict(enumerate(shape.modules))
+        self._has_units = bool(units)
         self._merge_blocks(trace, units)
         self._order = [e[1] for e in trace.events if e[0] == "fetch" and e[1] in self._modules]
         self._distances, self._uses = [0], [[] for _ in shape.numels]  # type: ignore[var-annotated]
@@ -240,7 +246,10 @@ class Zero3Pass(Engine):
     def _prefetch(self) -> None:
         settings = self._settings
         room = settings.stage3_max_live_parameters - self._available
-        limit = min(room, settings.stage3_prefetch_bucket_size)
+        ahead = settings.stage3_prefetch_bucket_size
+        if self._has_units:
+            ahead -= sum(self._numels(self._in_flight))
+        limit = min(room, ahead)
         chosen: list[int] = []
         elements = 0
         while self._queue and elements < limit:

@@ -454,12 +454,25 @@ def hook_of_parameter(
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the decoder layers: elements of outermost ``nn.ModuleList`` that are called."""
+    """Yield each decoder layer once: elements of outermost ``nn.ModuleList`` that are called."""
+    return iter(dict.fromkeys(_elements_of_lists(module)))
+
+
+def _elements_of_lists(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(module, nn.ModuleList) and _is_called(child):
             yield child
         else:
-            yield from blocks(child)
+            yield from _elements_of_lists(child)
+
+
+def is_uniform(block: nn.Module) -> bool:
+    """Return whether a decoder layer runs the same modules for all data, as far as can be seen.
+
+    A list inside may be one of experts, of which each rank runs others.
+    """
+    lists = nn.ModuleList, nn.ModuleDict
+    return not any(isinstance(module, lists) for module in block.modules())
 
 
 def _is_called(module: nn.Module) -> bool:

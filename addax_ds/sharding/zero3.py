@@ -26,6 +26,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
     PartitionedParameterCoordinator,
     iter_params,
 )
+from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from addax_ds.sharding.base import (
     Perturb,
     Sharding,
     blocks,
+    is_uniform,
     materialize,
     padded,
 )
@@ -93,6 +95,7 @@ class Zero3Sharding(Sharding):
         self._inference = False
         self._blocks = units(zero.module, zero.parameter_offload)
         self._usual_hooks: list[tuple[dict[int, Callable], int, Callable]] = []
+        self._with_keywords: list[tuple[dict[int, bool], int]] = []
         self._gather_by_block()
         self._forward_coordinator = self._new_coordinator()
         zero.parameter_offload.param_coordinator = self._new_coordinator()
@@ -165,9 +168,15 @@ class Zero3Sharding(Sharding):
             if key in of_module:
                 of_module[key] = hook
         self._usual_hooks.clear()
+        for with_kwargs, key in self._with_keywords:
+            with_kwargs.pop(key, None)
+        self._with_keywords.clear()
         for block in self._blocks:
             block._z3_leaf = False
-        self._blocks.clear()
+        if self._blocks:  # what is recorded is the order of units
+            self._blocks.clear()
+            self._partition_all()
+            self._zero.parameter_offload.param_coordinator = self._new_coordinator()
 
     def deliver(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
         """Hand over the reduced gradient partitions of a bucket, which may be padded.
@@ -343,9 +352,12 @@ class Zero3Sharding(Sharding):
                         # None if the module came later.
                         if module is not block and (handle := handles.get(id(of_module))):
                             self._replace(handle, within)
+            if handle := of_backward.get(id(block._forward_hooks)):
+                self._replace(handle, partial(_where_a_tensor_is_seen, block))
             if handle := of_backward.get(id(block._forward_pre_hooks)):
                 self._replace(handle, partial(_of_keywords_as_well, block))
                 block._forward_pre_hooks_with_kwargs[handle.id] = True
+                self._with_keywords.append((block._forward_pre_hooks_with_kwargs, handle.id))
 
     def _replace(self, handle: Any, make: Callable[[Callable], Callable]) -> None:
         """Put another hook in the place of one, among those of others."""
@@ -354,19 +366,17 @@ class Zero3Sharding(Sharding):
         of_module[key] = make(of_module[key])
 
     def _new_coordinator(self) -> "_Coordinator":
-        """Make a coordinator with an empty trace, whose `units` are gathered one ahead."""
+        """Make a coordinator with an empty trace, which gathers the next of `units` ahead."""
         offload, persistent = self._zero.parameter_offload, set(self._zero.persistent_parameters)
-        ahead, live = offload._prefetch_bucket_sz, offload._max_available_parameters_in_numel
-        if self._blocks:
+        ahead = offload._prefetch_bucket_sz
+        if self._blocks and ahead:
             each = (b.parameters() for b in self._blocks)
-            unit = max(_elements(p for p in ps if p not in persistent) for ps in each)
-            ahead = max(ahead, unit) if ahead else 0
-            # It prefetches at each module, and before the first unit are some without parameters.
-            live = min(live, unit + ahead)
+            ahead = max(ahead, *(_elements(p for p in ps if p not in persistent) for ps in each))
         return _Coordinator(
+            has_units=bool(self._blocks),
             prefetch_bucket_sz=ahead,
             max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
-            max_available_parameters_in_numel=live,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
             allgather_stream=_gather_stream(offload),
             inflight_param_registry=_inflight(offload),
             timers=offload.timers,
@@ -432,15 +442,40 @@ class Zero3Sharding(Sharding):
 class _Coordinator(PartitionedParameterCoordinator):
     """DeepSpeed's coordinator of gathers for a model of which some modules are units.
 
-    To see what of a module is used again soon, DeepSpeed's own looks at all that follow as it does
-    at that module: into all of them if it is a unit, which is into the whole model, else into none.
+    DeepSpeed's own prefetches at each module, and before the first unit there are some without
+    parameters: several units would be on their way.
+
+    To see what of a module is used again soon, it looks at all that follow as it does at that
+    module: into all of them if it is a unit, which is into the whole model, else into none.
     """
 
-    def __init__(self, *, max_reuse_distance_in_numel: int, **more: Any) -> None:
-        super().__init__(max_reuse_distance_in_numel=max_reuse_distance_in_numel, **more)
+    def __init__(
+        self,
+        *,
+        has_units: bool,
+        prefetch_bucket_sz: int,
+        max_reuse_distance_in_numel: int,
+        **more: Any,
+    ) -> None:
+        super().__init__(
+            prefetch_bucket_sz=prefetch_bucket_sz,
+            max_reuse_distance_in_numel=max_reuse_distance_in_numel,
+            **more,
+        )
+        self._has_units = has_units
+        self._ahead = prefetch_bucket_sz
         self._reuse_distance = max_reuse_distance_in_numel
         self._order: Any = None
         self._used_soon: dict[int, set[int]] = {}
+
+    def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
+        """Gather what a module needs, and ahead as much as is not on its way already."""
+        if self._has_units:
+            own = set(_fetched_for(current_submodule))
+            inflight = _private(self, "__inflight_param_registry")
+            ahead = self._ahead - _elements(p for p in inflight if p not in own)
+            self._PartitionedParameterCoordinator__prefetch_bucket_sz = max(0, ahead)
+        super().fetch_sub_module(current_submodule, forward)
 
     def _PartitionedParameterCoordinator__params_to_release(
         self, module: nn.Module, step: int
@@ -486,27 +521,46 @@ def _where_a_backward_follows(hook: Callable) -> Callable:
     return lambda *args: hook(*args) if torch.is_grad_enabled() else None
 
 
+def _where_a_tensor_is_seen(block: Any, hook: Callable) -> Callable:
+    """Return a hook of a block that refuses results whose backward could not be followed."""
+
+    def following(module: nn.Module, args: Any, output: Any) -> Any:
+        before = block.__dict__.get("applied_pre_backward_ref_cnt", 0)
+        result = hook(module, args, output)
+        after = block.__dict__.get("applied_pre_backward_ref_cnt", 0)
+        if torch.is_grad_enabled() and after == before:
+            raise UserError(
+                f"under ZeRO-3 a {type(block).__name__} has to return a tensor, or tensors in a "
+                f"tuple, list or dict, and not a {type(output).__name__}: its backward would find "
+                'no weights. Or gather it module by module, with "stage3_max_live_parameters" in '
+                "the JSON below the elements of two layers"
+            )
+        return result
+
+    return following
+
+
 def _of_keywords_as_well(block: Any, hook: Callable) -> Callable:
     """Return a hook that notes when backward has come to the last of a block's inputs.
 
-    DeepSpeed's own knows positional ones alone. A layer called by keywords would stay gathered.
+    DeepSpeed's own knows positional ones alone. A layer called by keywords would stay gathered; so
+    does one whose input takes a gradient and gets none.
     """
+
+    def note(tensor: Tensor) -> Tensor:
+        return block.post_bwd_fn.apply(tensor) if tensor.requires_grad else tensor
 
     def noting(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return None
-        args = hook(module, args)
+        args = hook(module, args) or args
         noted = {
-            name: block.post_bwd_fn.apply(value) if _takes_gradient(value) else value
+            name: apply_to_tensors_only(note, value) if isinstance(value, Tensor | tuple) else value
             for name, value in kwargs.items()
         }
         return args, noted
 
     return noting
-
-
-def _takes_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _unless_gathered(block: nn.Module, parameter: Any, hook: Callable) -> Callable:
@@ -517,18 +571,24 @@ def _unless_gathered(block: nn.Module, parameter: Any, hook: Callable) -> Callab
 def units(model: nn.Module, offload: Any) -> list[Any]:
     """Return the decoder layers that are gathered, and whose gradients are reduced, as one.
 
-    Two are live at a time, so not those of more than half of ``stage3_max_live_parameters``; nor
-    what is or has a leaf of DeepSpeed's already.
+    Two are live at a time, so not those of more than half of ``stage3_max_live_parameters``. Nor
+    what is or has a leaf of DeepSpeed's already; what may run other modules on each rank, which
+    DeepSpeed notices by modules alone; and where a module inside reads another's weights.
 
     Args:
         model: partitioned.
         offload: DeepSpeed's ``parameter_offload`` of the model.
     """
+    found = list(blocks(model))
+    inside = {module for block in found for module in block.modules() if module is not block}
     return [
         block
-        for block in blocks(model)
+        for block in found
         if 0 < 2 * _elements(block.parameters()) <= offload._max_available_parameters_in_numel
+        and is_uniform(block)
+        and block not in inside
         and not any(map(z3_leaf_module, block.modules()))
+        and not any(m._external_params for m in block.modules() if m is not block)
     ]
 
 
