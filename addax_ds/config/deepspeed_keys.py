@@ -15,8 +15,8 @@ _NO_STATE = (
 _OTHER_OPTIMIZER = "It belongs to optimizers of DeepSpeed's own."
 _STAGES_1_2 = "It belongs to ZeRO stages 1 and 2."
 _LEAF = (
-    "Gathering a module as one unit is not verified with perturbed weights and in-place updates; "
-    "remove it."
+    "Decoder layers are gathered as one by themselves, and DeepSpeed's own leaves hold all their "
+    "gradients at once; remove it."
 )
 _REDUCE = (
     "ZeRO-3 reduce-scatters plain averages, and the update reads them as they land; remove the key."
