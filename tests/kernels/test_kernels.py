@@ -530,7 +530,7 @@ def test_triton_compiles_without_fused_multiply_add(
             fusing = compiled(gpu.fused_kernel, types, constants, {"enable_fp_fusion": True})
             assert re.search(r"\bfma\.rn\.f32", fusing)
     assert not re.search(r"\bfma\.|\.ftz|\bsqrt\.approx|\bmad\.rn", ptx)
-    assert re.search(r"\bsqrt\.rn\.f32", ptx)
+    assert bool(re.search(r"\bsqrt\.rn\.f32", ptx)) == bool(directions)  # IP-SGD draws no z
 
 
 def element(pointer: str) -> Any:
