@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.utils import defragment
 from torch import Tensor, nn
 
 from addax_ds.optim.step import Closure
-from addax_ds.sharding.zero3 import Zero3Sharding, largest_gradient, mangled, units
+from addax_ds.sharding.zero3 import Zero3Sharding, mangled
 from addax_ds.utils.errors import UserError
 
 
@@ -54,9 +54,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     def _setup_for_real_optimizer(self) -> None:
         self.gradient_accumulation_dtype = self.communication_data_type
-        # One collective and one update for a decoder layer.
-        layer = largest_gradient(units(self.module, self.parameter_offload))
-        self.reduce_bucket_size = max(self.reduce_bucket_size, layer)
         # The base class looks up gradient partitions here after each backward; there are none.
         nothing = torch.empty(0)
         self.grad_partitions_flat_buffer = nothing
@@ -68,6 +65,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             partitions,
         )
         self.sharding = Zero3Sharding(self)
+        # One collective and one update for a decoder layer.
+        self.reduce_bucket_size = max(self.reduce_bucket_size, self.sharding.largest_gradient)
         self.optimizer.bind(self.sharding)
 
     def measure(

@@ -359,6 +359,12 @@ class Zero3Sharding(Sharding):
                 block._forward_pre_hooks_with_kwargs[handle.id] = True
                 self._with_keywords.append((block._forward_pre_hooks_with_kwargs, handle.id))
 
+    @property
+    def largest_gradient(self) -> int:
+        """Elements of the trained parameters of the largest of `units`; 0 for none."""
+        each = (_elements(p for p in b.parameters() if p.requires_grad) for b in self._blocks)
+        return max(each, default=0)
+
     def _replace(self, handle: Any, make: Callable[[Callable], Callable]) -> None:
         """Put another hook in the place of one, among those of others."""
         of_module, key = handle.hooks_dict_ref(), handle.id
@@ -590,12 +596,6 @@ def units(model: nn.Module, offload: Any) -> list[Any]:
         and not any(map(z3_leaf_module, block.modules()))
         and not any(m._external_params for m in block.modules() if m is not block)
     ]
-
-
-def largest_gradient(unit_modules: Iterable[nn.Module]) -> int:
-    """Return the elements of the trained parameters of the largest of `units`; 0 for none."""
-    sizes = (_elements(p for p in unit.parameters() if p.requires_grad) for unit in unit_modules)
-    return max(sizes, default=0)
 
 
 def _elements(parameters: Iterable[Any]) -> int:

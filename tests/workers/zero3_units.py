@@ -173,14 +173,15 @@ def run_units(name: str) -> dict[str, Any]:
     detached = loss_of(engine, tokens).item()
     engine.destroy()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    reference = {n: p.detach() for n, p in _reference(case).named_parameters()}
+    reference = _reference(case)
+    expected = {n: p.detach() for n, p in reference.named_parameters()}
     return {
-        "errors": {n: float((weights[n] - w).abs().max()) for n, w in reference.items()},
+        "errors": {n: float((weights[n] - w).abs().max()) for n, w in expected.items()},
         "moved": {n for n, p in make_model(case).named_parameters() if not p.equal(weights[n])},
         "trained": trained,
         "layers": whole[0],
         "left": left,
-        "losses": (detached, loss_of(_reference(case), tokens).item()),
+        "losses": (detached, loss_of(reference, tokens).item()),
     }
 
 
