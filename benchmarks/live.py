@@ -55,16 +55,13 @@ OPTIMIZERS: dict[Method, dict[str, Any]] = {
 
 
 def batch_of(rows: int, length: int, targets: int) -> dict[str, Tensor]:
-    """Return rows of which the last is shorter, with targets at other positions in each row."""
+    """Return rows with targets at other positions in each row."""
     ids = torch.randint(4, 1000, (rows, length))
-    mask = torch.ones(rows, length, dtype=torch.long)
-    if rows > 1:
-        mask[-1, -1] = 0
     labels = torch.full((rows, length), NO_LOSS)
     for row in range(rows):
         chosen = 1 + torch.arange(row * targets, (row + 1) * targets) % (length - 1)
         labels[row, chosen] = ids[row, chosen]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids, "labels": labels}
 
 
 def closure(

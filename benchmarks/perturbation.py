@@ -75,7 +75,7 @@ def zeroth_order_batch(folder: Path, step: int, rows: int, seed: int) -> tuple[d
 
 def mean_loss(model: nn.Module, batch: dict, targets: int) -> Tensor:
     """The loss that `AddaxTrainer` trains on: fp32 softmax, summed in fp64."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = model(input_ids=batch["input_ids"]).logits
     return -scores_of_logits(logits, targets_of(batch["labels"]))[:, 0].sum() / targets
 
 

@@ -184,7 +184,7 @@ class SharedRowCollator(EvaluationCollator):
     """
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``attention_mask`` and the `target_tensors` of the examples."""
+        """Return ``input_ids`` and the `target_tensors` of the examples."""
         rows: dict[bytes, int] = {}
         inputs: list[Example] = []
         own = []
@@ -195,10 +195,8 @@ class SharedRowCollator(EvaluationCollator):
             if row == len(inputs):
                 inputs.append(Example(ids, example.labels[:end], example.origin))
             own.append(row)
-        batch = pad(inputs, self._pad_token_id)
         return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
+            "input_ids": pad(inputs, self._pad_token_id)["input_ids"],
             **target_tensors(pad(examples, self._pad_token_id)["labels"], torch.tensor(own)),
         }
 

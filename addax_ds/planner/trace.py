@@ -53,11 +53,6 @@ class Batch:
         """Positions whose logits are computed: those at which any row may have a target."""
         return min(self.rows * self.targets, self.length - 1)
 
-    @property
-    def padded(self) -> bool:
-        """True if attention needs a mask: rows of different lengths have padding."""
-        return self.rows > 1
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -103,7 +98,7 @@ def trace(
             attention or checkpointing.
     """
     # Outside of what is caught below: a private name that has moved is not the model's fault.
-    with _stand_ins(batch, attention, cuda, zero3_linear):
+    with _stand_ins(attention, cuda, zero3_linear):
         try:
             return _run(shape, batch, backward, checkpointing, attention)
         except (AssertionError, UserError):
@@ -226,8 +221,7 @@ def _note_modules(model: nn.Module, tape: Tape) -> None:
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
     shape = batch.rows, batch.length
-    names = "input_ids", "attention_mask"
-    return {name: torch.zeros(shape, dtype=torch.long, device="meta") for name in names}
+    return {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
 
 
 def _loss(model: Any, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
@@ -294,9 +288,7 @@ def _fused_dropout(
 
 
 @contextmanager
-def _stand_ins(
-    batch: Batch, attention: str | None, cuda: bool, zero3_linear: bool
-) -> Iterator[None]:
+def _stand_ins(attention: str | None, cuda: bool, zero3_linear: bool) -> Iterator[None]:
     """Replace functions whose meta version keeps something else than the real one."""
     linear = torch._C._nn.linear
     if zero3_linear:
@@ -307,8 +299,9 @@ def _stand_ins(
         mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, cuda)),
         # zero.Init leaves its own in place for good, also for models without ZeRO-3.
         mock.patch.object(F, "linear", linear),
-        # Whether there is padding cannot be read off a mask without values.
-        mock.patch.object(masking_utils, "fast_all", return_value=not batch.padded),
+        # These read values: a mask of the model's own (OPT's) has ones, and a row is one sequence.
+        mock.patch.object(masking_utils, "fast_all", return_value=True),
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
     ]
     if _fused(attention):  # the planner has sdpa in its place, which would need a square mask
         skip = mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", return_value=True)

@@ -177,9 +177,9 @@ def longest_batch(
 ) -> dict[str, Tensor]:
     """Return a batch that needs as much memory as any of a stream.
 
-    It has the longest rows, padding if there are several, and as many positions with targets as
-    rows of different lengths can have, of which real ones at the end of equally long rows would
-    have fewer. The same on every rank.
+    It has the longest rows, and as many positions with targets as rows of different lengths can
+    have, of which real ones at the end of equally long rows would have fewer. The same on every
+    rank.
 
     Args:
         examples: all examples.
@@ -189,8 +189,6 @@ def longest_batch(
     """
     chosen = indices[np.argsort(-lengths_of(examples)[indices], kind="stable")[:rows]].tolist()
     batch = pad([examples[index] for index in chosen], pad_token_id)
-    if rows > 1 and batch["attention_mask"].all():
-        batch["attention_mask"][-1, -1] = 0
     targets = int(target_counts_of(examples)[indices].max())
     labels = torch.full_like(batch["labels"], NO_LOSS)
     length = labels.shape[1]

@@ -240,7 +240,6 @@ def test_pad_by_hand():
     tensors = pad([short, long], PAD)
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
         "input_ids": [[5, 6, PAD], [7, 8, 9]],
-        "attention_mask": [[1, 1, 0], [1, 1, 1]],
         "labels": [[NO_LOSS, 6, NO_LOSS], [7, NO_LOSS, 9]],
     }
     assert {tensor.dtype for tensor in tensors.values()} == {torch.int64}
@@ -288,15 +287,10 @@ def test_micro_batches_are_the_batches_of_as_many_more_ranks():
 
 
 def unpad(tensors):
-    """Return (ids, labels) of every row; what is masked must be padding without loss."""
+    """Return (ids, labels) of every row; padding, but for that of a dummy, has no loss."""
     rows = []
-    for ids, mask, labels in zip(
-        *(tensors[name].tolist() for name in ("input_ids", "attention_mask", "labels")),
-        strict=True,
-    ):
-        length = sum(mask)
-        assert mask == [1] * length + [0] * (len(mask) - length)
-        assert set(ids[length:]) <= {PAD}
+    for ids, labels in zip(tensors["input_ids"].tolist(), tensors["labels"].tolist(), strict=True):
+        length = max((i + 1 for i, token in enumerate(ids) if token != PAD), default=1)
         assert set(labels[length:]) <= {NO_LOSS}
         rows.append((ids[:length], labels[:length]))
     assert max(len(ids) for ids, _ in rows) == tensors["input_ids"].shape[1]  # local padding
@@ -311,7 +305,6 @@ def test_a_rank_without_rows_gets_a_dummy_that_adds_nothing():
     (dummy,) = items[3]["first_order"]
     assert {name: tensor.tolist() for name, tensor in dummy.items()} == {
         "input_ids": [[PAD]],
-        "attention_mask": [[1]],
         "labels": [[NO_LOSS]],
     }
     # Shifted by one there is no position at all: the sum is 0 and its gradient finite.

@@ -3,12 +3,26 @@
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    GptOssConfig,
+    JambaConfig,
+    Mamba2Config,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    RecurrentGemmaConfig,
+)
 
 from addax_ds.data.encoding import Example
 from addax_ds.data.train_rows import pad
@@ -69,6 +83,59 @@ def test_target_scores(family, whole):
         expected, count = reference(model, ids, labels)
         assert score[0].item() == pytest.approx(expected, rel=1e-5)
         assert score[1].item() == count
+
+
+HEADS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+GROUPED = {**HEADS, "intermediate_size": 64, "num_key_value_heads": 2}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "bloom, alibi": BloomConfig(**HEADS),
+    "falcon": FalconConfig(**HEADS),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97),
+    "gpt_oss, sinks": GptOssConfig(**GROUPED, num_local_experts=4, sliding_window=4, head_dim=8),
+    "jamba": JambaConfig(
+        **GROUPED, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2
+    ),
+    "mamba2": Mamba2Config(
+        hidden_size=32, num_hidden_layers=2, vocab_size=97, num_heads=4, head_dim=16, n_groups=1
+    ),
+    "mistral, sliding window": MistralConfig(**GROUPED, sliding_window=4),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
+    "recurrent_gemma": RecurrentGemmaConfig(**GROUPED, head_dim=8, lru_width=32),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_has_the_same_scores_beside_longer_ones(family):
+    """Nothing masks the padding behind it."""
+    torch.manual_seed(5)
+    model: Any = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model.config.use_cache = False
+    rows = examples([12, 7, 3])
+    batch = pad(rows, 0)
+    assert "attention_mask" not in batch
+    with torch.no_grad():
+        scores = target_scores(model, {**batch, **target_tensors(batch["labels"])})
+    for score, row in zip(scores, rows, strict=True):
+        ids, labels = (torch.from_numpy(x).long() for x in (row.input_ids, row.labels))
+        assert score.tolist() == pytest.approx(reference(model, ids, labels), rel=1e-4)
+
+
+def test_a_mask_of_the_batch_reaches_the_model():
+    """As a user's collator makes it, with padding on the left."""
+    model = tiny_model("opt").eval()
+    (row,) = examples([6])
+    ids, labels = (torch.from_numpy(x).long() for x in (row.input_ids, row.labels))
+    left = torch.tensor([NO_LOSS] * 3)
+    batch = {
+        "input_ids": torch.cat((torch.tensor([7, 8, 9]), ids))[None],
+        "attention_mask": torch.tensor([[0] * 3 + [1] * 6]),
+        **target_tensors(torch.cat((left, labels))[None]),
+    }
+    with torch.no_grad():
+        scores = target_scores(model, batch)
+    assert scores[0].tolist() == pytest.approx(reference(model, ids, labels), rel=1e-5)
 
 
 def test_logits_at_target_positions_alone():
@@ -136,6 +203,6 @@ def test_adapters(kind, works):
         return
     with torch.no_grad():
         scores = target_scores(model, batch)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        whole = scores_of_logits(model(**inputs).logits, targets_of(batch["labels"]))
+        logits = model(input_ids=batch["input_ids"]).logits
+        whole = scores_of_logits(logits, targets_of(batch["labels"]))
     assert torch.allclose(scores, whole, rtol=1e-5)

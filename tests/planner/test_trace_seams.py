@@ -15,6 +15,7 @@ from transformers.integrations import sdpa_attention
 NAMES = [
     (modeling_utils, "is_deepspeed_zero3_enabled"),
     (masking_utils, "fast_all"),
+    (masking_utils, "find_packed_sequence_indices"),
     (masking_utils, "_ignore_causal_mask_sdpa"),
     (torch._C._nn, "linear"),
     (torch._C._nn, "scaled_dot_product_attention"),
@@ -27,6 +28,7 @@ SOURCES = {
     # Where a patched name is called by the name that is patched.
     PreTrainedModel._from_config: ("= is_deepspeed_zero3_enabled() and",),
     masking_utils._ignore_causal_mask_sdpa: ("fast_all(padding_mask)",),
+    masking_utils._preprocess_mask_arguments: ("= find_packed_sequence_indices(position_ids)",),
     masking_utils.sdpa_mask: ("if allow_is_causal_skip and _ignore_causal_mask_sdpa(",),
     sdpa_attention.sdpa_attention_forward: ("torch.nn.functional.scaled_dot_product_attention(",),
     nn.Linear.forward: ("F.linear(",),

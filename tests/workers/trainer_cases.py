@@ -361,10 +361,8 @@ def record_passes(model: nn.Module) -> list[dict[str, Any]]:
     passes: list[dict[str, Any]] = []
 
     def note(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
-        rows = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
+        # No row has the padding's token at its end, but that of a dummy has no other.
+        rows = [ids[: max(1, len(ids.nonzero()))].tolist() for ids in inputs["input_ids"]]
         passes.append({"rows": rows, "grad": torch.is_grad_enabled(), "train": module.training})
 
     model.register_forward_pre_hook(note, with_kwargs=True)
