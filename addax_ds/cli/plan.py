@@ -153,7 +153,10 @@ def _rows_of(arguments: argparse.Namespace) -> tuple[NDArray[np.int32], int]:
 
     source = ModelSource.find(ModelArguments(model_name_or_path=arguments.model))
     files = DataArguments(train_file=arguments.train_file, max_length=arguments.length)
-    rows = load_data(files, source.load_tokenizer(), source).train
+    try:
+        rows = load_data(files, source.load_tokenizer(), source).train
+    except UserError as error:  # a training calls it otherwise
+        raise UserError(str(error).replace("--max_length", "--length")) from error
     return lengths_of(rows), int(target_counts_of(rows).max())
 
 

@@ -326,6 +326,8 @@ def test_length_cuts_the_rows_of_a_training_file(tmp_path):
     file = str(write_rows(tmp_path / "rows.jsonl", rows))
     said = plan(["--model", model, *WORDS[:-2], "--length", "100", "--train_file", file])
     assert "2 training rows of 3 to 100 tokens" in said
+    with pytest.raises(UserError, match=r"more than --length 9; shorten it, or raise --length$"):
+        plan(["--model", model, *WORDS[:-2], "--length", "9", "--train_file", file])
 
 
 def test_nvme_is_refused(folder, tmp_path):
