@@ -74,12 +74,14 @@ from addax_ds.utils.signals import INTERRUPTED, Interrupts, ignore_sigterm, on_s
 logger = logging.getLogger("addax_ds.cli.train")  # also where ``-m`` calls this __main__
 
 _PACKAGE = Path(__file__).parents[1]
+TrainerClass = type[BaselineTrainer] | type[AddaxTrainer]
+
 _OF_ONE_RANK = ("local_rank", "output_dir")
 _PREDICTIONS = "predictions_test.jsonl"
 _RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDICTIONS)
 
 
-def main(argv: Sequence[str] | None = None, trainer: type[BaselineTrainer] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, trainer: TrainerClass | None = None) -> None:
     """Run `finetune` as a program: a user's mistake is a sentence and exit status 1.
 
     Ctrl-C while it trains saves a checkpoint. Whenever it comes, the exit status is 130.
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None, trainer: type[BaselineTrainer] | Non
 def finetune(
     argv: Sequence[str] | None = None,
     interrupts: Interrupts | None = None,
-    trainer: type[BaselineTrainer] | None = None,
+    trainer: TrainerClass | None = None,
 ) -> dict[str, float]:
     """Fine-tune as the arguments say; return, on rank 0, what ``all_results.json`` holds.
 
@@ -120,7 +122,7 @@ def _finetune(
     data_args: DataArguments,
     args: AddaxConfig,
     interrupts: Interrupts | None,
-    other: type[BaselineTrainer] | None,
+    other: TrainerClass | None,
 ) -> dict[str, float]:
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     with raise_on_all_ranks():
@@ -160,8 +162,9 @@ def _finetune(
     model = _load_model(source, args, run, lora)
     _thread_the_host(model, model_args, args)
     stop_at(model, data.turn_ends, tokenizer)
-    own = BaselineTrainer if args.method in BASELINES else partial(AddaxTrainer, planned=planned)
-    trainer = (other or own)(
+    chosen = other or (BaselineTrainer if args.method in BASELINES else AddaxTrainer)
+    make = partial(chosen, planned=planned) if issubclass(chosen, AddaxTrainer) else chosen
+    trainer = make(
         model,
         args,
         train_dataset=data.train or None,

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from addax_ds.optim.report import NON_FINITE
 from addax_ds.utils.errors import UserError
 from studies.comparison.outcome import Outcome
-from studies.comparison.study import Study, Trial
+from studies.comparison.study import LAUNCHER, Study, Trial
 from studies.jobs import LOG, Launcher, environment, free_port, read_json, script
 from studies.provenance import collect_provenance
 
@@ -37,12 +37,14 @@ class Job:
     Attributes:
         trial: what it is for.
         folder: where its files go.
-        flags: arguments of ``launch/train.py``.
+        flags: arguments of the program.
+        program: what to run.
     """
 
     trial: Trial
     folder: Path
     flags: dict[str, str]
+    program: str = LAUNCHER
 
     @property
     def outcome(self) -> Outcome | None:
@@ -74,7 +76,7 @@ class Comparison:
 
     def training(self, trial: Trial) -> Job:
         """Return the job that trains."""
-        return Job(trial, self.folder / trial.name, {**self._common, **trial.flags})
+        return self._training(trial, self.folder / trial.name, {})
 
     def test(self, trial: Trial) -> Job:
         """Return the job that reads the test rows with a trained model, or the model as it is."""
@@ -123,7 +125,12 @@ class Comparison:
                     short = {"max_steps": str(TIMED_STEPS), "load_best_model_at_end": "False"}
                     short |= dict.fromkeys(("eval_strategy", "save_strategy"), "no")
                     folder = self.folder / study.name / f"timing-{contender.name}-{seed}"
-                    yield Job(trial, folder, {**self._common, **trial.flags, **short})
+                    yield self._training(trial, folder, short)
+
+    def _training(self, trial: Trial, folder: Path, more: dict[str, str]) -> Job:
+        assert trial.contender is not None
+        flags = {**self._common, **trial.flags, **more}
+        return Job(trial, folder, flags, trial.contender.program)
 
 
 def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:
@@ -166,8 +173,7 @@ def _merge(adapters: Path, folder: Path) -> None:
 
 def _command(job: Job) -> list[str]:
     launcher = [script("deepspeed"), "--num_gpus", "1"]
-    file = "studies/comparison/peers.py" if "peer" in job.flags else "launch/train.py"
-    program = ["--master_port", str(free_port()), str(_ROOT / file)]
+    program = ["--master_port", str(free_port()), str(_ROOT / job.program)]
     flags = {**job.flags, "output_dir": str(job.folder.resolve())}
     return [*launcher, *program, *(f"--{name}={value}" for name, value in flags.items())]
 

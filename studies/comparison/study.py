@@ -4,7 +4,10 @@ from dataclasses import dataclass, replace
 
 from addax_ds.optim.methods import Method
 
-_TASKS_FILE = "studies/comparison/tasks.py"  # seen from where the jobs run
+# Seen from where the jobs run.
+_TASKS_FILE = "studies/comparison/tasks.py"
+LAUNCHER = "launch/train.py"
+_PEER, _COIN = "studies/comparison/peers.py", "studies/comparison/coin.py"
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Contender:
         first_order: K1, global first-order batch; 0 if there is none.
         zeroth_order: K0, global zeroth-order batch; 0 if there is none.
         variant: what tells it from the same method with other settings.
-        more: further arguments of ``launch/train.py``, and their values.
+        more: further arguments of the program, and their values.
+        program: what trains.
     """
 
     method: Method
@@ -30,6 +34,7 @@ class Contender:
     zeroth_order: int = 0
     variant: str = ""
     more: tuple[tuple[str, str], ...] = ()
+    program: str = LAUNCHER
 
     @property
     def name(self) -> str:
@@ -165,18 +170,33 @@ _PARTS = (
         for alpha in ("1e-2", "1e-1", "1e-4")
     ),
     replace(_ADDAX_AT_BEST, variant="directions-4", more=(("zo_directions", "4"),)),
-    # Does memory need Addax at all?
-    replace(_IP_SGD_AT_BEST, variant="checkpointing", more=(("activation_checkpointing", "True"),)),
 )
-_WHOLE = (_ADDAX_AT_BEST, _SHORT, _IP_SGD_AT_BEST)
+# Does memory need Addax at all? Recomputed, all rows fit.
+_RECOMPUTED = replace(
+    _IP_SGD_AT_BEST, variant="checkpointing", more=(("activation_checkpointing", "True"),)
+)
+_WHOLE = (_ADDAX_AT_BEST, _SHORT, _RECOMPUTED)
+# Is it what the long rows say, or the noise?
+_NOISE = replace(_ADDAX_AT_BEST, variant="coin", program=_COIN)
 
 # What a user would take instead of Addax to save memory.
 _LORA = (("lora_r", "16"), ("lora_target_modules", "all-linear"))
-_EIGHT_BIT, _BADAM = ((("peer", name),) for name in ("adamw-8bit", "badam"))
 _PEERS = (
     replace(_ADAMW, learning_rates=(2e-4, 1e-4, 5e-4), variant="lora", more=_LORA),
-    replace(_ADAMW, learning_rates=(1e-4, 5e-5, 2e-4), variant="8bit", more=_EIGHT_BIT),
-    replace(_ADAMW, learning_rates=(1e-4, 3e-5, 3e-4), variant="badam", more=_BADAM),
+    replace(
+        _ADAMW,
+        learning_rates=(1e-4, 5e-5, 2e-4),
+        variant="8bit",
+        more=(("peer", "adamw-8bit"),),
+        program=_PEER,
+    ),
+    replace(
+        _ADAMW,
+        learning_rates=(1e-4, 3e-5, 3e-4),
+        variant="badam",
+        more=(("peer", "badam"),),
+        program=_PEER,
+    ),
 )
 
 _CUT, _UNCUT = 256, 1184  # the longest of MultiEmo
@@ -192,7 +212,7 @@ STUDIES: dict[str, Study] = {
         Study("multiemo-long", "MULTIEMO", _CUT, (_LONG_MEZO,), (0,), beside="multiemo"),
         Study("multiemo-peers", "MULTIEMO", _CUT, _PEERS, (0, 1, 2), beside="multiemo"),
         Study("multiemo-whole", "MULTIEMO", _UNCUT, _WHOLE, (0, 1, 2)),
-        Study("coqa", "COQA", _UNCUT, _WHOLE, (0, 1, 2)),
+        Study("coqa", "COQA", _UNCUT, (*_WHOLE, _NOISE), (0, 1, 2)),
         Study("topical-chat", "TOPICAL_CHAT", _UNCUT, _WHOLE, (0, 1, 2)),
     )
 }
