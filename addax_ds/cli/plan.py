@@ -155,7 +155,7 @@ def _rows_of(arguments: argparse.Namespace) -> tuple[NDArray[np.int32], int]:
     files = DataArguments(train_file=arguments.train_file, max_length=arguments.length)
     try:
         rows = load_data(files, source.load_tokenizer(), source).train
-    except UserError as error:  # a training calls it otherwise
+    except UserError as error:  # which has the name of a training's flag
         raise UserError(str(error).replace("--max_length", "--length")) from error
     return lengths_of(rows), int(target_counts_of(rows).max())
 

@@ -74,11 +74,11 @@ from addax_ds.utils.signals import INTERRUPTED, Interrupts, ignore_sigterm, on_s
 logger = logging.getLogger("addax_ds.cli.train")  # also where ``-m`` calls this __main__
 
 _PACKAGE = Path(__file__).parents[1]
-TrainerClass = type[BaselineTrainer] | type[AddaxTrainer]
-
 _OF_ONE_RANK = ("local_rank", "output_dir")
 _PREDICTIONS = "predictions_test.jsonl"
 _RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDICTIONS)
+
+TrainerClass = type[BaselineTrainer] | type[AddaxTrainer]
 
 
 def main(argv: Sequence[str] | None = None, trainer: TrainerClass | None = None) -> None:

@@ -202,7 +202,7 @@ def _check_ids(
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int | None) -> int:
-    """Return a token to pad with: the tokenizer's own, or any, as it is masked out.
+    """Return a token to pad with: the tokenizer's own, or any: no token attends to it.
 
     A tokenizer's own has to have an embedding: Trainer writes it into the model's configuration,
     and ``from_pretrained`` would not load what is saved then.

@@ -188,8 +188,9 @@ def row_length(row: Any) -> int:
 def pad(rows: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
     """Collate examples, padded on the right to the longest of them.
 
-    There is no attention mask: tokens attend to what comes before them, and padding does not. So
-    attention runs without one, by faster kernels, and keeps none for backward.
+    There is no attention mask: tokens attend to what comes before them, and padding comes after.
+    So attention runs by faster kernels, and keeps no mask for backward, unless the model has one of
+    its own (a sliding window's, or ALiBi).
 
     Returns:
         "input_ids" and "labels" (`NO_LOSS` on padding), each int64 of shape [rows, longest].

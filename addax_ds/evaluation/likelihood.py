@@ -85,17 +85,25 @@ def target_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         model: a causal language model, in the wrappers of DeepSpeed and PEFT or without. One that
             does not take ``logits_to_keep`` computes the logits of all positions
             (`takes_positions`).
-        batch: ``input_ids``, int64 ``(rows, length)``, ``attention_mask`` of the same shape if
-            there is padding before a target, and `target_tensors`; the rest is ignored. The model's
-            input may end where no sequence has a target any more.
+        batch: ``input_ids``, int64 ``(rows, length)``, and `target_tensors`; of the same shape
+            ``attention_mask`` if there is padding before a target, and ``position_ids`` if rows
+            hold several sequences; the rest is ignored. The model's input may end where no sequence
+            has a target any more.
 
     Returns:
         fp64 ``(sequences, 2)``.
     """
-    arguments = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    if _needs_mask(model):
-        arguments.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    names = "input_ids", "attention_mask", "position_ids"
+    arguments = with_mask(model, {name: batch[name] for name in names if name in batch})
     return _sums(target_losses(model, arguments, batch), batch)
+
+
+def with_mask(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Add ones as ``attention_mask`` where there is none and the model's ``forward`` insists."""
+    mask = _parameters(model).get("attention_mask")
+    insists = mask is not None and mask.default is mask.empty
+    ones = {"attention_mask": torch.ones_like(arguments["input_ids"])} if insists else {}
+    return {**ones, **arguments}
 
 
 def target_losses(model: Any, arguments: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> Any:
@@ -156,11 +164,6 @@ def takes_positions(model: Any) -> bool:
         UserError: if adapters put virtual tokens in front of the prompt, which moves all positions.
     """
     return "logits_to_keep" in _parameters(model)
-
-
-def _needs_mask(model: Any) -> bool:
-    mask = _parameters(model).get("attention_mask")
-    return mask is not None and mask.default is mask.empty
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:

@@ -299,7 +299,7 @@ def _stand_ins(attention: str | None, cuda: bool, zero3_linear: bool) -> Iterato
         mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, cuda)),
         # zero.Init leaves its own in place for good, also for models without ZeRO-3.
         mock.patch.object(F, "linear", linear),
-        # These read values: a mask of the model's own (OPT's) has ones, and a row is one sequence.
+        # These read values: a mask of the model's own (BioGPT's) has ones, a row is one sequence.
         mock.patch.object(masking_utils, "fast_all", return_value=True),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
     ]

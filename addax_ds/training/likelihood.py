@@ -19,6 +19,7 @@ from addax_ds.evaluation.likelihood import (
     target_scores,
     target_tensors,
     targets_of,
+    with_mask,
 )
 from addax_ds.evaluation.scored_set import (
     EvaluationCollator,
@@ -163,7 +164,7 @@ class LikelihoodMixin(_Steps):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Score a batch by its data set; scores are gathered once, after all batches."""
         if self._scored is None:
-            inputs = {k: v for k, v in inputs.items() if k != "index"}
+            inputs = with_mask(model, {k: v for k, v in inputs.items() if k != "index"})
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         dataset, table = self._scored
         inputs = self._prepare_inputs(inputs)

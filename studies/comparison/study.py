@@ -116,7 +116,7 @@ class Trial:
 
     @property
     def flags(self) -> dict[str, str]:
-        """Arguments of ``launch/train.py`` for the training; the test rows stay unread."""
+        """Arguments of the program for the training; the test rows stay unread."""
         assert self.contender is not None
         return {
             **self.study.data_flags,

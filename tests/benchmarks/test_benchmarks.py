@@ -35,7 +35,7 @@ def test_the_perturbation_benchmark_takes_the_loss_of_the_model():
     model = tiny_opt().eval()
     ((tokens, _),) = token_batches(1)
     labels = tokens.masked_fill(torch.arange(tokens.shape[1]) < 20, NO_LOSS)
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    batch = {"input_ids": tokens, "labels": labels}
     mean = perturbation.mean_loss(model, batch, int((labels != NO_LOSS).sum()))
     assert mean.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
 

@@ -131,16 +131,36 @@ def test_training_stops_after_ten_losses_in_a_row_that_are_not_finite(tmp_path):
         assert torch.allclose(weight, before[name], rtol=0, atol=0, equal_nan=True)
 
 
+class OwnMean(nn.Module):
+    """A user's wrapper: it insists on a mask, and its loss is a mean over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("opt")
+        self.config = self.inner.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
+        return self.inner(input_ids, attention_mask, labels=labels)
+
+
+def test_trainers_own_evaluation_of_a_model_that_insists_on_a_mask(tmp_path):
+    evaluated = []
+    for model in (OwnMean(), tiny_model("opt")):
+        args = AddaxConfig(output_dir=str(tmp_path), learning_rate=0.1, use_cpu=True, report_to=[])
+        fit = AddaxTrainer(
+            model,
+            args,
+            eval_dataset=examples(rows(2, 3)),
+            processing_class=tiny_tokenizer(),
+            compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
+        )
+        evaluated.append(fit.evaluate())
+    own, plain = evaluated
+    assert own["eval_rows"] == 5
+    assert own["eval_loss"] == plain["eval_loss"]
+
+
 def test_a_model_that_ignores_the_number_of_targets_trains_like_any_other(tmp_path):
-    class OwnMean(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = tiny_model("opt")
-            self.config = self.inner.config
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
-            return self.inner(input_ids, attention_mask, labels=labels)
-
     model, plain = OwnMean(), tiny_model("opt")
     before = gathered(plain)
     logs = []

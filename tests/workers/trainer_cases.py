@@ -361,8 +361,9 @@ def record_passes(model: nn.Module) -> list[dict[str, Any]]:
     passes: list[dict[str, Any]] = []
 
     def note(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
-        # No row has the padding's token at its end, but that of a dummy has no other.
-        rows = [ids[: max(1, len(ids.nonzero()))].tolist() for ids in inputs["input_ids"]]
+        # No row ends with the padding's token, but that of a dummy has no other.
+        ends = [max([0, *ids.nonzero()[:, 0].tolist()]) + 1 for ids in inputs["input_ids"]]
+        rows = [ids[:end].tolist() for ids, end in zip(inputs["input_ids"], ends, strict=True)]
         passes.append({"rows": rows, "grad": torch.is_grad_enabled(), "train": module.training})
 
     model.register_forward_pre_hook(note, with_kwargs=True)
