@@ -423,7 +423,8 @@ def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{one} and --{other} are two sources of the same; remove one of them."
     is_evaluated = values.get("eval_strategy", "no") != "no"
     if is_evaluated and not given & {"validation_file", "validation_split"}:
-        yield "--eval_strategy needs --validation_file or --validation_split."
+        split = " or --validation_split" if "dataset_name" in given else ""
+        yield f"--eval_strategy needs --validation_file{split}."
     for name in _OF_TASKS:
         if name in given:
             yield f"--{name} has no effect with --{sources[0]}; remove one of them."

@@ -474,7 +474,7 @@ def test_bad_argument_files(tmp_path: Path, text: str, message: str) -> None:
         (["--dataset_name", "a", "--eval_strategy", "epoch"], "or --validation_split"),
         (["--dataset_name", "a", "--num_train", "3"], "--num_train has no effect with --dataset_"),
         (["--test_file", __file__], "--test_file needs --train_file"),
-        (["--train_file", __file__, "--eval_strategy", "epoch"], "needs --validation_file"),
+        (["--train_file", __file__, "--eval_strategy", "epoch"], "needs --validation_file."),
         (["--model_revision", "main"], "--model_revision has no effect"),
         (["--cpu_threads", "0"], "--cpu_threads"),
         (["--max_length", "1"], "--max_length"),
