@@ -151,7 +151,7 @@ class Zero3Pass(Engine):
         gloo: bool = False,
     ) -> None:
         super().__init__(ledger)
-        self._gloo = gloo and ranks > 1
+        self._gloo = gloo
         self._shape, self._settings, self._ranks = shape, settings, ranks
         self._perturbed = perturbed
         self._persistent = settings.persistent(shape)
