@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,9 @@ class Comparison:
 
     def training(self, trial: Trial) -> Job:
         """Return the job that trains."""
-        return self._training(trial, self.folder / trial.name, {})
+        assert trial.contender is not None
+        flags = {**self._common, **trial.flags}
+        return Job(trial, self.folder / trial.name, flags, trial.contender.program)
 
     def test(self, trial: Trial) -> Job:
         """Return the job that reads the test rows with a trained model, or the model as it is."""
@@ -125,12 +127,8 @@ class Comparison:
                     short = {"max_steps": str(TIMED_STEPS), "load_best_model_at_end": "False"}
                     short |= dict.fromkeys(("eval_strategy", "save_strategy"), "no")
                     folder = self.folder / study.name / f"timing-{contender.name}-{seed}"
-                    yield self._training(trial, folder, short)
-
-    def _training(self, trial: Trial, folder: Path, more: dict[str, str]) -> Job:
-        assert trial.contender is not None
-        flags = {**self._common, **trial.flags, **more}
-        return Job(trial, folder, flags, trial.contender.program)
+                    job = self.training(trial)
+                    yield replace(job, folder=folder, flags={**job.flags, **short})
 
 
 def run(next_jobs: Callable[[], Iterator[Job]], workers: int) -> None:

@@ -183,19 +183,12 @@ _NOISE = replace(_ADDAX_AT_BEST, variant="coin", program=_COIN)
 _LORA = (("lora_r", "16"), ("lora_target_modules", "all-linear"))
 _PEERS = (
     replace(_ADAMW, learning_rates=(2e-4, 1e-4, 5e-4), variant="lora", more=_LORA),
-    replace(
-        _ADAMW,
-        learning_rates=(1e-4, 5e-5, 2e-4),
-        variant="8bit",
-        more=(("peer", "adamw-8bit"),),
-        program=_PEER,
-    ),
-    replace(
-        _ADAMW,
-        learning_rates=(1e-4, 3e-5, 3e-4),
-        variant="badam",
-        more=(("peer", "badam"),),
-        program=_PEER,
+    *(
+        replace(_ADAMW, learning_rates=rates, variant=variant, more=more, program=_PEER)
+        for variant, rates, more in (
+            ("8bit", (1e-4, 5e-5, 2e-4), (("peer", "adamw-8bit"),)),
+            ("badam", (1e-4, 3e-5, 3e-4), (("peer", "badam"),)),
+        )
     ),
 )
 
