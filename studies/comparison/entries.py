@@ -69,6 +69,12 @@ class Entry:
         return seconds_a_step(self.timings)
 
     @property
+    def cpu_seconds(self) -> float | None:
+        """What the processors spent on the steps of a training, mean over seeds."""
+        seconds = [outcome.results["train_cpu_seconds"] for outcome in self.final.values()]
+        return statistics.fmean(seconds) if seconds else None
+
+    @property
     def peak_memory(self) -> float | None:
         """Most that a rank has held (`peak_memory`), in bytes, median over seeds."""
         peaks = [outcome.results["peak_memory_bytes"] for outcome in self.final.values()]

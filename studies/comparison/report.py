@@ -161,4 +161,5 @@ def _command(trial: Trial, outcome: Outcome) -> str:
     """Return the command with folders as seen from that of the comparison."""
     flags = {**outcome.flags, "output_dir": trial.name}
     given = " ".join(f"--{name}={value}" for name, value in flags.items())
-    return f"deepspeed --num_gpus 1 launch/train.py {given}"
+    assert trial.contender is not None
+    return f"deepspeed --num_gpus 1 {trial.contender.program} {given}"

@@ -64,6 +64,8 @@ class Study:
         seeds: of z and of the order of the data; learning rates are chosen with the first.
         beside: study in whose figures this one is drawn if both are reported; by default, and
             without the other, it has its own.
+        memory_gb: that tensors of a step on the longest row may take by the planner, if contenders
+            have it in common.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Study:
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
     beside: str | None = None
+    memory_gb: float | None = None
 
     @property
     def grid(self) -> list["Trial"]:
@@ -149,7 +152,7 @@ def _contenders(steps: int, evaluations: int, mezo_steps: int) -> tuple[Contende
 
 
 _BASIC = _contenders(40, 2, 160)
-_ADDAX, _IP_SGD, _ = _BASIC
+_ADDAX, _IP_SGD, _MEZO = _BASIC
 _ADAMW = replace(_IP_SGD, method="adamw", learning_rates=_ADAMW_RATES)
 _MULTIEMO = (*_BASIC, replace(_ADDAX, method="addax-wa"), _ADAMW)
 # With twenty times Addax's steps, as in the papers, and the rate that did best in 160.
@@ -194,6 +197,47 @@ _PEERS = (
 
 _CUT, _UNCUT = 256, 1184  # the longest of MultiEmo
 
+
+def _equal(
+    contender: Contender,
+    steps: int,
+    rows: int,
+    threshold: int | None = None,
+    *,
+    checkpointing: bool = False,
+) -> Contender:
+    """Give a method what fits the memory of its study, and steps for the common time.
+
+    Args:
+        contender: the method; but for MeZO its rate is chosen of two.
+        steps: that took about five minutes of a core by short trainings.
+        rows: of a first-order batch; 0 if there is none.
+        threshold: L_T in tokens.
+        checkpointing: whether backward recomputes.
+    """
+    more = [("num_dev", "250")]
+    if threshold is not None:
+        more.append(("length_threshold", str(threshold)))
+    if checkpointing:
+        more.append(("activation_checkpointing", "True"))
+    rates = (2e-3, 1e-3) if rows else contender.learning_rates
+    return replace(contender, steps=steps, first_order=rows, learning_rates=rates, more=tuple(more))
+
+
+# Recomputing, backward fits 0.5 GB with two rows of any length or eight short ones, and 1.2 GB with
+# eight of any length. It fits 1.2 GB without, too, with four short ones.
+_TIGHT = (
+    _equal(_ADDAX, 16, 8, 304, checkpointing=True),
+    _equal(_IP_SGD, 84, 2, checkpointing=True),
+    _equal(_SHORT, 26, 8, 304, checkpointing=True),
+    _equal(replace(_MEZO, learning_rates=(3e-5,)), 28, 0),
+)
+_ROOMY = (
+    _equal(_ADDAX, 24, 4, 288),
+    _equal(_IP_SGD, 14, 8, checkpointing=True),
+    _equal(_SHORT, 60, 4, 288),
+)
+
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
@@ -204,7 +248,8 @@ STUDIES: dict[str, Study] = {
         Study("multiemo-parts", "MULTIEMO", _CUT, _PARTS, (0, 1, 2)),
         Study("multiemo-long", "MULTIEMO", _CUT, (_LONG_MEZO,), (0,), beside="multiemo"),
         Study("multiemo-peers", "MULTIEMO", _CUT, _PEERS, (0, 1, 2), beside="multiemo"),
-        Study("multiemo-whole", "MULTIEMO", _UNCUT, _WHOLE, (0, 1, 2)),
+        Study("multiemo-0.5gb", "MULTIEMO", _UNCUT, _TIGHT, (0, 1, 2), memory_gb=0.5),
+        Study("multiemo-1.2gb", "MULTIEMO", _UNCUT, _ROOMY, (0, 1, 2), memory_gb=1.2),
         Study("coqa", "COQA", _UNCUT, (*_WHOLE, _NOISE), (0, 1, 2)),
         Study("topical-chat", "TOPICAL_CHAT", _UNCUT, _WHOLE, (0, 1, 2)),
     )

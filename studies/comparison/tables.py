@@ -38,13 +38,14 @@ def _row(*cells: str) -> str:
 def _results(result: StudyResult) -> Iterator[str]:
     yield _row(
         *("method", "learning rate", "steps", "test accuracy", "seeds"),
-        *("seconds a step", "training, minutes", "peak memory, GB"),
+        *("seconds a step", "training, minutes", "CPU minutes", "peak memory, GB"),
     )
-    yield "|---" * 8 + "|"
+    yield "|---" * 9 + "|"
     for name, accuracy in _without_training(result):
-        yield _row(name, "", "0", f"{accuracy:.3f}", "", "", "", "")
+        yield _row(name, "", "0", f"{accuracy:.3f}", *[""] * 5)
     for entry in result.entries:
-        steps, seconds, peak = entry.contender.steps, entry.step_seconds, entry.peak_memory
+        steps, seconds, cpu = entry.contender.steps, entry.step_seconds, entry.cpu_seconds
+        peak = entry.peak_memory
         yield _row(
             entry.contender.name,
             _rate(entry),
@@ -53,6 +54,7 @@ def _results(result: StudyResult) -> Iterator[str]:
             str(len(entry.tests)),
             f"{seconds:.1f}" if seconds else "",
             f"{steps * seconds / 60:.1f}" if seconds else "",
+            f"{cpu / 60:.1f}" if cpu else "",
             f"{peak / 1e9:.2f}" if peak else "",
         )
 

@@ -275,7 +275,7 @@ def test_an_outcome_of_other_flags_does_not_count(tmp_path):
 def test_the_flags_are_those_of_the_launcher(tmp_path, launched):
     """Baselines need --deepspeed, which needs ranks."""
     common = {"deepspeed": str(ROOT / "ds_configs/zero3.json"), "bf16": "True", "use_cpu": "True"}
-    settings: dict[str, tuple[Any, bool]] = {}
+    settings: dict[tuple[str, str], tuple[Any, bool]] = {}
     for study in STUDIES.values():
         compared = Comparison([study], tmp_path, common)
         for trial in study.grid:
@@ -289,16 +289,18 @@ def test_the_flags_are_those_of_the_launcher(tmp_path, launched):
                 trial.contender.steps,
             )
             assert data.skip_test
-            settings[trial.contender.name] = args.settings, bool(args.activation_checkpointing)
+            recomputes = bool(args.activation_checkpointing)
+            settings[study.name, trial.contender.name] = args.settings, recomputes
         assert len({trial.name for trial in study.grid}) == len(study.grid)
         test = compared.test(Trial(study)).flags
         _, data, *_ = parse_arguments([f"--{k}={v}" for k, v in test.items()])
         assert data.num_train == 0
-    (addax, _), (short, _) = settings["addax"], settings["ip-sgd-short"]
-    assert addax.length_threshold == short.length_threshold == "median"
-    assert (addax.method, short.method) == ("addax", "ip-sgd")
-    recomputing = [name for name, (_, recomputes) in settings.items() if recomputes]
-    assert recomputing == ["ip-sgd-checkpointing"]
+    for study, threshold in (("coqa", "median"), ("multiemo-1.2gb", 288)):
+        (addax, _), (short, _) = settings[study, "addax"], settings[study, "ip-sgd-short"]
+        assert addax.length_threshold == short.length_threshold == threshold
+        assert (addax.method, short.method) == ("addax", "ip-sgd")
+    recomputing = {name for (study, name), (_, it) in settings.items() if it and study == "coqa"}
+    assert recomputing == {"ip-sgd-checkpointing"}
 
 
 def program(text: str) -> Any:

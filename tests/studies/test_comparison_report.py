@@ -40,7 +40,7 @@ def test_seconds_a_step():
 
 LABELS = [0, 1, 1, 0, 1]
 COSTS = {
-    **{"train_steps": 4, "train_tokens": 9, "train_seconds": 7.5, "train_cpu_seconds": 1.5},
+    **{"train_steps": 4, "train_tokens": 9, "train_seconds": 7.5, "train_cpu_seconds": 90.0},
     "peak_memory_bytes": 2.5e9,
 }
 
@@ -84,8 +84,8 @@ def test_tables(compared):
     assert "| most frequent answer |  | 0 | 0.600 |" in tables
     assert "| as it is |  | 0 | 0.500 |" in tables
     row = "| addax | 0.002, at the edge of the grid | 4 | 0.805 (0.800 to 0.810) | 2 | 1.0 | 0.1 |"
-    assert f"{row} 2.50 |" in tables
-    assert "| mezo | 1e-06 | 8 | 0.815 (0.810 to 0.820) | 2 | 2.0 | 0.3 | 2.50 |" in tables
+    assert f"{row} 1.5 | 2.50 |" in tables
+    assert "| mezo | 1e-06 | 8 | 0.815 (0.810 to 0.820) | 2 | 2.0 | 0.3 | 1.5 | 2.50 |" in tables
     assert "| addax | 0.001: 0.700, 0.002: 0.800 |" in tables
     # After 4 steps of Addax mezo has had the time for 2, and was first evaluated after 4.
     assert "| addax | 0.700 | 0.700 | 0.800 | 0.800 |" in tables
@@ -140,6 +140,16 @@ def test_comparison_json(compared):
         assert one["command"].startswith("deepspeed --num_gpus 1 launch/train.py --bf16=True ")
         assert f" --learning_rate={one['learning_rate']:g} " in one["command"]
         assert str(compared.folder) not in one["command"]
+
+
+def test_the_command_of_a_training_names_its_program(tmp_path):
+    peer = replace(ADDAX, learning_rates=(1e-3,), program="studies/comparison/peers.py")
+    compared = comparison(tmp_path)
+    compared.studies[:] = [replace(STUDY, contenders=(peer,))]
+    finish(compared.training(compared.studies[0].grid[0]), log=[evaluated(0.7)], results=COSTS)
+    _, content = report(compared)
+    (trained,) = content["studies"]["tiny"]["methods"]["addax"]["trainings"]
+    assert trained["command"].startswith("deepspeed --num_gpus 1 studies/comparison/peers.py ")
 
 
 def read(job: Any, rights: str, tokens: str = "3579", loss: float = 1.0) -> None:
