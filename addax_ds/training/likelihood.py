@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from addax_ds.data.datasets import as_examples
 from addax_ds.data.encoding import NO_LOSS, Example, embeddings_of, longest_of, padding_token
@@ -51,10 +51,9 @@ def check_evaluations(args: TrainingArguments, dataset: Any) -> None:
         return
     if chosen is None or args.eval_strategy == "no":
         return
-    sets = dataset.items() if isinstance(dataset, Mapping) else [("", dataset)]
     made = [
         f"{name}_{metric}" if name else metric
-        for name, scored in sets
+        for name, scored in _by_name(dataset).items()
         for metric in _metrics_of(scored)
     ]
     if chosen.removeprefix("eval_") not in made:
@@ -62,6 +61,11 @@ def check_evaluations(args: TrainingArguments, dataset: Any) -> None:
             f"--metric_for_best_model {chosen}: no evaluation here makes it; it must be of "
             f"{', '.join(made)}"
         )
+
+
+def _by_name(dataset: Any) -> Mapping[str, Any]:
+    """Return the data sets of an evaluation; one without a name has none."""
+    return dataset if isinstance(dataset, Mapping) else {"": dataset}
 
 
 def _metrics_of(dataset: Any) -> Iterable[str]:
@@ -78,7 +82,8 @@ class LikelihoodMixin(_Steps):
     the global batch in fp64 and divided by its number of targets; a loss of the model's own is not
     used. ``train_dataset`` and ``eval_dataset`` are examples (`addax_ds.data.encoding.encode`), or
     what `as_examples` makes some of: any map-style data set with ``input_ids``, or of text. With a
-    ``data_collator`` of the user's, it makes the batches, ``labels`` among them.
+    ``data_collator`` of the user's, it makes the batches, ``labels`` among them. A subclass with a
+    ``compute_loss`` of its own is refused, as nothing would call it.
 
     What is evaluated scores its own batches (`ScoredSet`), shared out over the ranks. With a
     ``compute_metrics`` or a ``data_collator`` of the user's, Trainer's evaluation runs instead.
@@ -96,12 +101,23 @@ class LikelihoodMixin(_Steps):
                 f"{type(self).__name__} takes no compute_loss_func: the loss is the likelihood of "
                 "the target tokens; AddaxMixin takes that of any trainer"
             )
+        if type(self).compute_loss is not Trainer.compute_loss:
+            raise UserError(
+                f"{type(self).__name__} has a compute_loss of its own, which nothing calls: the "
+                "loss is the likelihood of the target tokens. Give compute_loss to a "
+                "transformers.Trainer, and the step to that: class Mine(AddaxMixin, MyTrainer)"
+            )
         vocabulary = embeddings_of(getattr(model, "config", None))
         self._pad_token_id = padding_token(kwargs.get("processing_class"), vocabulary)
         self._collates = kwargs.get("data_collator") is not None
         if not self._collates:
             kwargs["data_collator"] = EvaluationCollator(self._pad_token_id)
+        self._evaluated: list[tuple[Any, ScoredSet]] = []
         super().__init__(model, args, **{**kwargs, "compute_loss_func": causal_loss})
+        if not self._collates and self.eval_dataset is not None:
+            for name, dataset in _by_name(self.eval_dataset).items():
+                where = f"eval_dataset {name!r}" if name else "eval_dataset"
+                self._evaluated.append((dataset, self._scored_set(dataset, where)))
         if self.compute_metrics is None and not self._collates:
             check_evaluations(self.args, self.eval_dataset)
 
@@ -126,6 +142,25 @@ class LikelihoodMixin(_Steps):
             vocabulary_size=embeddings_of(config),
             now=datetime.fromisoformat(self.template_time),
         )
+
+    def _scored_set(self, dataset: Any, name: str) -> ScoredSet:
+        """Return what evaluates the examples of a data set; that of ``eval_dataset`` is made once.
+
+        Raises:
+            UserError: a row cannot be used, or rows have no numbers.
+        """
+        if isinstance(dataset, ScoredSet):
+            return dataset
+        for given, made in self._evaluated:
+            if given is dataset:
+                return made
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise UserError(
+                f"{name} is a {type(dataset).__name__}, whose rows come one after the other; ranks "
+                "share out a data set with a length and rows by number (datasets: load it without "
+                "streaming)"
+            )
+        return EvaluationSet(self._examples(dataset, name))
 
     def _count_targets(self, batches: list[dict[str, Any]]) -> Tensor | int | None:
         """Count the targets of all ranks; nothing predicts position 0, whatever the model says."""
@@ -183,8 +218,7 @@ class LikelihoodMixin(_Steps):
             chosen = eval_dataset
         if chosen is None:
             raise UserError(f"{type(self).__name__}: evaluation needs an eval_dataset")
-        if not isinstance(chosen, ScoredSet):
-            chosen = EvaluationSet(self._examples(chosen, "eval_dataset"))
+        chosen = self._scored_set(chosen, "eval_dataset")
         if self.compute_metrics is not None:
             return super().get_eval_dataloader(chosen)
         args = self.args

@@ -180,6 +180,51 @@ def test_the_weights_have_the_type_that_the_arguments_ask_for(tmp_path):
     trainer(tiny_model("opt", torch.bfloat16), tmp_path, bf16=True).train()
 
 
+def test_a_loss_that_nothing_calls_is_refused(tmp_path):
+    class Mine(AddaxTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            raise AssertionError
+
+    with pytest.raises(UserError, match=r"Mine has a compute_loss of its own.*AddaxMixin"):
+        Mine(tiny_model("opt"), AddaxConfig(output_dir=str(tmp_path), learning_rate=1.0))
+
+
+def test_rows_to_evaluate_are_read_before_the_training(tmp_path):
+    """Once, whatever their number of evaluations; and a bad one ends no training."""
+
+    class Rows(list):
+        read = 0
+
+        def __getitem__(self, index: int) -> Any:
+            Rows.read += 1
+            return super().__getitem__(index)
+
+    def evaluating(dataset: Any) -> AddaxTrainer:
+        often = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+        args = AddaxConfig(
+            str(tmp_path), learning_rate=0.05, report_to=[], use_cpu=True, save_strategy="no",
+            length_threshold=12, per_device_train_batch_size=2, disable_tqdm=True, **often,
+        )  # fmt: skip
+        return AddaxTrainer(
+            tiny_model("opt"), args, train_dataset=examples(rows(2, 3)), eval_dataset=dataset
+        )
+
+    good = Rows([{"input_ids": [5, 6, 7]}, {"input_ids": [5, 8]}])
+    watched = evaluating({"a": good, "b": examples(rows(1, 1))})
+    before = Rows.read
+    watched.train()
+    assert Rows.read == before > 0
+    logged = [entry for entry in watched.state.log_history if "eval_a_loss" in entry]
+    assert len(logged) == 3
+    for bad, said in (
+        ([{"input_ids": [5, 6]}, {"input_ids": [10**6, 6]}], r"eval_dataset: row 1: input_ids"),
+        ([], "eval_dataset holds no rows"),
+        ({"a": iter(())}, "eval_dataset 'a' is a .*whose rows come one after the other"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluating(bad)
+
+
 def test_label_smoothing_is_refused_because_no_loss_would_see_it(tmp_path):
     with pytest.raises(UserError, match="Trainer's label smoother is never called"):
         trainer(tiny_model("opt"), tmp_path, label_smoothing_factor=0.1)
