@@ -32,6 +32,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from addax_ds import reading
 from addax_ds.data.arrow import SCHEMA, ArrowExamples, Shard, record_batch
 from addax_ds.data.cache_index import UNFINISHED, Index, appearing, identity_of, shard_name
 from addax_ds.data.encoding import Cuts, Example, add_to_digest, chunks, encode, learnt_ends
@@ -111,10 +112,11 @@ class Encoder:
 
 @cache
 def _program() -> list[str]:
-    """Return what makes tokens: versions of libraries, and a digest of this folder's code."""
+    """Return what makes tokens: versions of libraries, and a digest of the code up to them."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
+    for room in (Path(__file__).parent, Path(reading.__file__).parent):
+        for path in sorted(room.glob("*.py")):
+            code.update(path.read_bytes())
     return [*(version(name) for name in ("transformers", "tokenizers")), code.hexdigest()]
 
 

@@ -1,10 +1,12 @@
 """Tokens on the disk are those of `encode`, made once, and made again if anything is not right."""
 
+import importlib
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -187,6 +189,26 @@ def test_the_program_is_part_of_the_fingerprint(tmp_path, monkeypatch):
     before = encoder().fingerprint(rows, False)
     monkeypatch.setattr(cache, "_program", lambda: ["another version"])
     assert encoder().fingerprint(rows, False) != before
+
+
+@pytest.mark.parametrize("room", ["data", "reading"])
+def test_the_program_is_all_code_that_makes_tokens(room, tmp_path, monkeypatch):
+    before = cache._program()
+    for name in ("data", "reading"):
+        package = importlib.import_module(f"addax_ds.{name}")
+        shutil.copytree(Path(package.__file__).parent, tmp_path / name)
+    with (tmp_path / room / "a_new_module.py").open("w") as file:
+        file.write("CHANGED = True\n")
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "data" / "cache.py"))
+    monkeypatch.setattr(cache.reading, "__file__", str(tmp_path / "reading" / "__init__.py"))
+    cache._program.cache_clear()
+    try:
+        assert cache._program() != before
+        (tmp_path / room / "a_new_module.py").unlink()
+        cache._program.cache_clear()
+        assert cache._program() == before
+    finally:
+        cache._program.cache_clear()
 
 
 DAY = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHATML
