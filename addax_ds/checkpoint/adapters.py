@@ -1,6 +1,7 @@
 """Weights of PEFT adapters, whatever back end holds them; the frozen base is not saved."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from addax_ds.checkpoint.weight_files import WeightFiles
 from addax_ds.checkpoint.weights import full_shapes, gather_weights, local_slices
 from addax_ds.distributed.collectives import raise_on_all_ranks
 from addax_ds.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -80,7 +83,8 @@ def load_adapters(model: Any, folder: Path) -> None:
     """Fill this rank's shards of the adapters from a folder that `save_adapters` wrote.
 
     Raises:
-        UserError: see `addax_ds.checkpoint.weight_files.WeightFiles`.
+        UserError: see `addax_ds.checkpoint.weight_files.WeightFiles`; also if the folder holds
+            adapters of layers that have none in the model.
     """
     for adapter, config in model.peft_config.items():
         of_adapter = folder if adapter == "default" else folder / adapter
@@ -88,14 +92,33 @@ def load_adapters(model: Any, folder: Path) -> None:
             name: getattr(config, name) for name in ("r", "lora_alpha") if hasattr(config, name)
         }
         check_adapters(of_adapter, kept)
+        _warn_of_another_base(of_adapter, config.base_model_name_or_path)
         files = WeightFiles(of_adapter, ADAPTER_FILE)
         saved = _saved_names(model, adapter)
+        if lacking := sorted(files.names - set(saved.values())):
+            raise UserError(
+                f"{of_adapter}: it has adapters that this run has not, such as {lacking[0]}: "
+                "resume with the --lora_target_modules that it was written with"
+            )
         slices = [
             replace(wanted, names=(saved[wanted.names[0]],))
             for wanted in local_slices(model)
             if wanted.names[0] in saved
         ]
         files.fill(slices)
+
+
+def _warn_of_another_base(folder: Path, base: str | None) -> None:
+    """Warn, on rank 0, if adapters were trained on a model of another name; it may have moved."""
+    content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    saved = content.get("base_model_name_or_path")
+    is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
+    if None not in (saved, base) and saved != base and is_rank_zero:
+        logger.warning(
+            "%s: its adapters were trained on %s, and this run has %s: they fit the same weights "
+            "alone.",
+            *(folder, saved, base),
+        )
 
 
 def _saved_names(model: Any, adapter: str) -> dict[str, str]:

@@ -105,6 +105,7 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_adapters(folder, alone, tmp_
     for other, said in (
         ({"lora_r": 3}, "its adapters have r 4, and those of this run 3"),
         ({"lora_alpha": 5}, "its adapters have lora_alpha 6, and those of this run 5"),
+        ({"lora_target_modules": "q_proj"}, "it has adapters that this run has not, such as "),
     ):
         with pytest.raises(SystemExit):
             train.main(flags(folder, tmp_path / "other", **resumed, **other))
@@ -113,6 +114,18 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_adapters(folder, alone, tmp_
     with pytest.raises(SystemExit):
         train.main(without)
     assert "it holds adapters of PEFT, and this run trains the whole" in capsys.readouterr().err
+
+
+def test_another_base_is_said(folder, alone, tmp_path, capsys):
+    """It may be the same one, in another place."""
+    write_model(tmp_path / "moved")
+    resumed = {"resume_from_checkpoint": alone / "checkpoint-2"}
+    train.main(flags(folder, tmp_path / "again", **resumed))
+    assert "its adapters were trained on" not in capsys.readouterr().err
+    moved = {"model_name_or_path": tmp_path / "moved", **resumed}
+    train.main(flags(folder, tmp_path / "other", **moved))
+    bases = f"its adapters were trained on {folder / 'start'}, and this run has {tmp_path}/moved"
+    assert bases in capsys.readouterr().err
 
 
 @pytest.mark.slow
