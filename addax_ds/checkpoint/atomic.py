@@ -1,8 +1,8 @@
 """Folders that appear complete or not at all, and whose damage shows.
 
-A folder is written beside its place, in ``.unfinished/``, sealed with the SHA-256 of each of its
+A folder is written beside its place, in ``_unfinished/``, sealed with the SHA-256 of each of its
 files, flushed to the disk, and then renamed. What a run that died has left is still in
-``.unfinished``, which is emptied when the next folder is begun. A seal is a file for ``sha256sum
+``_unfinished``, which is emptied when the next folder is begun. A seal is a file for ``sha256sum
 -c``::
 
     # 1234 bytes
@@ -32,7 +32,7 @@ from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import sha256_of
 
 SEAL = "SHA256SUMS"
-UNFINISHED = ".unfinished"
+UNFINISHED = "_unfinished"  # ``push_to_hub`` leaves out what begins so
 
 _REPLACED = ".replaced"
 

@@ -78,6 +78,11 @@ def path_of(output_dir: Path, step: int) -> Path:
     return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint from its path."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def read_run_id(folder: Path) -> str | None:
     """Return the id of the run that wrote a checkpoint; None if it has none."""
     try:

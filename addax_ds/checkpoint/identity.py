@@ -108,11 +108,15 @@ class Progress:
         loss_sum: of the steps since Trainer last logged a loss, which is a mean over steps.
         last_logged_step: when that was.
         costs: of all steps (`Costs`), as a mapping.
+        metric: by which the best checkpoint is chosen; None without one, and in older checkpoints.
+        greater_is_better: of that metric.
     """
 
     loss_sum: float
     last_logged_step: int
     costs: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
+    greater_is_better: bool | None = None
 
 
 def check_same_run(written: Run, now: Run) -> None:

@@ -224,11 +224,13 @@ def _train(
         interrupted = interrupts is not None and interrupts.received
         if trainer.stopped:
             logger.info(
-                "Stopped by %s after step %d, with a checkpoint in %s: go on with "
-                "--resume_from_checkpoint True",
+                "Stopped by %s after step %d, with a checkpoint in %s: %s",
                 "Ctrl-C" if interrupted else "SIGTERM",
                 trainer.state.global_step,
                 folder,
+                "no run can go on from it, as --save_only_model has it"
+                if trainer.args.save_only_model
+                else "go on with --resume_from_checkpoint True",
             )
             return False
         with outputs.one("the model"):
@@ -425,7 +427,7 @@ class _TestBeforeTraining(TrainerCallback):
 
 def _on_dev(trainer: StepMixin) -> dict[str, float]:
     """Find the dev metrics of the weights that are saved: the best ones, or those of the end."""
-    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    best = trainer.best_step if trainer.args.load_best_model_at_end else None
     found: dict[str, float] = {}
     for entry in trainer.state.log_history:
         if "eval_loss" in entry and entry["step"] == (best or entry["step"]):

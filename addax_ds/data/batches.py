@@ -92,6 +92,12 @@ class StepSchedule:
             raise UserError("there are no examples to train on")
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of both batches of a step, of which a last one may have fewer."""
+        zeroth_order = self.zeroth_order_batch_size if len(self.zeroth_order) else 0
+        return zeroth_order + (self.first_order_batch_size if len(self.first_order) else 0)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps of one pass over D1, or over D0 if there is no first-order stream."""
         if len(self.first_order):

@@ -3,6 +3,7 @@
 import io
 import logging
 import random
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from addax_ds.checkpoint import atomic, checkpoint, ownership, resume
 from addax_ds.checkpoint.identity import Progress, Run
@@ -83,6 +84,22 @@ class SavingMixin(UploadingMixin):
         with checkpoint.atomic_folder(folder, self.args) as staging:
             self.save_model(str(staging), _internal_call=True)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write Trainer's card, with the method where Trainer would name ``--optim``."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir or ".") / "README.md"
+        if not self.is_world_process_zero() or not card.is_file():
+            return
+        run = self._run
+        values = (f", {k} {v}" for k, v in run.hyperparameters.items() if v is not None)
+        lines = [f"- optimizer: addax_ds, method {run.method}{''.join(values)}"]
+        for name in ("zeroth_order_batch", "first_order_batch"):
+            if size := getattr(run, name):
+                lines.append(f"- {name}_size: {size} over all ranks")
+        text = re.sub(r"^- total_train_batch_size: .*\n", "", card.read_text("utf-8"), flags=re.M)
+        method = re.sub(r"^- optimizer: .*$", lambda _: "\n".join(lines), text, flags=re.M)
+        card.write_text(method, "utf-8")
+
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write what Trainer writes; older checkpoints are removed when the new one is there."""
         self.store_flos()
@@ -115,9 +132,18 @@ class SavingMixin(UploadingMixin):
             output = super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
-        if limit == 1 and self.state.best_global_step:
-            self._rotate(self.state.best_global_step)
+        if limit == 1 and self.best_step:
+            self._rotate(self.best_step)
         return output
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint; None if there is none.
+
+        A better evaluation may have come when nothing was saved.
+        """
+        best = self.state.best_model_checkpoint
+        return None if best is None else checkpoint.step_of(Path(best))
 
     def _name_best(self, root: Path) -> None:
         """Note where the best checkpoint is, or will be in a moment."""
@@ -133,7 +159,10 @@ class SavingMixin(UploadingMixin):
         with raise_on_all_ranks():
             if self.args.should_save:
                 progress = Progress(
-                    self._tr_loss.item(), self._globalstep_last_logged, asdict(self.costs.costs)
+                    self._tr_loss.item(),
+                    self._globalstep_last_logged,
+                    asdict(self.costs.costs),
+                    *self._chosen_by,
                 )
                 own = (self.addax, self.lr_scheduler, self._run, progress)
                 checkpoint.save_state(folder, *own)
@@ -153,14 +182,16 @@ class SavingMixin(UploadingMixin):
         with raise_on_all_ranks(), atomic.writing(folder):
             if not self.args.should_save:
                 return
+            # Anew: a callback may have come with a resume.
+            states: dict[str, Any] = {}
             for callback in (*self.callback_handler.callbacks, self.control):
                 if isinstance(callback, ExportableState):
-                    kept: Any = self.state.stateful_callbacks
-                    name, state = type(callback).__name__, callback.state()
-                    if isinstance(kept[name], list):
-                        kept[name].append(state)
-                    else:
-                        kept[name] = state
+                    states.setdefault(type(callback).__name__, []).append(callback.state())
+            state: Any = self.state
+            state.stateful_callbacks = {
+                name: of_class[0] if len(of_class) == 1 else of_class
+                for name, of_class in states.items()
+            }
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             checkpoint.write_run_id(folder, self._run_id)
 
@@ -233,6 +264,7 @@ class SavingMixin(UploadingMixin):
         with raise_on_all_ranks():
             own = (self.addax, self.lr_scheduler, self._run)
             self._progress = checkpoint.load_state(folder, *own)
+        self._forget_another_best(folder, self._progress)
         self._load_weights(folder)
         self.resumed_step = self.state.global_step
         self.addax.sharding.resume_at(self.resumed_step)
@@ -243,6 +275,33 @@ class SavingMixin(UploadingMixin):
                 *(folder, self.resumed_step, max_steps),
                 *(costs.train_tokens, costs.train_seconds),
             )
+
+    @property
+    def _chosen_by(self) -> tuple[str | None, bool | None]:
+        """The metric by which the best checkpoint is chosen, and whether more of it is better."""
+        metric = self.args.metric_for_best_model
+        if metric is None:
+            return None, None
+        return metric.removeprefix("eval_"), self.args.greater_is_better
+
+    def _forget_another_best(self, folder: Path, progress: Progress) -> None:
+        """Forget the best checkpoint if it was by another metric, or a rank does not find it."""
+        state = self.state
+        before = progress.metric, progress.greater_is_better
+        named = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).best_model_checkpoint
+        if progress.metric is not None and before != self._chosen_by:
+            why = f"was chosen by {progress.metric}, which no longer chooses it in the same way"
+        elif any(all_gather_object(named is not None and state.best_model_checkpoint is None)):
+            why = "is not there any more"
+        else:
+            return
+        if state.best_metric is not None and self.is_world_process_zero():
+            logger.warning(
+                "Resuming: the best checkpoint up to now, %s, %s: the best one is that of the "
+                "steps from here on.",
+                *(named or f"of step {state.best_global_step}", why),
+            )
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks whether the last step is done only after it has taken one more.
@@ -255,6 +314,8 @@ class SavingMixin(UploadingMixin):
         """Go on with what is logged as a sum over steps, once Trainer has begun anew."""
         if self._progress is not None:
             self._tr_loss += self._progress.loss_sum
+            # `train_loss` is a mean over the steps since the resume.
+            self._total_loss_scalar = -self._progress.loss_sum
             self._globalstep_last_logged = self._progress.last_logged_step
             self.costs.resume(Costs(**self._progress.costs))
             self._progress = None

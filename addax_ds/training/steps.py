@@ -192,6 +192,19 @@ class StepMixin(SavingMixin):
             persistent_workers=args.dataloader_persistent_workers,
         )
 
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Return how many rows an epoch of the training takes, those of D0 included."""
+        if self._steps is None or dataloader.dataset is not self._steps:
+            return super().num_examples(dataloader)
+        schedule = self._steps.schedule
+        return schedule.steps_per_epoch * schedule.rows_per_step
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Return how many rows a step takes, over all ranks: K0 + K1."""
+        if self._steps is None:
+            return super().get_total_train_batch_size(args)
+        return self._steps.schedule.rows_per_step
+
     def tokens(self, step: int) -> int:
         """Return the number of tokens in a step's global batches, padding left out."""
         assert self._steps is not None

@@ -359,7 +359,7 @@ FINISHES = 'sleep 0.1; rm -rf "$OUTPUT_DIR/model"; mkdir -p "$OUTPUT_DIR/model"'
         (["checkpoint-7"], f"{FINISHES}; exit 0", False),
         (["checkpoint-3", "model"], f"{FINISHES}; exit 1", False),
         (["checkpoint-3"], "exit 1", False),
-        ([], 'mkdir -p "$OUTPUT_DIR/.unfinished/checkpoint-7"; exit 137', False),
+        ([], 'mkdir -p "$OUTPUT_DIR/_unfinished/checkpoint-7"; exit 137', False),
     ],
     ids=[
         *("stopped", "stopped again", "stopped beside a model", "finished after a last checkpoint"),

@@ -89,7 +89,7 @@ class Training:
     @property
     def staging(self) -> Path:
         """Exists while a checkpoint is written or removed."""
-        return self.output / ".unfinished"
+        return self.output / "_unfinished"
 
     def checkpoints(self) -> list[int]:
         """Steps of the folders that call themselves checkpoints."""

@@ -1,14 +1,18 @@
 """What a trainer in Python writes, removes and uploads."""
 
+import logging
+import math
+import shutil
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from addax_ds import AddaxConfig, AddaxTrainer, UserError
-from addax_ds.checkpoint import checkpoint
+from addax_ds.checkpoint import atomic, checkpoint
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.training import hub
 from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer
@@ -43,6 +47,94 @@ def test_a_limit_of_one_keeps_the_best_checkpoint_and_those_of_others(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.args.save_total_limit == 1
     assert sorted(checkpoint.steps(tmp_path)) == [again.state.best_global_step, 9]
+
+
+BEST = {**EVERY_STEP, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+
+
+def test_another_metric_on_a_resume_does_not_compete_with_the_old_one(tmp_path, caplog):
+    """The loss falls, so that its first value would stay the largest."""
+    largest = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
+    first = trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=2)
+    first.train()
+    assert first.best_step == 1
+    smallest = {**largest, "greater_is_better": False}
+    again = trainer(tmp_path, **smallest, learning_rate=1e-3)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.best_step == again.state.best_global_step == 3
+    unchanged = trainer(tmp_path, **smallest, learning_rate=1e-3, max_steps=4)
+    caplog.clear()
+    unchanged.train(resume_from_checkpoint=True)
+    assert "the best checkpoint up to now" not in caplog.text
+    largest_again = trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=5)
+    with caplog.at_level(logging.WARNING):
+        largest_again.train(resume_from_checkpoint=True)
+    assert largest_again.best_step == 5
+    assert "was chosen by loss" in caplog.text
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_the_best_one_any_more(tmp_path, caplog):
+    rising = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
+    first = trainer(tmp_path, **rising, learning_rate=1e-3, max_steps=2)
+    first.train()
+    (best,) = {1, 2} - ({other := 3 - first.best_step})
+    assert best == first.best_step == 1
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    again = trainer(tmp_path, **rising, learning_rate=1e-3)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{other}"))
+    assert again.best_step == again.state.best_global_step == 3
+    assert "is not there any more" in caplog.text
+
+
+def test_the_mean_loss_after_a_resume_is_of_the_steps_since(tmp_path):
+    steady = {**EVERY_STEP, "lr_scheduler_type": "constant"}
+    losses = {**steady, "logging_steps": 1}
+    whole = trainer(tmp_path / "whole", **losses, max_steps=6)
+    whole.train()
+    of_step = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    unlogged = {**steady, "logging_steps": 500}
+    trainer(tmp_path / "parts", **unlogged, max_steps=4).train()
+    again = trainer(tmp_path / "parts", **unlogged, max_steps=6)
+    result = again.train(resume_from_checkpoint=True)
+    assert result.training_loss == pytest.approx(sum(of_step[4:]) / 2, rel=1e-4)
+
+
+def test_samples_per_second_count_the_rows_of_both_batches(tmp_path):
+    many = {"per_device_zo_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": -1}
+    epoch = trainer(tmp_path, **many, num_train_epochs=1, per_device_train_batch_size=1)
+    metrics = epoch.train().metrics
+    steps = math.ceil(6 / 2)  # of D1
+    rate = steps * (2 + 2) / metrics["train_runtime"]
+    assert metrics["train_samples_per_second"] == pytest.approx(rate, rel=0.01)
+
+
+def test_a_callback_may_come_with_a_resume(tmp_path):
+    watched = {**BEST, "metric_for_best_model": "loss"}
+    trainer(tmp_path, **watched, max_steps=2).train()
+    again = trainer(tmp_path, **watched)
+    again.add_callback(EarlyStoppingCallback(early_stopping_patience=9))
+    again.train(resume_from_checkpoint=True)
+    states = again.state.stateful_callbacks
+    assert states["EarlyStoppingCallback"]["args"] == {
+        "early_stopping_patience": 9,
+        "early_stopping_threshold": 0.0,
+    }
+    assert isinstance(states["TrainerControl"], dict)
+
+
+def test_what_is_uploaded(tmp_path):
+    """Trainer leaves out what begins with an underscore; its card would name --optim."""
+    assert fnmatch(f"{atomic.UNFINISHED}/checkpoint-1/model.safetensors", "_*")
+    uploading = trainer(tmp_path, gradient_accumulation_steps=2, alpha=0.25)
+    uploading.train()
+    uploading.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "adam" not in card.lower()
+    assert "- optimizer: addax_ds, method addax, " in card
+    assert ", alpha 0.25" in card
+    assert "- zeroth_order_batch_size: 4 over all ranks\n- first_order_batch_size: 4 over" in card
 
 
 def test_a_trainer_without_an_id_may_train_once_more(tmp_path, monkeypatch):

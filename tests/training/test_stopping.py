@@ -97,6 +97,8 @@ def test_a_stopped_run_keeps_what_it_saved_and_goes_on_to_the_same_end(model, tm
     assert stopped.state.global_step == 3
     names = {path.name for path in (tmp_path / "stopped").glob("checkpoint-*")}
     assert names == {"checkpoint-2", "checkpoint-3"}
+    # What the arguments ask for holds for the same trainer's next training.
+    assert (stopped.args.load_best_model_at_end, stopped.args.save_total_limit) == (True, 1)
     resumed = trainer(model, tmp_path / "stopped")
     resumed.train(resume_from_checkpoint=True)
     assert not resumed.stopped
