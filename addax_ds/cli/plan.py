@@ -152,7 +152,9 @@ def _rows_of(arguments: argparse.Namespace) -> tuple[NDArray[np.int32], int]:
     from addax_ds.models.source import ModelSource
 
     source = ModelSource.find(ModelArguments(model_name_or_path=arguments.model))
-    files = DataArguments(train_file=arguments.train_file, max_length=arguments.length)
+    files = DataArguments(
+        train_file=arguments.train_file, columns=arguments.columns, max_length=arguments.length
+    )
     try:
         rows = load_data(files, source.load_tokenizer(), source).train
     except UserError as error:  # which has the name of a training's flag
@@ -212,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         help="files of rows as launch/train.py takes them, for lengths and predicted tokens; "
         "--model is a folder with a tokenizer, and --length cuts",
     )
+    add("--columns", nargs="+", help="names of the columns of --train_file, as in training")
     add("--deepspeed", help="DeepSpeed JSON (default: bucket sizes of zero3)")
     add("--sharding", choices=tuple(RULES), default="zero3", help="back end")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="type of the weights")
@@ -262,6 +265,8 @@ def _out_of_range(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _without_effect(arguments: argparse.Namespace) -> Iterator[str]:
     given, sharding = dict.fromkeys(arguments.methods), arguments.sharding
+    if arguments.columns and not arguments.train_file:
+        yield "--columns has no effect without --train_file; remove it."
     if arguments.train_file and arguments.target_tokens is not None:
         yield "--target_tokens has no effect with --train_file, which says it; remove it."
     if arguments.recommend:

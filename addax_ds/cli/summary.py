@@ -193,7 +193,7 @@ def report(trainer: StepMixin, title: str, metric: str) -> dict[str, float]:
     if not trainer.is_world_process_zero():
         return {}
     results: dict[str, float] = json.loads((folder / "all_results.json").read_text())
-    for name in ("accuracy", "exact_match", "f1", "loss"):
+    for name in dict.fromkeys((metric, "accuracy", "exact_match", "f1", "loss")):
         if f"test_{name}" in results:
             before, after = results.get(f"test_{name}_before"), results[f"test_{name}"]
             change = f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"

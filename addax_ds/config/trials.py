@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STEPS = 1000  # of a run that counts epochs; of a longer one about as many rates are looked at
+_OF_THE_HUB = (
+    *("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+    "hub_revision",
+)
 _TRAINERS_OWN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
@@ -99,8 +103,13 @@ def warn_of_unused_arguments(args: "AddaxConfig", in_json: bool, given: Collecti
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             unheeded[name] = "it needs --activation_checkpointing"
     if args.eval_strategy == "no":
-        for name in ("metric_for_best_model", "load_best_model_at_end"):
+        for name in ("do_eval", "metric_for_best_model", "load_best_model_at_end"):
             unheeded[name] = "it needs --eval_strategy"
+    if args.metric_for_best_model is None:
+        unheeded["greater_is_better"] = "it needs --metric_for_best_model"
+    if not args.push_to_hub:
+        for name in _OF_THE_HUB:
+            unheeded[name] = "it needs --push_to_hub"
     for name, reason in unheeded.items():
         if name in given and getattr(args, name):
             logger.warning("--%s has no effect: %s.", name, reason)

@@ -330,6 +330,19 @@ def test_length_cuts_the_rows_of_a_training_file(tmp_path):
         plan(["--model", model, *WORDS[:-2], "--length", "9", "--train_file", file])
 
 
+def test_columns_of_a_training_file_may_have_other_names(tmp_path):
+    model = str(write_byte_model(tmp_path / "model"))
+    file = str(write_rows(tmp_path / "rows.jsonl", [{"ask": "p" * 20, "tell": "c" * 10}]))
+    words = ["--model", model, *WORDS[:-2], "--train_file", file]
+    with pytest.raises(UserError, match="--columns prompt="):
+        plan(words)
+    assert "1 training rows of 31 to 31 tokens" in plan(
+        [*words, "--columns", "prompt=ask", "completion=tell"]
+    )
+    with pytest.raises(UserError, match="--columns has no effect without --train_file"):
+        plan(["--model", model, *WORDS, "--columns", "prompt=ask"])
+
+
 def test_nvme_is_refused(folder, tmp_path):
     path = tmp_path / "nvme.json"
     zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}

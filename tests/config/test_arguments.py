@@ -448,6 +448,14 @@ def test_bad_argument_files(tmp_path: Path, text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("word", ["false", "no"])
+def test_a_file_may_say_that_nothing_is_resumed(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(f"resume_from_checkpoint: {word}\n")
+    *_, args = parse_arguments([str(path)])
+    assert args.resume_from_checkpoint is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -475,6 +483,10 @@ def test_bad_argument_files(tmp_path: Path, text: str, message: str) -> None:
         (["--dataset_name", "a", "--num_train", "3"], "--num_train has no effect with --dataset_"),
         (["--test_file", __file__], "--test_file needs --train_file"),
         (["--train_file", __file__, "--eval_strategy", "epoch"], "needs --validation_file."),
+        (
+            ["--train_file", __file__, "--validation_file", __file__],
+            "--validation_file has no effect without --eval_strategy",
+        ),
         (["--model_revision", "main"], "--model_revision has no effect"),
         (["--cpu_threads", "0"], "--cpu_threads"),
         (["--max_length", "1"], "--max_length"),
