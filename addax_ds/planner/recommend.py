@@ -6,6 +6,7 @@ zeroth-order pass gathers once; a first-order one gathers for its forward and fo
 reduces.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -185,12 +186,13 @@ def _option(request: Request, inputs: Inputs, why: str, threshold: int | None = 
 
 def _fitting_rows(request: Request, on: Inputs) -> int | None:
     """Return the most rows, fewer than asked for, with which checkpointed IP-SGD fits."""
-    for rows in range(request.train_rows - 1, 0, -1):
+
+    def is_too_much(rows: int) -> bool:
         asked = replace(request, train_rows=rows)
         inputs = replace(with_batches(asked, "ip-sgd", asked.length, on), checkpointing=True)
-        if step_memory(inputs).total <= request.budget:
-            return rows
-    return None
+        return step_memory(inputs).total > request.budget
+
+    return bisect_left(range(1, request.train_rows), True, key=is_too_much) or None
 
 
 def _units(inputs: Inputs) -> float:

@@ -52,13 +52,17 @@ class Fsdp2Pass(Engine):
         self._replicated, self._kept = replicated, 0
         self._gloo = gloo and ranks > 1
         self._ranks, self._perturbed = ranks, perturbed
-        self._groups = dict(enumerate(shape.block_parameters))
+        # Rotary embeddings in a list are blocks without parameters.
+        units = [pair for pair in zip(shape.blocks, shape.block_parameters, strict=True) if pair[1]]
+        self._groups = {group: parameters for group, (_, parameters) in enumerate(units)}
         in_blocks = {p for parameters in shape.block_parameters for p in parameters}
         self._groups[_ROOT] = tuple(p for p in range(len(shape.sizes)) if p not in in_blocks)
         self._shards = {g: fsdp2_shard(shape, ranks, ps) for g, ps in self._groups.items()}
         sizes = [numel * shape.itemsize for numel in shape.numels]
-        self._largest = {g: max(sizes[p] for p in ps) for g, ps in self._groups.items()}
-        self._modules = {module: group for group, module in enumerate(shape.blocks)} | {0: _ROOT}
+        self._largest = {
+            g: max((sizes[p] for p in ps), default=0) for g, ps in self._groups.items()
+        }
+        self._modules = {module: group for group, (module, _) in enumerate(units)} | {0: _ROOT}
         self._owners = {p: group for group, parameters in self._groups.items() for p in parameters}
         self._whole: set[int] = set()
         self._travelling: set[int] = set()

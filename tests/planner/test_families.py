@@ -1,5 +1,6 @@
 """The planner's tape of other model families, against what a real step on a CPU allocates."""
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -9,6 +10,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
@@ -26,6 +28,7 @@ from transformers import (
 from addax_ds.data.encoding import NO_LOSS
 from addax_ds.evaluation import output_head
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
+from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import Batch, Trace, trace
@@ -160,6 +163,30 @@ def test_the_linear_layer_of_deepspeed_is_planned_where_it_is_used():
         total(planned(config, 4, True, **case, zero3_linear=used)) for used in (False, True)
     )
     assert efficient - usual == replaced - plain != 0
+
+
+def test_a_block_without_parameters_is_no_group_of_fsdp2():
+    """Granite-SWA has its rotary embeddings in a list."""
+    config = CONFIG_MAPPING["granite_swa"](
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    shape = shape_of(config, "granite-swa", "bf16")
+    assert () in shape.block_parameters
+    totals = []
+    for kept in (True, False):
+        pairs = zip(shape.blocks, shape.block_parameters, strict=True)
+        blocks, parameters = zip(*(p for p in pairs if kept or p[1]), strict=True)
+        cut = replace(shape, blocks=blocks, block_parameters=parameters)
+        batch = Batch(2, 32, 32)
+        inputs = Inputs(cut, "addax", "fsdp2", 2, zeroth_order=batch, first_order=batch)
+        totals.append(step_memory(inputs).total)
+    assert totals[0] == totals[1] > 0
 
 
 def test_a_model_that_asks_for_values_is_refused_by_name():

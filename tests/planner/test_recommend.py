@@ -9,6 +9,7 @@ from transformers import OPTConfig
 
 from addax_ds.cli.plan import plan
 from addax_ds.config.deepspeed import automatic_sizes
+from addax_ds.planner import recommend
 from addax_ds.planner.memory import Inputs, step_memory
 from addax_ds.planner.shapes import ModelShape, find_shape
 from addax_ds.planner.trace import Batch
@@ -108,6 +109,21 @@ def test_fewer_rows_first_order_come_before_a_zeroth_order_part(shape, folder):
     assert found["recommended"] == "ip-sgd, checkpointing, 2 row(s)"
     (way,) = (o for o in found["options"] if o["name"] == found["recommended"])
     assert "--per_device_train_batch_size 2" in way["flags"]
+
+
+def test_of_many_rows_few_numbers_are_planned(shape, folder, monkeypatch):
+    budget = needed(shape, "ip-sgd", checkpointing=True, rows=37)
+    asked = []
+
+    def noted(inputs: Inputs) -> Any:
+        asked.append(inputs)
+        return step_memory(inputs)
+
+    monkeypatch.setattr(recommend, "step_memory", noted)
+    words = [*ALONE, "--per_device_train_batch_size", "500", "--per_device_zo_batch_size", "1"]
+    found = recommendation(folder, budget, *words)
+    assert found["recommended"] == "ip-sgd, checkpointing, 37 row(s)"
+    assert len(asked) < 30
 
 
 @pytest.mark.slow
