@@ -98,12 +98,14 @@ def plain_head(model: nn.Module, tokens: int) -> nn.Linear | None:
     """Return the output projection of a model without wrappers, if it can compute the losses.
 
     None if one chunk of logits is all that there is, if something comes after the projection
-    (a cap, a factor), if it is no plain linear layer (adapters), or if a part of the model is
-    compiled.
+    (a cap, a factor), if it is no plain linear layer (adapters) or has a forward of its own (hooks
+    of Accelerate), or if a part of the model is compiled.
     """
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return None
+    if "forward" in vars(head):
         return None
     if tokens <= CHUNK_ELEMENTS // head.out_features or any(map(_is_compiled, model.modules())):
         return None

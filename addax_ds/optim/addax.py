@@ -147,6 +147,7 @@ class Addax(torch.optim.Optimizer):
             setattr(self, name, value)
         self._estimator: Estimator | None = None
         self.loss_scale = loss_scale or UNSCALED
+        self._loaded_scale = UNSCALED
         self.index = 0
         self.track_norm = False
         self.stop_requested = False
@@ -232,7 +233,7 @@ class Addax(torch.optim.Optimizer):
                 losses is lost.
         """
         self._check_comes_first()
-        zeroth = _listed(zeroth_order) if self.alpha > 0.0 else []
+        zeroth = _uncompiled(_listed(zeroth_order)) if self.alpha > 0.0 else []
         first = _listed(first_order) if self.alpha < 1.0 else []
         if not first:
             self._check_leaves_no_loss_alone()
@@ -243,8 +244,7 @@ class Addax(torch.optim.Optimizer):
         try:
             loss = running.measure(zeroth, first)
         except BaseException:
-            self._running = None
-            self._forget_passes()  # their backward will not come
+            self.abandon()
             raise
         running.is_measuring = self.sharding.backward_ran = False
         if loss is None:
@@ -254,6 +254,16 @@ class Addax(torch.optim.Optimizer):
         self.zeroth_order_loss = running.zeroth_order_loss
         self.first_order_loss = running.first_order_loss
         return loss
+
+    def abandon(self) -> None:
+        """Drop the step that has begun, as after an exception in its backward.
+
+        `measure` and `rehearse` do it themselves. Weights that the backward has updated by then
+        keep their updates. All ranks have to call it at the same point; see `Sharding.abandon`.
+        """
+        self.sharding.abandon()
+        self._running = None
+        self._forget_passes()
 
     def rehearse(
         self,
@@ -274,7 +284,7 @@ class Addax(torch.optim.Optimizer):
             RuntimeError: within a step.
         """
         self._check_comes_first()
-        zeroth = _listed(zeroth_order) if self.alpha > 0.0 else []
+        zeroth = _uncompiled(_listed(zeroth_order)) if self.alpha > 0.0 else []
         first = _listed(first_order) if self.alpha < 1.0 else []
         running = self._running = self._new_step()
         running.is_measuring = True
@@ -387,7 +397,8 @@ class Addax(torch.optim.Optimizer):
         if self._running is not None:
             raise RuntimeError(
                 "the zeroth-order passes have to come first in a step and once: call step() after "
-                "the backward, and zeroth_order() before the next first-order forward"
+                "the backward, and zeroth_order() before the next first-order forward. If an "
+                "exception has ended the step: abandon()"
             )
         if self.alpha > 0.0 and self.sharding.awaiting_backward:
             self.sharding.awaiting_backward = False
@@ -406,7 +417,8 @@ class Addax(torch.optim.Optimizer):
         if self.alpha < 1.0 and expected and not self.sharding.backward_ran:
             raise RuntimeError(
                 "no backward ran in this step: call backward() on what measure() returned, or on a "
-                "first-order loss of your own, before step()"
+                "first-order loss of your own, before step(). If an exception has ended it: "
+                "abandon() instead of step()"
             )
 
     def _check_leaves_no_loss_alone(self) -> None:
@@ -451,8 +463,10 @@ class Addax(torch.optim.Optimizer):
                 "Addax trains fp32, bf16 and fp16 weights, and these are "
                 f"{', '.join(sorted(map(str, dtypes)))}"
             )
+        if not sharding.infos:
+            raise UserError("Addax: none of the parameters it was given is trainable")
         if torch.float16 in dtypes and self.loss_scale is UNSCALED:  # nobody gave one
-            self.loss_scale = LossScale()
+            self.loss_scale = LossScale().resumed(self._loaded_scale)
         if torch.bfloat16 in dtypes and self.alpha > 0 and self.zo_eps < SMALLEST_BF16_ZO_EPS:
             logger.warning(
                 "zo_eps %g is below %g with bf16 weights: the loss difference drowns in rounding "
@@ -468,6 +482,7 @@ class Addax(torch.optim.Optimizer):
             )
         if self._sharding is not None:
             self._sharding.detach()
+        self._running = None
         sharding.attach(self._on_gradients)
         self._sharding = sharding
         self._kept = SkippedUpdates([info.name for info in sharding.infos])
@@ -478,10 +493,15 @@ class Addax(torch.optim.Optimizer):
         """Add a group with its own ``lr`` and ``weight_decay``, before the optimizer is attached.
 
         Raises:
-            UserError: if it is attached, or a value lies outside its range.
+            UserError: if it is attached, a value lies outside its range, or a group cannot have it.
         """
         if self._sharding is not None:
             raise UserError("Addax: add parameter groups before the optimizer is attached")
+        for known in _FOR_ALL_GROUPS:
+            if known.name in param_group:
+                raise UserError(
+                    f"Addax: {known.name} holds for all groups: give it to Addax, not to one"
+                )
         super().add_param_group(param_group)
         values = {known.name: self.param_groups[-1][known.name] for known in _BY_GROUP}
         raise_problems("Addax: a parameter group cannot have:", list(problems(values)))
@@ -513,7 +533,8 @@ class Addax(torch.optim.Optimizer):
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "addax"})
         self.index = own["index"]
-        self.loss_scale = self.loss_scale.resumed(LossScale(**own["loss_scale"]))
+        self._loaded_scale = LossScale(**own["loss_scale"])  # for weights of a type not known yet
+        self.loss_scale = self.loss_scale.resumed(self._loaded_scale)
         self._non_finite.in_a_row = own["non_finite_in_a_row"]
 
 
@@ -530,3 +551,8 @@ def _listed(closures: Closure | Sequence[Closure] | None) -> list[Closure]:
     if closures is None:
         return []
     return [closures] if callable(closures) else list(closures)
+
+
+def _uncompiled(closures: list[Closure]) -> list[Closure]:
+    """Return what `torch.compile` was given: a graph does not see perturbed weights."""
+    return [getattr(closure, "_torchdynamo_orig_callable", closure) for closure in closures]

@@ -6,7 +6,8 @@ then the difference of nothing, or has the wrong sign. Each kind is met here, fo
 - `torch.autocast` and `torch.nn.utils.parametrize.cached` remember by parameter what they have
   computed, until their outermost block ends: forgotten before and after each pass.
 - Graphs of `torch.compile` read weights past the hooks that perturb them: compiled modules run
-  uncompiled. (Compiled functions that hold no weights, such as flex attention, stay as they are.)
+  uncompiled, and so do closures that are compiled. (Other compiled functions stay as they are, such
+  as flex attention, which reads no weights; one that does read weights gets no true g0.)
 - A module may store a tensor in its forward, or count on its ``train()`` to merge weights: what it
   stored is taken back after each pass, and the mode is set without calling ``train()``.
 """

@@ -117,7 +117,8 @@ class RunningStep:
             if not alone:
                 self._mode = _Mode.ACCUMULATE  # finish() clips and applies the sum
                 return loss
-            self._backward(loss, _Mode.TAKE_NORM)
+            with self._sharding.other_gradients_kept():
+                self._backward(loss, _Mode.TAKE_NORM)
         return self._scaled(first_order[0](), 1) if self._clip() else None
 
     def rehearse(self, zeroth_order: list[Closure], first_order: list[Closure]) -> None:
@@ -126,7 +127,7 @@ class RunningStep:
         Gradients take as much memory as in a step: they are summed if there are several.
         """
         mode = _Mode.ACCUMULATE if len(first_order) > 1 else _Mode.TAKE_NORM
-        with self._replayed():
+        with self._replayed(), self._sharding.other_gradients_kept():
             if zeroth_order:
                 # The others hold what these hold.
                 self._perturbed_losses(zeroth_order, self._estimator.passes[:2])

@@ -7,7 +7,7 @@ and the loading of models do not know which back end they run on.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Concatenate, Self, TypeVar
 from weakref import WeakSet, ref
@@ -323,6 +323,18 @@ class Sharding(ABC):
     def backward(self, loss: Tensor) -> None:
         """Run a backward that is not the last of its step."""
         loss.backward()
+
+    @contextmanager
+    def other_gradients_kept(self) -> Iterator[None]:
+        """Surround a backward that adds nothing to gradients that another optimizer applies."""
+        own = {info.parameter for info in self.infos}
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in own]
+        before = [None if p.grad is None else p.grad.clone() for p in others]
+        try:
+            yield
+        finally:
+            for parameter, gradient in zip(others, before, strict=True):
+                parameter.grad = gradient
 
     @abstractmethod
     def finish_step(self) -> None:

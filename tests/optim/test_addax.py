@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import addax_ds
 from addax_ds import Addax, UserError, attach
+from addax_ds.optim.loss_scale import LossScale
 from addax_ds.optim.report import MAX_NON_FINITE_STEPS, NonFiniteError
 from addax_ds.sharding import base
 
@@ -369,6 +370,114 @@ def test_a_step_follows_one_whose_first_order_loss_raised():
     loss.backward()
     optimizer.step()
     assert not same(weights(model), before)
+
+
+class NoMemory(torch.autograd.Function):
+    """Runs out of memory in its backward."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context, gradient):
+        raise torch.OutOfMemoryError("on purpose")
+
+
+def broken_in_the_middle(model: Toy) -> Tensor:
+    x = NoMemory.apply(model.layers[0](X).tanh())
+    return model.head(model.layers[1](x).tanh()).square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}, {"alpha": 0.0}])
+def test_a_step_is_as_if_a_backward_before_it_had_not_raised(options):
+    """In `measure`: that of a first micro-batch, or of the one that finds the norm."""
+
+    def trained(breaks: bool) -> list[Tensor]:
+        model, optimizer = toy(**options)
+
+        def first_order() -> list:
+            count = 1 if "max_grad_norm" in options else 2
+            return [lambda: model(X)] * count
+
+        if breaks:
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.measure(
+                    lambda: model(X), [lambda: broken_in_the_middle(model), *first_order()[1:]]
+                )
+        optimizer.measure(lambda: model(X), first_order()).backward()
+        optimizer.step()
+        return weights(model)
+
+    assert same(trained(True), trained(False))
+
+
+def test_a_step_can_be_given_up_after_a_backward_of_the_caller_s():
+    model, optimizer = toy()
+    optimizer.measure(lambda: model(X), None)
+    with pytest.raises(torch.OutOfMemoryError):
+        NoMemory.apply(model(X)).backward()
+    with pytest.raises(RuntimeError, match=r"no backward ran .*abandon\(\)"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"have to come first .*abandon\(\)"):
+        optimizer.zeroth_order(lambda: model(X))
+    optimizer.abandon()
+    plain, other = toy()
+    assert one_step(model, optimizer) == one_step(plain, other)
+    assert same(weights(model), weights(plain))
+
+
+def test_clipping_leaves_the_gradients_of_another_optimizer_alone():
+    """The backward that finds the norm runs through its parameters, too."""
+
+    def of_the_head(**options) -> list[Tensor]:
+        model = Toy()
+        optimizer = Addax(model.layers.parameters(), lr=0.1, alpha=0.5, **options)
+        attach(optimizer, model)
+        model.head.weight.grad = torch.ones_like(model.head.weight)  # from before
+        optimizer.measure(lambda: model(X), lambda: model(X)).backward()
+        optimizer.step()
+        return [model.head.weight.grad, model.head.bias.grad]
+
+    assert same(of_the_head(max_grad_norm=1e9), of_the_head())
+
+
+def test_a_compiled_closure_sees_perturbed_weights():
+    """Its first call, which compiles, and later ones."""
+    model, optimizer = toy()
+    plain, other = toy()
+    compiled = torch.compile(lambda: model(X), backend="eager")
+    for _ in range(2):
+        expected = other.zeroth_order(lambda: plain(X))
+        assert optimizer.zeroth_order(compiled) == expected != 0.0
+        for each in (optimizer, other):
+            each.abandon()
+    with torch.no_grad():
+        compiled()
+    assert optimizer.zeroth_order(compiled) == expected
+
+
+def test_what_a_group_cannot_have_is_refused():
+    model = Toy()
+    with pytest.raises(UserError, match="alpha holds for all groups"):
+        Addax([{"params": model.parameters(), "alpha": 0.0}], lr=0.1)
+    frozen = Toy().requires_grad_(False)
+    with pytest.raises(UserError, match="none of the parameters it was given is trainable"):
+        attach(Addax(frozen.parameters(), lr=0.1), frozen)
+
+
+@pytest.mark.parametrize("loads_first", [True, False])
+def test_the_loss_scale_is_resumed_before_or_after_attaching(loads_first):
+    model, optimizer = Toy().half(), None
+    optimizer = Addax(model.parameters(), lr=0.1, loss_scale=LossScale(2.0**9))
+    state = optimizer.state_dict()
+    again = Addax(model.parameters(), lr=0.1)
+    if loads_first:
+        again.load_state_dict(state)
+    attach(again, model)
+    if not loads_first:
+        again.load_state_dict(state)
+    assert again.loss_scale.value == 2.0**9
 
 
 def test_a_stray_forward_is_named_once():

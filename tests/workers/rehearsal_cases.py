@@ -19,6 +19,9 @@ ROWS = 8
 POINTS = 5
 """So many operations of a rehearsal, evenly spread, find no memory, each in its turn."""
 
+MEASURED = (0.25, 0.45)
+"""Shares of a rehearsal's operations after which a step finds no memory, in `measure`."""
+
 MODEL = {"dropout": 0.2, "vocabulary": 1004}
 """Its parameters divide over all ranks, which therefore do the same operations."""
 
@@ -76,6 +79,21 @@ def rehearse(run: Run, micro_batches: int, fails_at: int | None = None) -> int:
     return mode.count
 
 
+def fail_to_measure(run: Run, micro_batches: int, number: int) -> None:
+    """Begin a step that runs out of memory before it is measured, and leave no other trace."""
+    ((long, short),) = token_batches(1, rows=ROWS, length=40)
+    generator = torch.random.get_rng_state()
+    try:
+        with FailsAt(number):
+            run.optimizer.measure(
+                closures(run, long, micro_batches), closures(run, short, micro_batches)
+            )
+    except torch.OutOfMemoryError:
+        torch.random.set_rng_state(generator)
+    else:
+        raise AssertionError(f"a step has fewer than {number} operations")
+
+
 def state(run: Run) -> dict[str, Any]:
     """All that a later step reads."""
     addax = unwrap(run.optimizer)
@@ -111,6 +129,8 @@ def train(layout: Layout, name: str, rehearses: bool) -> dict[str, Any]:
         elif rehearses:
             operations = found["rehearsed"][-1]
             found["rehearsed"] += fail_everywhere(run, micro_batches, operations)
+            for share in MEASURED:
+                fail_to_measure(run, micro_batches, int(share * operations))
         found["steps"].append({"before": before, "after": state(run)})
         loss = run.optimizer.measure(
             closures(run, long, micro_batches), closures(run, short, micro_batches)
