@@ -115,8 +115,8 @@ def _warn_of_another_base(folder: Path, base: str | None) -> None:
     is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
     if None not in (saved, base) and saved != base and is_rank_zero:
         logger.warning(
-            "%s: its adapters were trained on %s, and this run has %s: they fit the same weights "
-            "alone.",
+            "%s: its adapters were trained on %s, and this run has %s: they work on the same "
+            "weights alone.",
             *(folder, saved, base),
         )
 

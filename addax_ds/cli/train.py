@@ -228,7 +228,7 @@ def _train(
                 "Ctrl-C" if interrupted else "SIGTERM",
                 trainer.state.global_step,
                 folder,
-                "no run can go on from it, as --save_only_model has it"
+                "no run can go on from it, for --save_only_model leaves out what a resume needs"
                 if trainer.args.save_only_model
                 else "go on with --resume_from_checkpoint True",
             )

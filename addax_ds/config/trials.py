@@ -111,7 +111,7 @@ def warn_of_unused_arguments(args: "AddaxConfig", in_json: bool, given: Collecti
         for name in _OF_THE_HUB:
             unheeded[name] = "it needs --push_to_hub"
     for name, reason in unheeded.items():
-        if name in given and getattr(args, name):
+        if name in given and (getattr(args, name) or name == "greater_is_better"):
             logger.warning("--%s has no effect: %s.", name, reason)
 
 

@@ -22,7 +22,7 @@ from addax_ds.optim.hyperparameters import (
     problems,
 )
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
-from addax_ds.optim.passes import Passes
+from addax_ds.optim.passes import Passes, not_compiled
 from addax_ds.optim.report import NonFiniteSteps, StepReport
 from addax_ds.optim.step import Closure, RunningStep
 from addax_ds.optim.update import Rounding, Step
@@ -233,7 +233,7 @@ class Addax(torch.optim.Optimizer):
                 losses is lost.
         """
         self._check_comes_first()
-        zeroth = _uncompiled(_listed(zeroth_order)) if self.alpha > 0.0 else []
+        zeroth = [*map(not_compiled, _listed(zeroth_order))] if self.alpha > 0.0 else []
         first = _listed(first_order) if self.alpha < 1.0 else []
         if not first:
             self._check_leaves_no_loss_alone()
@@ -284,7 +284,7 @@ class Addax(torch.optim.Optimizer):
             RuntimeError: within a step.
         """
         self._check_comes_first()
-        zeroth = _uncompiled(_listed(zeroth_order)) if self.alpha > 0.0 else []
+        zeroth = [*map(not_compiled, _listed(zeroth_order))] if self.alpha > 0.0 else []
         first = _listed(first_order) if self.alpha < 1.0 else []
         running = self._running = self._new_step()
         running.is_measuring = True
@@ -551,8 +551,3 @@ def _listed(closures: Closure | Sequence[Closure] | None) -> list[Closure]:
     if closures is None:
         return []
     return [closures] if callable(closures) else list(closures)
-
-
-def _uncompiled(closures: list[Closure]) -> list[Closure]:
-    """Return what `torch.compile` was given: a graph does not see perturbed weights."""
-    return [getattr(closure, "_torchdynamo_orig_callable", closure) for closure in closures]

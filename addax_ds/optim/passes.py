@@ -13,7 +13,7 @@ then the difference of nothing, or has the wrong sign. Each kind is met here, fo
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import ismethod
 from itertools import chain
@@ -68,6 +68,17 @@ def forget_casts() -> None:
     """Empty the caches of torch that are keyed by parameter, as the weights have changed."""
     torch.clear_autocast_cache()
     parametrize._cache.clear()
+
+
+def not_compiled(closure: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what `torch.compile` was given, of what it returned.
+
+    A wrapper around that, which copies its attributes, stays as it is.
+    """
+    if getattr(closure, "_torchdynamo_wrapper_id", None) != id(closure):
+        return closure
+    original: Callable[..., Any] = closure._torchdynamo_orig_callable  # type: ignore[attr-defined]
+    return original
 
 
 @contextmanager

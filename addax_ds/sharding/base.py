@@ -6,7 +6,7 @@ and the loading of models do not know which back end they run on.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Concatenate, Self, TypeVar
@@ -324,11 +324,15 @@ class Sharding(ABC):
         """Run a backward that is not the last of its step."""
         loss.backward()
 
+    def _all_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that optimizers see, those of others included."""
+        return self.model.parameters()
+
     @contextmanager
     def other_gradients_kept(self) -> Iterator[None]:
-        """Surround a backward that adds nothing to gradients that another optimizer applies."""
+        """Restore, after a backward, the gradients that another optimizer applies."""
         own = {info.parameter for info in self.infos}
-        others = [p for p in self.model.parameters() if p.requires_grad and p not in own]
+        others = [p for p in self._all_parameters() if p.requires_grad and p not in own]
         before = [None if p.grad is None else p.grad.clone() for p in others]
         try:
             yield

@@ -215,6 +215,9 @@ class Fsdp2(Sharding):
     def finish_step(self) -> None:  # noqa: D102
         self._reshard()  # what is still gathered is from before the update
 
+    def _all_parameters(self) -> Iterable[Any]:
+        return self._fsdp_params  # the model's are others while they are gathered
+
     def abandon(self) -> None:  # noqa: D102
         self._reshard()  # which drops what is being gathered or reduced, too
         super().abandon()

@@ -112,12 +112,13 @@ class LikelihoodMixin(_Steps):
         self._collates = kwargs.get("data_collator") is not None
         if not self._collates:
             kwargs["data_collator"] = EvaluationCollator(self._pad_token_id)
-        self._evaluated: list[tuple[Any, ScoredSet]] = []
+        self._evaluated: list[tuple[Any, str | None, ScoredSet]] = []
         super().__init__(model, args, **{**kwargs, "compute_loss_func": causal_loss})
         if not self._collates and self.eval_dataset is not None:
             for name, dataset in _by_name(self.eval_dataset).items():
                 where = f"eval_dataset {name!r}" if name else "eval_dataset"
-                self._evaluated.append((dataset, self._scored_set(dataset, where)))
+                made = self._scored_set(dataset, where)
+                self._evaluated.append((dataset, self.template_time, made))
         if self.compute_metrics is None and not self._collates:
             check_evaluations(self.args, self.eval_dataset)
 
@@ -144,16 +145,23 @@ class LikelihoodMixin(_Steps):
         )
 
     def _scored_set(self, dataset: Any, name: str) -> ScoredSet:
-        """Return what evaluates the examples of a data set; that of ``eval_dataset`` is made once.
+        """Return what evaluates the examples of a data set.
+
+        That of ``eval_dataset`` is made once, and once more by a resumed run, whose chat templates
+        read the time of its first start.
 
         Raises:
             UserError: a row cannot be used, or rows have no numbers.
         """
         if isinstance(dataset, ScoredSet):
             return dataset
-        for given, made in self._evaluated:
-            if given is dataset:
+        for number, (given, time, made) in enumerate(self._evaluated):
+            if given is dataset and time == self.template_time:
                 return made
+            if given is dataset:
+                again = EvaluationSet(self._examples(dataset, name))
+                self._evaluated[number] = dataset, self.template_time, again
+                return again
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise UserError(
                 f"{name} is a {type(dataset).__name__}, whose rows come one after the other; ranks "

@@ -288,7 +288,9 @@ class SavingMixin(UploadingMixin):
         """Forget the best checkpoint if it was by another metric, or a rank does not find it."""
         state = self.state
         before = progress.metric, progress.greater_is_better
-        named = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).best_model_checkpoint
+        with raise_on_all_ranks():
+            saved = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        named = saved.best_model_checkpoint
         if progress.metric is not None and before != self._chosen_by:
             why = f"was chosen by {progress.metric}, which no longer chooses it in the same way"
         elif any(all_gather_object(named is not None and state.best_model_checkpoint is None)):

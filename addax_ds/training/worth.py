@@ -14,8 +14,8 @@ _INSTEAD = {
     "zeroth-order": (
         "If all rows fit first-order (addax-plan --recommend), --method ip-sgd is simpler, with "
         "--activation_checkpointing where memory is short. --method ip-sgd --length_threshold L "
-        "leaves the rows longer than L out. To learn more from them: a larger L_T. A larger "
-        "--alpha diverges where alpha x the learning rate is more than --method mezo bears"
+        "leaves the rows longer than L out. To learn more from them: a larger L_T. (A "
+        "larger --alpha diverges where alpha x the learning rate is more than --method mezo bears)"
     ),
     "first-order": "Try a smaller --alpha, or --method mezo",
 }

@@ -224,8 +224,8 @@ def _equal(
     return replace(contender, steps=steps, first_order=rows, learning_rates=rates, more=tuple(more))
 
 
-# Recomputing, backward fits 0.5 GB with two rows of any length or eight short ones, and 1.2 GB with
-# eight of any length. It fits 1.2 GB without, too, with four short ones.
+# With recomputation 0.5 GB hold two rows of any length, or eight short ones; 1.2 GB hold eight of
+# any length. Without it 1.2 GB hold four short ones.
 _TIGHT = (
     _equal(_ADDAX, 16, 8, 304, checkpointing=True),
     _equal(_IP_SGD, 84, 2, checkpointing=True),

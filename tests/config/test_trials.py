@@ -144,6 +144,7 @@ def test_every_schedule_that_is_not_refused_can_be_tried() -> None:
         ({"activation_checkpointing_kwargs": {"foo": 1}}, "activation_checkpointing_kwargs"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
         ({"greater_is_better": True}, "greater_is_better"),
+        ({"greater_is_better": False}, "greater_is_better"),
         ({"do_eval": True}, "do_eval"),
         ({"hub_model_id": "me/model"}, "hub_model_id"),
         ({"hub_strategy": "end"}, "hub_strategy"),

@@ -1,5 +1,6 @@
 """Misuse of `Addax` is an error that says what to do, and its state is what it promises."""
 
+import functools
 import json
 
 import numpy as np
@@ -455,6 +456,10 @@ def test_a_compiled_closure_sees_perturbed_weights():
     with torch.no_grad():
         compiled()
     assert optimizer.zeroth_order(compiled) == expected
+    optimizer.abandon()
+    # What a decorator has made of it is called, as it is another loss.
+    halved = functools.wraps(compiled)(lambda: 0.5 * model(X))
+    assert optimizer.zeroth_order(halved) == pytest.approx(expected / 2)
 
 
 def test_what_a_group_cannot_have_is_refused():

@@ -27,7 +27,7 @@ def passes(tmp_path_factory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> Iterator[Any]:
-    names = ("order", "memory", *TEN_STEPS)
+    names = ("order", "others", "memory", *TEN_STEPS)
     with ranks_by_size("fsdp2_steps", (2,), names, tmp_path_factory.mktemp) as found:
         yield found[2]
 
@@ -91,6 +91,14 @@ def test_passes_leave_gradients_and_the_order_of_collectives_as_they_are(steps):
         for found in (without, with_passes):
             plain = found["plain_gradients"]
             assert distance(found["gradients"], plain) <= 1e-5 * norm(plain)
+
+
+def test_clipping_leaves_the_gradients_of_another_optimizer_alone(steps):
+    for rank in steps["others"]:
+        unclipped, clipped = rank[0.0], rank[1e9]  # a norm that clips nothing
+        assert unclipped.keys() == clipped.keys() != set()
+        for name, gradient in unclipped.items():
+            torch.testing.assert_close(clipped[name], gradient, rtol=1e-6, atol=1e-9)
 
 
 def test_a_pass_gathers_each_layer_once_and_a_step_reduces_one_scalar_pair(steps):

@@ -78,12 +78,11 @@ def test_a_best_checkpoint_that_is_gone_is_not_the_best_one_any_more(tmp_path, c
     rising = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
     first = trainer(tmp_path, **rising, learning_rate=1e-3, max_steps=2)
     first.train()
-    (best,) = {1, 2} - ({other := 3 - first.best_step})
-    assert best == first.best_step == 1
+    assert first.best_step == 1
     shutil.rmtree(tmp_path / "checkpoint-1")
     again = trainer(tmp_path, **rising, learning_rate=1e-3)
     with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{other}"))
+        again.train(resume_from_checkpoint=True)
     assert again.best_step == again.state.best_global_step == 3
     assert "is not there any more" in caplog.text
 

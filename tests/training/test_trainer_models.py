@@ -216,6 +216,10 @@ def test_rows_to_evaluate_are_read_before_the_training(tmp_path):
     assert Rows.read == before > 0
     logged = [entry for entry in watched.state.log_history if "eval_a_loss" in entry]
     assert len(logged) == 3
+    watched.template_time = "2001-01-01T00:00:00"  # that of the first start, in a resumed run
+    for _ in range(2):
+        watched.evaluate()
+    assert Rows.read == 2 * before
     for bad, said in (
         ([{"input_ids": [5, 6]}, {"input_ids": [10**6, 6]}], r"eval_dataset: row 1: input_ids"),
         ([], "eval_dataset holds no rows"),

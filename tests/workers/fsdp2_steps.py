@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from addax_ds import Addax, attach
 from addax_ds.sharding.fsdp2 import shard_model
 from studies.collectives import CollectiveCounter
 from tests.support.cases import CASES, batches, mean_loss
@@ -70,6 +71,25 @@ def plain_gradients(weights: dict[str, Tensor], batch: Tensor) -> dict[str, Tens
     plain.load_state_dict(weights, strict=False)
     mean_loss(plain, batch).backward()
     return {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+
+
+def others(max_grad_norm: float) -> dict[str, Tensor]:
+    """Gradients of what another optimizer trains, embeddings and last norm, after a step."""
+    model = tiny_opt()
+    shard_model(model, mesh=flat_mesh())
+    layers = model.model.decoder.layers
+    optimizer = Addax(layers.parameters(), lr=0.1, alpha=0.5, max_grad_norm=max_grad_norm)
+    attach(optimizer, model)
+    own = set(layers.parameters())
+    (long, short), *_ = batches()
+    loss = optimizer.measure(
+        partial(mean_loss, model, my_rows(long)), partial(mean_loss, model, my_rows(short))
+    )
+    assert loss is not None
+    loss.backward()
+    optimizer.step()
+    rest = [(n, p) for n, p in model.named_parameters() if p not in own and p.grad is not None]
+    return {name: p.grad.full_tensor() for name, p in rest}  # type: ignore[union-attr]
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -139,6 +159,8 @@ def set_up() -> None:
 def run_case(name: str) -> dict[Any, Any]:
     if name == "order":
         return {alpha: order(alpha) for alpha in (0.0, 0.001)}
+    if name == "others":
+        return {norm: others(norm) for norm in (0.0, 1e9)}
     if name == "memory":
         return {with_addax: memory(with_addax) for with_addax in (False, True)}
     (layout,) = [layout for layout, names in CASES_BY_LAYOUT.items() if name in names]
