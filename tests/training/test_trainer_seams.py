@@ -59,6 +59,7 @@ CALLED = {
 ATTRIBUTES = {
     "_tr_loss": "saving",
     "_globalstep_last_logged": "saving",
+    "_total_loss_scalar": "saving",
 }
 
 
@@ -101,6 +102,7 @@ ORDERS = (
             "self._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)",
             "start_time = time.time()",  # a rehearsal does not count as training
             "self._tr_loss = torch.tensor(0.0",
+            "self._total_loss_scalar = 0.0",
             "self._globalstep_last_logged = self.state.global_step",
             "self.callback_handler.on_train_begin(",
             "self._run_epoch(",
