@@ -223,6 +223,10 @@ def _values(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {**(_demo_preset(given) if is_demo else {}), **given}
     problems = [*_model_problems(values), *_data_problems(values)]
     raise_problems("These arguments cannot be used:", problems)
+    if values.get("eval_strategy", "no") == "no" and not values.get("eval_on_start"):
+        for name in ("validation_file", "validation_split"):
+            if values.get(name) is not None:
+                logger.warning("--%s has no effect: it needs --eval_strategy.", name)
     if str(values.get("resume_from_checkpoint")).lower() == "false":  # of an argument file
         del values["resume_from_checkpoint"]
     if isinstance(values.get("deepspeed"), str):
@@ -427,9 +431,6 @@ def _data_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if is_evaluated and not given & {"validation_file", "validation_split"}:
         split = " or --validation_split" if "dataset_name" in given else ""
         yield f"--eval_strategy needs --validation_file{split}."
-    for name in ("validation_file", "validation_split"):
-        if name in given and not is_evaluated and not values.get("eval_on_start"):
-            yield f"--{name} has no effect without --eval_strategy steps or epoch."
     for name in _OF_TASKS:
         if name in given:
             yield f"--{name} has no effect with --{sources[0]}; remove one of them."
