@@ -14,7 +14,7 @@ from transformers.utils import is_peft_available
 from addax_ds.checkpoint.atomic import writing
 from addax_ds.checkpoint.weight_files import WeightFiles
 from addax_ds.checkpoint.weights import full_shapes, gather_weights, local_slices
-from addax_ds.distributed.collectives import raise_on_all_ranks
+from addax_ds.distributed.collectives import is_rank_zero, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,7 @@ def _warn_of_another_base(folder: Path, base: str | None) -> None:
     """Warn, on rank 0, if adapters were trained on a model of another name; it may have moved."""
     content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     saved = content.get("base_model_name_or_path")
-    is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
-    if None not in (saved, base) and saved != base and is_rank_zero:
+    if None not in (saved, base) and saved != base and is_rank_zero():
         logger.warning(
             "%s: its adapters were trained on %s, and this run has %s: they work on the same "
             "weights alone.",

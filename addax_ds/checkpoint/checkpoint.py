@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -34,7 +33,7 @@ from addax_ds.checkpoint.adapters import (
     save_adapters,
 )
 from addax_ds.checkpoint.identity import Progress, Run, changes
-from addax_ds.distributed.collectives import raise_on_all_ranks
+from addax_ds.distributed.collectives import is_rank_zero, raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
 from addax_ds.optim.addax import Addax
 from addax_ds.optim.hyperparameters import BY_NAME
@@ -314,7 +313,7 @@ def _continued(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     group = {**saved, "params": own["params"], "weight_decay": own["weight_decay"]}
     before, now = saved.get("initial_lr"), own.get("initial_lr")
     if before and now is not None and before != now:
-        if _is_rank_zero():
+        if is_rank_zero():
             logger.warning("The learning rate was %g and is %g from here on.", before, now)
         group |= {"lr": saved["lr"] * (now / before), "initial_lr": now}
     return group
@@ -337,7 +336,7 @@ def _load_schedule(path: Path, scheduler: Any, lrs: list[float]) -> None:
 
 def _announce(written: Run, run: Run) -> None:
     """Log the differences from the run that wrote a checkpoint, on rank 0."""
-    if not _is_rank_zero():
+    if not is_rank_zero():
         return
     for change in changes(written, run):
         logger.warning("Resuming: %s.", change)
@@ -351,7 +350,3 @@ def _announce(written: Run, run: Run) -> None:
             written.ranks,
             written.sharding,
         )
-
-
-def _is_rank_zero() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

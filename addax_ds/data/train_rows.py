@@ -42,6 +42,19 @@ class MapDataset(Protocol):
         ...
 
 
+def check_rows_have_numbers(dataset: Any, name: str, why: str) -> None:
+    """Check that a data set is a `MapDataset`.
+
+    Raises:
+        UserError: with ``why`` one is needed.
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"{name} is a {type(dataset).__name__}, whose rows come one after the other; {why} a "
+            "data set with a length and rows by number (datasets: load it without streaming)"
+        )
+
+
 class TrainRows(ABC):
     """Rows to train on.
 

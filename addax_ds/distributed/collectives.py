@@ -129,6 +129,11 @@ def collectives_begun() -> list[int]:
 T = TypeVar("T")
 
 
+def is_rank_zero() -> bool:
+    """Return whether this is the first rank, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return the value of each rank, on all ranks; it has to be picklable and small."""
     if not dist.is_initialized():

@@ -233,8 +233,7 @@ class Addax(torch.optim.Optimizer):
                 losses is lost.
         """
         self._check_comes_first()
-        zeroth = [*map(not_compiled, _listed(zeroth_order))] if self.alpha > 0.0 else []
-        first = _listed(first_order) if self.alpha < 1.0 else []
+        zeroth, first = self._parts(zeroth_order, first_order)
         if not first:
             self._check_leaves_no_loss_alone()
         if not zeroth and not first:
@@ -284,8 +283,7 @@ class Addax(torch.optim.Optimizer):
             RuntimeError: within a step.
         """
         self._check_comes_first()
-        zeroth = [*map(not_compiled, _listed(zeroth_order))] if self.alpha > 0.0 else []
-        first = _listed(first_order) if self.alpha < 1.0 else []
+        zeroth, first = self._parts(zeroth_order, first_order)
         running = self._running = self._new_step()
         running.is_measuring = True
         try:
@@ -392,6 +390,15 @@ class Addax(torch.optim.Optimizer):
                 ", ".join(outermost(sorted(unread), [n for n in names if n not in unread])),
             )
         self._told_of_unread = True
+
+    def _parts(
+        self,
+        zeroth_order: Closure | Sequence[Closure] | None,
+        first_order: Closure | Sequence[Closure] | None,
+    ) -> tuple[list[Closure], list[Closure]]:
+        """Return the closures of both parts; a part without weight has none."""
+        zeroth = [*map(not_compiled, _listed(zeroth_order))] if self.alpha > 0.0 else []
+        return zeroth, _listed(first_order) if self.alpha < 1.0 else []
 
     def _check_comes_first(self) -> None:
         if self._running is not None:

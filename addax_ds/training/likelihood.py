@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from addax_ds.data.datasets import as_examples
 from addax_ds.data.encoding import NO_LOSS, Example, embeddings_of, longest_of, padding_token
-from addax_ds.data.train_rows import EncodedRows, TrainRows
+from addax_ds.data.train_rows import EncodedRows, TrainRows, check_rows_have_numbers
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import (
     scores_of_logits,
@@ -156,18 +156,13 @@ class LikelihoodMixin(_Steps):
         if isinstance(dataset, ScoredSet):
             return dataset
         for number, (given, time, made) in enumerate(self._evaluated):
-            if given is dataset and time == self.template_time:
-                return made
-            if given is dataset:
-                again = EvaluationSet(self._examples(dataset, name))
-                self._evaluated[number] = dataset, self.template_time, again
-                return again
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise UserError(
-                f"{name} is a {type(dataset).__name__}, whose rows come one after the other; ranks "
-                "share out a data set with a length and rows by number (datasets: load it without "
-                "streaming)"
-            )
+            if given is not dataset:
+                continue
+            if time != self.template_time:
+                made = EvaluationSet(self._examples(dataset, name))
+                self._evaluated[number] = dataset, self.template_time, made
+            return made
+        check_rows_have_numbers(dataset, name, "ranks share out")
         return EvaluationSet(self._examples(dataset, name))
 
     def _count_targets(self, batches: list[dict[str, Any]]) -> Tensor | int | None:

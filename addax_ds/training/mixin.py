@@ -220,18 +220,6 @@ class AddaxMixin(StepMixin):
         report = self.addax.report
         return report is not None and report.stop_requested
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.stopped:
-            return super()._finalize_training(*args, **kwargs)
-        # Trainer would end by loading the best weights, and, with a limit of 1, by deleting the
-        # checkpoint to resume from. This one has been saved, and older ones removed, by now.
-        kept = self.args.load_best_model_at_end, self.args.save_total_limit
-        self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.load_best_model_at_end, self.args.save_total_limit = kept
-
     def _name_examples(self, step: int) -> None:
         """Log the examples of a non-finite step; collective.
 

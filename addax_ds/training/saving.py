@@ -126,15 +126,23 @@ class SavingMixin(UploadingMixin):
                 checkpoint.rotate(root, step, limit, best, self._run_id)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # Trainer would delete other runs' checkpoints, too, when the limit is 1.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        # Trainer would delete other runs' checkpoints, too, when the limit is 1. A stopped run
+        # keeps the weights and the checkpoint that it resumes from.
+        limit, loads_best = self.args.save_total_limit, self.args.load_best_model_at_end
+        self.args.save_total_limit = None
+        self.args.load_best_model_at_end = loads_best and not self.stopped
         try:
             output = super()._finalize_training(*args, **kwargs)
         finally:
-            self.args.save_total_limit = limit
-        if limit == 1 and self.best_step:
+            self.args.save_total_limit, self.args.load_best_model_at_end = limit, loads_best
+        if limit == 1 and self.best_step and not self.stopped:
             self._rotate(self.best_step)
         return output
+
+    @property
+    def stopped(self) -> bool:
+        """True if ``train`` ended early on request."""
+        return False
 
     @property
     def best_step(self) -> int | None:

@@ -18,7 +18,12 @@ from addax_ds.config.settings import AddaxSettings
 from addax_ds.config.trials import check_steps
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.partition import Lengths, Partition, partition
-from addax_ds.data.train_rows import CollatedRows, TrainRows, row_length
+from addax_ds.data.train_rows import (
+    CollatedRows,
+    TrainRows,
+    check_rows_have_numbers,
+    row_length,
+)
 from addax_ds.distributed.collectives import check_same_on_all_ranks
 from addax_ds.optim.methods import BASELINES, IN_PLACE, Method
 from addax_ds.sharding.registry import back_end_of
@@ -128,12 +133,8 @@ class StepMixin(SavingMixin):
 
     def _prepare_steps(self, dataset: Any) -> None:
         """Divide the training data between the streams."""
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise UserError(
-                f"{type(self).__name__}: the training data is a {type(dataset).__name__}, whose "
-                "rows come one after the other; streams by length need a data set with a length "
-                "and rows by number (datasets: load it without streaming)"
-            )
+        name = f"{type(self).__name__}: the training data"
+        check_rows_have_numbers(dataset, name, "streams by length need")
         rows = self.train_rows(dataset)
         # Ranks with other rows would take another number of steps, and wait for each other.
         check_same_on_all_ranks({"the training data": rows.digest})
@@ -215,11 +216,6 @@ class StepMixin(SavingMixin):
         if self._steps is None:
             raise UserError(f"{type(self).__name__}: training needs a train_dataset")
         return self._steps[step]
-
-    @property
-    def stopped(self) -> bool:
-        """True if ``train`` ended early on request."""
-        return False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to what Trainer reports while it trains what the training has cost."""

@@ -352,7 +352,7 @@ def test_a_change_without_effect_is_not_announced():
 
 
 def test_one_rank_announces(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_is_rank_zero", lambda: False)
+    monkeypatch.setattr(checkpoint, "is_rank_zero", lambda: False)
     addax = optimizer(lr=0.2)
     with caplog.at_level("INFO", logger="addax_ds"):
         other = dataclasses.replace(run_with("alpha", 0.02), ranks=4)

@@ -167,16 +167,7 @@ def test_the_linear_layer_of_deepspeed_is_planned_where_it_is_used():
 
 def test_a_block_without_parameters_is_no_group_of_fsdp2():
     """Granite-SWA has its rotary embeddings in a list."""
-    config = CONFIG_MAPPING["granite_swa"](
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
-    shape = shape_of(config, "granite-swa", "bf16")
+    shape = shape_of(CONFIG_MAPPING["granite_swa"](**GROUPED), "granite-swa", "bf16")
     assert () in shape.block_parameters
     totals = []
     for kept in (True, False):
