@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from addax_ds.checkpoint.identity import Run
-from addax_ds.cli.data import Data
 from addax_ds.cli.outputs import output_folder
-from addax_ds.config.settings import AddaxSettings
+from addax_ds.cli.prepare import Prepared
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.batches import StepSchedule
 from addax_ds.data.encoding import Example, lengths_of, target_counts_of
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.startup import launcher_patience
-from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.planner.memory import Inputs
 from addax_ds.sharding.registry import back_end
@@ -36,76 +35,58 @@ logger = logging.getLogger(__name__)
 _STEPS_TO_TIME = 3
 
 
-def announce(
-    source: ModelSource,
-    data: Data,
-    plan: tuple[Partition, StepSchedule] | None,
-    args: TrainingArguments,
-    settings: AddaxSettings,
-    run: Run,
-    adapted: bool = False,
-) -> None:
-    """Log model, data, method and planned memory, before the model is loaded.
-
-    Args:
-        source: of the model.
-        data: all of it.
-        plan: what `addax_ds.training.steps.plan_steps` returned; None without training rows.
-        args: of the run.
-        settings: how it trains.
-        run: the same for all ranks together.
-        adapted: whether adapters alone are trained, of which the planner does not know.
-    """
-    logger.info("Model: %s, %s", source.label, run.dtype)
+def announce(prepared: Prepared, args: AddaxConfig) -> None:
+    """Log model, data, method and planned memory, before the model is loaded."""
+    run, data, adapted = prepared.run, prepared.data, prepared.lora is not None
+    logger.info("Model: %s, %s", prepared.source.label, run.dtype)
     is_whole = back_end(run.sharding).loads_whole_on is None
     share = "the whole model" if is_whole else "a part of the model"
     logger.info("Ranks: %d, sharding %s: %s on each", run.ranks, run.sharding, share)
     logger.info("Data:  %s, %d training examples", data.description, len(data.train))
-    if plan is None:
+    if prepared.steps is None:
         logger.info("Method: none; nothing is trained, and arguments of training have no effect")
     else:
-        streams, schedule = plan
+        streams, schedule = prepared.steps
         logger.info("%s", streams.describe(lengths_of(data.train)))
         logger.info("Method: %s", _method(args, run, schedule))
         try:
-            inputs = _inputs(source, data, streams, args, settings, run)
+            inputs = _inputs(prepared, streams, args)
             memory = f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
         except UserError as error:
             memory, inputs = f"not planned, {error}", None
+        # The planner does not know adapters.
         logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
         if inputs is not None and not adapted and (way := plainer_way(inputs, args.device)):
             logger.info("Plainer: %s (docs/choosing.md)", way)
     logger.info("Output: %s", output_folder(args).resolve())
 
 
-def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
+def _method(args: AddaxConfig, run: Run, schedule: StepSchedule) -> str:
     parts = [run.method]
     if run.method in ZEROTH_ORDER:
         parts += [f"{name} {run.hyperparameters[name]:g}" for name in ("alpha", "zo_eps")]
         if (directions := run.hyperparameters["zo_directions"]) > 1:
             parts.append(f"directions {directions}")
-    finding = getattr(args, "find_learning_rate", False)
-    parts.append(f"learning rate {'to be found' if finding else format(args.learning_rate, 'g')}")
+    rate = "to be found" if args.find_learning_rate else format(args.learning_rate, "g")
+    parts.append(f"learning rate {rate}")
     batches = (("K0", run.zeroth_order_batch), ("K1", run.first_order_batch))
     parts += [f"{name} {size}" for name, size in batches if size]
     steps = total_steps(args, schedule)
     return ", ".join([*parts, f"ranks {run.ranks}", f"steps {steps}"])
 
 
-def _inputs(
-    source: ModelSource,
-    data: Data,
-    streams: Partition,
-    args: TrainingArguments,
-    settings: AddaxSettings,
-    run: Run,
-) -> Inputs:
-    examples = (
-        _extremes(data.train, streams.zeroth_order),
-        _extremes(data.train, streams.first_order),
+def _inputs(prepared: Prepared, streams: Partition, args: AddaxConfig) -> Inputs:
+    source, run, rows = prepared.source, prepared.run, prepared.data.train
+    return run_inputs(
+        source.config,
+        source.attn_implementation,
+        run.sharding,
+        (_extremes(rows, streams.zeroth_order), _extremes(rows, streams.first_order)),
+        args,
+        args.settings,
+        run.replicas,
+        run.cpu_offload,
     )
-    kernel, layout = source.attn_implementation, (run.replicas, run.cpu_offload)
-    return run_inputs(source.config, kernel, run.sharding, examples, args, settings, *layout)
 
 
 def _extremes(examples: Sequence[Example], indices: NDArray[np.int32]) -> list[Example]:

@@ -16,55 +16,42 @@ Raises:
         wherever it can be known by then.
 """
 
-import hashlib
-import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-import addax_ds
 from addax_ds.checkpoint import ownership, resume
-from addax_ds.checkpoint.adapters import check_adapters
-from addax_ds.checkpoint.identity import Run
 from addax_ds.checkpoint.weights import local_slices
-from addax_ds.cli.data import Data, load_data
+from addax_ds.cli.data import Data
 from addax_ds.cli.outputs import Outputs, output_folder
-from addax_ds.cli.summary import Duration, announce, report
-from addax_ds.config.addax_config import AddaxConfig, divide_batches
-from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
-from addax_ds.data.encoding import data_digest, lengths_of
-from addax_ds.distributed.collectives import (
-    all_gather_object,
-    check_same_on_all_ranks,
-    limit_waiting,
-    patient,
-    raise_on_all_ranks,
-    shutdown,
+from addax_ds.cli.prepare import Prepared, prepare
+from addax_ds.cli.results import (
+    dev_metrics,
+    metrics_before_training,
+    remove_results,
+    save_predictions,
+    training_costs,
 )
-from addax_ds.distributed.nodes import nodes, replicas_of, threads_of_rank
+from addax_ds.cli.summary import Duration, announce, report
+from addax_ds.config.addax_config import AddaxConfig
+from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
+from addax_ds.distributed.collectives import limit_waiting, shutdown
+from addax_ds.distributed.nodes import threads_of_rank
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
-from addax_ds.models.adapters import Lora
-from addax_ds.models.source import ModelSource
 from addax_ds.models.stopping import stop_at
 from addax_ds.optim.methods import BASELINES
-from addax_ds.sharding.registry import back_end
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.hub import reach_hub
-from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
-from addax_ds.training.likelihood import check_evaluations
-from addax_ds.training.steps import StepMixin, plan_steps
+from addax_ds.training.steps import StepMixin
 from addax_ds.training.trainer import AddaxTrainer
 from addax_ds.utils.bf16_matmul import multiply_in_fp32
 from addax_ds.utils.command_line import mistakes_end_the_program
@@ -72,11 +59,6 @@ from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.signals import INTERRUPTED, Interrupts, ignore_sigterm, on_sigterm
 
 logger = logging.getLogger("addax_ds.cli.train")  # also where ``-m`` calls this __main__
-
-_PACKAGE = Path(__file__).parents[1]
-_OF_ONE_RANK = ("local_rank", "output_dir")
-_PREDICTIONS = "predictions_test.jsonl"
-_RESULTS = ("all_results.json", "dev_results.json", "test_results.json", _PREDICTIONS)
 
 TrainerClass = type[BaselineTrainer] | type[AddaxTrainer]
 
@@ -122,80 +104,57 @@ def _finetune(
     data_args: DataArguments,
     args: AddaxConfig,
     interrupts: Interrupts | None,
-    other: TrainerClass | None,
+    trainer_class: TrainerClass | None,
 ) -> dict[str, float]:
-    sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
-    with raise_on_all_ranks():
-        replicas = replicas_of(model_args.replicas, [len(node) for node in nodes(args)])
-    run = Run.of(args, args.settings, sharding)
-    run = replace(run, replicas=replicas, cpu_offload=model_args.cpu_offload)
-    resumed = resume.find(args.resume_from_checkpoint, args)
-    template_time = _template_time(resumed)
-    lora = _lora(model_args, args)
-    with patient(args.ddp_timeout), raise_on_all_ranks():
-        if resumed is not None:
-            resumed.check(run)
-            check_adapters(resumed.folder, None if lora is None else lora.settings)
-        source = ModelSource.find(model_args)
-        tokenizer = source.load_tokenizer()
-        now = datetime.fromisoformat(template_time)
-        progress = not args.disable_tqdm and args.process_index == 0
-        data = load_data(data_args, tokenizer, source, now, progress=progress)
-    _warn_of_dtype(source, args)
-    digest = data_digest(data.train)
-    planned, plan = None, None
-    if data.train and args.settings.length_threshold == "auto":
-        planned = _plan_threshold(source, run, data, args, resumed)
-    with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
-        check_evaluations(args, data.validation)
-        if data.train:
-            plan = plan_steps(lengths_of(data.train), args.settings, args)
-            if resumed is not None:
-                resumed.check(run.with_data(digest, plan[0].threshold))
-    check_same_on_all_ranks(dict(_identity(args, model_args, data, digest)))
-    if data.train and not args.find_learning_rate:
-        ownership.claim(args, None if resumed is None else resumed.folder)
+    prepared = prepare(model_args, data_args, args)
+    data = prepared.data
     if args.process_index == 0:
-        announce(source, data, plan, args, args.settings, run, adapted=lora is not None)
+        announce(prepared, args)
     if data.train and args.push_to_hub:
         reach_hub(args)
-    model = _load_model(source, args, run, lora)
-    _thread_the_host(model, model_args, args)
-    stop_at(model, data.turn_ends, tokenizer)
-    chosen = other or (BaselineTrainer if args.method in BASELINES else AddaxTrainer)
-    make = partial(chosen, planned=planned) if issubclass(chosen, AddaxTrainer) else chosen
-    trainer = make(
-        model,
-        args,
-        train_dataset=data.train or None,
-        eval_dataset=data.validation,
-        processing_class=tokenizer,
-    )
-    trainer.template_time, trainer.saves_at_end = template_time, True
+    trainer = _make_trainer(prepared, model_args, args, trainer_class)
     if isinstance(trainer, AddaxTrainer) and args.find_learning_rate:
         logger.info("%s", trainer.find_learning_rate())
         return {}
     outputs = Outputs()
-    if data.train and not _train(trainer, data, resumed, outputs, interrupts):
+    if data.train and not _train(trainer, data, prepared.resumed, outputs, interrupts):
         return {}
     if data.test is not None:
-        metrics = trainer.evaluate(data.test, metric_key_prefix="test")
-        with outputs.one("the results of the test rows"):
-            if not data.train:
-                _remove_results(trainer)
-            trainer.save_metrics("test", {**_before(trainer), **metrics})
-        with outputs.one("the answers to the test rows"):
-            _save_predictions(trainer, data.test)
+        _test(trainer, data.test, outputs, has_trained=bool(data.train))
     with outputs.one("trainer_state.json"):
         trainer.save_state()
     results: dict[str, float] = {}
     with outputs.one("the report"):
-        results = report(trainer, f"{source.label}\n{data.description}", data.metric)
+        results = report(trainer, f"{prepared.source.label}\n{data.description}", data.metric)
     if data.train and args.push_to_hub:
         with outputs.one("the upload"):
             trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
     outputs.require_all()
     return results
+
+
+def _make_trainer(
+    prepared: Prepared,
+    model_args: ModelArguments,
+    args: AddaxConfig,
+    trainer_class: TrainerClass | None,
+) -> AddaxTrainer | BaselineTrainer:
+    """Load the model and give it to a trainer; every rank has to call it."""
+    model = _load_model(prepared, args)
+    _thread_the_host(model, model_args, args)
+    stop_at(model, prepared.data.turn_ends, prepared.tokenizer)
+    chosen = trainer_class or (BaselineTrainer if args.method in BASELINES else AddaxTrainer)
+    own = {"planned": prepared.planned} if issubclass(chosen, AddaxTrainer) else {}
+    trainer = chosen(
+        model,
+        args,
+        train_dataset=prepared.data.train or None,
+        eval_dataset=prepared.data.validation,
+        processing_class=prepared.tokenizer,
+        **own,
+    )
+    trainer.template_time, trainer.saves_at_end = prepared.template_time, True
+    return trainer
 
 
 def _train(
@@ -237,9 +196,10 @@ def _train(
             trainer.save_complete_model(folder / "model")
     if interrupts is not None and interrupts.received:
         raise KeyboardInterrupt
-    metrics, dev = {**result.metrics, **_costs(trainer)}, _on_dev(trainer)
+    metrics = {**result.metrics, **training_costs(trainer)}
+    dev = dev_metrics(trainer)
     with outputs.one("the results of the training"):
-        _remove_results(trainer)
+        remove_results(trainer)
         trainer.save_metrics("train", metrics)
         if dev:
             trainer.save_metrics("dev", dev)
@@ -254,6 +214,19 @@ def _stop(trainer: AddaxTrainer) -> None:
         "\nCtrl-C: the run ends after this step, with a checkpoint. Another one ends it at once, "
         "without."
     )
+
+
+def _test(
+    trainer: AddaxTrainer | BaselineTrainer, test: ScoredSet, outputs: Outputs, *, has_trained: bool
+) -> None:
+    """Evaluate on the test rows, and save metrics and answers."""
+    metrics = trainer.evaluate(test, metric_key_prefix="test")
+    with outputs.one("the results of the test rows"):
+        if not has_trained:
+            remove_results(trainer)
+        trainer.save_metrics("test", {**metrics_before_training(trainer), **metrics})
+    with outputs.one("the answers to the test rows"):
+        save_predictions(trainer, test)
 
 
 # ---- run ---------------------------------------------------------------------------------------
@@ -282,40 +255,9 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def _template_time(resumed: resume.Checkpoint | None) -> str:
-    """Return what chat templates read as date and time; every rank has to call it.
-
-    It is that of the first start, on rank 0: neither another day nor another time zone, on another
-    node, makes other data.
-    """
-    found = None if resumed is None else resumed.written.template_time
-    return all_gather_object(found or datetime.now().isoformat())[0]
-
-
-def _warn_of_dtype(source: ModelSource, args: AddaxConfig) -> None:
-    """Warn of weights that nobody has asked to be widened."""
-    stored = getattr(source.config, "dtype", None)
-    narrow = stored in (torch.bfloat16, torch.float16)
-    asked = {"bf16", "fp16"} & args.given_names
-    if narrow and not asked and weights_dtype(args) is torch.float32:
-        logger.warning(
-            "The model's files have weights of %s, and they are trained in fp32, which takes twice "
-            "the memory: give --bf16, or --bf16 False if it is meant.",
-            str(stored).removeprefix("torch."),
-        )
-
-
-def _lora(model_args: ModelArguments, args: AddaxConfig) -> Lora | None:
-    r, targets = model_args.lora_r, model_args.lora_target_modules
-    if r is None:
-        return None
-    return Lora(r, model_args.lora_alpha or 2 * r, tuple(targets) if targets else None, args.seed)
-
-
-def _load_model(
-    source: ModelSource, args: TrainingArguments, run: Run, lora: Lora | None
-) -> nn.Module:
-    return source.load(
+def _load_model(prepared: Prepared, args: TrainingArguments) -> nn.Module:
+    run = prepared.run
+    return prepared.source.load(
         weights_dtype(args),
         run.sharding,
         args.device,
@@ -323,7 +265,7 @@ def _load_model(
         cpu_offload=run.cpu_offload,
         progress=not args.disable_tqdm and args.process_index == 0,
         recomputes=bool(args.activation_checkpointing),
-        lora=lora,
+        lora=prepared.lora,
     )
 
 
@@ -332,85 +274,6 @@ def _thread_the_host(model: nn.Module, model_args: ModelArguments, args: AddaxCo
     homes = {each.data.device.type for each in local_slices(model)}
     if args.device.type != "cpu" and "cpu" in homes:
         torch.set_num_threads(model_args.cpu_threads or threads_of_rank(args))
-
-
-def _plan_threshold(
-    source: ModelSource,
-    run: Run,
-    data: Data,
-    args: AddaxConfig,
-    resumed: resume.Checkpoint | None,
-) -> AutoThreshold:
-    """Plan ``--length_threshold auto``; every rank has to call it.
-
-    The settings of ``args`` get the plan's L_T and its micro-batches.
-    """
-    fixed = None if resumed is None else resumed.written.length_threshold
-    kernel = source.attn_implementation
-    plan = plan_threshold(
-        source.config,
-        kernel,
-        run.sharding,
-        data.train,
-        args,
-        args.settings,
-        fixed,
-        replicas=run.replicas,
-        cpu_offload=run.cpu_offload,
-    )
-    args.settings = replace(args.settings, length_threshold=plan.length)
-    if plan.parts > 1:
-        divide_batches(args, plan.parts)
-        logger.info(
-            "More rows would not fit: a step has %d micro-batches, of %d rows first-order and %d "
-            "zeroth-order. K0 and K1 are as they were.",
-            args.settings.gradient_accumulation_steps,
-            args.per_device_train_batch_size,
-            args.settings.per_device_zo_batch_size,
-        )
-    return plan
-
-
-def _identity(
-    args: AddaxConfig, model_args: ModelArguments, data: Data, digest: str
-) -> Iterator[tuple[str, str]]:
-    """Yield what has to be the same on all ranks, by names for a message."""
-    yield "version of addax_ds", addax_ds.__version__
-    code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
-    yield "code of addax_ds", _digest(path.read_bytes() for path in code)
-    yield "version of torch", torch.__version__
-    for name, value in {**args.to_dict(), **vars(model_args)}.items():
-        if name not in _OF_ONE_RANK:
-            yield f"--{name}", str(value)
-    deepspeed_config = getattr(args, "hf_deepspeed_config", None)
-    if deepspeed_config is not None:
-        for key, value in deepspeed_config.config.items():
-            yield f"{key} in the DeepSpeed config", str(value)
-    yield "training data", digest
-    for name, dataset in (("validation data", data.validation), ("test data", data.test)):
-        if dataset is not None:
-            yield name, data_digest(dataset.examples)
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def _remove_results(trainer: StepMixin) -> None:
-    """Remove results of other weights, if there are any; Trainer would add to them."""
-    if trainer.is_world_process_zero():
-        for name in _RESULTS:
-            (output_folder(trainer.args) / name).unlink(missing_ok=True)
-
-
-def _costs(trainer: StepMixin) -> dict[str, float]:
-    """Return what the training has cost; memory is that of the rank that held most."""
-    costs = trainer.costs.report()
-    peak = max(all_gather_object(costs["peak_memory_bytes"]))
-    return {**costs, "peak_memory_bytes": peak, "train_steps": trainer.state.global_step}
 
 
 class _TestBeforeTraining(TrainerCallback):
@@ -423,40 +286,6 @@ class _TestBeforeTraining(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self._trainer.evaluate(self._test, metric_key_prefix="test_before")
-
-
-def _on_dev(trainer: StepMixin) -> dict[str, float]:
-    """Find the dev metrics of the weights that are saved: the best ones, or those of the end."""
-    best = trainer.best_step if trainer.args.load_best_model_at_end else None
-    found: dict[str, float] = {}
-    for entry in trainer.state.log_history:
-        if "eval_loss" in entry and entry["step"] == (best or entry["step"]):
-            found = {f"dev_{k.removeprefix('eval_')}": v for k, v in entry.items() if "eval_" in k}
-            found["dev_step"] = entry["step"]
-    return found
-
-
-def _before(trainer: StepMixin) -> dict[str, float]:
-    """Find the test metrics from before training in the log, which a resumed run has too."""
-    for entry in trainer.state.log_history:
-        found = {
-            f"test_{name}_before": entry[f"test_before_{name}"]
-            for name in ("accuracy", "loss")
-            if f"test_before_{name}" in entry
-        }
-        if found:
-            return found
-    return {}
-
-
-def _save_predictions(trainer: AddaxTrainer | BaselineTrainer, test: ScoredSet) -> None:
-    """Write what the model answered to each test row, if they have answers to choose or write."""
-    assert trainer.scores is not None
-    rows = list(test.predictions(trainer.scores))
-    if rows and trainer.is_world_process_zero():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path = output_folder(trainer.args) / _PREDICTIONS
-        path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

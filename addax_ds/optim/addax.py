@@ -22,7 +22,7 @@ from addax_ds.optim.hyperparameters import (
     problems,
 )
 from addax_ds.optim.loss_scale import UNSCALED, LossScale
-from addax_ds.optim.passes import Passes, not_compiled
+from addax_ds.optim.passes import IsolatedPasses, not_compiled
 from addax_ds.optim.report import NonFiniteSteps, StepReport
 from addax_ds.optim.step import Closure, RunningStep
 from addax_ds.optim.update import Rounding, Step
@@ -156,8 +156,8 @@ class Addax(torch.optim.Optimizer):
         self.first_order_loss: float | None = None
         self._running: RunningStep | None = None
         self._non_finite = NonFiniteSteps()
-        self._kept: SkippedUpdates | None = None
-        self._passes: Passes | None = None
+        self._skipped: SkippedUpdates | None = None
+        self._passes: IsolatedPasses | None = None
         self._told_of_unread = False
 
     @property
@@ -245,11 +245,12 @@ class Addax(torch.optim.Optimizer):
         except BaseException:
             self.abandon()
             raise
-        running.is_measuring = self.sharding.backward_ran = False
+        running.is_measuring = False
+        self.sharding.backward_ran = False  # those in measure() were not the step's last
         if loss is None:
             self._forget_passes()
         if zeroth:
-            self._tell_of_unread({info.name for info in running.unread})
+            self._tell_of_unread({info.name for info in running.unread.values()})
         self.zeroth_order_loss = running.zeroth_order_loss
         self.first_order_loss = running.first_order_loss
         return loss
@@ -352,9 +353,9 @@ class Addax(torch.optim.Optimizer):
     def _new_step(self) -> RunningStep:
         """Fix the values of a step, by parameter group: these differ in lr and weight decay."""
         self.sharding.check_unchanged()
-        assert self._kept is not None
+        assert self._skipped is not None
         assert self._passes is not None
-        steps = [
+        by_group = [
             Step(
                 seed=self.seed,
                 index=self.index,
@@ -367,15 +368,15 @@ class Addax(torch.optim.Optimizer):
             )
             for group in self.param_groups
         ]
-        limits = self.loss_scale.value, self.max_grad_norm
         return RunningStep(
-            self.sharding,
-            self._passes,
-            steps,
-            self.estimator,
-            self._kept,
-            *limits,
-            self.track_norm,
+            sharding=self.sharding,
+            passes=self._passes,
+            by_group=by_group,
+            estimator=self.estimator,
+            skipped=self._skipped,
+            loss_scale=self.loss_scale.value,
+            max_grad_norm=self.max_grad_norm,
+            track_norm=self.track_norm,
         )
 
     def _tell_of_unread(self, unread: set[str]) -> None:
@@ -492,8 +493,8 @@ class Addax(torch.optim.Optimizer):
         self._running = None
         sharding.attach(self._on_gradients)
         self._sharding = sharding
-        self._kept = SkippedUpdates([info.name for info in sharding.infos])
-        self._passes = Passes(sharding)
+        self._skipped = SkippedUpdates([info.name for info in sharding.infos])
+        self._passes = IsolatedPasses(sharding)
         self._told_of_unread = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ from torch.nn.utils import parametrize
 from addax_ds.sharding.base import Perturb, Sharding, modules_of
 
 
-class Passes:
-    """The zeroth-order passes over a model.
+class IsolatedPasses:
+    """The surroundings of zeroth-order passes over a model.
 
     Args:
         sharding: its back end.

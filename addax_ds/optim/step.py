@@ -3,19 +3,19 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
-from operator import mul
 
 import torch
 from torch import Tensor
 
 from addax_ds.distributed.collectives import all_gather_object
+from addax_ds.optim.contributions import Contributions
 from addax_ds.optim.estimator import Estimate, Estimator, Pass
 from addax_ds.optim.gradients import GradientSums, SkippedUpdates, SquaredNorms
-from addax_ds.optim.passes import Passes, forget_casts
+from addax_ds.optim.passes import IsolatedPasses, forget_casts
 from addax_ds.optim.report import StepReport
 from addax_ds.optim.update import Step, apply_update, perturb
 from addax_ds.sharding.base import ParameterInfo, Shard, Sharding
@@ -40,9 +40,9 @@ class RunningStep:
     Args:
         sharding: the back end.
         passes: the zeroth-order passes over its model.
-        steps: the values of the step, by parameter group; the coefficients are not known yet.
+        by_group: the values of the step, by parameter group, without the coefficients.
         estimator: the zeroth-order part.
-        kept: flags of the weights, which are unset here.
+        skipped: flags of updates that were skipped, which are unset here.
         loss_scale: factor of the first-order loss.
         max_grad_norm: see `Addax`.
         track_norm: see `Addax`.
@@ -50,8 +50,8 @@ class RunningStep:
     Attributes:
         zeroth_order_loss: mean over ranks, as the estimator has it, once it is known.
         first_order_loss: mean over ranks and micro-batches, once it is known.
-        unread: trainable parameters that no zeroth-order pass of any rank read: the loss does not
-            depend on them, and they get no zeroth-order part.
+        unread: trainable parameters that no zeroth-order pass of any rank read, by index: the loss
+            does not depend on them, and they get no zeroth-order part.
         is_measuring: whether closures are running, which may not call `Addax.step`.
         problems: what was NaN or infinite, in words.
         overflow: the same, of what a smaller loss scale may mend: nothing, or one entry.
@@ -59,11 +59,12 @@ class RunningStep:
 
     def __init__(
         self,
+        *,
         sharding: Sharding,
-        passes: Passes,
-        steps: list[Step],
+        passes: IsolatedPasses,
+        by_group: list[Step],
         estimator: Estimator,
-        kept: SkippedUpdates,
+        skipped: SkippedUpdates,
         loss_scale: float,
         max_grad_norm: float,
         track_norm: bool,
@@ -73,24 +74,23 @@ class RunningStep:
         self.problems: list[str] = []
         self.overflow: list[str] = []
         self.is_measuring = False
-        self.unread: list[ParameterInfo] = []
+        self.unread: dict[int, ParameterInfo] = {}
         self._sharding = sharding
         self._passes = passes
         self._loss_scale = loss_scale
         self._max_grad_norm = max_grad_norm
         self._track_norm = track_norm
-        self._steps = steps
+        self._by_group = by_group
         self._estimator = estimator
         self._estimate: Estimate | None = None
         self._mode = _Mode.APPLY
         self._updated: set[int] = set()
-        self._unread: set[int] = set()
-        self._applied_first_order = steps[0].alpha < 1.0
+        self._applied_first_order = by_group[0].alpha < 1.0
         self._sums = GradientSums()
         self._squares = SquaredNorms()
         self._norms: list[float] = []
-        self._kept = kept
-        kept.clear()
+        self._skipped = skipped
+        skipped.clear()
 
     @property
     def g0(self) -> float:
@@ -107,19 +107,24 @@ class RunningStep:
         if not first_order:
             self._agree(losses, None)
             return None
-        clips, alone = self._max_grad_norm > 0.0, len(first_order) == 1
-        with self._replayed() if clips and alone else nullcontext():
-            loss, mean = self._micro_batches(first_order)
+        if self._max_grad_norm > 0.0 and len(first_order) == 1:
+            return self._measure_to_clip(losses, first_order[0])
+        loss, mean = self._run_micro_batches(first_order)
+        if not self._agree(losses, mean):
+            return None
+        if self._max_grad_norm > 0.0:
+            self._mode = _Mode.ACCUMULATE  # finish() clips and applies the sum
+        return loss
+
+    def _measure_to_clip(self, losses: list[Tensor], closure: Closure) -> Tensor | None:
+        """Find the norm of g1 by a backward of its own; return the loss of a second forward."""
+        with self._replayed():
+            loss, mean = self._run_micro_batches([closure])
             if not self._agree(losses, mean):
                 return None
-            if not clips:
-                return loss
-            if not alone:
-                self._mode = _Mode.ACCUMULATE  # finish() clips and applies the sum
-                return loss
             with self._sharding.other_gradients_kept():
                 self._backward(loss, _Mode.TAKE_NORM)
-        return self._scaled(first_order[0](), 1) if self._clip() else None
+        return self._scaled(closure(), 1) if self._clip() else None
 
     def rehearse(self, zeroth_order: list[Closure], first_order: list[Closure]) -> None:
         """Run a step's passes, two zeroth-order ones, and apply nothing; discard this object then.
@@ -132,27 +137,23 @@ class RunningStep:
                 # The others hold what these hold.
                 self._perturbed_losses(zeroth_order, self._estimator.passes[:2])
             if first_order:
-                loss, _ = self._micro_batches(first_order)
+                loss, _ = self._run_micro_batches(first_order)
                 self._backward(loss, mode)
 
     def _perturbed_losses(self, closures: list[Closure], passes: Sequence[Pass]) -> list[Tensor]:
         """Return this rank's mean loss of each pass."""
-        step = self._steps[0]
-
-        def perturbed(sign: int, probe: int, shards: Sequence[Shard]) -> list[Tensor]:
-            return perturb(shards, step, sign, probe)
-
         means = []
         self._mode = _Mode.REFUSE  # it would be of perturbed weights
         with self._passes.of_step():
             for each in passes:
-                with self._passes.perturbed(partial(perturbed, each.sign, each.probe)):
+                shown = partial(perturb, step=self._by_group[0], sign=each.sign, probe=each.probe)
+                with self._passes.perturbed(shown):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())
         self._mode = _Mode.APPLY
         return means
 
-    def _micro_batches(self, closures: list[Closure]) -> tuple[Tensor, Tensor]:
+    def _run_micro_batches(self, closures: list[Closure]) -> tuple[Tensor, Tensor]:
         """Run all forwards, and all backwards but the last; return its loss and their mean."""
         means = []
         for closure in closures[:-1]:
@@ -215,19 +216,23 @@ class RunningStep:
                     "measure() one closure for each micro-batch"
                 )
             self._updated.add(shard.index)
-            weight, decays = shard.data, self._steps[shard.group].weight_decay != 0.0
+            weight, decays = shard.data, self._by_group[shard.group].weight_decay != 0.0
             types = weight.dtype, None if gradient is None else gradient.dtype
             key = (*types, weight.device, shard.group, shard.decayed and decays, self._reads(shard))
             alike.setdefault(key, []).append((shard, gradient))
         for (*_, device, group, decayed, is_read), members in alike.items():
-            step = self._steps[group] if is_read else replace(self._steps[group], coefficients=())
+            step = (
+                self._by_group[group]
+                if is_read
+                else replace(self._by_group[group], coefficients=())
+            )
             shards = [shard for shard, _ in members]
             gradients = [gradient for _, gradient in members if gradient is not None] or None
-            apply_update(shards, gradients, step, decayed, self._kept.flags(device))
+            apply_update(shards, gradients, step, decayed, self._skipped.flags(device))
 
     def _reads(self, shard: Shard) -> bool:
         """Return whether a zeroth-order pass of any rank has read a parameter."""
-        return shard.index not in self._unread
+        return shard.index not in self.unread
 
     def _clip(self) -> bool:
         """Find the norm of g1 from its squares and scale the step by it.
@@ -235,7 +240,7 @@ class RunningStep:
         Returns:
             False, with the step unscaled, if the norm is not finite.
         """
-        squares = self._squares.take(len(self._steps), self._sharding.device)
+        squares = self._squares.take(len(self._by_group), self._sharding.device)
         self._sharding.sum_over_ranks(squares)
         self._norms = self._norms_of(squares.tolist())
         norm = math.hypot(*self._norms)
@@ -245,7 +250,7 @@ class RunningStep:
             return False
         coefficient = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         scale = coefficient / self._loss_scale
-        self._steps = [replace(step, gradient_scale=scale) for step in self._steps]
+        self._by_group = [replace(step, gradient_scale=scale) for step in self._by_group]
         return True
 
     def _clip_sums(self) -> None:
@@ -290,8 +295,7 @@ class RunningStep:
         read = read.to(self._sharding.device)
         self._sharding.sum_over_ranks(read)
         infos = zip(self._sharding.infos, read.tolist(), strict=True)
-        self.unread = [info for info, ranks in infos if not ranks]
-        self._unread = {info.index for info in self.unread}
+        self.unread = {info.index: info for info, ranks in infos if not ranks}
         if len(self.unread) == len(self._sharding.infos):
             raise RuntimeError(
                 "the zeroth-order passes read no trainable parameter: their closures have to call "
@@ -300,7 +304,7 @@ class RunningStep:
 
     def _take_estimate(self, losses: list[float]) -> None:
         """Complete the step by its coefficients, or leave that part out if they are not finite."""
-        estimate = self._estimator.estimate(losses, self._steps[0].zo_eps)
+        estimate = self._estimator.estimate(losses, self._by_group[0].zo_eps)
         self.zeroth_order_loss = estimate.loss
         if not all(map(math.isfinite, estimate.coefficients)):
             causes = [loss for loss in losses if not math.isfinite(loss)] or losses
@@ -308,7 +312,9 @@ class RunningStep:
             self._leave_out(f"zeroth-order losses {said}", self.problems)
             return
         self._estimate = estimate
-        self._steps = [replace(step, coefficients=estimate.coefficients) for step in self._steps]
+        self._by_group = [
+            replace(step, coefficients=estimate.coefficients) for step in self._by_group
+        ]
 
     def finish(self, stop_requested: bool) -> StepReport:
         """Update what got no gradient, and report, with one all-reduce.
@@ -323,32 +329,38 @@ class RunningStep:
         self._update([(shard, self._sums.take(shard, None)) for shard in late])
         self._sharding.finish_step()
         forget_casts()
-        device, groups = self._sharding.device, len(self._steps)
+        device, groups = self._sharding.device, len(self._by_group)
         values = torch.zeros(2 + groups, dtype=torch.float64, device=device)
-        values[0] = self._kept.any()
+        values[0] = self._skipped.any()
         values[1] = float(stop_requested)
         values[2:] = self._squares.take(groups, device)
         self._sharding.sum_over_ranks(values)
-        kept, stop, *squares = values.tolist()
+        skipped, stop, *squares = values.tolist()
         if self._track_norm and not self._norms:
             self._norms = self._norms_of(squares)
-        if kept:
-            self._note_kept_weights()
+        if skipped:
+            self._note_skipped_updates()
         return self._report(stop_requested=stop > 0)
 
     def _leave_out(self, what: str, problems: list[str]) -> None:
         problems.append(what)
-        logger.warning("step %d: %s: that part of the step is skipped", self._steps[0].index, what)
+        logger.warning(
+            "step %d: %s: that part of the step is skipped", self._by_group[0].index, what
+        )
 
-    def _note_kept_weights(self) -> None:
+    def _note_skipped_updates(self) -> None:
         """Log the parameters with skipped updates; collective, and rare."""
-        names = sorted({name for names in all_gather_object(self._kept.names()) for name in names})
+        names = sorted(
+            {name for names in all_gather_object(self._skipped.names()) for name in names}
+        )
         others = f" and {len(names) - 1} other parameter(s)" if len(names) > 1 else ""
         problem = f"an update of {names[0]}{others} that is not finite"
         # Without a first-order part there was nothing scaled in it.
         (self.overflow if self._applied_first_order else self.problems).append(problem)
         logger.warning(
-            "step %d: %s: the elements concerned keep their weights", self._steps[0].index, problem
+            "step %d: %s: the elements concerned keep their weights",
+            self._by_group[0].index,
+            problem,
         )
 
     def _norms_of(self, squares: list[float]) -> list[float]:
@@ -357,57 +369,33 @@ class RunningStep:
         return [math.sqrt(square / scale) for square in squares]
 
     def _report(self, stop_requested: bool) -> StepReport:
-        step, norms = self._steps[0], self._norms
-        lrs = [group.lr for group in self._steps]
         elements = list(self._sharding.group_elements)
-        for info in self.unread:
+        for info in self.unread.values():
             elements[info.group] -= self._sharding.full_shape(info.parameter).numel()
-        sizes = list(map(math.sqrt, elements))
-        # Independent z are nearly orthogonal, so their coefficients add up in squares.
-        weight_of_z = step.alpha * math.hypot(*step.coefficients)
+        first, estimate = self._by_group[0], self._estimate
+        clip_coefficient = first.gradient_scale * self._loss_scale
+        parts = Contributions(
+            groups=self._by_group,
+            estimate=estimate,
+            elements=elements,
+            gradient_norms=self._norms,
+            clip_coefficient=clip_coefficient if self._applied_first_order else 0.0,
+        )
         return StepReport(
-            index=step.index,
-            g0=self.g0 if step.alpha > 0 else None,
+            index=first.index,
+            g0=parts.g0,
             zeroth_order_loss=self.zeroth_order_loss,
             first_order_loss=self.first_order_loss,
-            zeroth_order_norm=weight_of_z * math.hypot(*map(mul, lrs, sizes)),
-            first_order_norm=self._first_order_norm(lrs) if norms else None,
-            gradient_norm=math.hypot(*norms) if norms else None,
-            zeroth_order_decrease=self._zeroth_order_decrease(lrs),
-            first_order_decrease=self._first_order_decrease(lrs),
+            zeroth_order_norm=parts.zeroth_order_norm,
+            first_order_norm=parts.first_order_norm,
+            gradient_norm=parts.gradient_norm,
+            zeroth_order_decrease=parts.zeroth_order_decrease,
+            first_order_decrease=parts.first_order_decrease,
             loss_scale=self._loss_scale,
             has_nonfinite=bool(self.problems or self.overflow),
             stop_requested=stop_requested,
-            projected_gradients=self._estimate.projected_gradients if self._estimate else (),
+            projected_gradients=estimate.projected_gradients if estimate else (),
         )
-
-    def _first_order_norm(self, lrs: list[float]) -> float:
-        """Norm of the first-order part of the update, after clipping; 0 if it was left out."""
-        weight = self._weight_of_g1  # 0 also where the norm is infinite
-        return weight * math.hypot(*map(mul, lrs, self._norms)) if weight else 0.0
-
-    def _first_order_decrease(self, lrs: list[float]) -> float | None:
-        if not self._norms or self._steps[0].alpha == 1.0:
-            return None
-        squares = map(mul, self._norms, self._norms)
-        return self._weight_of_g1 * math.fsum(map(mul, lrs, squares)) if self._weight_of_g1 else 0.0
-
-    def _zeroth_order_decrease(self, lrs: list[float]) -> float | None:
-        """Decrease along the directions: their slopes times how far the update goes along them."""
-        step, estimate = self._steps[0], self._estimate
-        if step.alpha == 0.0 or len(set(lrs)) > 1:  # g0 is of all groups together
-            return None
-        if estimate is None:
-            return 0.0
-        slopes = zip(estimate.coefficients, estimate.projected_gradients, strict=True)
-        return step.lr * step.alpha * math.fsum(c * slope for c, slope in slopes)
-
-    @property
-    def _weight_of_g1(self) -> float:
-        """Factor of g1 in the update but for lr, after clipping; 0 if that part was left out."""
-        step = self._steps[0]
-        scale = step.gradient_scale * self._loss_scale
-        return (1 - step.alpha) * scale if self._applied_first_order else 0.0
 
 
 def _checked(loss: Tensor) -> Tensor:

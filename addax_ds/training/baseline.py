@@ -1,18 +1,14 @@
 """SGD and AdamW under ZeRO-3: what Addax is compared with, on the same batches and evaluations."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
-from addax_ds.checkpoint.resume import Checkpoint
-from addax_ds.config.settings import check_can_resume
 from addax_ds.optim.methods import BASELINES
 from addax_ds.optim.report import NonFiniteSteps
-from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.likelihood import LikelihoodMixin
 from addax_ds.training.steps import StepMixin
 
@@ -38,7 +34,7 @@ class BaselineTrainer(LikelihoodMixin, StepMixin, Trainer):
         """Forward and backward of each micro-batch, and the engine's step after the last."""
         model.train()
         self._losses.clear()
-        micro_batches = self._micro_batches(model, inputs, "first_order")
+        micro_batches = self.loss_closures(model, inputs, "first_order")
         for number, loss in enumerate(micro_batches, start=1):
             self.backward(loss(), is_last=number == len(micro_batches))
         mean = sum(loss for _, _, loss in self._losses) / len(self._losses)
@@ -56,25 +52,3 @@ class BaselineTrainer(LikelihoodMixin, StepMixin, Trainer):
         engine.set_gradient_accumulation_boundary(is_last)
         engine.backward(loss)
         engine.step()
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | Checkpoint | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Train from the start.
-
-        Raises:
-            UserError: for ``resume_from_checkpoint``.
-        """
-        if resume_from_checkpoint:
-            check_can_resume(self.settings.method)
-        return super().train(None, *args, **kwargs)
-
-    def _save_optimizer(self, folder: Path) -> None:
-        """Nothing: checkpoints are for choosing the best one, not for going on."""
-
-    def _free_gathered(self) -> None:
-        assert self.model is not None
-        back_end_of(self.model).free_gathered(self.model_wrapped)

@@ -28,16 +28,14 @@ class DesyncCheck:
     Any one altered element changes a `checksum`.
 
     Args:
-        optimizer: attached.
         every: number of steps between two checks; 0 never checks.
     """
 
-    def __init__(self, optimizer: Addax, every: int) -> None:
-        self._optimizer = optimizer
+    def __init__(self, every: int) -> None:
         self._every = every
         self._sums: dict[str, int] | None = None
 
-    def before_step(self) -> None:
+    def before_step(self, optimizer: Addax) -> None:
         """Check that the weights are those that the last check saw, if it was after the last step.
 
         Raises:
@@ -46,61 +44,62 @@ class DesyncCheck:
         before, self._sums = self._sums, None
         if before is None:
             return
-        now = self._checksums()
+        now = _checksums(optimizer)
         changed = all_gather_object(_first_difference(before, now))
         lines = [f"rank {rank}: {name}" for rank, name in enumerate(changed) if name is not None]
         if lines:
             raise UserError(
-                f"the weights changed between steps {self._optimizer.index - 1} and "
-                f"{self._optimizer.index}: {', '.join(lines)}. {_REMEDY}"
+                f"the weights changed between steps {optimizer.index - 1} and {optimizer.index}: "
+                f"{', '.join(lines)}. {_REMEDY}"
             )
 
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Addax) -> None:
         """Check, if it is time, that replicas are equal and that ranks took the same step.
 
         Raises:
             UserError: on all ranks, naming what differs.
         """
-        if not self._every or self._optimizer.index % self._every:
+        if not self._every or optimizer.index % self._every:
             return
-        self._sums = self._checksums()
-        self._check_replicas(self._sums)
-        self._check_values()
+        self._sums = _checksums(optimizer)
+        _check_replicas(optimizer, self._sums)
+        check_values(optimizer)
 
-    def _checksums(self) -> dict[str, int]:
-        """Checksum of each shard, by name and place of the shard."""
-        shards = list(self._optimizer.sharding.shards())
-        if not shards:
-            return {}
-        sums = torch.stack([checksum(shard.data) for shard in shards]).tolist()
-        return {f"{s.name}[{s.start}:]": value for s, value in zip(shards, sums, strict=True)}
 
-    def _check_replicas(self, sums: dict[str, int]) -> None:
-        if self._optimizer.sharding.replicas == 1:
-            return
-        by_rank = all_gather_object(sums)
-        for rank, other in enumerate(by_rank):
-            peer = next(i for i, first in enumerate(by_rank) if first.keys() == other.keys())
-            name = _first_difference(by_rank[peer], other)
-            if name is not None:
-                raise UserError(
-                    f"after step {self._optimizer.index - 1} rank {rank} has other weights than "
-                    f"rank {peer}, in {name}. {_REMEDY}"
-                )
+def _checksums(optimizer: Addax) -> dict[str, int]:
+    """Checksum of each shard, by name and place of the shard."""
+    shards = list(optimizer.sharding.shards())
+    if not shards:
+        return {}
+    sums = torch.stack([checksum(shard.data) for shard in shards]).tolist()
+    return {f"{s.name}[{s.start}:]": value for s, value in zip(shards, sums, strict=True)}
 
-    def _check_values(self) -> None:
-        optimizer = self._optimizer
-        groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-        state = optimizer.state_dict()["addax"]
-        values = all_gather_object(
-            repr((optimizer.report, groups, optimizer.hyperparameters, state))
-        )
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                raise UserError(
-                    f"ranks took step {optimizer.index - 1} with different values: rank 0 with "
-                    f"{values[0]}, rank {rank} with {value}. {_REMEDY}"
-                )
+
+def _check_replicas(optimizer: Addax, sums: dict[str, int]) -> None:
+    if optimizer.sharding.replicas == 1:
+        return
+    by_rank = all_gather_object(sums)
+    for rank, other in enumerate(by_rank):
+        peer = next(i for i, first in enumerate(by_rank) if first.keys() == other.keys())
+        name = _first_difference(by_rank[peer], other)
+        if name is not None:
+            raise UserError(
+                f"after step {optimizer.index - 1} rank {rank} has other weights than rank {peer}, "
+                f"in {name}. {_REMEDY}"
+            )
+
+
+def check_values(optimizer: Addax) -> None:
+    """Check that all ranks took the last step with the same values; see `DesyncCheck`."""
+    groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    state = optimizer.state_dict()["addax"]
+    values = all_gather_object(repr((optimizer.report, groups, optimizer.hyperparameters, state)))
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise UserError(
+                f"ranks took step {optimizer.index - 1} with different values: rank 0 with "
+                f"{values[0]}, rank {rank} with {value}. {_REMEDY}"
+            )
 
 
 def checksum(data: Tensor) -> Tensor:

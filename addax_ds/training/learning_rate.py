@@ -15,7 +15,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from addax_ds.data.batches import STREAMS
 from addax_ds.optim.methods import Method
-from addax_ds.training.desync import DesyncCheck
 
 if TYPE_CHECKING:
     from addax_ds.training.mixin import AddaxMixin
@@ -96,7 +95,7 @@ def find_learning_rate(trainer: "AddaxMixin") -> Sweep:
     trainer.args.save_strategy = SaveStrategy.NO
     try:
         Trainer.train(trainer)
-    except _Done as done:
+    except _SweepFinished as done:
         return done.sweep
     finally:
         trainer.callback_handler.callbacks = callbacks
@@ -104,8 +103,8 @@ def find_learning_rate(trainer: "AddaxMixin") -> Sweep:
     raise AssertionError("a training has begun without a word")
 
 
-class _Done(BaseException):
-    """Ends `Trainer.train` before its first step."""
+class _SweepFinished(BaseException):
+    """Ends `Trainer.train` before its first step: DeepSpeed's engine exists only within."""
 
     def __init__(self, sweep: Sweep) -> None:
         super().__init__()
@@ -119,11 +118,10 @@ class _Sweeping(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise _Done(self._sweep())
+        raise _SweepFinished(self._sweep())
 
     def _sweep(self) -> Sweep:
         trainer = self._trainer
-        trainer._desync = DesyncCheck(trainer.addax, 0)
         with _put_back(trainer):
             before = self._loss()
         logger.info("Before: loss %.4f", before)
@@ -158,7 +156,7 @@ class _Sweeping(TrainerCallback):
             for step in range(STEPS, STEPS + HELD_STEPS):
                 batches = trainer.step_batches(step)
                 for stream in STREAMS:
-                    parts = [loss() for loss in trainer._micro_batches(model, batches, stream)]
+                    parts = [loss() for loss in trainer.loss_closures(model, batches, stream)]
                     if parts:
                         losses.append(torch.stack(parts).double().mean())
         total = torch.stack(losses).mean().to(sharding.device)

@@ -19,6 +19,7 @@ from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
 from addax_ds.training.learning_rate import Sweep, find_learning_rate
+from addax_ds.training.resuming import ResumingMixin
 from addax_ds.training.steps import StepMixin
 from addax_ds.training.worth import Worth
 from addax_ds.utils.dtypes import weights_dtype
@@ -39,7 +40,7 @@ _CARRIED = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
 _REPLACED = ("training_step", "get_train_dataloader", "create_optimizer")
 
 
-class AddaxMixin(StepMixin):
+class AddaxMixin(ResumingMixin, StepMixin):
     """Gives a `transformers.Trainer` an Addax step; it comes first among the base classes.
 
     ``class AddaxSFTTrainer(AddaxMixin, trl.SFTTrainer)`` is TRL's trainer with a step that takes a
@@ -87,8 +88,8 @@ class AddaxMixin(StepMixin):
             self.model._is_accelerate_prepared = True  # type: ignore[union-attr]
         self.add_callback(_EndOfStep(self))
         self.worth = Worth()
+        self.desync = DesyncCheck(self.args.desync_check_steps)
         self._stop_requested = False
-        self._desync: DesyncCheck | None = None
         self._learning_rate = self.args.learning_rate
 
     # ---- seams of Trainer ----------------------------------------------------------------------
@@ -125,16 +126,15 @@ class AddaxMixin(StepMixin):
         """One step of Algorithm 1; the weights are updated inside ``backward``."""
         model.train()
         addax = self.addax
-        assert self._desync is not None
-        self._desync.before_step()
+        self.desync.before_step(addax)
         addax.track_norm = self._logs_after_this_step()
         addax.stop_requested = self._stop_requested
         self._losses.clear()
         # Before DeepSpeed's engine goes on to the next one, which is what Trainer would report.
         self._learning_rate = float(addax.param_groups[0]["lr"])
         loss = addax.measure(
-            self._micro_batches(model, inputs, "zeroth_order"),
-            self._micro_batches(model, inputs, "first_order"),
+            self.loss_closures(model, inputs, "zeroth_order"),
+            self.loss_closures(model, inputs, "first_order"),
         )
         if loss is None:
             addax.sharding.step_without_backward()
@@ -255,8 +255,7 @@ class _EndOfStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Other weights may have been loaded since the last training.
-        addax, every = self._trainer.addax, self._trainer.args.desync_check_steps
-        self._trainer._desync = DesyncCheck(addax, every)
+        self._trainer.desync = DesyncCheck(self._trainer.args.desync_check_steps)
         self._trainer.worth = Worth()
         self._trainer.resume_logging()
 
@@ -264,10 +263,10 @@ class _EndOfStep(TrainerCallback):
         self._trainer._stop_requested = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        report, desync = self._trainer.addax.report, self._trainer._desync
+        addax = self._trainer.addax
+        report = addax.report
         assert report is not None
-        assert desync is not None
-        desync.after_step()
+        self._trainer.desync.after_step(addax)
         if report.has_nonfinite:
             self._trainer._name_examples(state.global_step - 1)
         if report.stop_requested:

@@ -1,10 +1,10 @@
-"""Trainer with atomic checkpoints, which are verified before a run resumes."""
+"""Trainer with atomic checkpoints, which are verified before they are read."""
 
 import io
 import logging
 import random
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from addax_ds.checkpoint import atomic, checkpoint, ownership, resume
-from addax_ds.checkpoint.identity import Progress, Run
+from addax_ds.checkpoint.identity import Run
 from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.config.settings import AddaxSettings
+from addax_ds.config.settings import AddaxSettings, check_can_resume
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.collectives import all_gather_object, limit_waiting, raise_on_all_ranks
-from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.sharding.registry import back_end, back_end_of
-from addax_ds.training.costs import CostMeter, Costs
+from addax_ds.training.costs import CostMeter
 from addax_ds.training.hub import UploadingMixin
 from addax_ds.utils.errors import UserError
 
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavingMixin(UploadingMixin):
-    """Saving and resuming of a trainer, as overrides of Trainer's methods.
+    """Saving and loading of models and checkpoints, as overrides of Trainer's methods.
 
     A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
 
@@ -51,13 +50,7 @@ class SavingMixin(UploadingMixin):
     resumed_step: int = 0
     template_time: str | None = None
     saves_at_end: bool = False
-    _progress: Progress | None = None
     _run_id: str | None = ownership.NEW
-
-    @property
-    def addax(self) -> Addax:
-        """The optimizer, out of the wrappers of DeepSpeed and Accelerate."""
-        return unwrap(self.optimizer)
 
     # ---- saving --------------------------------------------------------------------------------
 
@@ -110,7 +103,7 @@ class SavingMixin(UploadingMixin):
             self._name_best(root)
             self.save_model(str(staging), _internal_call=True)
             if not self.args.save_only_model:
-                self._save_optimizer(staging)
+                self._save_optimizer_state(staging)
                 self._save_generators(staging)
             self._save_trainer_state(staging)
         if self.args.push_to_hub:
@@ -162,18 +155,8 @@ class SavingMixin(UploadingMixin):
         if step == self.state.global_step or all(all_gather_object(best.is_dir())):
             self.state.best_model_checkpoint = str(best)
 
-    def _save_optimizer(self, folder: Path) -> None:
-        """Write optimizer, scheduler and the settings that must match on a resume."""
-        with raise_on_all_ranks():
-            if self.args.should_save:
-                progress = Progress(
-                    self._tr_loss.item(),
-                    self._globalstep_last_logged,
-                    asdict(self.costs.costs),
-                    *self._chosen_by,
-                )
-                own = (self.addax, self.lr_scheduler, self._run, progress)
-                checkpoint.save_state(folder, *own)
+    def _save_optimizer_state(self, folder: Path) -> None:
+        """Nothing: these checkpoints are for choosing the best one, not for going on."""
 
     def _save_generators(self, folder: Path) -> None:
         """Gather the states of all ranks, of which some may not see the folder."""
@@ -203,7 +186,7 @@ class SavingMixin(UploadingMixin):
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             checkpoint.write_run_id(folder, self._run_id)
 
-    # ---- resuming ------------------------------------------------------------------------------
+    # ---- training from a checkpoint ------------------------------------------------------------
 
     def train(
         self,
@@ -220,14 +203,17 @@ class SavingMixin(UploadingMixin):
             **kwargs: passed on.
 
         Raises:
-            UserError: if the checkpoint is damaged or of another run (see `resume.find`), or
-                ``output_dir`` belongs to another run (see `addax_ds.checkpoint.ownership`).
+            UserError: if the method cannot resume, the checkpoint is damaged or of another run (see
+                `resume.find`), or ``output_dir`` belongs to another run (see
+                `addax_ds.checkpoint.ownership`).
         """
         if self.args.find_learning_rate:
             raise UserError(
                 "find_learning_rate is set, so there is no learning rate to train with: call "
                 "find_learning_rate() of the trainer, or set learning_rate"
             )
+        if resume_from_checkpoint:
+            check_can_resume(self.settings.method)
         self.resumed_step = 0
         with ownership.held(self.args):
             found = resume_from_checkpoint
@@ -243,7 +229,7 @@ class SavingMixin(UploadingMixin):
             return super().train(str(found.folder), *args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing yet: `_prepare_for_training` fills the shards, once there are any."""
+        """Nothing yet: `ResumingMixin` fills the shards, once there are any."""
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -256,8 +242,6 @@ class SavingMixin(UploadingMixin):
             checkpoint.rehearse_saving(self.model, root, self.args, self.processing_class)
         if resume_from_checkpoint is None:
             self.start_afresh(prepared[0])
-        else:
-            self._resume(Path(resume_from_checkpoint), max_steps)
         return prepared
 
     def start_afresh(self, model: nn.Module) -> None:
@@ -267,68 +251,12 @@ class SavingMixin(UploadingMixin):
             model: as steps call it; under DeepSpeed the engine.
         """
 
-    def _resume(self, folder: Path, max_steps: int) -> None:
-        """Load optimizer, scheduler and weights of a checkpoint; every rank has to call it."""
-        with raise_on_all_ranks():
-            own = (self.addax, self.lr_scheduler, self._run)
-            self._progress = checkpoint.load_state(folder, *own)
-        self._forget_another_best(folder, self._progress)
-        self._load_weights(folder)
-        self.resumed_step = self.state.global_step
-        self.addax.sharding.resume_at(self.resumed_step)
-        if self.is_world_process_zero():
-            costs = Costs(**self._progress.costs)
-            logger.info(
-                "Resuming from %s: step %d of %d, after %d tokens in %.0f s",
-                *(folder, self.resumed_step, max_steps),
-                *(costs.train_tokens, costs.train_seconds),
-            )
-
-    @property
-    def _chosen_by(self) -> tuple[str | None, bool | None]:
-        """The metric by which the best checkpoint is chosen, and whether more of it is better."""
-        metric = self.args.metric_for_best_model
-        if metric is None:
-            return None, None
-        return metric.removeprefix("eval_"), self.args.greater_is_better
-
-    def _forget_another_best(self, folder: Path, progress: Progress) -> None:
-        """Forget the best checkpoint if it was by another metric, or a rank does not find it."""
-        state = self.state
-        before = progress.metric, progress.greater_is_better
-        with raise_on_all_ranks():
-            saved = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        named = saved.best_model_checkpoint
-        if progress.metric is not None and before != self._chosen_by:
-            why = f"was chosen by {progress.metric}, which no longer chooses it in the same way"
-        elif any(all_gather_object(named is not None and state.best_model_checkpoint is None)):
-            why = "is not there any more"
-        else:
-            return
-        if state.best_metric is not None and self.is_world_process_zero():
-            logger.warning(
-                "Resuming: the best checkpoint up to now, %s, %s: the best one is that of the "
-                "steps from here on.",
-                *(named or f"of step {state.best_global_step}", why),
-            )
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks whether the last step is done only after it has taken one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
-
-    def resume_logging(self) -> None:
-        """Go on with what is logged as a sum over steps, once Trainer has begun anew."""
-        if self._progress is not None:
-            self._tr_loss += self._progress.loss_sum
-            # `train_loss` is a mean over the steps since the resume.
-            self._total_loss_scalar = -self._progress.loss_sum
-            self._globalstep_last_logged = self._progress.last_logged_step
-            self.costs.resume(Costs(**self._progress.costs))
-            self._progress = None
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -345,7 +273,8 @@ class SavingMixin(UploadingMixin):
 
     def _free_gathered(self) -> None:
         """Free what is gathered from weights that are no more."""
-        self.addax.sharding.finish_step()
+        assert self.model is not None
+        back_end_of(self.model).free_gathered(self.model_wrapped)
 
     @property
     def _run(self) -> Run:

@@ -233,7 +233,7 @@ class StepMixin(SavingMixin):
         assert self._steps is not None
         return self._steps.rows.digest
 
-    def _micro_batches(
+    def loss_closures(
         self, model: nn.Module, inputs: dict[str, Any], stream: str
     ) -> list[Callable[[], Tensor]]:
         """Return, for each micro-batch of a stream, what computes its loss."""

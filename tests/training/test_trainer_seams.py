@@ -18,6 +18,7 @@ from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.hub import UploadingMixin
 from addax_ds.training.likelihood import LikelihoodMixin
 from addax_ds.training.mixin import AddaxMixin
+from addax_ds.training.resuming import ResumingMixin
 from addax_ds.training.saving import SavingMixin
 from addax_ds.training.steps import StepMixin
 from addax_ds.training.trainer import AddaxTrainer
@@ -27,6 +28,7 @@ TRAINERS = (
     LikelihoodMixin,
     AddaxMixin,
     StepMixin,
+    ResumingMixin,
     SavingMixin,
     UploadingMixin,
     AddaxTrainer,
@@ -36,7 +38,10 @@ TRAINERS = (
 OVERRIDDEN = {
     # method: parameters, module
     "_move_model_to_device": ("model device", "steps"),
-    "_prepare_for_training": ("max_steps train_dataloader resume_from_checkpoint", "saving"),
+    "_prepare_for_training": (
+        "max_steps train_dataloader resume_from_checkpoint",
+        "saving, resuming",
+    ),
     "_load_from_checkpoint": ("resume_from_checkpoint model", "saving"),
     "_run_epoch": (
         "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial "
@@ -57,9 +62,9 @@ CALLED = {
     "_get_collator_with_removed_columns": ("data_collator description", "steps"),
 }
 ATTRIBUTES = {
-    "_tr_loss": "saving",
-    "_globalstep_last_logged": "saving",
-    "_total_loss_scalar": "saving",
+    "_tr_loss": "resuming",
+    "_globalstep_last_logged": "resuming",
+    "_total_loss_scalar": "resuming",
 }
 
 
@@ -95,7 +100,7 @@ ORDERS = (
     ),
     Order(
         "_inner_training_loop",
-        "saving",
+        "resuming",
         "a run resumes between what sets the step and what sets the sums that are logged",
         (
             "self._init_training_state(",

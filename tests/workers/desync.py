@@ -47,14 +47,14 @@ def run_case(layout: str, name: str) -> str | None:
     harm, step = CASES[name]
     case = Case()
     run = LAYOUTS[layout].run(case.build(), case.hyperparameters)
-    check = DesyncCheck(unwrap(run.optimizer), every=2)
+    optimizer, check = unwrap(run.optimizer), DesyncCheck(every=2)
     try:
         for index, (long, short) in enumerate(batches()[:6]):
             if index == step:
                 harm(run)
-            check.before_step()
+            check.before_step(optimizer)
             train_step(run, case, long, short)
-            check.after_step()
+            check.after_step(optimizer)
     except UserError as error:
         return f"{index}: {error}"
     finally:
