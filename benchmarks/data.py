@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run as a s
 
 from addax_ds.config.arguments import DataArguments, ModelArguments
 from addax_ds.data.batches import StepBatches, StepSchedule
-from addax_ds.data.encoding import Example, data_digest, encode, lengths_of
+from addax_ds.data.encoding import encode
+from addax_ds.data.examples import Example, data_digest, lengths_of
 from addax_ds.data.partition import partition
 from addax_ds.data.train_rows import EncodedRows
 from addax_ds.models.source import ModelSource

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from addax_ds import Addax, attach
-from addax_ds.data.encoding import NO_LOSS
+from addax_ds.data.examples import NO_LOSS
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.integrations.stage3 import Stage3
 from addax_ds.optim import step

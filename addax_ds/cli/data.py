@@ -11,12 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from addax_ds.config.arguments import DEMO_TASK, DataArguments
 from addax_ds.data.arrow import ArrowExamples
 from addax_ds.data.cache import Encoder, encoded
-from addax_ds.data.encoding import (
-    Example,
-    encode,
-    encode_prompts,
-    padding_token,
-)
+from addax_ds.data.encoding import encode, encode_prompts, padding_token
+from addax_ds.data.examples import Example
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
 from addax_ds.models.source import ModelSource

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_config
 from addax_ds.config.deepspeed_values import AUTO
-from addax_ds.data.encoding import lengths_of, target_counts_of
+from addax_ds.data.examples import lengths_of, target_counts_of
 from addax_ds.distributed.nodes import replicas_of
 from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
 from addax_ds.planner import recommend

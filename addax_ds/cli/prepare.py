@@ -18,7 +18,7 @@ from addax_ds.cli.data import Data, load_data
 from addax_ds.config.addax_config import AddaxConfig, divide_batches
 from addax_ds.config.arguments import DataArguments, ModelArguments
 from addax_ds.data.batches import StepSchedule
-from addax_ds.data.encoding import data_digest, lengths_of
+from addax_ds.data.examples import data_digest, lengths_of
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.collectives import (
     all_gather_object,

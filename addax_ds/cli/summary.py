@@ -17,7 +17,7 @@ from addax_ds.cli.outputs import output_folder
 from addax_ds.cli.prepare import Prepared
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.batches import StepSchedule
-from addax_ds.data.encoding import Example, lengths_of, target_counts_of
+from addax_ds.data.examples import Example, lengths_of, target_counts_of
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.startup import launcher_patience
 from addax_ds.optim.methods import ZEROTH_ORDER

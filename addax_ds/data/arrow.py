@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 
 SCHEMA = pa.schema(
     {

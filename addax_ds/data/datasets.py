@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from addax_ds.data.encoding import Example, encode
+from addax_ds.data.encoding import encode
+from addax_ds.data.examples import Example
 from addax_ds.reading.records import read_records
 from addax_ds.reading.sources import without_nested_nulls
 from addax_ds.utils.errors import UserError

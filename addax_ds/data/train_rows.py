@@ -18,13 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from addax_ds.data.encoding import (
-    NO_LOSS,
-    Example,
-    data_digest,
-    lengths_of,
-    target_counts_of,
-)
+from addax_ds.data.examples import NO_LOSS, Example, data_digest, lengths_of, target_counts_of
 from addax_ds.utils.errors import UserError
 
 _IDS = "_ids"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from addax_ds.data.train_rows import dummy_example
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.evaluation.scored_set import (

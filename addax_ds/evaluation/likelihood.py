@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from addax_ds.data.encoding import NO_LOSS
+from addax_ds.data.examples import NO_LOSS
 from addax_ds.evaluation.output_head import computing_losses, plain_head
 from addax_ds.utils.errors import UserError
 

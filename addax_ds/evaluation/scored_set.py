@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from addax_ds.data.encoding import Example, lengths_of
+from addax_ds.data.examples import Example, lengths_of
 from addax_ds.data.loading import RankLoader
 from addax_ds.data.train_rows import dummy_example, pad
 from addax_ds.distributed.collectives import all_gather_object

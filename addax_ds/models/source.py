@@ -31,7 +31,6 @@ from addax_ds.checkpoint.weight_files import (
 )
 from addax_ds.checkpoint.weights import files_of, local_slices
 from addax_ds.config.arguments import ModelArguments
-from addax_ds.data.encoding import embeddings_of, longest_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.models import demo, gguf
 from addax_ds.models.adapters import Lora, base_slices
@@ -40,6 +39,7 @@ from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import shown
+from addax_ds.utils.model_config import max_positions, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,12 @@ class ModelSource:
     @property
     def vocabulary_size(self) -> int | None:
         """Number of tokens that the model has embeddings for, if its configuration says it."""
-        return embeddings_of(self.config)
+        return vocabulary_size(self.config)
 
     @property
     def positions(self) -> int | None:
         """Longest sequence that the model takes, if it has a limit."""
-        return longest_of(self.config)
+        return max_positions(self.config)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
-from addax_ds.data.encoding import Example, lengths_of
+from addax_ds.data.examples import Example, lengths_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
 from addax_ds.planner.memory import Inputs, Memory, step_memory

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from addax_ds.data.datasets import as_examples
-from addax_ds.data.encoding import NO_LOSS, Example, embeddings_of, longest_of, padding_token
+from addax_ds.data.encoding import padding_token
+from addax_ds.data.examples import NO_LOSS, Example
 from addax_ds.data.train_rows import EncodedRows, TrainRows, check_rows_have_numbers
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import (
@@ -31,6 +32,7 @@ from addax_ds.evaluation.scored_set import (
 )
 from addax_ds.training.steps import StepMixin
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.model_config import max_positions, vocabulary_size
 
 if TYPE_CHECKING:
     _Steps = StepMixin
@@ -107,7 +109,7 @@ class LikelihoodMixin(_Steps):
                 "loss is the likelihood of the target tokens. Give compute_loss to a "
                 "transformers.Trainer, and the step to that: class Mine(AddaxMixin, MyTrainer)"
             )
-        vocabulary = embeddings_of(getattr(model, "config", None))
+        vocabulary = vocabulary_size(getattr(model, "config", None))
         self._pad_token_id = padding_token(kwargs.get("processing_class"), vocabulary)
         self._collates = kwargs.get("data_collator") is not None
         if not self._collates:
@@ -139,8 +141,8 @@ class LikelihoodMixin(_Steps):
             dataset,
             name,
             tokenizer,
-            model_positions=longest_of(config),
-            vocabulary_size=embeddings_of(config),
+            model_positions=max_positions(config),
+            vocabulary_size=vocabulary_size(config),
             now=datetime.fromisoformat(self.template_time),
         )
 

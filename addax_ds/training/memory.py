@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.config.settings import AddaxSettings
-from addax_ds.data.encoding import Example, lengths_of, target_counts_of
+from addax_ds.data.examples import Example, lengths_of, target_counts_of
 from addax_ds.planner.memory import Inputs, Memory, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.threshold import batch

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from addax_ds.data.encoding import NO_LOSS, Example, lengths_of, target_counts_of
+from addax_ds.data.examples import NO_LOSS, Example, lengths_of, target_counts_of
 from addax_ds.data.train_rows import pad
 from addax_ds.distributed.collectives import collectives_begun, side_group
 from addax_ds.training.length_threshold import FLAG, AutoThreshold, gigabytes

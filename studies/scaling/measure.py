@@ -25,7 +25,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.examples import NO_LOSS, Example
 from addax_ds.distributed.collectives import all_gather_object, shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import BASELINES, ZEROTH_ORDER

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import benchmarks
-from addax_ds.data.encoding import NO_LOSS
+from addax_ds.data.examples import NO_LOSS
 from benchmarks import host, largest, loading, perturbation
 from benchmarks.common import SHAPES
 from benchmarks.contenders import USUAL

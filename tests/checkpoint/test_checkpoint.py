@@ -18,7 +18,7 @@ from addax_ds.checkpoint.checkpoint import load_state, read_run, rotate, save_st
 from addax_ds.checkpoint.identity import Progress, Run, changes
 from addax_ds.checkpoint.resume import Checkpoint
 from addax_ds.config.settings import AddaxSettings
-from addax_ds.data.encoding import Example, data_digest
+from addax_ds.data.examples import Example, data_digest
 from addax_ds.distributed import nodes
 from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameters
 

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 
 from addax_ds.cli.data import Data, load_data
 from addax_ds.config.arguments import DataArguments
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from tests.support.tiny import byte_tokenizer, write_rows
 
 ROWS = [{"question": f"{i}?", "answer": f" {i}!", "text": "no"} for i in range(10)]

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from addax_ds.data.batches import StepBatches, StepSchedule, permutation, train_dataloader
-from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.examples import NO_LOSS, Example
 from addax_ds.data.partition import partition
 from addax_ds.data.train_rows import EncodedRows, pad
 from addax_ds.utils.errors import UserError

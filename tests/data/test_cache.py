@@ -22,7 +22,8 @@ from addax_ds.data import cache, encoding
 from addax_ds.data.arrow import ArrowExamples
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.cache import Encoder, encoded
-from addax_ds.data.encoding import data_digest, encode, learnt_ends
+from addax_ds.data.encoding import encode, learnt_ends
+from addax_ds.data.examples import data_digest
 from addax_ds.data.train_rows import EncodedRows
 from addax_ds.reading.clock import moments_read
 from addax_ds.reading.records import read_records

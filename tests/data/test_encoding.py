@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from addax_ds.data.encoding import NO_LOSS, Cuts, encode, encode_prompts, learnt_ends, padding_token
+from addax_ds.data.encoding import Cuts, encode, encode_prompts, learnt_ends, padding_token
+from addax_ds.data.examples import NO_LOSS
 from addax_ds.reading.records import Record, chat, plain_text, prompt_completion
 from addax_ds.utils.errors import UserError
 

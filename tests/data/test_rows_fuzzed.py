@@ -14,7 +14,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from addax_ds.data.encoding import NO_LOSS, encode
+from addax_ds.data.encoding import encode
+from addax_ds.data.examples import NO_LOSS
 from addax_ds.reading import text_files
 from addax_ds.reading.records import prompt_completion
 from addax_ds.utils.errors import UserError

@@ -24,7 +24,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from addax_ds.data.train_rows import pad
 from addax_ds.evaluation.likelihood import (
     scores_of_logits,

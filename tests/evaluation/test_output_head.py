@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM
 
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from addax_ds.data.train_rows import pad
 from addax_ds.evaluation import output_head
 from addax_ds.evaluation.likelihood import target_scores, target_tensors

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from addax_ds.evaluation.scored_set import (
     Choice,
     EvaluationSet,

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from addax_ds.data.encoding import NO_LOSS
+from addax_ds.data.examples import NO_LOSS
 from addax_ds.evaluation import output_head
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.planner.memory import Inputs, step_memory

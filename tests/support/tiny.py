@@ -23,7 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from addax_ds.data.encoding import Example, encode, encode_prompts
+from addax_ds.data.encoding import encode, encode_prompts
+from addax_ds.data.examples import Example
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet
 from addax_ds.reading.records import prompt_completion

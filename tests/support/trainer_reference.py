@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import addax_ds
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 
 Batch = Sequence[Example]
 

@@ -10,7 +10,7 @@ import torch
 
 import addax_ds
 from addax_ds.data.batches import StepBatches, StepSchedule
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from addax_ds.data.train_rows import EncodedRows
 from addax_ds.training.costs import CostMeter, Costs, peak_memory
 from addax_ds.training.trainer import AddaxTrainer

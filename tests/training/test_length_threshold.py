@@ -17,7 +17,7 @@ from addax_ds import UserError
 from addax_ds.cli import train
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.batches import StepSchedule
-from addax_ds.data.encoding import NO_LOSS, Example
+from addax_ds.data.examples import NO_LOSS, Example
 from addax_ds.data.partition import partition
 from addax_ds.optim.hyperparameters import Hyperparameters
 from addax_ds.planner.memory import Inputs, step_memory

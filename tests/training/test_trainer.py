@@ -17,7 +17,7 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from tests.support.rank_group import Lazy, RankGroup
 from tests.support.reference import distance, norm
 from tests.support.tiny import MARKER

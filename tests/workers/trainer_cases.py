@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from addax_ds import UserError
 from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.data.encoding import Example
+from addax_ds.data.examples import Example
 from addax_ds.evaluation import output_head
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.sharding.fsdp2 import shard_model
