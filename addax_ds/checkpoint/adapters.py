@@ -116,7 +116,9 @@ def _warn_of_another_base(folder: Path, base: str | None) -> None:
         logger.warning(
             "%s: its adapters were trained on %s, and this run has %s: they work on the same "
             "weights alone.",
-            *(folder, saved, base),
+            folder,
+            saved,
+            base,
         )
 
 

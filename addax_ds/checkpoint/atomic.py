@@ -24,10 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
-from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
+from addax_ds.distributed.collectives import all_gather_object, get_rank, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import sha256_of
 
@@ -83,7 +82,7 @@ def atomic_folder(folder: Path, writers: Sequence[int]) -> Iterator[Path]:
     Raises:
         UserError: on all ranks, if one of them cannot write.
     """
-    leads = _rank() == writers[0]
+    leads = get_rank() == writers[0]
     staging = folder.parent / UNFINISHED / folder.name
     try:
         with raise_on_all_ranks(), writing(staging):
@@ -142,7 +141,7 @@ def _make(staging: Path) -> None:
 
 def _seal(folder: Path, writers: Sequence[int]) -> None:
     """Hash and flush all files; their writers share them out."""
-    rank = _rank()
+    rank = get_rank()
     names: list[str] = []
     with raise_on_all_ranks(), writing(folder):
         if rank == writers[0]:
@@ -267,7 +266,3 @@ def _leaves(name: str) -> bool:
 
 def _end(body: str) -> str:
     return _END.format(hashlib.sha256(body.encode()).hexdigest())
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

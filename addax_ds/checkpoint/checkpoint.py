@@ -34,7 +34,7 @@ from addax_ds.checkpoint.adapters import (
 )
 from addax_ds.checkpoint.identity import Progress, Run, changes
 from addax_ds.distributed.collectives import is_rank_zero, raise_on_all_ranks
-from addax_ds.distributed.nodes import nodes
+from addax_ds.distributed.nodes import ranks_of_node
 from addax_ds.optim.addax import Addax
 from addax_ds.optim.hyperparameters import BY_NAME
 from addax_ds.utils.errors import UserError
@@ -128,8 +128,7 @@ def rotate(
 
 def _writers(args: TrainingArguments) -> list[int]:
     """Ranks that share a file system with this rank, or with rank 0 if nodes do not all save."""
-    own = args.process_index if args.save_on_each_node else 0
-    return next(node for node in nodes(args) if own in node)
+    return ranks_of_node(args, None if args.save_on_each_node else 0)
 
 
 # ---- weights -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from addax_ds.checkpoint import atomic, checkpoint
 from addax_ds.checkpoint.identity import Run, check_same_run
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
+from addax_ds.distributed.nodes import ranks_of_node
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _damage(folder: Path, args: TrainingArguments) -> str | None:
 
     Each node reads all of it, as it would to load it, and its ranks share that out.
     """
-    node = next(ranks for ranks in checkpoint.nodes(args) if args.process_index in ranks)
+    node = ranks_of_node(args)
     found, weights = None, {}
     with raise_on_all_ranks():
         try:

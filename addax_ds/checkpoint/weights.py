@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from addax_ds.checkpoint.atomic import writing
 from addax_ds.checkpoint.conversion import Conversion, from_files, is_of_transformers, to_files
 from addax_ds.checkpoint.weight_files import MODEL_FILE, WeightFiles, WeightSlice, bytes_bar
-from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
+from addax_ds.distributed.collectives import (
+    all_gather_object,
+    get_rank,
+    get_world_size,
+    raise_on_all_ranks,
+)
 from addax_ds.sharding.base import Sharding, canonical_name
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.utils.errors import UserError
@@ -149,8 +154,8 @@ def save_weights(
         progress: whether to show a bar if it takes long.
     """
     folder = Path(folder)
-    rank, world_size = _rank_and_world_size()
-    writers = range(world_size) if writers is None else writers
+    rank = get_rank()
+    writers = range(get_world_size()) if writers is None else writers
     made, shapes = _tensors_of_files(model)
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_file_size)
     with raise_on_all_ranks(), writing(folder):
@@ -240,11 +245,11 @@ class _WholeWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._rank, world_size = _rank_and_world_size()
+        self._rank = get_rank()
         self._parts = {part.names[0]: part for part in local_slices(model)}
         ends = {n: (p.start, p.start + p.data.numel()) for n, p in self._parts.items()}
         self._ends_by_rank = all_gather_object(ends)
-        if world_size > 1:
+        if get_world_size() > 1:
             self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=_traffic_device())
 
     def gather(self, names: Iterable[str], keep: bool) -> dict[str, Tensor]:
@@ -339,7 +344,3 @@ def save_config(model: Any, folder: Path) -> None:
 
         path = folder / GENERATION_CONFIG_NAME
         model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

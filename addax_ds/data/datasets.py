@@ -57,9 +57,9 @@ def as_examples(
     if not isinstance(first, Mapping):
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
     if "input_ids" in first:
-        limits = model_positions or math.inf, vocabulary_size or math.inf
+        positions, vocabulary = model_positions or math.inf, vocabulary_size or math.inf
         return [
-            _example(dataset[index], f"{name}: row {index}", *limits)
+            _example(dataset[index], f"{name}: row {index}", positions, vocabulary)
             for index in range(len(dataset))
         ]
     if tokenizer is None:

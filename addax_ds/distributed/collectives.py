@@ -129,9 +129,19 @@ def collectives_begun() -> list[int]:
 T = TypeVar("T")
 
 
+def get_rank() -> int:
+    """Return the number of this rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_rank_zero() -> bool:
     """Return whether this is the first rank, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return get_rank() == 0
 
 
 def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

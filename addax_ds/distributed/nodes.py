@@ -48,10 +48,16 @@ def replicas_of(asked: str, ranks_of_nodes: Collection[int]) -> int:
     return replicas
 
 
+def ranks_of_node(args: "TrainingArguments", rank: int | None = None) -> list[int]:
+    """Return the ranks of the node of a rank, by default this one; every rank has to call it."""
+    own = args.process_index if rank is None else rank
+    return next(node for node in nodes(args) if own in node)
+
+
 def threads_of_rank(args: "TrainingArguments") -> int:
     """Return the threads for a rank beside the others of its node; every rank has to call it."""
     cores = all_gather_object(os.sched_getaffinity(0))
-    node = next(node for node in nodes(args) if args.process_index in node)
+    node = ranks_of_node(args)
     return share_of_cores(cores[args.process_index], [cores[rank] for rank in node])
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from addax_ds.data.examples import Example
 from addax_ds.data.train_rows import dummy_example
+from addax_ds.distributed.collectives import get_world_size
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.evaluation.scored_set import (
     EvaluationCollator,
@@ -135,7 +135,7 @@ class GenerationSet(ScoredSet):
                 input_ids=prompts,
                 attention_mask=mask,
                 generation_config=config,
-                synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
+                synced_gpus=get_world_size() > 1,
             )
         tokens = sequences[:, prompts.shape[1] :]
         written = torch.full((len(prompts), longest), -1, dtype=torch.int64, device=tokens.device)

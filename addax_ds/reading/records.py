@@ -46,11 +46,6 @@ class Record:
     append_eos: bool = True
     may_split: bool = False
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether a chat template has written the text."""
-        return not self.add_special_tokens
-
 
 def prompt_completion(prompt: str, completion: str, origin: str, append_eos: bool = True) -> Record:
     """Return the record `prompt + completion` (joined as they are) with loss on the completion.

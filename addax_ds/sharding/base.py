@@ -246,8 +246,15 @@ class Sharding(ABC):
         if shard is None or shard.data.data_ptr() != stored.data_ptr():
             start, part = self.local_slice(info.parameter)
             data = stored.detach().view(-1)[: part.numel()]
-            place = data, info.parameter_id, start, info.index
-            shard = self._shards[info] = Shard(*place, info.name, info.decayed, info.group)
+            shard = self._shards[info] = Shard(
+                data=data,
+                parameter_id=info.parameter_id,
+                start=start,
+                index=info.index,
+                name=info.name,
+                decayed=info.decayed,
+                group=info.group,
+            )
         return shard
 
     def _at_device(self, shards: Sequence[Shard]) -> list[Shard]:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from addax_ds.distributed.collectives import get_world_size
 from addax_ds.sharding.base import (
     OnGradients,
     ParameterInfo,
@@ -161,7 +162,7 @@ class Unsharded(Sharding):
 
     @property
     def world_size(self) -> int:  # noqa: D102
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return get_world_size()
 
     @property
     def replicas(self) -> int:  # noqa: D102

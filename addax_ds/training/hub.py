@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.trials import repository
-from addax_ds.distributed.collectives import limit_waiting, raise_on_all_ranks
+from addax_ds.distributed.collectives import patient, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ else:
     Trainer = object  # a mixin comes before the trainer
 
 logger = logging.getLogger(__name__)
-
-_UPLOAD_SECONDS = 7 * 24 * 3600.0
 
 
 def reach_hub(args: AddaxConfig) -> None:
@@ -51,8 +49,7 @@ class UploadingMixin(Trainer):
             UserError: on all ranks, if it fails.
         """
         what = f"the upload of {self.args.output_dir} has failed; what is on the disk is complete"
-        limit_waiting(_UPLOAD_SECONDS)  # the other ranks wait for the one that uploads
-        try:
+        with patient(self.args.ddp_timeout):  # the other ranks wait for the one that uploads
             with raise_on_all_ranks(), _hub_errors(what):
                 if self.hub_model_id is None:  # Trainer does it beside collectives of the others
                     given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
@@ -60,8 +57,6 @@ class UploadingMixin(Trainer):
             # Errors in Trainer's collectives reach all ranks; rank 0 is alone after them.
             with raise_on_all_ranks(), _hub_errors(what):
                 return super().push_to_hub(*args, **kwargs)
-        finally:
-            limit_waiting(self.args.ddp_timeout)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._warn_of_failed_uploads()  # Trainer forgets those that are done
