@@ -39,8 +39,7 @@ def announce(prepared: Prepared, args: AddaxConfig) -> None:
     """Log model, data, method and planned memory, before the model is loaded."""
     run, data, adapted = prepared.run, prepared.data, prepared.lora is not None
     logger.info("Model: %s, %s", prepared.source.label, run.dtype)
-    is_whole = back_end(run.sharding).loads_whole_on is None
-    share = "the whole model" if is_whole else "a part of the model"
+    share = "a part of the model" if back_end(run.sharding).is_sharded else "the whole model"
     logger.info("Ranks: %d, sharding %s: %s on each", run.ranks, run.sharding, share)
     logger.info("Data:  %s, %d training examples", data.description, len(data.train))
     if prepared.steps is None:

@@ -343,7 +343,7 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> type[Sharding]:
             f"{flag} needs a launcher, which tells each process its rank: start with "
             f"{chosen.launch_command}."
         )
-    if chosen.loads_whole_on is None and sharding is None and _ranks() > 1:
+    if not chosen.is_sharded and sharding is None and _ranks() > 1:
         logger.warning(
             "Each of the %d ranks holds the whole model: a launcher alone shards nothing. Give "
             "--deepspeed zero3 or --sharding fsdp2; or --sharding none, if it is meant.",
@@ -365,15 +365,15 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> type[Sharding]:
 def _check_layout(chosen: type[Sharding], values: Mapping[str, Any]) -> None:
     """Raise `UserError` if the back end serves no replicas, or no offload, and one is asked for."""
     replicas = values.get("replicas", "1")
-    if values.get("cpu_offload") and chosen.why_not_offloaded is not None:
+    if values.get("cpu_offload") and chosen.why_no_cpu_offload is not None:
         raise UserError(
             f"--cpu_offload cannot be used with --sharding {chosen.name}: "
-            f"{chosen.why_not_offloaded}."
+            f"{chosen.why_no_cpu_offload}."
         )
-    if replicas != "1" and chosen.why_one_copy is not None:
+    if replicas != "1" and chosen.why_no_replicas is not None:
         raise UserError(
             f"--replicas {replicas} cannot be used with --sharding {chosen.name}: "
-            f"{chosen.why_one_copy}."
+            f"{chosen.why_no_replicas}."
         )
 
 

@@ -78,14 +78,15 @@ class Sharding(ABC):
         name: value of ``--sharding``.
         launch_command: what to start the ranks with; None if one process alone will do.
         uses_deepspeed: whether ``--deepspeed`` configures it.
+        is_sharded: whether a rank holds a part of the model.
         is_placed: whether the shards stay on the device where `lay_out` has put them.
         loads_whole_on: ranks that need memory for the whole model where Transformers loads it;
             None if each rank holds the whole model anyway.
         loads_with_collectives: whether Transformers partitions a model as it loads it.
-        why_one_copy: why ``--replicas`` cannot be given; None if `lay_out` and `shard_loaded` take
-            a keyword ``replicas``, the number of copies of the weights, each sharded over
+        why_no_replicas: why ``--replicas`` cannot be given; None if `lay_out` and `shard_loaded`
+            take a keyword ``replicas``, the number of copies of the weights, each sharded over
             consecutive ranks.
-        why_not_offloaded: why ``--cpu_offload`` cannot be given; None if these two take a keyword
+        why_no_cpu_offload: why ``--cpu_offload`` cannot be given; None if these two take a keyword
             ``cpu_offload``, whether the shards go to host memory.
         model: the model, whose stored weights are the shards.
         infos: the trainable parameters.
@@ -98,11 +99,12 @@ class Sharding(ABC):
     name: ClassVar[str]
     launch_command: ClassVar[str | None] = None
     uses_deepspeed: ClassVar[bool] = False
+    is_sharded: ClassVar[bool] = True
     is_placed: ClassVar[bool] = True
     loads_whole_on: ClassVar[str | None] = "every rank"
     loads_with_collectives: ClassVar[bool] = False
-    why_one_copy: ClassVar[str | None] = "this back end knows no replicas"
-    why_not_offloaded: ClassVar[str | None] = "this back end keeps weights on the device"
+    why_no_replicas: ClassVar[str | None] = "this back end knows no replicas"
+    why_no_cpu_offload: ClassVar[str | None] = "this back end keeps weights on the device"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         self.model = model

@@ -112,8 +112,8 @@ class Fsdp2(Sharding):
 
     name = "fsdp2"
     launch_command = "`torchrun --nproc_per_node N -m addax_ds.cli.train --sharding fsdp2 ...`"
-    why_one_copy = None
-    why_not_offloaded = None
+    why_no_replicas = None
+    why_no_cpu_offload = None
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         if not isinstance(model, FSDPModule):

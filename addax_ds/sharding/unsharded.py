@@ -47,9 +47,10 @@ class Unsharded(Sharding):
 
     name = "none"
     is_placed = False
+    is_sharded = False
     loads_whole_on = None
-    why_one_copy = "each rank holds a copy of the whole model as it is"
-    why_not_offloaded = "each rank holds the whole model on its device; use --sharding fsdp2"
+    why_no_replicas = "each rank holds a copy of the whole model as it is"
+    why_no_cpu_offload = "each rank holds the whole model on its device; use --sharding fsdp2"
 
     def __init__(self, model: nn.Module, param_groups: list[dict]) -> None:
         _check_whole(model)

@@ -78,11 +78,11 @@ class Zero3Sharding(Sharding):
     uses_deepspeed = True
     loads_whole_on = "rank 0"
     loads_with_collectives = True
-    why_one_copy = (
+    why_no_replicas = (
         "zero_hpz_partition_size gathers from copies of the shards, which neither perturbation nor "
         "update reaches, and DeepSpeed 0.19 has no mics_shard_size any more; use --sharding fsdp2"
     )
-    why_not_offloaded = "its JSON says so, with offload_param, as --deepspeed zero3_offload does"
+    why_no_cpu_offload = "its JSON says so, with offload_param, as --deepspeed zero3_offload does"
     engine: DeepSpeedEngine
 
     def __init__(self, zero: Any) -> None:

@@ -64,17 +64,6 @@ class GenerationRow:
 Row = ChoiceRow | GenerationRow
 
 
-@dataclass(frozen=True)
-class TaskRows:
-    """The rows of a run, and in words what they are and where there were fewer than asked for."""
-
-    description: str
-    notes: tuple[str, ...]
-    train: list[Row]
-    dev: list[Row]
-    test: list[Row]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """Base of all tasks; see `ChoiceTask` and `GenerationTask`.
@@ -103,8 +92,8 @@ class Task(ABC):
         """Return the same task on a folder or a JSON Lines file; see `Local`."""
         return replace(self, title=f"{self.title} ({path})", source=Local(Path(path)))
 
-    def rows(self, sizes: Sizes | None = None, seed: int = 0) -> TaskRows:
-        """Draw the rows of a run.
+    def rows(self, sizes: Sizes | None = None, seed: int = 0) -> Drawn[Row]:
+        """Draw the rows of a run, and read them.
 
         Args:
             sizes: instead of the task's own.
@@ -114,11 +103,14 @@ class Task(ABC):
             UserError: the source cannot be read, a row lacks a column, has a value of another type,
                 or names no right answer.
         """
-        drawn: Drawn = draw(self.source(), sizes or self.sizes, seed, self.title)
-        train, dev, test = (
-            [self._read(row) for row in rows] for rows in (drawn.train, drawn.dev, drawn.test)
+        drawn = draw(self.source(), sizes or self.sizes, seed, self.title)
+        return Drawn(
+            description=drawn.description,
+            notes=drawn.notes,
+            train=list(map(self._read, drawn.train)),
+            dev=list(map(self._read, drawn.dev)),
+            test=list(map(self._read, drawn.test)),
         )
-        return TaskRows(drawn.description, drawn.notes, train, dev, test)
 
     def _read(self, row: SourceRow) -> Row:
         columns = {self.aliases.get(name, name): value for name, value in row.columns.items()}

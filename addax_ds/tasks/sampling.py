@@ -3,11 +3,13 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from addax_ds.utils.errors import UserError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,19 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Drawn(Generic[R]):
     """The rows of a run; ``notes`` say where there were fewer than asked for."""
 
     description: str
     notes: tuple[str, ...]
-    train: list[SourceRow]
-    dev: list[SourceRow]
-    test: list[SourceRow]
+    train: list[R]
+    dev: list[R]
+    test: list[R]
 
 
-def draw(splits: Mapping[str, Sequence[SourceRow]], sizes: Sizes, seed: int, title: str) -> Drawn:
+def draw(
+    splits: Mapping[str, Sequence[SourceRow]], sizes: Sizes, seed: int, title: str
+) -> Drawn[SourceRow]:
     """Draw the rows of a run from the splits of a source.
 
     From ``train`` and ``validation``, as MeZO draws them (arXiv 2305.17333, large models): training
@@ -79,7 +83,7 @@ def draw(splits: Mapping[str, Sequence[SourceRow]], sizes: Sizes, seed: int, tit
 
 def _from_two(
     train: Sequence[SourceRow], test: Sequence[SourceRow], sizes: Sizes, seed: int, title: str
-) -> Drawn:
+) -> Drawn[SourceRow]:
     first = _permutation(len(train), seed)[: sizes.train + sizes.dev]
     border = max(len(first) - sizes.dev, 0)
     chosen = _permutation(len(test), seed)[: sizes.test]
@@ -95,7 +99,9 @@ def _from_two(
     )
 
 
-def _from_one(rows: Sequence[SourceRow], sizes: Sizes, seed: int, description: str) -> Drawn:
+def _from_one(
+    rows: Sequence[SourceRow], sizes: Sizes, seed: int, description: str
+) -> Drawn[SourceRow]:
     asked = sizes.train + sizes.dev + sizes.test
     dev, test = sizes.dev, sizes.test
     if asked > len(rows):
