@@ -16,7 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
-from addax_ds.checkpoint import atomic, checkpoint
+from addax_ds.checkpoint import atomic, folders
+from addax_ds.checkpoint.state import STATE_NAME
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.utils.errors import UserError
 
@@ -107,7 +108,7 @@ def claim(args: TrainingArguments, resumed: Path | None, own: str | None = NEW) 
         UserError: on all ranks, with the names of another run's checkpoints.
     """
     if resumed is not None:
-        own = checkpoint.read_run_id(resumed)
+        own = folders.read_run_id(resumed)
     elif own == NEW:
         own = all_gather_object(uuid.uuid4().hex)[0]
     with raise_on_all_ranks():
@@ -117,8 +118,8 @@ def claim(args: TrainingArguments, resumed: Path | None, own: str | None = NEW) 
 
 
 def _refuse_others(output_dir: Path, own: str | None, resumed: Path | None) -> None:
-    folders = [checkpoint.path_of(output_dir, step) for step in checkpoint.steps(output_dir)]
-    ids = {folder.name: checkpoint.read_run_id(folder) for folder in folders}
+    found = [folders.path_of(output_dir, step) for step in folders.steps(output_dir)]
+    ids = {folder.name: folders.read_run_id(folder) for folder in found}
     # Beside the one that a run resumes from, one without an id may be its own, damaged.
     accepted = (own,) if resumed is None else (own, None)
     others = [name for name, run_id in ids.items() if run_id not in accepted]
@@ -126,7 +127,7 @@ def _refuse_others(output_dir: Path, own: str | None, resumed: Path | None) -> N
         # Of many, those that a resume would take first.
         names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")
         # Without it no run can go on from it: of a baseline, or written with --save_only_model.
-        resumable = (output_dir / others[0] / checkpoint.STATE_NAME).is_file()
+        resumable = (output_dir / others[0] / STATE_NAME).is_file()
         if resumed is not None:
             remedy = "or move them away"
         elif resumable:

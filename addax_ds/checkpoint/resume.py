@@ -10,8 +10,9 @@ from pathlib import Path
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from addax_ds.checkpoint import atomic, checkpoint
+from addax_ds.checkpoint import atomic, folders
 from addax_ds.checkpoint.identity import Run, check_same_run
+from addax_ds.checkpoint.state import read_run
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.distributed.nodes import ranks_of_node
 from addax_ds.utils.errors import UserError
@@ -78,7 +79,7 @@ def find(wanted: str | bool | None, args: TrainingArguments) -> Checkpoint | Non
             raise UserError(f"{_FLAG} {error}") from error
     with raise_on_all_ranks():
         try:
-            return Checkpoint(folder, checkpoint.read_run(folder))
+            return Checkpoint(folder, read_run(folder))
         except UserError as error:
             raise UserError(f"{_FLAG} {error}") from error
 
@@ -112,8 +113,8 @@ def require_intact(folder: Path, args: TrainingArguments) -> None:
 
 def _newest_first(output_dir: Path) -> list[Path]:
     """Return the checkpoints that any rank sees."""
-    seen = {step for found in all_gather_object(checkpoint.steps(output_dir)) for step in found}
-    return [checkpoint.path_of(output_dir, step) for step in sorted(seen, reverse=True)]
+    seen = {step for found in all_gather_object(folders.steps(output_dir)) for step in found}
+    return [folders.path_of(output_dir, step) for step in sorted(seen, reverse=True)]
 
 
 def _damage(folder: Path, args: TrainingArguments) -> str | None:

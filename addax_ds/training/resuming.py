@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from addax_ds.checkpoint import checkpoint
 from addax_ds.checkpoint.identity import Progress
+from addax_ds.checkpoint.state import load_state, save_state
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.training.costs import Costs
@@ -41,7 +41,7 @@ class ResumingMixin(SavingMixin):
                     metric=metric,
                     greater_is_better=greater_is_better,
                 )
-                checkpoint.save_state(folder, self.addax, self.lr_scheduler, self._run, progress)
+                save_state(folder, self.addax, self.lr_scheduler, self._run, progress)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -56,7 +56,7 @@ class ResumingMixin(SavingMixin):
     def _resume(self, folder: Path, max_steps: int) -> None:
         """Load optimizer, scheduler and weights of a checkpoint; every rank has to call it."""
         with raise_on_all_ranks():
-            progress = checkpoint.load_state(folder, self.addax, self.lr_scheduler, self._run)
+            progress = load_state(folder, self.addax, self.lr_scheduler, self._run)
         self._progress = progress
         self._forget_another_best(folder, progress)
         self._load_weights(folder)

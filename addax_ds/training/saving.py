@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from addax_ds.checkpoint import atomic, checkpoint, ownership, resume
+from addax_ds.checkpoint import atomic, folders, model_folder, ownership, resume
 from addax_ds.checkpoint.identity import Run
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings, check_can_resume
@@ -62,7 +62,7 @@ class SavingMixin(UploadingMixin):
         folder = output_dir or self.args.output_dir
         assert folder is not None
         assert self.model is not None
-        checkpoint.save_model(self.model, Path(folder), self.args, self.processing_class)
+        model_folder.save_model(self.model, Path(folder), self.args, self.processing_class)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -74,7 +74,7 @@ class SavingMixin(UploadingMixin):
         Raises:
             UserError: on all ranks, if one cannot write; ``folder`` is as it was.
         """
-        with checkpoint.atomic_folder(folder, self.args) as staging:
+        with folders.atomic_folder(folder, self.args) as staging:
             self.save_model(str(staging), _internal_call=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -98,8 +98,8 @@ class SavingMixin(UploadingMixin):
         self.store_flos()
         assert self.args.output_dir is not None
         root, step = Path(self.args.output_dir), self.state.global_step
-        folder = checkpoint.path_of(root, step)
-        with checkpoint.atomic_folder(folder, self.args) as staging:
+        folder = folders.path_of(root, step)
+        with folders.atomic_folder(folder, self.args) as staging:
             self._name_best(root)
             self.save_model(str(staging), _internal_call=True)
             if not self.args.save_only_model:
@@ -116,7 +116,7 @@ class SavingMixin(UploadingMixin):
             if self.args.should_save:
                 root, limit = Path(self.args.output_dir or "."), self.args.save_total_limit
                 best = self.state.best_model_checkpoint
-                checkpoint.rotate(root, step, limit, best, self._run_id)
+                folders.rotate(root, step, limit, best, self._run_id)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # Trainer would delete other runs' checkpoints, too, when the limit is 1. A stopped run
@@ -144,14 +144,14 @@ class SavingMixin(UploadingMixin):
         A better evaluation may have come when nothing was saved.
         """
         best = self.state.best_model_checkpoint
-        return None if best is None else checkpoint.step_of(Path(best))
+        return None if best is None else folders.step_of(Path(best))
 
     def _name_best(self, root: Path) -> None:
         """Note where the best checkpoint is, or will be in a moment."""
         step = self.state.best_global_step
         if not step:
             return
-        best = checkpoint.path_of(root, step)
+        best = folders.path_of(root, step)
         if step == self.state.global_step or all(all_gather_object(best.is_dir())):
             self.state.best_model_checkpoint = str(best)
 
@@ -184,7 +184,7 @@ class SavingMixin(UploadingMixin):
                 for name, of_class in states.items()
             }
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            checkpoint.write_run_id(folder, self._run_id)
+            folders.write_run_id(folder, self._run_id)
 
     # ---- training from a checkpoint ------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class SavingMixin(UploadingMixin):
         assert self.model is not None
         if self.saves_at_end or self.args.save_strategy != "no":
             root = Path(self.args.output_dir or ".")
-            checkpoint.rehearse_saving(self.model, root, self.args, self.processing_class)
+            model_folder.rehearse_saving(self.model, root, self.args, self.processing_class)
         if resume_from_checkpoint is None:
             self.start_afresh(prepared[0])
         return prepared
@@ -268,7 +268,7 @@ class SavingMixin(UploadingMixin):
         """Fill the shards; every rank has to call it."""
         shown = self.is_world_process_zero() and not self.args.disable_tqdm
         assert self.model is not None
-        checkpoint.load_weights(self.model, folder, progress=shown)
+        model_folder.load_model(self.model, folder, progress=shown)
         self._free_gathered()
 
     def _free_gathered(self) -> None:

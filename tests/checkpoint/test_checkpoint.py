@@ -13,10 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import addax_ds
 from addax_ds import UserError
-from addax_ds.checkpoint import checkpoint
-from addax_ds.checkpoint.checkpoint import load_state, read_run, rotate, save_state
+from addax_ds.checkpoint import folders, state
+from addax_ds.checkpoint.folders import rotate
 from addax_ds.checkpoint.identity import Progress, Run, changes
 from addax_ds.checkpoint.resume import Checkpoint
+from addax_ds.checkpoint.state import load_state, read_run, save_state
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.examples import Example, data_digest
 from addax_ds.distributed import nodes
@@ -184,7 +185,7 @@ def test_ranks_of_one_node_write_unless_every_node_saves(rank, each_node, writer
 
     monkeypatch.setattr(nodes, "all_gather_object", lambda own: [0, 1, 2, 0, 1])
     args = SimpleNamespace(process_index=rank, local_process_index=0, save_on_each_node=each_node)
-    assert checkpoint._writers(args) == writers
+    assert folders.writers(args) == writers
 
 
 # ---- rotation ----------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def test_a_change_without_effect_is_not_announced():
 
 
 def test_one_rank_announces(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(checkpoint, "is_rank_zero", lambda: False)
+    monkeypatch.setattr(state, "is_rank_zero", lambda: False)
     addax = optimizer(lr=0.2)
     with caplog.at_level("INFO", logger="addax_ds"):
         other = dataclasses.replace(run_with("alpha", 0.02), ranks=4)

@@ -17,7 +17,8 @@ import pytest
 from filelock import FileLock
 
 from addax_ds import UserError
-from addax_ds.checkpoint import checkpoint, ownership
+from addax_ds.checkpoint import folders, ownership
+from addax_ds.checkpoint.state import STATE_NAME
 
 OWN, OTHER = "0" * 32, "f" * 32
 
@@ -39,9 +40,9 @@ def locked(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def write(root: Path, ids: dict[int, str | None]) -> Path:
     for step, run_id in ids.items():
-        folder = checkpoint.path_of(root, step)
+        folder = folders.path_of(root, step)
         folder.mkdir(parents=True)
-        checkpoint.write_run_id(folder, run_id)
+        folders.write_run_id(folder, run_id)
     return root
 
 
@@ -158,7 +159,7 @@ def test_a_run_from_the_start_has_an_id_of_its_own(tmp_path):
     found = [ownership.claim(alone(tmp_path), None) for _ in range(2)]
     assert found[0] != found[1]
     write(tmp_path, {2: found[0]})
-    assert checkpoint.read_run_id(tmp_path / "checkpoint-2") == found[0]
+    assert folders.read_run_id(tmp_path / "checkpoint-2") == found[0]
     assert ownership.claim(alone(tmp_path), None, found[0]) == found[0]
 
 
@@ -172,9 +173,9 @@ def test_a_run_without_an_id_may_start_once_more_in_its_folder(tmp_path):
 @pytest.mark.parametrize("run_id", [OTHER, None])
 def test_a_run_from_the_start_leaves_a_used_folder_alone(run_id, resumable, tmp_path):
     write(tmp_path, dict.fromkeys((2, 4, 6, 8), run_id))
-    (tmp_path / "checkpoint-6" / checkpoint.STATE_NAME).touch()
+    (tmp_path / "checkpoint-6" / STATE_NAME).touch()
     if resumable:
-        (tmp_path / "checkpoint-8" / checkpoint.STATE_NAME).touch()
+        (tmp_path / "checkpoint-8" / STATE_NAME).touch()
     remedy = "go on from them with --resume_from_checkpoint True, or" if resumable else "or"
     with pytest.raises(UserError) as error:
         ownership.claim(alone(tmp_path), None)
@@ -209,11 +210,11 @@ def test_a_run_that_goes_on_keeps_its_id_and_its_own_folder(resumed, there, refu
 
 @pytest.mark.parametrize("content", [b"", b"0" * 31, b"\xff" * 32, b"0" * 32 + b"\n" + b"0"])
 def test_a_damaged_id_is_none(content, tmp_path):
-    (tmp_path / checkpoint.RUN_ID_NAME).write_bytes(content)
-    assert checkpoint.read_run_id(tmp_path) is None
+    (tmp_path / folders.RUN_ID_NAME).write_bytes(content)
+    assert folders.read_run_id(tmp_path) is None
 
 
 def test_a_limit_counts_and_removes_own_checkpoints_alone(tmp_path):
     write(tmp_path, {1: OTHER, 2: OWN, 3: None, 4: OWN, 5: OTHER, 6: OWN, 7: None})
-    checkpoint.rotate(tmp_path, 6, 2, None, OWN)
-    assert sorted(checkpoint.steps(tmp_path)) == [1, 3, 4, 5, 6, 7]
+    folders.rotate(tmp_path, 6, 2, None, OWN)
+    assert sorted(folders.steps(tmp_path)) == [1, 3, 4, 5, 6, 7]

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from addax_ds import UserError
-from addax_ds.checkpoint import checkpoint
+from addax_ds.checkpoint import folders
 from addax_ds.checkpoint.atomic import SEAL, atomic_folder
 from addax_ds.cli import train
 from addax_ds.cli.outputs import Outputs
@@ -217,8 +217,8 @@ def test_another_runs_checkpoints_are_neither_deleted_nor_continued(
     output = tmp_path / "output"
     first = flags(model, data, output, max_steps=4, save_total_limit=2)
     assert ended(first, capsys)[0] == 0
-    assert sorted(checkpoint.steps(output)) == [3, 4]
-    run_id = checkpoint.read_run_id(output / "checkpoint-4")
+    assert sorted(folders.steps(output)) == [3, 4]
+    run_id = folders.read_run_id(output / "checkpoint-4")
     assert run_id is not None
 
     # From the start, in its folder.
@@ -228,12 +228,12 @@ def test_another_runs_checkpoints_are_neither_deleted_nor_continued(
             status, said = ended(flags(model, data, output, **more), capsys)
             assert status == 1
             assert f"--output_dir {output}: it holds checkpoint-4, checkpoint-3 of another" in said
-    assert sorted(checkpoint.steps(output)) == [3, 4]
+    assert sorted(folders.steps(output)) == [3, 4]
 
     # From its checkpoint, in a folder that has those of a third one.
     third = tmp_path / "third"
     assert ended(flags(model, data, third), capsys)[0] == 0
-    assert checkpoint.read_run_id(third / "checkpoint-2") != run_id
+    assert folders.read_run_id(third / "checkpoint-2") != run_id
     given = {"max_steps": 5, "resume_from_checkpoint": output / "checkpoint-4"}
     status, said = ended(flags(model, data, third, **given), capsys)
     assert status == 1
@@ -243,18 +243,18 @@ def test_another_runs_checkpoints_are_neither_deleted_nor_continued(
     more = {"max_steps": 5, "save_total_limit": 2, "resume_from_checkpoint": True}
     status, said = ended(flags(model, data, output, **more), capsys)
     assert status == 0, said
-    assert sorted(checkpoint.steps(output)) == [4, 5]
-    assert checkpoint.read_run_id(output / "checkpoint-5") == run_id
+    assert sorted(folders.steps(output)) == [4, 5]
+    assert folders.read_run_id(output / "checkpoint-5") == run_id
 
     # A checkpoint of an earlier version, in their folder and by their path.
     old = tmp_path / "old"
     with atomic_folder(old / "checkpoint-4", [0]) as staging:
         for path in (output / "checkpoint-4").iterdir():
-            if path.name not in (checkpoint.RUN_ID_NAME, SEAL):
+            if path.name not in (folders.RUN_ID_NAME, SEAL):
                 shutil.copy(path, staging)
     for resumed in (old / "checkpoint-4", True):
         more = {"max_steps": 5, "save_total_limit": 1, "resume_from_checkpoint": resumed}
         status, said = ended(flags(model, data, old, **more), capsys)
         assert status == 0, said
-    assert checkpoint.steps(old) == [5]
-    assert checkpoint.read_run_id(old / "checkpoint-5") is None
+    assert folders.steps(old) == [5]
+    assert folders.read_run_id(old / "checkpoint-5") is None

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from addax_ds.checkpoint import checkpoint
+from addax_ds.checkpoint import folders
 from addax_ds.checkpoint.atomic import verify
 from tests.support.launcher import Outcome, Started, finish, launch, start
 from tests.support.rank_group import Lazy
@@ -331,8 +331,8 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on(folder, job, tmp_pa
         *("requeue", job["SLURM_JOB_ID"]),
     ]
     assert "Stopped by SIGTERM after step" in stopped.output
-    reached = max(checkpoint.steps(output))
-    verify(checkpoint.path_of(output, reached))
+    reached = max(folders.steps(output))
+    verify(folders.path_of(output, reached))
     assert not (output / "model").exists()
 
     log.unlink()

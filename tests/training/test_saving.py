@@ -12,7 +12,7 @@ import pytest
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from addax_ds import AddaxConfig, AddaxTrainer, UserError
-from addax_ds.checkpoint import atomic, checkpoint
+from addax_ds.checkpoint import atomic, folders
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.training import hub
 from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer
@@ -40,13 +40,13 @@ def test_a_limit_of_one_keeps_the_best_checkpoint_and_those_of_others(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     first = trainer(tmp_path, **EVERY_STEP, **best)
     first.train()
-    assert sorted(checkpoint.steps(tmp_path)) == [1, 2, 3]
-    other = checkpoint.path_of(tmp_path, 9)  # damaged, or from before there were ids
+    assert sorted(folders.steps(tmp_path)) == [1, 2, 3]
+    other = folders.path_of(tmp_path, 9)  # damaged, or from before there were ids
     other.mkdir()
     again = trainer(tmp_path, **EVERY_STEP, **best, save_total_limit=1, max_steps=5)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.args.save_total_limit == 1
-    assert sorted(checkpoint.steps(tmp_path)) == [again.state.best_global_step, 9]
+    assert sorted(folders.steps(tmp_path)) == [again.state.best_global_step, 9]
 
 
 BEST = {**EVERY_STEP, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
@@ -138,12 +138,12 @@ def test_what_is_uploaded(tmp_path):
 
 def test_a_trainer_without_an_id_may_train_once_more(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # as earlier versions wrote them
-        patch.setattr(checkpoint, "write_run_id", lambda *_: None)
+        patch.setattr(folders, "write_run_id", lambda *_: None)
         trainer(tmp_path, **EVERY_STEP).train()
     again = trainer(tmp_path, **EVERY_STEP, max_steps=4)
     again.train(resume_from_checkpoint=True)
     again.train()
-    assert checkpoint.read_run_id(tmp_path / "checkpoint-4") is None
+    assert folders.read_run_id(tmp_path / "checkpoint-4") is None
 
 
 def test_what_is_not_to_be_saved_need_not_be_savable(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from addax_ds import UserError
-from addax_ds.checkpoint import atomic, checkpoint, resume
+from addax_ds.checkpoint import atomic, model_folder, resume
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.training.trainer import AddaxTrainer
 from tests.support.tiny import choice_set, examples, rows, tiny_tokenizer, write_model
@@ -113,7 +113,7 @@ def test_adapters_and_whole_models_are_told_apart(model, tmp_path, saved):
     else:
         plain = get_peft_model(plain, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="adapters of PEFT"):
-        checkpoint.load_weights(plain, tmp_path)
+        model_folder.load_model(plain, tmp_path)
 
 
 def test_what_was_found_intact_is_not_read_again(model, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from addax_ds import UserError
-from addax_ds.checkpoint import checkpoint, weights
+from addax_ds.checkpoint import weights
 from addax_ds.checkpoint.atomic import DamagedError, atomic_folder, verify
 from addax_ds.distributed.collectives import all_gather_object
 from tests.faults.disk import disk_is_full, fault
@@ -122,7 +122,7 @@ def main() -> None:
     dist.barrier()
     logging.disable(logging.CRITICAL)  # a message must not meet the limit
     # Several files, so that the other rank writes, too.
-    checkpoint.weights.save_weights = partial(weights.save_weights, max_file_size="20KB")
+    weights.save_weights = partial(weights.save_weights, max_file_size="20KB")
     for case in cases:
         found = run(Saves(folder, case), each_change=case == EACH_CHANGE)
         (folder / f"{case}-{rank}.json").write_text(json.dumps(found))
