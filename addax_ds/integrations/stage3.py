@@ -15,7 +15,8 @@ from deepspeed.runtime.zero.utils import defragment
 from torch import Tensor, nn
 
 from addax_ds.optim.step import Closure
-from addax_ds.sharding.zero3 import Zero3Sharding, mangled
+from addax_ds.sharding.zero3 import Zero3Sharding
+from addax_ds.sharding.zero3_layers import mangled
 from addax_ds.utils.errors import UserError
 
 

@@ -11,9 +11,8 @@ hands each reduced gradient shard to `Zero3Sharding.deliver`.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Self
 
 import deepspeed.comm as dist
@@ -22,12 +21,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import (
-    PartitionedParameterCoordinator,
-    iter_params,
-)
-from deepspeed.runtime.zero.utils import apply_to_tensors_only
-from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from addax_ds.sharding.base import (
@@ -35,16 +28,15 @@ from addax_ds.sharding.base import (
     ParameterInfo,
     Perturb,
     Sharding,
-    blocks,
-    is_uniform,
     materialize,
     padded,
 )
+from addax_ds.sharding.zero3_layers import LayerGathering, gather_stream, inflight_parameters
 from addax_ds.utils.errors import UserError
 
 _SHARD_ATTRIBUTES = ("ds_numel", "status", "final_location")
 # Gathers that may begin before the compute that they follow, in a perturbed pass.
-_MODULES_AHEAD, _BLOCKS_AHEAD = 4, 1
+_MODULES_AHEAD, _LAYERS_AHEAD = 4, 1
 
 
 def partition_empty(model: nn.Module, config: dict[str, Any]) -> None:
@@ -93,12 +85,9 @@ class Zero3Sharding(Sharding):
         self._compute_stream: Any = None
         self._gathers_begun: deque[Any] = deque()
         self._inference = False
-        self._blocks = units(zero.module, zero.parameter_offload)
-        self._usual_hooks: list[tuple[dict[int, Callable], int, Callable]] = []
-        self._with_keywords: list[tuple[dict[int, bool], int]] = []
-        self._gather_by_block()
-        self._forward_coordinator = self._new_coordinator()
-        zero.parameter_offload.param_coordinator = self._new_coordinator()
+        self._layers = LayerGathering(zero)
+        self._forward_coordinator = self._layers.new_coordinator()
+        zero.parameter_offload.param_coordinator = self._layers.new_coordinator()
         # A coalesced gather is called on the first parameter of its list, which may be frozen: all
         # parameters are wrapped, trainable ones alone are perturbed.
         self._gathers: list[tuple[Any, Callable, Callable]] = []
@@ -164,19 +153,9 @@ class Zero3Sharding(Sharding):
             parameter.all_gather_coalesced = coalesced
             parameter.all_gather = single
         self._gathers.clear()
-        for of_module, key, hook in reversed(self._usual_hooks):
-            if key in of_module:
-                of_module[key] = hook
-        self._usual_hooks.clear()
-        for with_kwargs, key in self._with_keywords:
-            with_kwargs.pop(key, None)
-        self._with_keywords.clear()
-        for block in self._blocks:
-            block._z3_leaf = False
-        if self._blocks:  # what is recorded is the order of units
-            self._blocks.clear()
+        if self._layers.undo():  # what is recorded is the order of whole layers
             self._partition_all()
-            self._zero.parameter_offload.param_coordinator = self._new_coordinator()
+            self._zero.parameter_offload.param_coordinator = self._layers.new_coordinator()
 
     def deliver(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
         """Hand over the reduced gradient partitions of a bucket, which may be padded.
@@ -203,20 +182,20 @@ class Zero3Sharding(Sharding):
     def _order_gathers(self) -> None:
         """Let gathers wait for the current stream; DeepSpeed lets none do so."""
         if not get_accelerator().resolves_data_dependency():
-            gather_stream = _gather_stream(self._zero.parameter_offload)
-            gather_stream.wait_stream(get_accelerator().current_stream())
+            stream = gather_stream(self._zero.parameter_offload)
+            stream.wait_stream(get_accelerator().current_stream())
 
     def abandon(self) -> None:  # noqa: D102
         get_accelerator().synchronize()  # what is in flight uses memory that is freed here
         super().abandon()
         zero, offload = self._zero, self._zero.parameter_offload
-        _inflight(offload).clear()
+        inflight_parameters(offload).clear()
         for parameter in self.model.parameters():
             if parameter.ds_status is ZeroParamStatus.INFLIGHT:  # type: ignore[attr-defined]
                 parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
         # Their records of the order of modules, and of where in it they are, end in the middle.
-        offload.param_coordinator = self._new_coordinator()
-        self._forward_coordinator = self._new_coordinator()
+        offload.param_coordinator = self._layers.new_coordinator()
+        self._forward_coordinator = self._layers.new_coordinator()
         self._partition_all()
         for module in self.model.modules():
             # What a recomputation has left to the release after a backward; deepspeed >= 0.19.1.
@@ -308,7 +287,7 @@ class Zero3Sharding(Sharding):
         event = get_accelerator().Event()
         event.record(self._compute_stream)
         self._gathers_begun.append(event)
-        if len(self._gathers_begun) > (_BLOCKS_AHEAD if self._blocks else _MODULES_AHEAD):
+        if len(self._gathers_begun) > (_LAYERS_AHEAD if self._layers.layers else _MODULES_AHEAD):
             get_accelerator().current_stream().wait_event(self._gathers_begun.popleft())
 
     def _perturbed_partitions(self, parameters: list[Any]) -> list[tuple[Any, Tensor]]:
@@ -326,68 +305,10 @@ class Zero3Sharding(Sharding):
             found.append((parameter, whole))
         return found
 
-    # ---- units of gathering --------------------------------------------------------------------
-
-    def _gather_by_block(self) -> None:
-        """Let DeepSpeed gather and release a decoder layer as one unit, not module by module.
-
-        Most of a step's host time is its hooks of the modules inside: two in forward and two nodes
-        of autograd each. They do nothing while their block is gathered, and work as ever where a
-        model calls such a module by itself. Gradients go one by one, as ever: the flag comes after
-        DeepSpeed has made its hooks for them, which would else collect those of a block.
-        """
-        offload = self._zero.parameter_offload
-        of_forward, of_backward = (
-            {id(handle.hooks_dict_ref()): handle for handle in handles}
-            for handles in (offload.forward_hooks, offload.backward_hooks)
-        )
-        for handle in offload.backward_hooks:
-            self._replace(handle, _where_a_backward_follows)
-        for block in self._blocks:
-            block._z3_leaf = True
-            within = partial(_unless_gathered, block, next(block.parameters()))
-            for module in block.modules():
-                for of_module in (module._forward_pre_hooks, module._forward_hooks):
-                    for handles in (of_forward, of_backward):
-                        # None if the module came later.
-                        if module is not block and (handle := handles.get(id(of_module))):
-                            self._replace(handle, within)
-            if handle := of_backward.get(id(block._forward_hooks)):
-                self._replace(handle, partial(_where_a_tensor_is_seen, block))
-            if handle := of_backward.get(id(block._forward_pre_hooks)):
-                self._replace(handle, partial(_of_keywords_as_well, block))
-                block._forward_pre_hooks_with_kwargs[handle.id] = True
-                self._with_keywords.append((block._forward_pre_hooks_with_kwargs, handle.id))
-
     @property
     def largest_gradient(self) -> int:
-        """Elements of the trained parameters of the largest of `units`; 0 for none."""
-        each = (_elements(p for p in b.parameters() if p.requires_grad) for b in self._blocks)
-        return max(each, default=0)
-
-    def _replace(self, handle: Any, make: Callable[[Callable], Callable]) -> None:
-        """Put another hook in the place of one, among those of others."""
-        of_module, key = handle.hooks_dict_ref(), handle.id
-        self._usual_hooks.append((of_module, key, of_module[key]))
-        of_module[key] = make(of_module[key])
-
-    def _new_coordinator(self) -> "_Coordinator":
-        """Make a coordinator with an empty trace, which gathers the next of `units` ahead."""
-        offload, persistent = self._zero.parameter_offload, set(self._zero.persistent_parameters)
-        ahead = offload._prefetch_bucket_sz
-        if self._blocks and ahead:
-            each = (b.parameters() for b in self._blocks)
-            ahead = max(ahead, *(_elements(p for p in ps if p not in persistent) for ps in each))
-        return _Coordinator(
-            has_units=bool(self._blocks),
-            prefetch_bucket_sz=ahead,
-            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
-            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
-            allgather_stream=_gather_stream(offload),
-            inflight_param_registry=_inflight(offload),
-            timers=offload.timers,
-            log_trace_cache_warnings=offload.log_trace_cache_warnings,
-        )
+        """Elements of the trained parameters of the largest layer that is gathered as one."""
+        return self._layers.largest_gradient
 
     # ---- collectives ---------------------------------------------------------------------------
 
@@ -407,7 +328,7 @@ class Zero3Sharding(Sharding):
 
         That one goes through layers of calls for each parameter, and most calls find none.
         """
-        inflight, gathered = _inflight(self._zero.parameter_offload), []
+        inflight, gathered = inflight_parameters(self._zero.parameter_offload), []
         for parameter in self._parameters:
             parameter.ds_active_sub_modules.clear()
             if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
@@ -443,178 +364,6 @@ class Zero3Sharding(Sharding):
         ]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
-
-
-class _Coordinator(PartitionedParameterCoordinator):
-    """DeepSpeed's coordinator of gathers for a model of which some modules are units.
-
-    DeepSpeed's own prefetches at each module, and before the first unit there are some without
-    parameters: several units would be on their way.
-
-    To see what of a module is used again soon, it looks at all that follow as it does at that
-    module: into all of them if it is a unit, which is into the whole model, else into none.
-    """
-
-    def __init__(
-        self,
-        *,
-        has_units: bool,
-        prefetch_bucket_sz: int,
-        max_reuse_distance_in_numel: int,
-        **more: Any,
-    ) -> None:
-        super().__init__(
-            prefetch_bucket_sz=prefetch_bucket_sz,
-            max_reuse_distance_in_numel=max_reuse_distance_in_numel,
-            **more,
-        )
-        self._has_units = has_units
-        self._ahead = prefetch_bucket_sz
-        self._reuse_distance = max_reuse_distance_in_numel
-        self._order: Any = None
-        self._used_soon: dict[int, set[int]] = {}
-
-    def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
-        """Gather what a module needs, and ahead as much as is not on its way already."""
-        if self._has_units:
-            own = set(_fetched_for(current_submodule))
-            inflight = _private(self, "__inflight_param_registry")
-            ahead = self._ahead - _elements(p for p in inflight if p not in own)
-            self._PartitionedParameterCoordinator__prefetch_bucket_sz = max(0, ahead)
-        super().fetch_sub_module(current_submodule, forward)
-
-    def _PartitionedParameterCoordinator__params_to_release(
-        self, module: nn.Module, step: int
-    ) -> set[int]:
-        """Return the ids of what a module has and neither stays nor is used again soon."""
-        fetched = _private(self, "__most_recent_step_id_param_fetched_for")
-        used_soon = self._used_soon_after(step)
-        return {
-            parameter.ds_id
-            for parameter in _fetched_for(module)
-            if not parameter.ds_persist
-            and parameter.ds_id not in used_soon
-            and fetched[parameter] <= step  # else it was passed over as one that is there
-        }
-
-    def _used_soon_after(self, step: int) -> set[int]:
-        order = _private(self, "__submodule_order")
-        if order is not self._order:  # a new record
-            self._order = order
-            self._used_soon.clear()
-        if step not in self._used_soon:
-            used, distance = set(), 0
-            for module in order[step:]:
-                if distance >= self._reuse_distance:
-                    break
-                for parameter in _fetched_for(module):
-                    used.add(parameter.ds_id)
-                    distance += parameter.ds_numel
-            self._used_soon[step] = used
-        return self._used_soon[step]
-
-
-def _private(coordinator: _Coordinator, name: str) -> Any:
-    return getattr(coordinator, mangled(PartitionedParameterCoordinator, name))
-
-
-def _fetched_for(module: nn.Module) -> Iterable[Any]:
-    return iter_params(module, recurse=z3_leaf_module(module))
-
-
-def _where_a_backward_follows(hook: Callable) -> Callable:
-    """Return a hook that does nothing while autograd records nothing."""
-    return lambda *args: hook(*args) if torch.is_grad_enabled() else None
-
-
-def _where_a_tensor_is_seen(block: Any, hook: Callable) -> Callable:
-    """Return a hook of a block that refuses results whose backward could not be followed."""
-
-    def following(module: nn.Module, args: Any, output: Any) -> Any:
-        before = block.__dict__.get("applied_pre_backward_ref_cnt", 0)
-        result = hook(module, args, output)
-        after = block.__dict__.get("applied_pre_backward_ref_cnt", 0)
-        if torch.is_grad_enabled() and after == before:
-            raise UserError(
-                f"under ZeRO-3 a {type(block).__name__} has to return a tensor, or tensors in a "
-                f"tuple, list or dict, and not a {type(output).__name__}: its backward would find "
-                'no weights. Or gather it module by module, with "stage3_max_live_parameters" in '
-                "the JSON below the elements of two layers"
-            )
-        return result
-
-    return following
-
-
-def _of_keywords_as_well(block: Any, hook: Callable) -> Callable:
-    """Return a hook that notes when backward has come to the last of a block's inputs.
-
-    DeepSpeed's own knows positional ones alone. A layer called by keywords would stay gathered; so
-    does one whose input takes a gradient and gets none.
-    """
-
-    def note(tensor: Tensor) -> Tensor:
-        return block.post_bwd_fn.apply(tensor) if tensor.requires_grad else tensor
-
-    def noting(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled():
-            return None
-        args = hook(module, args) or args
-        noted = {
-            name: apply_to_tensors_only(note, value) if isinstance(value, Tensor | tuple) else value
-            for name, value in kwargs.items()
-        }
-        return args, noted
-
-    return noting
-
-
-def _unless_gathered(block: nn.Module, parameter: Any, hook: Callable) -> Callable:
-    """Return a hook that does nothing while its block, which has the parameter, is gathered."""
-    return lambda *args: None if block.ds_id in parameter.ds_active_sub_modules else hook(*args)
-
-
-def units(model: nn.Module, offload: Any) -> list[Any]:
-    """Return the decoder layers that are gathered, and whose gradients are reduced, as one.
-
-    Two are live at a time, so not those of more than half of ``stage3_max_live_parameters``. Nor
-    what is or has a leaf of DeepSpeed's already; what may run other modules on each rank, which
-    DeepSpeed notices by modules alone; and where a module inside reads another's weights.
-
-    Args:
-        model: partitioned.
-        offload: DeepSpeed's ``parameter_offload`` of the model.
-    """
-    found = list(blocks(model))
-    inside = {module for block in found for module in block.modules() if module is not block}
-    return [
-        block
-        for block in found
-        if 0 < 2 * _elements(block.parameters()) <= offload._max_available_parameters_in_numel
-        and is_uniform(block)
-        and block not in inside
-        and not any(map(z3_leaf_module, block.modules()))
-        and not any(m._external_params for m in block.modules() if m is not block)
-    ]
-
-
-def _elements(parameters: Iterable[Any]) -> int:
-    return sum(parameter.ds_numel for parameter in parameters)
-
-
-def _inflight(offload: Any) -> Any:
-    """Return the registry of parameters that are being gathered."""
-    return getattr(offload, mangled(type(offload), "__inflight_param_registry"))
-
-
-def _gather_stream(offload: Any) -> Any:
-    """Return the stream on which DeepSpeed gathers; None where streams do not exist."""
-    return getattr(offload, mangled(type(offload), "__allgather_stream"))
-
-
-def mangled(cls: type, name: str) -> str:
-    """Return the name under which Python stores a double-underscore attribute of a class."""
-    return f"_{cls.__name__}{name}"
 
 
 def _current_device() -> str:
