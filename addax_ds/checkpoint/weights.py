@@ -27,7 +27,8 @@ from addax_ds.distributed.collectives import (
     get_world_size,
     raise_on_all_ranks,
 )
-from addax_ds.sharding.base import Sharding, canonical_name
+from addax_ds.sharding.base import Sharding
+from addax_ds.sharding.modules import canonical_name
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.utils.errors import UserError
 

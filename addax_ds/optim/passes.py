@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from addax_ds.sharding.base import Perturb, Sharding, modules_of
+from addax_ds.sharding.base import Perturb, Sharding
+from addax_ds.sharding.modules import modules_of
 
 
 class IsolatedPasses:

@@ -28,7 +28,7 @@ from transformers import (
     modeling_utils,
 )
 
-from addax_ds.sharding.base import blocks, is_uniform
+from addax_ds.sharding.modules import blocks, is_uniform
 from addax_ds.utils.dtypes import DTYPES
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import read_regular

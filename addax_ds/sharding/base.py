@@ -18,10 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
 from addax_ds.kernels.operation import Slice
+from addax_ds.sharding.modules import canonical_name
 from addax_ds.sharding.reads import Reads
 from addax_ds.utils.errors import UserError
-
-_WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
 S = TypeVar("S", bound="Sharding")
 
@@ -431,33 +430,10 @@ def describe_parameters(
     return infos
 
 
-def materialize(
-    model: nn.Module, device: torch.device, home: torch.device | str | None = None
-) -> None:
-    """Give memory to the parameters of a model, or to their shards, that are on the meta device.
-
-    Values of parameters are undefined afterwards. Buffers keep theirs and move to the device, as
-    parameters do if they have no other ``home``.
-    """
-    home = home or device
-    model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
-
-
 def padded(data: Tensor, numel: int) -> Tensor:
     """Pad a flat copy of a shard to the length that is gathered; the padding is never read."""
     missing = numel - data.numel()
     return torch.cat((data, data.new_zeros(missing))) if missing else data
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Return what ``model.modules()`` yields, in another order and several times as fast."""
-    found = {model: None}
-    for module in (queue := [model]):
-        for child in module._modules.values():
-            if child is not None and child not in found:
-                found[child] = None
-                queue.append(child)
-    return queue
 
 
 def hook_of_parameter(
@@ -476,37 +452,3 @@ def hook_of_parameter(
             method(found, parameter, *where)
 
     return hook
-
-
-def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield each decoder layer once: elements of outermost ``nn.ModuleList`` that are called."""
-    return iter(dict.fromkeys(_elements_of_lists(module)))
-
-
-def _elements_of_lists(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(module, nn.ModuleList) and _is_called(child):
-            yield child
-        else:
-            yield from _elements_of_lists(child)
-
-
-def is_uniform(block: nn.Module) -> bool:
-    """Return whether a decoder layer runs the same modules for all data, as far as can be seen.
-
-    A list inside may be one of experts, of which each rank runs others.
-    """
-    lists = nn.ModuleList, nn.ModuleDict
-    return not any(isinstance(module, lists) for module in block.modules())
-
-
-def _is_called(module: nn.Module) -> bool:
-    """Containers such as a nested ``ModuleList`` have no ``forward`` that hooks could follow."""
-    return type(module).forward is not nn.Module.forward
-
-
-def canonical_name(name: str) -> str:
-    """Remove the prefixes that wrappers add, so that all back ends agree on a name."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name

@@ -26,12 +26,11 @@ from addax_ds.sharding.base import (
     ParameterInfo,
     Perturb,
     Sharding,
-    blocks,
     hook_of_parameter,
-    materialize,
     padded,
 )
 from addax_ds.sharding.fsdp2_versions import BEFORE_2_13, param_groups, reset_iter_state
+from addax_ds.sharding.modules import blocks, materialize
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -25,16 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from addax_ds.distributed.collectives import get_world_size
-from addax_ds.sharding.base import (
-    OnGradients,
-    ParameterInfo,
-    Perturb,
-    Sharding,
-    blocks,
-    hook_of_parameter,
-    materialize,
-    modules_of,
-)
+from addax_ds.sharding.base import OnGradients, ParameterInfo, Perturb, Sharding, hook_of_parameter
+from addax_ds.sharding.modules import blocks, materialize, modules_of
 from addax_ds.utils.errors import UserError
 
 

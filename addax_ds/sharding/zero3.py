@@ -23,14 +23,8 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from torch import Tensor, nn
 
-from addax_ds.sharding.base import (
-    OnGradients,
-    ParameterInfo,
-    Perturb,
-    Sharding,
-    materialize,
-    padded,
-)
+from addax_ds.sharding.base import OnGradients, ParameterInfo, Perturb, Sharding, padded
+from addax_ds.sharding.modules import materialize
 from addax_ds.sharding.zero3_layers import LayerGathering, gather_stream, inflight_parameters
 from addax_ds.utils.errors import UserError
 

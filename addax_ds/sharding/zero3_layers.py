@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
-from addax_ds.sharding.base import blocks, is_uniform
+from addax_ds.sharding.modules import blocks, is_uniform
 from addax_ds.utils.errors import UserError
 
 

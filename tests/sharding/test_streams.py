@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from addax_ds.sharding.base import blocks
+from addax_ds.sharding.modules import blocks
 from tests.support.models import tiny_opt
 from tests.support.rank_group import ranks_by_size
 from tests.workers.stream_order import CASES

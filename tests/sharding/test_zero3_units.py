@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from addax_ds.sharding.base import is_uniform
+from addax_ds.sharding.modules import is_uniform
 from tests.support.rank_group import ranks_by_size
 from tests.workers.zero3_units import CASES, PREFETCHED, REFUSED
 

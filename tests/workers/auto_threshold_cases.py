@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from addax_ds import UserError
 from addax_ds.optim.addax import Addax
-from addax_ds.sharding.base import blocks
 from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.sharding.modules import blocks
 from addax_ds.training import rehearsal
 from addax_ds.training.length_threshold import AutoThreshold
 from addax_ds.training.trainer import AddaxTrainer

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import addax_ds
-from addax_ds.sharding.base import blocks
+from addax_ds.sharding.modules import blocks
 from tests.support.cases import mean_loss
 from tests.support.layouts import Attached, Run, Zero3, flat_mesh, fsdp2, hybrid_mesh
 from tests.support.models import tiny_opt, token_batches

@@ -12,7 +12,7 @@ from deepspeed import comm
 from torch import Tensor
 
 import addax_ds  # noqa: F401  (registers the optimizer)
-from addax_ds.sharding.base import blocks
+from addax_ds.sharding.modules import blocks
 from studies.collectives import CollectiveCounter
 from tests.support.cases import mean_loss
 from tests.support.models import tiny_opt, token_batches
