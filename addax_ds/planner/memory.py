@@ -156,10 +156,10 @@ def _pass(
     standing: Mapping[str, int],
     sums: Mapping[int, int] = MappingProxyType({}),
 ) -> Ledger:
-    """Replay one pass; a zeroth-order one is perturbed. For ``sums`` see `Engine`."""
+    """Replay one pass; a zeroth-order one is perturbed. For ``sums`` see `BackEndPass`."""
     backward = batch is inputs.first_order
     rules = rules_of(inputs.sharding)
-    events = trace(
+    tape = trace(
         inputs.shape,
         batch,
         backward=backward,
@@ -169,9 +169,9 @@ def _pass(
         zero3_linear=rules.has_zero3_linear(inputs.zero3),
     )
     ledger = Ledger(standing)
-    engine = rules.make_engine(inputs, ledger, events, perturbed=not backward)
-    engine.sums = sums
-    replay(events, engine)
+    back_end = rules.make_pass(inputs, ledger, tape, perturbed=not backward)
+    back_end.sums = sums
+    replay(tape, back_end)
     return ledger
 
 

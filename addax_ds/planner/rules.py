@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from addax_ds.optim.methods import BASELINES, Method
-from addax_ds.planner.replay import Engine, Ledger
+from addax_ds.planner.fsdp2 import Fsdp2Pass, fsdp2_shard
+from addax_ds.planner.replay import BackEndPass, Ledger, UnshardedPass
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Trace
-from addax_ds.planner.unsharded import Fsdp2Pass, UnshardedPass, fsdp2_shard
-from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings
+from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings, Zero3Setup
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class Rules:
         """Return whether linear layers are DeepSpeed's."""
         return False
 
-    def make_engine(
-        self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
-    ) -> Engine:
+    def make_pass(
+        self, inputs: "Inputs", ledger: Ledger, tape: Trace, *, perturbed: bool
+    ) -> BackEndPass:
         """Return the back end during one pass, over the tape of it."""
-        return UnshardedPass(ledger, inputs.shape, perturbed)
+        return UnshardedPass(ledger, inputs.shape, perturbed=perturbed)
 
 
 class _Fsdp2(Rules):
@@ -85,12 +85,18 @@ class _Fsdp2(Rules):
     def with_offload(self, inputs: "Inputs", on: bool) -> "Inputs":
         return replace(inputs, cpu_offload=on)
 
-    def make_engine(
-        self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
-    ) -> Engine:
-        ranks, gloo = inputs.sharded_over, not inputs.cuda
-        replicated, offloaded = inputs.replicas > 1, inputs.cpu_offload
-        return Fsdp2Pass(ledger, inputs.shape, ranks, perturbed, gloo, replicated, offloaded)
+    def make_pass(
+        self, inputs: "Inputs", ledger: Ledger, tape: Trace, *, perturbed: bool
+    ) -> BackEndPass:
+        return Fsdp2Pass(
+            ledger,
+            inputs.shape,
+            inputs.sharded_over,
+            perturbed=perturbed,
+            gloo=not inputs.cuda,
+            replicated=inputs.replicas > 1,
+            offloaded=inputs.cpu_offload,
+        )
 
 
 class _Zero3(Rules):
@@ -102,7 +108,7 @@ class _Zero3(Rules):
         return [math.ceil(numel / ranks) for numel in shape.numels]
 
     def bucket_elements(self, inputs: "Inputs") -> int:
-        settings = self._settings(inputs)
+        settings = self._setup(inputs).settings
         needed = settings.contiguous_gradients and inputs.method != "mezo"
         return settings.reduce_bucket_size if needed else 0
 
@@ -119,26 +125,22 @@ class _Zero3(Rules):
     def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
         return zero3.memory_efficient_linear
 
-    def make_engine(
-        self, inputs: "Inputs", ledger: Ledger, events: Trace, perturbed: bool
-    ) -> Engine:
-        shape, stock, gloo = inputs.shape, inputs.method in BASELINES, not inputs.cuda
-        units = {} if stock else inputs.zero3.units(shape)
-        return Zero3Pass(
-            ledger,
-            shape,
-            self._settings(inputs),
-            inputs.ranks,
-            events,
-            perturbed,
-            units,
-            stock,
-            gloo,
-        )
+    def make_pass(
+        self, inputs: "Inputs", ledger: Ledger, tape: Trace, *, perturbed: bool
+    ) -> BackEndPass:
+        setup = self._setup(inputs)
+        return Zero3Pass(ledger, inputs.shape, setup, tape, perturbed=perturbed)
 
-    def _settings(self, inputs: "Inputs") -> Zero3Settings:
-        own = inputs.zero3
-        return own if inputs.method in BASELINES else own.with_whole_units(inputs.shape)
+    def _setup(self, inputs: "Inputs") -> Zero3Setup:
+        """Return how the step runs: DeepSpeed's own optimizers know no leaf blocks."""
+        shape, zero3, stock = inputs.shape, inputs.zero3, inputs.method in BASELINES
+        return Zero3Setup(
+            settings=zero3 if stock else zero3.raised_for_leaf_blocks(shape),
+            ranks=inputs.ranks,
+            leaf_blocks={} if stock else zero3.leaf_blocks(shape),
+            keeps_persistent=stock,
+            gloo=not inputs.cuda,
+        )
 
 
 RULES: dict[str, Rules] = {"zero3": _Zero3(), "fsdp2": _Fsdp2(), "none": Rules()}
