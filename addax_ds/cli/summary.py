@@ -22,10 +22,10 @@ from addax_ds.data.partition import Partition
 from addax_ds.distributed.startup import launcher_patience
 from addax_ds.models.source import ModelSource
 from addax_ds.optim.methods import ZEROTH_ORDER
-from addax_ds.planner.memory import Inputs
+from addax_ds.planner.memory import StepSpec
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
-from addax_ds.training.memory import describe, plainer_way, run_inputs
+from addax_ds.training.memory import describe, plainer_way, spec_of_run
 from addax_ds.training.mixin import AddaxMixin
 from addax_ds.training.steps import StepMixin, total_steps
 from addax_ds.utils.errors import UserError
@@ -68,12 +68,12 @@ def announce(
         logger.info("%s", streams.describe(lengths_of(data.train)))
         logger.info("Method: %s", _method(args, run, schedule))
         try:
-            inputs = _inputs(source, data, streams, args, settings, run)
-            memory = f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
+            spec = _spec_of_streams(source, data, streams, args, settings, run)
+            memory = f"{spec.shape.parameters} parameters, {describe(spec, args.device)}"
         except UserError as error:
-            memory, inputs = f"not planned, {error}", None
+            memory, spec = f"not planned, {error}", None
         logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
-        if inputs is not None and not adapted and (way := plainer_way(inputs, args.device)):
+        if spec is not None and not adapted and (way := plainer_way(spec, args.device)):
             logger.info("Plainer: %s (docs/choosing.md)", way)
     logger.info("Output: %s", output_folder(args).resolve())
 
@@ -92,20 +92,20 @@ def _method(args: TrainingArguments, run: Run, schedule: StepSchedule) -> str:
     return ", ".join([*parts, f"ranks {run.ranks}", f"steps {steps}"])
 
 
-def _inputs(
+def _spec_of_streams(
     source: ModelSource,
     data: Data,
     streams: Partition,
     args: TrainingArguments,
     settings: AddaxSettings,
     run: Run,
-) -> Inputs:
+) -> StepSpec:
     examples = (
         _extremes(data.train, streams.zeroth_order),
         _extremes(data.train, streams.first_order),
     )
     kernel, layout = source.attn_implementation, (run.replicas, run.cpu_offload)
-    return run_inputs(source.config, kernel, run.sharding, examples, args, settings, *layout)
+    return spec_of_run(source.config, kernel, run.sharding, examples, args, settings, *layout)
 
 
 def _extremes(examples: Sequence[Example], indices: NDArray[np.int32]) -> list[Example]:

@@ -13,7 +13,7 @@ from addax_ds.planner.zero3 import Zero3Pass, Zero3Settings, Zero3Setup
 from addax_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from addax_ds.planner.memory import Inputs
+    from addax_ds.planner.memory import StepSpec
 
 
 class Rules:
@@ -24,7 +24,7 @@ class Rules:
         uses_deepspeed: whether the settings of a DeepSpeed JSON apply.
         has_replicas: whether there may be several copies of the weights, each sharded.
         offload_flag: what puts the shards into host memory; None if nothing does.
-            `Inputs.cpu_offload` applies where it is ``--cpu_offload``.
+            `StepSpec.cpu_offload` applies where it is ``--cpu_offload``.
     """
 
     is_sharded = False
@@ -40,31 +40,31 @@ class Rules:
         """Return the elements of each parameter that a rank holds, padding included."""
         return list(shape.numels)
 
-    def bucket_elements(self, inputs: "Inputs") -> int:
+    def bucket_elements(self, spec: "StepSpec") -> int:
         """Return the elements of the buffer that gradients are reduced from, if there are any."""
         return 0
 
-    def is_offloaded(self, inputs: "Inputs") -> bool:
+    def is_offloaded(self, spec: "StepSpec") -> bool:
         """Return whether the shards are in host memory."""
         return False
 
-    def is_pinned(self, inputs: "Inputs") -> bool:
+    def is_pinned(self, spec: "StepSpec") -> bool:
         """Return whether the shards are pinned there, if there is a GPU."""
         return False
 
-    def with_offload(self, inputs: "Inputs", on: bool) -> "Inputs":
+    def with_offload(self, spec: "StepSpec", on: bool) -> "StepSpec":
         """Return the same with the shards in host memory, as `offload_flag` has them, or not."""
-        return inputs
+        return spec
 
     def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
         """Return whether linear layers are DeepSpeed's."""
         return False
 
     def make_pass(
-        self, inputs: "Inputs", ledger: Ledger, tape: Trace, *, perturbed: bool
+        self, spec: "StepSpec", ledger: Ledger, tape: Trace, *, perturbed: bool
     ) -> BackEndPass:
         """Return the back end during one pass, over the tape of it."""
-        return UnshardedPass(ledger, inputs.shape, perturbed=perturbed)
+        return UnshardedPass(ledger, spec.shape, perturbed=perturbed)
 
 
 class _Fsdp2(Rules):
@@ -76,26 +76,26 @@ class _Fsdp2(Rules):
         parameters = range(len(shape.sizes))
         return [fsdp2_shard(shape, ranks, (p,)) // shape.itemsize for p in parameters]
 
-    def is_offloaded(self, inputs: "Inputs") -> bool:
-        return inputs.cpu_offload
+    def is_offloaded(self, spec: "StepSpec") -> bool:
+        return spec.cpu_offload
 
-    def is_pinned(self, inputs: "Inputs") -> bool:
-        return inputs.cpu_offload
+    def is_pinned(self, spec: "StepSpec") -> bool:
+        return spec.cpu_offload
 
-    def with_offload(self, inputs: "Inputs", on: bool) -> "Inputs":
-        return replace(inputs, cpu_offload=on)
+    def with_offload(self, spec: "StepSpec", on: bool) -> "StepSpec":
+        return replace(spec, cpu_offload=on)
 
     def make_pass(
-        self, inputs: "Inputs", ledger: Ledger, tape: Trace, *, perturbed: bool
+        self, spec: "StepSpec", ledger: Ledger, tape: Trace, *, perturbed: bool
     ) -> BackEndPass:
         return Fsdp2Pass(
             ledger,
-            inputs.shape,
-            inputs.sharded_over,
+            spec.shape,
+            spec.sharded_over,
             perturbed=perturbed,
-            gloo=not inputs.cuda,
-            replicated=inputs.replicas > 1,
-            offloaded=inputs.cpu_offload,
+            gloo=not spec.cuda,
+            replicated=spec.replicas > 1,
+            offloaded=spec.cpu_offload,
         )
 
 
@@ -107,39 +107,39 @@ class _Zero3(Rules):
     def shards(self, shape: ModelShape, ranks: int) -> list[int]:
         return [math.ceil(numel / ranks) for numel in shape.numels]
 
-    def bucket_elements(self, inputs: "Inputs") -> int:
-        settings = self._setup(inputs).settings
-        needed = settings.contiguous_gradients and inputs.method != "mezo"
+    def bucket_elements(self, spec: "StepSpec") -> int:
+        settings = self._setup(spec).settings
+        needed = settings.contiguous_gradients and spec.method != "mezo"
         return settings.reduce_bucket_size if needed else 0
 
-    def is_offloaded(self, inputs: "Inputs") -> bool:
-        return inputs.zero3.offload
+    def is_offloaded(self, spec: "StepSpec") -> bool:
+        return spec.zero3.offload
 
-    def is_pinned(self, inputs: "Inputs") -> bool:
-        return inputs.zero3.pin_memory
+    def is_pinned(self, spec: "StepSpec") -> bool:
+        return spec.zero3.pin_memory
 
-    def with_offload(self, inputs: "Inputs", on: bool) -> "Inputs":
-        own = inputs.zero3
-        return replace(inputs, zero3=replace(own, offload=on, pin_memory=own.pin_memory or on))
+    def with_offload(self, spec: "StepSpec", on: bool) -> "StepSpec":
+        own = spec.zero3
+        return replace(spec, zero3=replace(own, offload=on, pin_memory=own.pin_memory or on))
 
     def has_zero3_linear(self, zero3: Zero3Settings) -> bool:
         return zero3.memory_efficient_linear
 
     def make_pass(
-        self, inputs: "Inputs", ledger: Ledger, tape: Trace, *, perturbed: bool
+        self, spec: "StepSpec", ledger: Ledger, tape: Trace, *, perturbed: bool
     ) -> BackEndPass:
-        setup = self._setup(inputs)
-        return Zero3Pass(ledger, inputs.shape, setup, tape, perturbed=perturbed)
+        setup = self._setup(spec)
+        return Zero3Pass(ledger, spec.shape, setup, tape, perturbed=perturbed)
 
-    def _setup(self, inputs: "Inputs") -> Zero3Setup:
+    def _setup(self, spec: "StepSpec") -> Zero3Setup:
         """Return how the step runs: DeepSpeed's own optimizers know no leaf blocks."""
-        shape, zero3, stock = inputs.shape, inputs.zero3, inputs.method in BASELINES
+        shape, zero3, stock = spec.shape, spec.zero3, spec.method in BASELINES
         return Zero3Setup(
             settings=zero3 if stock else zero3.raised_for_leaf_blocks(shape),
-            ranks=inputs.ranks,
+            ranks=spec.ranks,
             leaf_blocks={} if stock else zero3.leaf_blocks(shape),
             keeps_persistent=stock,
-            gloo=not inputs.cuda,
+            gloo=not spec.cuda,
         )
 
 

@@ -48,6 +48,12 @@ class Batch:
     length: int
     targets: int
 
+    @classmethod
+    def of(cls, rows: int, length: int, targets: int | None) -> "Batch":
+        """Return a batch of sequences with at most ``targets`` targets each; None for all."""
+        most = max(length - 1, 1)
+        return cls(rows, length, most if targets is None else min(targets, most))
+
     @property
     def positions(self) -> int:
         """Positions whose logits are computed: those at which any row may have a target."""
@@ -126,7 +132,7 @@ def _run(
     if checkpointing and backward:
         model.activation_checkpointing_enable()
     tape = Tape(functools.partial(_category, shape))
-    inputs = _inputs(batch)
+    inputs = _model_inputs(batch)
     for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
         tape.ignore(tensor)
     parameters = _note_gradients(model, tape)
@@ -219,7 +225,7 @@ def _note_modules(model: nn.Module, tape: Tape) -> None:
         module.register_forward_hook(functools.partial(after, index))
 
 
-def _inputs(batch: Batch) -> dict[str, Tensor]:
+def _model_inputs(batch: Batch) -> dict[str, Tensor]:
     shape = batch.rows, batch.length
     return {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
 

@@ -20,9 +20,9 @@ from addax_ds.data.batches import StepSchedule
 from addax_ds.data.encoding import NO_LOSS, Example
 from addax_ds.data.partition import partition
 from addax_ds.optim.hyperparameters import Hyperparameters
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
-from addax_ds.planner.threshold import batch
+from addax_ds.planner.trace import Batch
 from addax_ds.training import memory, rehearsal
 from addax_ds.training.length_threshold import AutoThreshold, dividing_lengths, plan_threshold
 from addax_ds.training.rehearsal import find_threshold, is_out_of_memory, longest_batch
@@ -68,17 +68,17 @@ def planned(device_memory: float | None, fixed: int | None = None, **options: An
 
 def needed(length: int, parts: int = 1) -> int:
     """Bytes of a step, with the longest sequences zeroth-order."""
-    inputs = Inputs(
+    spec = StepSpec(
         shape=shape_of(tiny_model("opt").config, "opt", "fp32"),
         method="addax",
         sharding="none",
         ranks=1,
-        zeroth_order=batch(K0 // parts, LENGTHS[-1], TARGETS),
-        first_order=batch(K1 // parts, length, TARGETS),
+        zeroth_order=Batch.of(K0 // parts, LENGTHS[-1], TARGETS),
+        first_order=Batch.of(K1 // parts, length, TARGETS),
         accumulation=parts,
         cuda=False,
     )
-    return step_memory(inputs).total
+    return step_memory(spec).total
 
 
 def test_the_lengths_that_leave_both_streams_a_batch():
