@@ -18,11 +18,11 @@ from addax_ds.data.encoding import lengths_of, target_counts_of
 from addax_ds.distributed.nodes import replicas_of
 from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
 from addax_ds.planner import recommend
+from addax_ds.planner.constants import GB, GRAIN, RESERVE
 from addax_ds.planner.memory import StepSpec
 from addax_ds.planner.report import Request, as_json, as_table, make_plans
 from addax_ds.planner.rules import RULES, rules_of
 from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
-from addax_ds.planner.units import GB, GRAIN, RESERVE
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.utils.command_line import Parser, mistakes_end_the_program
 from addax_ds.utils.dtypes import DTYPES

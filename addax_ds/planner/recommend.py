@@ -1,9 +1,9 @@
 """Ways to fine-tune a model where it has to run, the plainest first, and the first that fits.
 
-Time is counted in forward passes of a token (`addax_ds.planner.units`), traffic as a ring sends it:
-(n - 1) / n of the weights' bytes for each all-gather and each reduce-scatter of the whole model. A
-zeroth-order pass gathers once; a first-order one gathers for its forward and for its backward, and
-reduces.
+Time is counted in forward passes of a token (`addax_ds.planner.constants`). Traffic is counted as a
+ring sends it: (n - 1) / n of the weights' bytes for each all-gather and each reduce-scatter of the
+whole model. A zeroth-order pass gathers once; a first-order one gathers for its forward and for its
+backward, and reduces.
 """
 
 from bisect import bisect_left
@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from addax_ds.optim.methods import BASELINES, Method
+from addax_ds.planner.constants import FORWARD, GB, GRAIN, first_order_units
 from addax_ds.planner.memory import StepSpec, standing_bytes, step_memory
-from addax_ds.planner.report import Request, largest_length, with_batches
+from addax_ds.planner.report import Request, coarse_threshold, with_batches
 from addax_ds.planner.rules import rules_of
-from addax_ds.planner.units import FORWARD, GB, GRAIN, first_order_units
 
 LORA_RANK = 8
 _ADAMW_8BIT = 4
@@ -126,7 +126,7 @@ def _addax(request: Request, on: StepSpec, checkpointing: bool, plain_fits: bool
     if threshold is None:
         # What fits at the full length fits below it.
         most = max(GRAIN, (request.length - 1) // GRAIN * GRAIN)
-        threshold = most if plain_fits else largest_length(request, on) or GRAIN
+        threshold = most if plain_fits else coarse_threshold(request, on) or GRAIN
     spec = with_batches(request, "addax", threshold, on)
     if plain_fits:
         why = "All rows fit first-order, so it has nothing to save"

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from addax_ds.optim.methods import ZEROTH_ORDER, Method
+from addax_ds.planner.constants import GB, GRAIN
 from addax_ds.planner.memory import Memory, StepSpec, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.rules import rules_of
 from addax_ds.planner.threshold import largest_threshold
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.units import GB, GRAIN
 from addax_ds.utils.versions import versions
 
 MOST_GPUS = 1024
@@ -99,9 +99,9 @@ class Plan:
         host_per_node: bytes of host memory of a node, where weights are offloaded.
         fits: whether it fits into a GPU and, where that was stated, into host memory.
         gpus_needed: the fewest on which it would, with as many rows on each; None if `MOST_GPUS`
-            are not enough.
-        needed_for: `first_order_length` on as many. It is the same but for addax without a given
-            L_T: they are the fewest on which any fits, and this is the largest one there.
+            are not enough. For addax without a given L_T, the fewest on which any L_T fits.
+        needed_for: the `first_order_length` that fits on `gpus_needed` GPUs. The two differ only
+            for addax without a given L_T.
     """
 
     method: Method
@@ -125,7 +125,7 @@ def _plan(request: Request, method: Method) -> Plan:
     if method == "mezo":
         length = None
     elif looked_up:
-        length = largest_length(request, request.spec) or GRAIN
+        length = coarse_threshold(request, request.spec) or GRAIN
     elif method == "addax":
         length = request.length_threshold
     spec = with_batches(request, method, length)
@@ -138,17 +138,18 @@ def _plan(request: Request, method: Method) -> Plan:
         request.host_memory,
         request.gpus_per_node,
     )
+    needed_for = length
+    if looked_up and needed:
+        needed_for = coarse_threshold(request, replace(request.spec, ranks=needed, replicas=1))
     return Plan(
-        method,
-        length,
-        memory,
-        step_memory(replace(spec, checkpointing=True)),
-        host_per_node,
-        memory.total <= request.budget and in_host,
-        needed,
-        largest_length(request, replace(request.spec, ranks=needed, replicas=1))
-        if looked_up and needed
-        else length,
+        method=method,
+        first_order_length=length,
+        memory=memory,
+        checkpointed=step_memory(replace(spec, checkpointing=True)),
+        host_per_node=host_per_node,
+        fits=memory.total <= request.budget and in_host,
+        gpus_needed=needed,
+        needed_for=needed_for,
     )
 
 
@@ -171,8 +172,8 @@ def with_batches(
     return replace(on or request.spec, method=method, zeroth_order=zeroth, first_order=first)
 
 
-def largest_length(request: Request, on: StepSpec) -> int | None:
-    """Return the largest L_T with which addax's first-order pass fits, where ``on`` runs."""
+def coarse_threshold(request: Request, on: StepSpec) -> int | None:
+    """Return the largest multiple of `GRAIN` that fits as addax's L_T, where ``on`` runs."""
     probe = replace(with_batches(request, "addax", GRAIN, on), zeroth_order=None)
     lengths = [*range(GRAIN, request.length, GRAIN), request.length]
     return largest_threshold(probe, lengths, request.budget, request.targets)

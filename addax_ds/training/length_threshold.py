@@ -17,10 +17,10 @@ from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example, lengths_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
+from addax_ds.planner.constants import GB
 from addax_ds.planner.memory import Memory, StepSpec, step_memory
 from addax_ds.planner.threshold import largest_threshold
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.units import GB
 from addax_ds.training.memory import free_memory, spec_of_run
 from addax_ds.utils.errors import UserError
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.encoding import Example, lengths_of, target_counts_of
+from addax_ds.planner.constants import GB, RESERVE
 from addax_ds.planner.memory import Memory, StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.units import GB, RESERVE
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError

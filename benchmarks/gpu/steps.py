@@ -37,10 +37,10 @@ import addax_ds
 from addax_ds.config.deepspeed import load_ds_config
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import Method
+from addax_ds.planner.constants import GB
 from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.units import GB
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
 from benchmarks.common import collect_provenance
 from benchmarks.live import ALPHAS, MODELS, batch_of, closure
