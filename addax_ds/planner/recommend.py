@@ -58,7 +58,31 @@ class Option:
 
 def options(request: Request) -> list[Option]:
     """Return all ways, in the order in which the first that fits is to be taken."""
-    return list(_options(request))
+    rules, spec = rules_of(request.spec.sharding), request.spec
+    offloads, in_gpu = rules.offload_flag is not None, rules.with_offload(spec, False)
+    # A configuration that was given says whether they are pinned.
+    in_host = spec if rules.is_offloaded(spec) else rules.with_offload(spec, True)
+    ways = []
+    if rules.runs("adamw"):
+        ways.append(_first_order(request, in_gpu, "adamw", checkpointing=False))
+        ways.append(_first_order(request, in_gpu, "adamw", checkpointing=True))
+    plain = _first_order(request, in_gpu, "ip-sgd", checkpointing=False)
+    recomputed = _first_order(request, in_gpu, "ip-sgd", checkpointing=True)
+    ways += [plain, recomputed]
+    all_fit = plain.fits or recomputed.fits
+    if not all_fit and (rows := _fitting_rows(request, in_gpu)):
+        ways.append(_first_order(request, in_gpu, "ip-sgd", checkpointing=True, rows=rows))
+    if offloads:
+        ways.append(_first_order(request, in_host, "ip-sgd", checkpointing=True))
+    # Checkpointing lets L_T be larger, so more rows get an exact gradient.
+    for checkpointing in (True, False) if request.length_threshold is None else (False, True):
+        ways.append(_addax(request, in_gpu, checkpointing=checkpointing, plain_fits=plain.fits))
+    if offloads:
+        ways.append(_addax(request, in_host, checkpointing=True, plain_fits=plain.fits))
+    ways.append(_mezo(request, in_gpu))
+    if offloads:
+        ways.append(_mezo(request, in_host))
+    return [*ways, *_of_others(request, recomputed)]
 
 
 def recommended(request: Request, ways: list[Option]) -> Option | None:
@@ -66,39 +90,16 @@ def recommended(request: Request, ways: list[Option]) -> Option | None:
     return next((way for way in ways if way.may_serve(request)), None)
 
 
-def _options(request: Request) -> Iterator[Option]:
-    rules, spec = rules_of(request.spec.sharding), request.spec
-    offloads, in_gpu = rules.offload_flag is not None, rules.with_offload(spec, False)
-    # A configuration that was given says whether they are pinned.
-    in_host = spec if rules.is_offloaded(spec) else rules.with_offload(spec, True)
-    if rules.runs("adamw"):
-        yield _first_order(request, in_gpu, "adamw", False)
-        yield _first_order(request, in_gpu, "adamw", True)
-    plain = _first_order(request, in_gpu, "ip-sgd", False)
-    recomputed = _first_order(request, in_gpu, "ip-sgd", True)
-    yield plain
-    yield recomputed
-    all_fit = plain.fits or recomputed.fits
-    if not all_fit and (rows := _fitting_rows(request, in_gpu)):
-        yield _first_order(request, in_gpu, "ip-sgd", True, rows)
-    if offloads:
-        yield _first_order(request, in_host, "ip-sgd", True)
-    # Checkpointing lets L_T be larger, so more rows get an exact gradient.
-    for checkpointing in (True, False) if request.length_threshold is None else (False, True):
-        yield _addax(request, in_gpu, checkpointing, plain.fits)
-    if offloads:
-        yield _addax(request, in_host, True, plain.fits)
-    yield _mezo(request, in_gpu)
-    if offloads:
-        yield _mezo(request, in_host)
-    yield from _of_others(request, recomputed)
-
-
 # ---- ways of this package ------------------------------------------------------------------------
 
 
 def _first_order(
-    request: Request, on: StepSpec, method: Method, checkpointing: bool, rows: int | None = None
+    request: Request,
+    on: StepSpec,
+    method: Method,
+    *,
+    checkpointing: bool,
+    rows: int | None = None,
 ) -> Option:
     """Return every row first-order; ``rows`` a GPU in place of those that were asked for."""
     asked = replace(request, train_rows=rows or request.train_rows)
@@ -116,11 +117,12 @@ def _first_order(
             why = f"Weights and states alone have {states / GB:.1f} GB a GPU"
     else:
         why = "Every row first-order, without optimizer states"
-    why += ", a third more computation" * (checkpointing and "states alone" not in why)
+    if checkpointing and "states alone" not in why:
+        why += ", a third more computation"
     return _option(request, spec, why)
 
 
-def _addax(request: Request, on: StepSpec, checkpointing: bool, plain_fits: bool) -> Option:
+def _addax(request: Request, on: StepSpec, *, checkpointing: bool, plain_fits: bool) -> Option:
     on = replace(on, checkpointing=checkpointing)
     threshold = request.length_threshold
     if threshold is None:
@@ -205,12 +207,15 @@ def _units(spec: StepSpec) -> float:
 
 def _moved(spec: StepSpec) -> int:
     """Bytes that a GPU sends; recomputation finds the weights gathered."""
-    if not rules_of(spec.sharding).is_sharded:
-        # Whole models average whole gradients.
-        rounds, ranks = 2 * (spec.first_order is not None), spec.ranks
-    else:
-        zeroth, first = spec.zeroth_order is not None, spec.first_order is not None
-        rounds, ranks = _PASSES * zeroth + 3 * first, spec.sharded_over
+    if rules_of(spec.sharding).is_sharded:
+        ranks, of_zeroth, of_first = spec.sharded_over, _PASSES, 3
+    else:  # whole models average whole gradients
+        ranks, of_zeroth, of_first = spec.ranks, 0, 2
+    rounds = 0
+    if spec.zeroth_order is not None:
+        rounds += of_zeroth
+    if spec.first_order is not None:
+        rounds += of_first
     return round(rounds * (ranks - 1) / ranks * spec.shape.parameters * spec.shape.itemsize)
 
 
@@ -245,8 +250,16 @@ def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
         ),
     ):
         total = recomputed.total + more
-        fits = total <= request.budget
-        yield Option(name, None, total, 0, fits, recomputed.units, moved, why)
+        yield Option(
+            name=name,
+            flags=None,
+            total=total,
+            host=0,
+            fits=total <= request.budget,
+            units=recomputed.units,
+            moved=moved,
+            why=why,
+        )
 
 
 # ---- report --------------------------------------------------------------------------------------

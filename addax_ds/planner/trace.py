@@ -111,11 +111,12 @@ def trace(
             raise
         except Exception as error:  # a model's code may ask for anything
             model_type = json.loads(shape.config)["model_type"]
+            recomputed = ", checkpointing" if checkpointing else ""
             raise UserError(
                 f"{shape.name}: the planner cannot run a model of type {model_type} without its "
                 f"weights, with {batch.rows} row(s) of {batch.length} tokens, attention "
-                f"{attention or 'of its own choice'}{', checkpointing' * checkpointing}: "
-                f"{reason(error)}. Find by a trial run what fits"
+                f"{attention or 'of its own choice'}{recomputed}: {reason(error)}. Find by a trial "
+                "run what fits"
             ) from error
 
 
@@ -131,7 +132,7 @@ def _run(
     model.train(backward)
     if checkpointing and backward:
         model.activation_checkpointing_enable()
-    tape = Tape(functools.partial(_category, shape))
+    tape = Tape(lambda tensor, _: category_of(tensor, shape.vocabulary))
     inputs = _model_inputs(batch)
     for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
         tape.ignore(tensor)
@@ -147,10 +148,6 @@ def _run(
 
 def _fused(attention: str | None) -> bool:
     return attention is not None and "flash" in attention
-
-
-def _category(shape: ModelShape, tensor: Tensor, tag: str | None) -> str:
-    return category_of(tensor, shape.vocabulary)
 
 
 def category_of(tensor: Tensor, vocabulary: int) -> str:

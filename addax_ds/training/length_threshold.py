@@ -146,9 +146,9 @@ class _Search:
         """
         assert self._spec.zeroth_order is not None
         assert self._spec.first_order is not None
-        rows = self._spec.first_order.rows, self._spec.zeroth_order.rows
+        first, zeroth = self._spec.first_order.rows, self._spec.zeroth_order.rows
         shortest = self._fixed or self._lengths[0]
-        common = math.gcd(*rows)
+        common = math.gcd(first, zeroth)
         for parts in (divisor for divisor in range(1, common + 1) if common % divisor == 0):
             needed = self._memory(shortest, parts)
             budget = self._budget(needed)
@@ -157,8 +157,10 @@ class _Search:
                 total = self._memory(length, parts).total
                 return AutoThreshold(length, tuple(self._lengths), parts, total, limit, reason)
         flags = "--per_device_train_batch_size", "--per_device_zo_batch_size"
-        zeroth = needed.stage == "zeroth-order"
-        left, length = rows[zeroth] // parts, self._longest if zeroth else shortest
+        if needed.stage == "zeroth-order":
+            left, length = zeroth // parts, self._longest
+        else:
+            left, length = first // parts, shortest
         advice = "Use more ranks with ZeRO-3 or FSDP2, --activation_checkpointing, or --max_length"
         if left > 1:
             advice = f"Fewer rows need a greatest common divisor of {' and '.join(flags)} above 1"

@@ -107,8 +107,8 @@ def describe(spec: StepSpec, device: torch.device) -> str:
         free = _free(device)
     except UserError:
         return text
-    short = _needed(spec, memory) > free
-    return f"{text}; {'only ' * short}{free / GB:.2f} GB are free for them"
+    only = "only " if _needed(spec, memory) > free else ""
+    return f"{text}; {only}{free / GB:.2f} GB are free for them"
 
 
 def plainer_way(spec: StepSpec, device: torch.device) -> str | None:
@@ -145,9 +145,10 @@ def _plainer_way(spec: StepSpec, every: Batch, device: torch.device) -> str | No
         memory = step_memory(plain)
         if _needed(spec, memory) <= free:
             flags = f"--method ip-sgd --per_device_train_batch_size {every.rows}"
+            if checkpointing:
+                flags += " --activation_checkpointing"
             return (
-                f"{flags}{' --activation_checkpointing' * checkpointing} would fit, in place of "
-                "this method's flags, with every row first-order: "
+                f"{flags} would fit, in place of this method's flags, with every row first-order: "
                 f"{memory.total / GB:.2f} GB of tensors on a rank at up to {every.length} tokens"
             )
     return None
