@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from addax_ds import Addax, attach
 from addax_ds.optim.methods import Method
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import Batch
@@ -70,7 +70,7 @@ def measure(method: Method, length: int, targets: int) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     batch = Batch(1, length, targets)
     planned = step_memory(
-        Inputs(
+        StepSpec(
             shape=shape_of(CONFIG, "SmolLM2-135M", "fp32"),
             method=method,
             sharding="none",

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 from addax_ds.distributed.collectives import shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import ZEROTH_ORDER, Method
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import OPT_FAMILY, shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
@@ -104,19 +104,17 @@ def _zero(name: str) -> dict[str, Any]:
 def planned(name: str, method: Method) -> int:
     """Return the planner's total of all ranks, in bytes."""
     shape = shape_of(OPTConfig(**OPT_FAMILY[name]), name)
-    inputs = Inputs(
+    spec = StepSpec(
         shape,
         method,
         "zero3",
         RANKS,
         Batch(ROWS, LONG, LONG - 1) if method in ZEROTH_ORDER else None,
         Batch(ROWS, SHORT, SHORT - 1) if method != "mezo" else None,
-        False,
-        None,
-        Zero3Settings.from_json(_zero(name), shape.hidden),
+        zero3=Zero3Settings.from_json(_zero(name), shape.hidden),
         cuda=False,
     )
-    return RANKS * step_memory(inputs).total
+    return RANKS * step_memory(spec).total
 
 
 def attempt(name: str, method: Method, memory: float) -> dict[str, Any]:

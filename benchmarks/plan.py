@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the launcher runs this 
 from addax_ds.distributed.collectives import shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import ZEROTH_ORDER
-from addax_ds.planner.memory import Inputs, Memory, step_memory
+from addax_ds.planner.memory import Memory, StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
@@ -43,17 +43,17 @@ def planned(case: dict[str, Any], ranks: int) -> Memory:
     method = case["method"]
     shape = shape_of(OPTConfig(**MODELS[case["model"]]), case["model"], case["dtype"])
     return step_memory(
-        Inputs(
+        StepSpec(
             shape,
             method,
             case["sharding"],
             ranks,
             Batch(*case["zeroth"]) if method in ZEROTH_ORDER else None,
             Batch(*case["first"]) if method != "mezo" else None,
-            case["checkpointing"],
-            case["attention"],
-            Zero3Settings.from_json(case["zero_optimization"], shape.hidden),
-            case["accumulation"],
+            checkpointing=case["checkpointing"],
+            attention=case["attention"],
+            zero3=Zero3Settings.from_json(case["zero_optimization"], shape.hidden),
+            accumulation=case["accumulation"],
             cuda=False,
             replicas=case["replicas"],
             cpu_offload=case["cpu_offload"],

@@ -18,11 +18,11 @@ from addax_ds.data.examples import lengths_of, target_counts_of
 from addax_ds.distributed.nodes import replicas_of
 from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
 from addax_ds.planner import recommend
-from addax_ds.planner.memory import Inputs
+from addax_ds.planner.constants import GB, GRAIN, RESERVE
+from addax_ds.planner.memory import StepSpec
 from addax_ds.planner.report import Request, as_json, as_table, make_plans
 from addax_ds.planner.rules import RULES, rules_of
 from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape
-from addax_ds.planner.units import GB, GRAIN, RESERVE
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.utils.command_line import Parser, mistakes_end_the_program
 from addax_ds.utils.dtypes import DTYPES
@@ -99,7 +99,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         named = f"the longest row of --train_file, {length} tokens"
     _check_length(arguments, shape, length, named)
     train_rows = arguments.per_device_train_batch_size or _DEFAULT_ROWS
-    inputs = Inputs(
+    spec = StepSpec(
         shape=shape,
         method="addax",
         sharding=arguments.sharding,
@@ -114,15 +114,15 @@ def request_of(arguments: argparse.Namespace) -> Request:
         accumulation=arguments.gradient_accumulation_steps or 1,
     )
     host_memory = arguments.host_memory
-    rules = rules_of(inputs.sharding)
+    rules = rules_of(spec.sharding)
     may_offload = arguments.recommend and rules.offload_flag is not None
-    if host_memory is not None and not (rules.is_offloaded(inputs) or may_offload):
+    if host_memory is not None and not (rules.is_offloaded(spec) or may_offload):
         raise UserError(
             "--host_memory has no effect without weights in host memory, as with --deepspeed "
             "zero3_offload, or --sharding fsdp2 --cpu_offload; remove it."
         )
     return Request(
-        inputs=inputs,
+        spec=spec,
         methods=tuple(dict.fromkeys(arguments.methods)),
         zo_rows=arguments.per_device_zo_batch_size or train_rows,
         train_rows=train_rows,

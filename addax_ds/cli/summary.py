@@ -21,10 +21,10 @@ from addax_ds.data.examples import Example, lengths_of, target_counts_of
 from addax_ds.data.partition import Partition
 from addax_ds.distributed.startup import launcher_patience
 from addax_ds.optim.methods import ZEROTH_ORDER
-from addax_ds.planner.memory import Inputs
+from addax_ds.planner.memory import StepSpec
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
-from addax_ds.training.memory import describe, plainer_way, run_inputs
+from addax_ds.training.memory import describe, plainer_way, spec_of_run
 from addax_ds.training.mixin import AddaxMixin
 from addax_ds.training.steps import StepMixin, total_steps
 from addax_ds.utils.errors import UserError
@@ -49,13 +49,13 @@ def announce(prepared: Prepared, args: AddaxConfig) -> None:
         logger.info("%s", streams.describe(lengths_of(data.train)))
         logger.info("Method: %s", _method(args, run, schedule))
         try:
-            inputs = _inputs(prepared, streams, args)
-            memory = f"{inputs.shape.parameters} parameters, {describe(inputs, args.device)}"
+            spec = _spec_of_streams(prepared, streams, args)
+            memory = f"{spec.shape.parameters} parameters, {describe(spec, args.device)}"
         except UserError as error:
-            memory, inputs = f"not planned, {error}", None
+            memory, spec = f"not planned, {error}", None
         # The planner does not know adapters.
         logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
-        if inputs is not None and not adapted and (way := plainer_way(inputs, args.device)):
+        if spec is not None and not adapted and (way := plainer_way(spec, args.device)):
             logger.info("Plainer: %s (docs/choosing.md)", way)
     logger.info("Output: %s", output_folder(args).resolve())
 
@@ -74,9 +74,9 @@ def _method(args: AddaxConfig, run: Run, schedule: StepSchedule) -> str:
     return ", ".join([*parts, f"ranks {run.ranks}", f"steps {steps}"])
 
 
-def _inputs(prepared: Prepared, streams: Partition, args: AddaxConfig) -> Inputs:
+def _spec_of_streams(prepared: Prepared, streams: Partition, args: AddaxConfig) -> StepSpec:
     source, run, rows = prepared.source, prepared.run, prepared.data.train
-    return run_inputs(
+    return spec_of_run(
         source.config,
         source.attn_implementation,
         run.sharding,

@@ -1,4 +1,4 @@
-"""Bytes that one rank needs for a training step: a pure function of `Inputs`.
+"""Bytes that one rank needs for a training step: a pure function of `StepSpec`.
 
 The total is the largest sum of live tensors at any moment of the step, the weights included. Not in
 it are the CUDA context, what kernels and NCCL allocate for themselves, and blocks that the caching
@@ -6,7 +6,7 @@ allocator holds without use.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from types import MappingProxyType
 
 from addax_ds.optim.methods import BASELINES, Method
@@ -20,8 +20,8 @@ _FP32 = 4
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """All that the memory of a step depends on.
+class StepSpec:
+    """What a step computes, and where: all that its memory depends on.
 
     Attributes:
         shape: of the model.
@@ -47,6 +47,7 @@ class Inputs:
     ranks: int
     zeroth_order: Batch | None
     first_order: Batch | None
+    _: KW_ONLY
     checkpointing: bool = False
     attention: str | None = None
     zero3: Zero3Settings = field(default_factory=Zero3Settings)
@@ -78,30 +79,30 @@ class Memory:
     stage: str
 
 
-def step_memory(inputs: Inputs) -> Memory:
+def step_memory(spec: StepSpec) -> Memory:
     """Return what one rank needs for a step after the second one."""
-    standing = standing_bytes(inputs)
+    standing = standing_bytes(spec)
     stages = []
     # Sums over micro-batches begin with the first backward, when zeroth-order passes are over.
     without_sums = {name: size for name, size in standing.items() if name != "gradients"}
-    if inputs.zeroth_order is not None:
-        stages.append(("zeroth-order", _pass(inputs, inputs.zeroth_order, without_sums)))
-    if inputs.first_order is not None:
-        sums = _sums(inputs) if "gradients" in standing else {}
+    if spec.zeroth_order is not None:
+        stages.append(("zeroth-order", _pass(spec, spec.zeroth_order, without_sums)))
+    if spec.first_order is not None:
+        sums = _sums(spec) if "gradients" in standing else {}
         passes = [(without_sums, sums)]
         if sums:
             passes.append((standing, {p: -size for p, size in sums.items()}))
-        if sums and inputs.accumulation > 2:
+        if sums and spec.accumulation > 2:
             passes.append((standing, {}))
         for held, changes in passes:
-            stages.append(("first-order", _pass(inputs, inputs.first_order, held, changes)))
-    if inputs.method in BASELINES:
-        stages.append(("update", _update(inputs, standing)))
+            stages.append(("first-order", _pass(spec, spec.first_order, held, changes)))
+    if spec.method in BASELINES:
+        stages.append(("update", _update(spec, standing)))
     stage, ledger = max(stages, key=lambda entry: entry[1].peak_total)
-    return Memory(ledger.peak, ledger.peak_total, host_bytes(inputs), stage)
+    return Memory(ledger.peak, ledger.peak_total, host_bytes(spec), stage)
 
 
-def standing_bytes(inputs: Inputs) -> dict[str, int]:
+def standing_bytes(spec: StepSpec) -> dict[str, int]:
     """Return what is there all the time, by category.
 
     - Weights: each parameter cut into equal parts, padded (ZeRO-3, Rajbhandari et al., "ZeRO",
@@ -114,68 +115,68 @@ def standing_bytes(inputs: Inputs) -> dict[str, int]:
     - fp32 sums of the gradient shards if there are several micro-batches
       (`GradientSums`); with offload they lie in host memory, as the shards do.
     """
-    shape, elements = inputs.shape, sum(_shards(inputs))
-    standing = {"weights": 0 if _is_offloaded(inputs) else elements * shape.itemsize}
-    if bucket := rules_of(inputs.sharding).bucket_elements(inputs):
+    shape, elements = spec.shape, sum(_shards(spec))
+    standing = {"weights": 0 if _is_offloaded(spec) else elements * shape.itemsize}
+    if bucket := rules_of(spec.sharding).bucket_elements(spec):
         standing["buckets"] = bucket * shape.itemsize
-    if inputs.method in BASELINES:
-        master_and_moments = _FP32 * (3 if inputs.method == "adamw" else 1)
+    if spec.method in BASELINES:
+        master_and_moments = _FP32 * (3 if spec.method == "adamw" else 1)
         standing["optimizer"] = elements * (master_and_moments + shape.itemsize)
         standing["persistent"] = shape.itemsize * sum(
-            shape.numels[p] for p in inputs.zero3.persistent(shape) if inputs.ranks > 1
+            shape.numels[p] for p in spec.zero3.persistent(shape) if spec.ranks > 1
         )
-    elif _sum_bytes(inputs) and not _is_offloaded(inputs):
-        standing["gradients"] = elements * _sum_bytes(inputs)
+    elif _sum_bytes(spec) and not _is_offloaded(spec):
+        standing["gradients"] = elements * _sum_bytes(spec)
     return standing
 
 
-def _is_offloaded(inputs: Inputs) -> bool:
-    return rules_of(inputs.sharding).is_offloaded(inputs)
+def _is_offloaded(spec: StepSpec) -> bool:
+    return rules_of(spec.sharding).is_offloaded(spec)
 
 
-def _sum_bytes(inputs: Inputs) -> int:
+def _sum_bytes(spec: StepSpec) -> int:
     """Bytes an element of the sums over micro-batches; DeepSpeed's optimizers have none."""
-    is_summed = inputs.accumulation > 1 and inputs.first_order is not None
-    return _FP32 if is_summed and inputs.method not in BASELINES else 0
+    is_summed = spec.accumulation > 1 and spec.first_order is not None
+    return _FP32 if is_summed and spec.method not in BASELINES else 0
 
 
-def _shards(inputs: Inputs) -> list[int]:
+def _shards(spec: StepSpec) -> list[int]:
     """Return the elements of each parameter that a rank holds, padding included."""
-    return rules_of(inputs.sharding).shards(inputs.shape, inputs.sharded_over)
+    return rules_of(spec.sharding).shards(spec.shape, spec.sharded_over)
 
 
-def _sums(inputs: Inputs) -> dict[int, int]:
+def _sums(spec: StepSpec) -> dict[int, int]:
     """Return the bytes of the sum over micro-batches of each parameter."""
-    sum_bytes = _sum_bytes(inputs)
-    return {parameter: sum_bytes * count for parameter, count in enumerate(_shards(inputs))}
+    sum_bytes = _sum_bytes(spec)
+    return {parameter: sum_bytes * count for parameter, count in enumerate(_shards(spec))}
 
 
 def _pass(
-    inputs: Inputs,
+    spec: StepSpec,
     batch: Batch,
     standing: Mapping[str, int],
     sums: Mapping[int, int] = MappingProxyType({}),
 ) -> Ledger:
-    """Replay one pass; a zeroth-order one is perturbed. For ``sums`` see `Engine`."""
-    backward = batch is inputs.first_order
-    rules = rules_of(inputs.sharding)
-    events = trace(
-        inputs.shape,
+    """Replay one pass; a zeroth-order one is perturbed. For ``sums`` see `BackEndPass`."""
+    backward = batch is spec.first_order
+    rules = rules_of(spec.sharding)
+    tape = trace(
+        spec.shape,
         batch,
         backward=backward,
-        checkpointing=inputs.checkpointing,
-        attention=inputs.attention,
-        cuda=inputs.cuda,
-        zero3_linear=rules.has_zero3_linear(inputs.zero3),
+        checkpointing=spec.checkpointing,
+        attention=spec.attention,
+        cuda=spec.cuda,
+        zero3_linear=rules.has_zero3_linear(spec.zero3),
     )
     ledger = Ledger(standing)
-    engine = rules.make_engine(inputs, ledger, events, perturbed=not backward)
-    engine.sums = sums
-    replay(events, engine)
+    back_end = rules.make_pass(spec, ledger, tape, perturbed=not backward)
+    back_end.sums = sums
+    replay(tape, back_end)
     return ledger
 
 
-def _update(inputs: Inputs, standing: Mapping[str, int]) -> Ledger:
+def _update(spec: StepSpec, standing: Mapping[str, int]) -> Ledger:
     """Account for the update of DeepSpeed's own optimizer, one sub-group after the other.
 
     The gradients of a sub-group are flattened and widened to fp32
@@ -183,36 +184,36 @@ def _update(inputs: Inputs, standing: Mapping[str, int]) -> Ledger:
     on a CPU its quotient too (``torch.optim.adamw``).
     """
     ledger = Ledger(standing)
-    elements = max(_sub_groups(inputs))
-    shape = inputs.shape
+    elements = max(_sub_groups(spec))
+    shape = spec.shape
     ledger.add("optimizer", elements * shape.itemsize)
     ledger.add("optimizer", elements * _FP32)
     ledger.add("optimizer", -elements * shape.itemsize)
-    if inputs.method == "adamw":
-        ledger.add("optimizer", elements * _FP32 * (1 if inputs.cuda else 2))
+    if spec.method == "adamw":
+        ledger.add("optimizer", elements * _FP32 * (1 if spec.cuda else 2))
     return ledger
 
 
-def _sub_groups(inputs: Inputs) -> list[int]:
+def _sub_groups(spec: StepSpec) -> list[int]:
     """Elements of the parts in which the update goes (``_create_fp16_sub_groups``)."""
     groups = [0]
-    for elements in _shards(inputs):
-        if groups[-1] >= inputs.zero3.sub_group_size:
+    for elements in _shards(spec):
+        if groups[-1] >= spec.zero3.sub_group_size:
             groups.append(0)
         groups[-1] += elements
     return groups
 
 
-def host_bytes(inputs: Inputs) -> int:
+def host_bytes(spec: StepSpec) -> int:
     """Return the host memory of a rank with offloaded shards: these, and sums.
 
     A shard is perturbed on the GPU. torch rounds every pinned tensor up to a power of two
     (``CachingHostAllocator.h``); sums over micro-batches are not pinned.
     """
-    if not _is_offloaded(inputs):
+    if not _is_offloaded(spec):
         return 0
-    elements = _shards(inputs)
-    shards = [count * inputs.shape.itemsize for count in elements]
-    if rules_of(inputs.sharding).is_pinned(inputs) and inputs.cuda:
+    elements = _shards(spec)
+    shards = [count * spec.shape.itemsize for count in elements]
+    if rules_of(spec.sharding).is_pinned(spec) and spec.cuda:
         shards = [1 << (size - 1).bit_length() for size in shards]
-    return sum(shards) + sum(elements) * _sum_bytes(inputs)
+    return sum(shards) + sum(elements) * _sum_bytes(spec)

@@ -1,9 +1,9 @@
 """Ways to fine-tune a model where it has to run, the plainest first, and the first that fits.
 
-Time is counted in forward passes of a token (`addax_ds.planner.units`), traffic as a ring sends it:
-(n - 1) / n of the weights' bytes for each all-gather and each reduce-scatter of the whole model. A
-zeroth-order pass gathers once; a first-order one gathers for its forward and for its backward, and
-reduces.
+Time is counted in forward passes of a token (`addax_ds.planner.constants`). Traffic is counted as a
+ring sends it: (n - 1) / n of the weights' bytes for each all-gather and each reduce-scatter of the
+whole model. A zeroth-order pass gathers once; a first-order one gathers for its forward and for its
+backward, and reduces.
 """
 
 from bisect import bisect_left
@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from addax_ds.optim.methods import BASELINES, Method
-from addax_ds.planner.memory import Inputs, standing_bytes, step_memory
-from addax_ds.planner.report import Request, largest_length, with_batches
+from addax_ds.planner.constants import FORWARD, GB, GRAIN, first_order_units
+from addax_ds.planner.memory import StepSpec, standing_bytes, step_memory
+from addax_ds.planner.report import Request, coarse_threshold, with_batches
 from addax_ds.planner.rules import rules_of
-from addax_ds.planner.units import FORWARD, GB, GRAIN, first_order_units
 
 LORA_RANK = 8
 _ADAMW_8BIT = 4
@@ -58,7 +58,31 @@ class Option:
 
 def options(request: Request) -> list[Option]:
     """Return all ways, in the order in which the first that fits is to be taken."""
-    return list(_options(request))
+    rules, spec = rules_of(request.spec.sharding), request.spec
+    offloads, in_gpu = rules.offload_flag is not None, rules.with_offload(spec, False)
+    # A configuration that was given says whether they are pinned.
+    in_host = spec if rules.is_offloaded(spec) else rules.with_offload(spec, True)
+    ways = []
+    if rules.runs("adamw"):
+        ways.append(_first_order(request, in_gpu, "adamw", checkpointing=False))
+        ways.append(_first_order(request, in_gpu, "adamw", checkpointing=True))
+    plain = _first_order(request, in_gpu, "ip-sgd", checkpointing=False)
+    recomputed = _first_order(request, in_gpu, "ip-sgd", checkpointing=True)
+    ways += [plain, recomputed]
+    all_fit = plain.fits or recomputed.fits
+    if not all_fit and (rows := _fitting_rows(request, in_gpu)):
+        ways.append(_first_order(request, in_gpu, "ip-sgd", checkpointing=True, rows=rows))
+    if offloads:
+        ways.append(_first_order(request, in_host, "ip-sgd", checkpointing=True))
+    # Checkpointing lets L_T be larger, so more rows get an exact gradient.
+    for checkpointing in (True, False) if request.length_threshold is None else (False, True):
+        ways.append(_addax(request, in_gpu, checkpointing=checkpointing, plain_fits=plain.fits))
+    if offloads:
+        ways.append(_addax(request, in_host, checkpointing=True, plain_fits=plain.fits))
+    ways.append(_mezo(request, in_gpu))
+    if offloads:
+        ways.append(_mezo(request, in_host))
+    return [*ways, *_of_others(request, recomputed)]
 
 
 def recommended(request: Request, ways: list[Option]) -> Option | None:
@@ -66,44 +90,21 @@ def recommended(request: Request, ways: list[Option]) -> Option | None:
     return next((way for way in ways if way.may_serve(request)), None)
 
 
-def _options(request: Request) -> Iterator[Option]:
-    rules, inputs = rules_of(request.inputs.sharding), request.inputs
-    offloads, in_gpu = rules.offload_flag is not None, rules.with_offload(inputs, False)
-    # A configuration that was given says whether they are pinned.
-    in_host = inputs if rules.is_offloaded(inputs) else rules.with_offload(inputs, True)
-    if rules.runs("adamw"):
-        yield _first_order(request, in_gpu, "adamw", False)
-        yield _first_order(request, in_gpu, "adamw", True)
-    plain = _first_order(request, in_gpu, "ip-sgd", False)
-    recomputed = _first_order(request, in_gpu, "ip-sgd", True)
-    yield plain
-    yield recomputed
-    all_fit = plain.fits or recomputed.fits
-    if not all_fit and (rows := _fitting_rows(request, in_gpu)):
-        yield _first_order(request, in_gpu, "ip-sgd", True, rows)
-    if offloads:
-        yield _first_order(request, in_host, "ip-sgd", True)
-    # Checkpointing lets L_T be larger, so more rows get an exact gradient.
-    for checkpointing in (True, False) if request.length_threshold is None else (False, True):
-        yield _addax(request, in_gpu, checkpointing, plain.fits)
-    if offloads:
-        yield _addax(request, in_host, True, plain.fits)
-    yield _mezo(request, in_gpu)
-    if offloads:
-        yield _mezo(request, in_host)
-    yield from _of_others(request, recomputed)
-
-
 # ---- ways of this package ------------------------------------------------------------------------
 
 
 def _first_order(
-    request: Request, on: Inputs, method: Method, checkpointing: bool, rows: int | None = None
+    request: Request,
+    on: StepSpec,
+    method: Method,
+    *,
+    checkpointing: bool,
+    rows: int | None = None,
 ) -> Option:
     """Return every row first-order; ``rows`` a GPU in place of those that were asked for."""
     asked = replace(request, train_rows=rows or request.train_rows)
-    inputs = with_batches(asked, method, asked.length, on)
-    inputs = replace(inputs, checkpointing=checkpointing)
+    spec = with_batches(asked, method, asked.length, on)
+    spec = replace(spec, checkpointing=checkpointing)
     if rows is not None:
         why = (
             f"Every row first-order, with {rows} row(s) a GPU in place of {request.train_rows}: "
@@ -111,23 +112,24 @@ def _first_order(
         )
     elif method in BASELINES:
         why = "The plain method, with fp32 weights and moments: nothing is given up"
-        states = sum(standing_bytes(inputs).values())
+        states = sum(standing_bytes(spec).values())
         if states > request.budget:
             why = f"Weights and states alone have {states / GB:.1f} GB a GPU"
     else:
         why = "Every row first-order, without optimizer states"
-    why += ", a third more computation" * (checkpointing and "states alone" not in why)
-    return _option(request, inputs, why)
+    if checkpointing and "states alone" not in why:
+        why += ", a third more computation"
+    return _option(request, spec, why)
 
 
-def _addax(request: Request, on: Inputs, checkpointing: bool, plain_fits: bool) -> Option:
+def _addax(request: Request, on: StepSpec, *, checkpointing: bool, plain_fits: bool) -> Option:
     on = replace(on, checkpointing=checkpointing)
     threshold = request.length_threshold
     if threshold is None:
         # What fits at the full length fits below it.
         most = max(GRAIN, (request.length - 1) // GRAIN * GRAIN)
-        threshold = most if plain_fits else largest_length(request, on) or GRAIN
-    inputs = with_batches(request, "addax", threshold, on)
+        threshold = most if plain_fits else coarse_threshold(request, on) or GRAIN
+    spec = with_batches(request, "addax", threshold, on)
     if plain_fits:
         why = "All rows fit first-order, so it has nothing to save"
     else:
@@ -135,7 +137,7 @@ def _addax(request: Request, on: Inputs, checkpointing: bool, plain_fits: bool) 
             f"Rows of more than {threshold} tokens{_share(request, threshold)} are zeroth-order, "
             "which keeps no activations; they are learnt less"
         )
-    return _option(request, inputs, why, threshold)
+    return _option(request, spec, why, threshold)
 
 
 def _share(request: Request, threshold: int) -> str:
@@ -145,31 +147,31 @@ def _share(request: Request, threshold: int) -> str:
     return f", {(lengths > threshold).mean():.1%} of the training rows,"
 
 
-def _mezo(request: Request, on: Inputs) -> Option:
+def _mezo(request: Request, on: StepSpec) -> Option:
     why = "Forward passes alone: the least memory, and many times the steps"
     return _option(request, with_batches(request, "mezo", None, on), why)
 
 
-def _option(request: Request, inputs: Inputs, why: str, threshold: int | None = None) -> Option:
+def _option(request: Request, spec: StepSpec, why: str, threshold: int | None = None) -> Option:
     """Plan one way of this package."""
-    memory = step_memory(inputs)
+    memory = step_memory(spec)
     host = memory.host * request.gpus_per_node
     in_host = request.host_memory is None or host <= request.host_memory
-    rules = rules_of(inputs.sharding)
-    words: list[str] = [inputs.method]
-    flags = [f"--method {inputs.method}"]
+    rules = rules_of(spec.sharding)
+    words: list[str] = [spec.method]
+    flags = [f"--method {spec.method}"]
     if threshold is not None:
         words.append(f"L_T {threshold}")
         flags.append(f"--length_threshold {threshold}")
-    if inputs.checkpointing and inputs.first_order is not None:
+    if spec.checkpointing and spec.first_order is not None:
         words.append("checkpointing")
         flags.append("--activation_checkpointing")
-    if (first := inputs.first_order) is not None and first.rows != request.train_rows:
+    if (first := spec.first_order) is not None and first.rows != request.train_rows:
         words.append(f"{first.rows} row(s)")
         flags.append(f"--per_device_train_batch_size {first.rows}")
-    if rules.is_offloaded(inputs):
+    if rules.is_offloaded(spec):
         words.append("offload")
-        if rules.offload_flag and not rules.is_offloaded(request.inputs):
+        if rules.offload_flag and not rules.is_offloaded(request.spec):
             flags.append(rules.offload_flag)
         why += ", weights in host memory, which every pass reads over its link"
     return Option(
@@ -178,40 +180,43 @@ def _option(request: Request, inputs: Inputs, why: str, threshold: int | None = 
         total=memory.total,
         host=host,
         fits=memory.total <= request.budget and in_host,
-        units=_units(inputs),
-        moved=_moved(inputs),
+        units=_units(spec),
+        moved=_moved(spec),
         why=why,
     )
 
 
-def _fitting_rows(request: Request, on: Inputs) -> int | None:
+def _fitting_rows(request: Request, on: StepSpec) -> int | None:
     """Return the most rows, fewer than asked for, with which checkpointed IP-SGD fits."""
 
     def is_too_much(rows: int) -> bool:
         asked = replace(request, train_rows=rows)
-        inputs = replace(with_batches(asked, "ip-sgd", asked.length, on), checkpointing=True)
-        return step_memory(inputs).total > request.budget
+        spec = replace(with_batches(asked, "ip-sgd", asked.length, on), checkpointing=True)
+        return step_memory(spec).total > request.budget
 
     return bisect_left(range(1, request.train_rows), True, key=is_too_much) or None
 
 
-def _units(inputs: Inputs) -> float:
+def _units(spec: StepSpec) -> float:
     """Forward passes of a token: those of the step's worst batches."""
-    of_first = first_order_units(inputs.checkpointing)
-    batches = ((inputs.zeroth_order, FORWARD * _PASSES), (inputs.first_order, of_first))
+    of_first = first_order_units(spec.checkpointing)
+    batches = ((spec.zeroth_order, FORWARD * _PASSES), (spec.first_order, of_first))
     parts = [(batch.rows * batch.length, units) for batch, units in batches if batch is not None]
     return sum(tokens * units for tokens, units in parts) / sum(tokens for tokens, _ in parts)
 
 
-def _moved(inputs: Inputs) -> int:
+def _moved(spec: StepSpec) -> int:
     """Bytes that a GPU sends; recomputation finds the weights gathered."""
-    if not rules_of(inputs.sharding).is_sharded:
-        # Whole models average whole gradients.
-        rounds, ranks = 2 * (inputs.first_order is not None), inputs.ranks
-    else:
-        zeroth, first = inputs.zeroth_order is not None, inputs.first_order is not None
-        rounds, ranks = _PASSES * zeroth + 3 * first, inputs.sharded_over
-    return round(rounds * (ranks - 1) / ranks * inputs.shape.parameters * inputs.shape.itemsize)
+    if rules_of(spec.sharding).is_sharded:
+        ranks, of_zeroth, of_first = spec.sharded_over, _PASSES, 3
+    else:  # whole models average whole gradients
+        ranks, of_zeroth, of_first = spec.ranks, 0, 2
+    rounds = 0
+    if spec.zeroth_order is not None:
+        rounds += of_zeroth
+    if spec.first_order is not None:
+        rounds += of_first
+    return round(rounds * (ranks - 1) / ranks * spec.shape.parameters * spec.shape.itemsize)
 
 
 # ---- ways of others ------------------------------------------------------------------------------
@@ -219,16 +224,16 @@ def _moved(inputs: Inputs) -> int:
 
 def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
     """Estimate, from IP-SGD with checkpointing, what other packages would need."""
-    inputs = request.inputs
-    shape, rules = inputs.shape, rules_of(inputs.sharding)
-    held = sum(rules.shards(shape, inputs.sharded_over))
+    spec = request.spec
+    shape, rules = spec.shape, rules_of(spec.sharding)
+    held = sum(rules.shards(shape, spec.sharded_over))
     adapters = sum(
         LORA_RANK * sum(shape.sizes[p])
         for block in shape.block_parameters
         for p in block
         if len(shape.sizes[p]) == 2
     )
-    ranks = inputs.sharded_over if rules.is_sharded else 1
+    ranks = spec.sharded_over if rules.is_sharded else 1
     gathers = round(2 * (ranks - 1) / ranks * shape.parameters * shape.itemsize)
     for name, more, moved, why in (
         (
@@ -245,8 +250,16 @@ def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
         ),
     ):
         total = recomputed.total + more
-        fits = total <= request.budget
-        yield Option(name, None, total, 0, fits, recomputed.units, moved, why)
+        yield Option(
+            name=name,
+            flags=None,
+            total=total,
+            host=0,
+            fits=total <= request.budget,
+            units=recomputed.units,
+            moved=moved,
+            why=why,
+        )
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -254,7 +267,7 @@ def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
 
 def as_text(request: Request, ways: list[Option]) -> str:
     """Return the ways as a table, a sentence on each, and what is recommended."""
-    shape, inputs = request.inputs.shape, request.inputs
+    shape, spec = request.spec.shape, request.spec
     rows = [("", "GB a GPU", "fits", "time", "GB sent", "host GB")]
     for way in ways:
         cells = (f"{way.total / GB:.2f}", "yes" if way.fits else "no", f"{way.units:.2f}")
@@ -267,7 +280,7 @@ def as_text(request: Request, ways: list[Option]) -> str:
     return "\n".join(
         [
             f"{shape.name}: {shape.parameters / 1e9:.3g} billion parameters, {shape.dtype}, "
-            f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
+            f"{spec.sharding} on {spec.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
             f"{request.reserve / GB:g} GB of it kept free; {request.train_rows} row(s) "
             f"first-order and {request.zo_rows} zeroth-order of up to {request.length} tokens",
             *request.describe_rows(),

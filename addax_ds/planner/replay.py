@@ -1,12 +1,13 @@
 """Plays the tape of a pass against a back end, and keeps account of every byte.
 
-The tape (`addax_ds.planner.trace`) says what the model allocates and when it needs which module; an
-`Engine` answers with what it gathers, buckets and frees. The `Ledger` remembers the moment at which
-the sum was largest.
+The tape (`addax_ds.planner.trace`) says what the model allocates and when it needs which module; a
+`BackEndPass` answers with what it gathers, buckets and frees. The `Ledger` remembers the moment at
+which the sum was largest.
 """
 
 from collections.abc import Iterable, Mapping
 
+from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Trace
 
 CATEGORIES = (
@@ -59,7 +60,7 @@ class Ledger:
             self.peak = dict(self._now)
 
 
-class Engine:
+class BackEndPass:
     """A back end during one pass; what it holds it adds to the ledger, and takes out of it.
 
     Args:
@@ -84,7 +85,7 @@ class Engine:
         """A module has computed."""
 
     def gradient(self, parameter: int, size: int) -> None:
-        """Take a whole gradient, which is in the ledger; the engine frees it."""
+        """Take a whole gradient, which is in the ledger; the back end frees it."""
         self.reduced([parameter])
         self.ledger.add("gradients", -size)
 
@@ -97,24 +98,56 @@ class Engine:
         """The pass is over; all that it made is freed."""
 
 
-def replay(trace: Trace, engine: Engine) -> None:
-    """Run a pass against an engine."""
-    ledger, categories = engine.ledger, trace.categories
+class UnshardedPass(BackEndPass):
+    """A model that is whole on each rank (`addax_ds.sharding.unsharded`).
+
+    Args:
+        ledger: the account.
+        shape: of the model.
+        perturbed: whether blocks see perturbed copies while they run, and what lies outside of them
+            for the whole pass.
+    """
+
+    def __init__(self, ledger: Ledger, shape: ModelShape, *, perturbed: bool) -> None:
+        super().__init__(ledger)
+        sizes = [numel * shape.itemsize if perturbed else 0 for numel in shape.numels]
+        blocks = [sum(sizes[p] for p in parameters) for parameters in shape.block_parameters]
+        self._copies = dict(zip(shape.blocks, blocks, strict=True))
+        self._outside = sum(sizes) - sum(blocks)
+
+    def begin(self) -> None:  # noqa: D102
+        self.ledger.add("gathered", self._outside)
+
+    def fetch(self, module: int, is_forward: bool) -> None:  # noqa: D102
+        if is_forward:
+            self.ledger.add("gathered", self._copies.get(module, 0))
+
+    def release(self, module: int, is_forward: bool) -> None:  # noqa: D102
+        if is_forward:
+            self.ledger.add("gathered", -self._copies.get(module, 0))
+
+    def end(self) -> None:  # noqa: D102
+        self.ledger.add("gathered", -self._outside)
+
+
+def replay(trace: Trace, back_end: BackEndPass) -> None:
+    """Run a pass against a back end."""
+    ledger, categories = back_end.ledger, trace.categories
     sizes: dict[int, int] = {}
-    engine.begin()
+    back_end.begin()
     for kind, number, *rest in trace.events:
         if kind == "alloc":
             sizes[number] = rest[0]
             ledger.add(categories[number], rest[0])
         elif kind == "free":
-            # A gradient that was handed over is the engine's to free.
+            # A gradient that was handed over is the back end's to free.
             ledger.add(categories[number], -sizes.pop(number, 0))
         elif kind == "fetch":
-            engine.fetch(number, rest[0])
+            back_end.fetch(number, rest[0])
         elif kind == "release":
-            engine.release(number, rest[0])
+            back_end.release(number, rest[0])
         else:
-            engine.gradient(number, sizes.pop(rest[0]))
-    engine.end()
+            back_end.gradient(number, sizes.pop(rest[0]))
+    back_end.end()
     for number, size in sizes.items():
         ledger.add(categories[number], -size)

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from addax_ds.optim.methods import ZEROTH_ORDER, Method
-from addax_ds.planner.memory import Inputs, Memory, host_bytes, step_memory
+from addax_ds.planner.constants import GB, GRAIN
+from addax_ds.planner.memory import Memory, StepSpec, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
 from addax_ds.planner.rules import rules_of
-from addax_ds.planner.threshold import batch, largest_threshold
-from addax_ds.planner.units import GB, GRAIN
+from addax_ds.planner.threshold import largest_threshold
+from addax_ds.planner.trace import Batch
 from addax_ds.utils.versions import versions
 
 MOST_GPUS = 1024
@@ -28,7 +29,7 @@ class Request:
     """Request to the planner.
 
     Attributes:
-        inputs: the model and where it runs; method and batches are put in for each method.
+        spec: the model and where it runs; method and batches are put in for each method.
         methods: to plan, each once; those in `left_out` are not.
         zo_rows: rows of a zeroth-order batch on each rank.
         train_rows: rows of a first-order batch on each rank.
@@ -42,7 +43,7 @@ class Request:
         row_lengths: tokens of each training row, where they are known.
     """
 
-    inputs: Inputs
+    spec: StepSpec
     methods: tuple[Method, ...]
     zo_rows: int
     train_rows: int
@@ -82,7 +83,7 @@ class Request:
     @property
     def left_out(self) -> dict[Method, str]:
         """The methods that do not run on the back end, and why."""
-        rules = rules_of(self.inputs.sharding)
+        rules = rules_of(self.spec.sharding)
         return {method: _OF_ZERO3 for method in self.methods if not rules.runs(method)}
 
 
@@ -98,9 +99,9 @@ class Plan:
         host_per_node: bytes of host memory of a node, where weights are offloaded.
         fits: whether it fits into a GPU and, where that was stated, into host memory.
         gpus_needed: the fewest on which it would, with as many rows on each; None if `MOST_GPUS`
-            are not enough.
-        needed_for: `first_order_length` on as many. It is the same but for addax without a given
-            L_T: they are the fewest on which any fits, and this is the largest one there.
+            are not enough. For addax without a given L_T, the fewest on which any L_T fits.
+        needed_for: the `first_order_length` that fits on `gpus_needed` GPUs. The two differ only
+            for addax without a given L_T.
     """
 
     method: Method
@@ -124,61 +125,62 @@ def _plan(request: Request, method: Method) -> Plan:
     if method == "mezo":
         length = None
     elif looked_up:
-        length = largest_length(request, request.inputs) or GRAIN
+        length = coarse_threshold(request, request.spec) or GRAIN
     elif method == "addax":
         length = request.length_threshold
-    inputs = with_batches(request, method, length)
-    memory = step_memory(inputs)
+    spec = with_batches(request, method, length)
+    memory = step_memory(spec)
     host_per_node = memory.host * request.gpus_per_node
     in_host = request.host_memory is None or host_per_node <= request.host_memory
     needed = gpus_needed(
-        with_batches(request, method, GRAIN) if looked_up else inputs,
+        with_batches(request, method, GRAIN) if looked_up else spec,
         request.budget,
         request.host_memory,
         request.gpus_per_node,
     )
+    needed_for = length
+    if looked_up and needed:
+        needed_for = coarse_threshold(request, replace(request.spec, ranks=needed, replicas=1))
     return Plan(
-        method,
-        length,
-        memory,
-        step_memory(replace(inputs, checkpointing=True)),
-        host_per_node,
-        memory.total <= request.budget and in_host,
-        needed,
-        largest_length(request, replace(request.inputs, ranks=needed, replicas=1))
-        if looked_up and needed
-        else length,
+        method=method,
+        first_order_length=length,
+        memory=memory,
+        checkpointed=step_memory(replace(spec, checkpointing=True)),
+        host_per_node=host_per_node,
+        fits=memory.total <= request.budget and in_host,
+        gpus_needed=needed,
+        needed_for=needed_for,
     )
 
 
 def with_batches(
-    request: Request, method: Method, length: int | None, on: Inputs | None = None
-) -> Inputs:
-    """Return what a method's step depends on, with first-order sequences of ``length``.
+    request: Request, method: Method, length: int | None, on: StepSpec | None = None
+) -> StepSpec:
+    """Return a method's step, with first-order sequences of ``length``.
 
     Args:
         request: whose rows and targets they have.
         method: of the step.
         length: tokens; None without first-order sequences.
-        on: in place of the request's own inputs.
+        on: in place of the request's own step.
     """
     zeroth, first = None, None
     if method in ZEROTH_ORDER:
-        zeroth = batch(request.zo_rows, request.length, request.targets)
+        zeroth = Batch.of(request.zo_rows, request.length, request.targets)
     if length is not None:
-        first = batch(request.train_rows, length, request.targets)
-    return replace(on or request.inputs, method=method, zeroth_order=zeroth, first_order=first)
+        first = Batch.of(request.train_rows, length, request.targets)
+    return replace(on or request.spec, method=method, zeroth_order=zeroth, first_order=first)
 
 
-def largest_length(request: Request, on: Inputs) -> int | None:
-    """Return the largest L_T with which addax's first-order pass fits, where ``on`` runs."""
+def coarse_threshold(request: Request, on: StepSpec) -> int | None:
+    """Return the largest multiple of `GRAIN` that fits as addax's L_T, where ``on`` runs."""
     probe = replace(with_batches(request, "addax", GRAIN, on), zeroth_order=None)
     lengths = [*range(GRAIN, request.length, GRAIN), request.length]
     return largest_threshold(probe, lengths, request.budget, request.targets)
 
 
 def gpus_needed(
-    inputs: Inputs, budget: int, host_memory: int | None = None, gpus_per_node: int = 1
+    spec: StepSpec, budget: int, host_memory: int | None = None, gpus_per_node: int = 1
 ) -> int | None:
     """Return the fewest GPUs, up to 8 or in steps of 8, on which a step of one copy fits.
 
@@ -186,22 +188,22 @@ def gpus_needed(
     falls with their number, but for padding. Host memory may rise: pinned shards are rounded up.
 
     Args:
-        inputs: the run; its numbers of ranks and replicas are not read.
+        spec: the step; its numbers of ranks and replicas are not read.
         budget: bytes that a rank has for tensors.
         host_memory: bytes of a node's host memory; None if there is enough.
         gpus_per_node: ranks that share it.
     """
 
     def in_gpu(ranks: int) -> bool:
-        return step_memory(replace(inputs, ranks=ranks, replicas=1)).total <= budget
+        return step_memory(replace(spec, ranks=ranks, replicas=1)).total <= budget
 
     def in_host(ranks: int) -> bool:
-        own = host_bytes(replace(inputs, ranks=ranks, replicas=1))
+        own = host_bytes(replace(spec, ranks=ranks, replicas=1))
         return host_memory is None or own * min(ranks, gpus_per_node) <= host_memory
 
     if in_gpu(1) and in_host(1):
         return 1
-    if not rules_of(inputs.sharding).is_sharded:
+    if not rules_of(spec.sharding).is_sharded:
         return None
     counts = [*range(2, 8), *range(8, MOST_GPUS + 1, 8)]
     # From below by doubling: of a tiny model on very many GPUs most is padding.
@@ -215,31 +217,31 @@ def gpus_needed(
 
 def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
     """Return everything, in bytes."""
-    shape, inputs = request.inputs.shape, request.inputs
+    shape, spec = request.spec.shape, request.spec
     return {
         "model": shape.name,
         "parameters": shape.parameters,
         "dtype": shape.dtype,
-        "sharding": inputs.sharding,
-        "gpus": inputs.ranks,
-        "nodes": inputs.ranks // request.gpus_per_node,
+        "sharding": spec.sharding,
+        "gpus": spec.ranks,
+        "nodes": spec.ranks // request.gpus_per_node,
         "gpus_per_node": request.gpus_per_node,
-        "replicas": inputs.replicas,
-        "cpu_offload": inputs.cpu_offload,
+        "replicas": spec.replicas,
+        "cpu_offload": spec.cpu_offload,
         "gpu_memory": request.gpu_memory,
         "reserve": request.reserve,
         "host_memory": request.host_memory,
         "per_device_zo_batch_size": request.zo_rows,
         "per_device_train_batch_size": request.train_rows,
-        "gradient_accumulation_steps": inputs.accumulation,
+        "gradient_accumulation_steps": spec.accumulation,
         "length": request.length,
         "length_threshold": request.length_threshold,
         "target_tokens": request.targets,
         "training_rows": request.rows_as_json(),
-        "attn_implementation": inputs.attention,
-        "activation_checkpointing": inputs.checkpointing,
+        "attn_implementation": spec.attention,
+        "activation_checkpointing": spec.checkpointing,
         "zero_optimization": (
-            asdict(inputs.zero3) if rules_of(inputs.sharding).uses_deepspeed else None
+            asdict(spec.zero3) if rules_of(spec.sharding).uses_deepspeed else None
         ),
         "embedding_gradient": embedding_gradient(request),
         "methods": [
@@ -265,13 +267,13 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
 
 def embedding_gradient(request: Request) -> int:
     """Bytes of the whole gradient of the output projection, which no bucket divides."""
-    shape = request.inputs.shape
+    shape = request.spec.shape
     return shape.numels[shape.head] * shape.itemsize
 
 
 def as_table(request: Request, plans: list[Plan]) -> str:
     """Return the plans as lines of text: bytes a GPU, in GB (1e9) or, where they are few, MB."""
-    shape, inputs = request.inputs.shape, request.inputs
+    shape, spec = request.spec.shape, request.spec
     most = max(max(plan.memory.total, plan.host_per_node) for plan in plans)
     unit = "GB" if most >= GB else "MB"
     rows = [_TITLES, *(_cells(plan, unit) for plan in plans)]
@@ -287,8 +289,8 @@ def as_table(request: Request, plans: list[Plan]) -> str:
     scale, size = ("billion", 1e9) if shape.parameters >= 1e9 else ("million", 1e6)
     heads = [
         f"{shape.name}: {shape.parameters / size:.3g} {scale} parameters, {shape.dtype}, "
-        f"{inputs.sharding} on {inputs.ranks} GPU(s) of {request.gpu_memory / GB:g} GB"
-        f"{f', {inputs.replicas} copies' if inputs.replicas > 1 else ''}, "
+        f"{spec.sharding} on {spec.ranks} GPU(s) of {request.gpu_memory / GB:g} GB"
+        f"{f', {spec.replicas} copies' if spec.replicas > 1 else ''}, "
         f"{request.reserve / GB:g} GB of it kept free",
         ", ".join(_batches(request, plans)),
         *request.describe_rows(),
@@ -339,14 +341,14 @@ def _notes(request: Request, plans: list[Plan], unit: str) -> Iterator[str]:
             )
     if any(plan.first_order_length is not None for plan in plans):
         yield from _of_gradients(request, unit)
-    if rules_of(request.inputs.sharding).is_offloaded(request.inputs):
+    if rules_of(request.spec.sharding).is_offloaded(request.spec):
         yield from _of_host(request, unit)
     for method, why in request.left_out.items():
         yield f"Not planned: {method}, {why}."
 
 
 def _of_gradients(request: Request, unit: str) -> Iterator[str]:
-    shape, own = request.inputs.shape, embedding_gradient(request)
+    shape, own = request.spec.shape, embedding_gradient(request)
     size = f"{_in(own, unit)} {unit}"
     if shape.tied:
         yield (
@@ -366,7 +368,7 @@ def _of_host(request: Request, unit: str) -> Iterator[str]:
         yield f"{note}; give --host_memory to compare it."
     else:
         yield f"{note}, which has {request.host_memory / GB:g} GB."
-    if rules_of(request.inputs.sharding).is_pinned(request.inputs):
+    if rules_of(request.spec.sharding).is_pinned(request.spec):
         yield (
             "torch rounds pinned tensors up to a power of two; with ZeRO-3's offload_param "
             '{"pin_memory": false} the host needs less, and transfers are slower.'

@@ -9,17 +9,17 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.trace import Batch
 
 
 def largest_threshold(
-    inputs: Inputs, lengths: Sequence[int], budget: int, targets: int | None = None
+    spec: StepSpec, lengths: Sequence[int], budget: int, targets: int | None = None
 ) -> int | None:
     """Return the largest L_T for which the whole step fits, and which leaves longer examples.
 
     Args:
-        inputs: the run; the rows of both batches are read, their lengths are not.
+        spec: the step; the rows of both batches are read, their lengths are not.
         lengths: tokens of each example.
         budget: bytes that a rank has for tensors.
         targets: predicted positions of a sequence at most; None for all.
@@ -27,24 +27,18 @@ def largest_threshold(
     Returns:
         None if not even the shortest examples fit, or the zeroth-order pass does not.
     """
-    assert inputs.first_order is not None
+    assert spec.first_order is not None
     *shorter, longest = sorted(set(lengths))
-    if inputs.zeroth_order is not None:
-        zeroth = batch(inputs.zeroth_order.rows, longest, targets)
-        if step_memory(replace(inputs, zeroth_order=zeroth, first_order=None)).total > budget:
+    if spec.zeroth_order is not None:
+        zeroth = Batch.of(spec.zeroth_order.rows, longest, targets)
+        if step_memory(replace(spec, zeroth_order=zeroth, first_order=None)).total > budget:
             return None
-    rows = inputs.first_order.rows
-    without_zeroth = replace(inputs, zeroth_order=None)
+    rows = spec.first_order.rows
+    without_zeroth = replace(spec, zeroth_order=None)
 
     def is_too_long(length: int) -> bool:
-        first = batch(rows, length, targets)
+        first = Batch.of(rows, length, targets)
         return step_memory(replace(without_zeroth, first_order=first)).total > budget
 
     fitting = bisect.bisect_left(shorter, True, key=is_too_long)
     return shorter[fitting - 1] if fitting else None
-
-
-def batch(rows: int, length: int, targets: int | None) -> Batch:
-    """Return a batch whose sequences have at most ``targets`` targets, or all that there can be."""
-    most = max(length - 1, 1)
-    return Batch(rows, length, most if targets is None else min(targets, most))

@@ -48,6 +48,12 @@ class Batch:
     length: int
     targets: int
 
+    @classmethod
+    def of(cls, rows: int, length: int, targets: int | None) -> "Batch":
+        """Return a batch of sequences with at most ``targets`` targets each; None for all."""
+        most = max(length - 1, 1)
+        return cls(rows, length, most if targets is None else min(targets, most))
+
     @property
     def positions(self) -> int:
         """Positions whose logits are computed: those at which any row may have a target."""
@@ -105,11 +111,12 @@ def trace(
             raise
         except Exception as error:  # a model's code may ask for anything
             model_type = json.loads(shape.config)["model_type"]
+            recomputed = ", checkpointing" if checkpointing else ""
             raise UserError(
                 f"{shape.name}: the planner cannot run a model of type {model_type} without its "
                 f"weights, with {batch.rows} row(s) of {batch.length} tokens, attention "
-                f"{attention or 'of its own choice'}{', checkpointing' * checkpointing}: "
-                f"{reason(error)}. Find by a trial run what fits"
+                f"{attention or 'of its own choice'}{recomputed}: {reason(error)}. Find by a trial "
+                "run what fits"
             ) from error
 
 
@@ -125,8 +132,8 @@ def _run(
     model.train(backward)
     if checkpointing and backward:
         model.activation_checkpointing_enable()
-    tape = Tape(functools.partial(_category, shape))
-    inputs = _inputs(batch)
+    tape = Tape(lambda tensor, _: category_of(tensor, shape.vocabulary))
+    inputs = _model_inputs(batch)
     for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
         tape.ignore(tensor)
     parameters = _note_gradients(model, tape)
@@ -141,10 +148,6 @@ def _run(
 
 def _fused(attention: str | None) -> bool:
     return attention is not None and "flash" in attention
-
-
-def _category(shape: ModelShape, tensor: Tensor, tag: str | None) -> str:
-    return category_of(tensor, shape.vocabulary)
 
 
 def category_of(tensor: Tensor, vocabulary: int) -> str:
@@ -219,7 +222,7 @@ def _note_modules(model: nn.Module, tape: Tape) -> None:
         module.register_forward_hook(functools.partial(after, index))
 
 
-def _inputs(batch: Batch) -> dict[str, Tensor]:
+def _model_inputs(batch: Batch) -> dict[str, Tensor]:
     shape = batch.rows, batch.length
     return {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from addax_ds.config.deepspeed import automatic_sizes
-from addax_ds.planner.replay import Engine, Ledger
+from addax_ds.planner.replay import BackEndPass, Ledger
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Trace
 
@@ -23,7 +23,7 @@ from addax_ds.planner.trace import Trace
 class Zero3Settings:
     """Keys of ``zero_optimization`` that memory depends on; sizes are in elements.
 
-    Addax raises two of them (`with_whole_units`).
+    Addax raises two of them (`raised_for_leaf_blocks`).
 
     Attributes:
         reduce_bucket_size: elements of the buffer that gradients are reduced from.
@@ -77,8 +77,11 @@ class Zero3Settings:
             }
         )
 
-    def units(self, shape: ModelShape) -> dict[int, tuple[int, ...]]:
-        """Return the blocks that are gathered as one (`addax_ds.sharding.zero3.units`)."""
+    def leaf_blocks(self, shape: ModelShape) -> dict[int, tuple[int, ...]]:
+        """Return the parameters of the blocks that Addax makes leaf modules of DeepSpeed.
+
+        Each is gathered as one (`addax_ds.sharding.zero3.units`). The keys are their modules.
+        """
         limit = self.stage3_max_live_parameters
         whole = zip(shape.blocks, shape.block_parameters, strict=True)
         return {
@@ -87,13 +90,13 @@ class Zero3Settings:
             if block in shape.uniform and 2 * sum(shape.numels[p] for p in parameters) <= limit
         }
 
-    def with_whole_units(self, shape: ModelShape) -> "Zero3Settings":
-        """Return what Addax makes of them: `units` are prefetched and reduced as one."""
-        units, persistent = self.units(shape).values(), self.persistent(shape)
-        if not units:
+    def raised_for_leaf_blocks(self, shape: ModelShape) -> "Zero3Settings":
+        """Return settings with which each of `leaf_blocks` is prefetched and reduced as one."""
+        blocks, persistent = self.leaf_blocks(shape).values(), self.persistent(shape)
+        if not blocks:
             return self
-        reduced = max(sum(shape.numels[p] for p in ps) for ps in units)
-        travels = max(sum(shape.numels[p] for p in ps if p not in persistent) for ps in units)
+        reduced = max(sum(shape.numels[p] for p in ps) for ps in blocks)
+        travels = max(sum(shape.numels[p] for p in ps if p not in persistent) for ps in blocks)
         ahead = self.stage3_prefetch_bucket_size
         ahead = max(ahead, travels) if ahead else 0
         return replace(
@@ -113,6 +116,26 @@ class Zero3Settings:
         return frozenset(found)
 
 
+@dataclass(frozen=True)
+class Zero3Setup:
+    """How ZeRO-3 runs in all passes of a step.
+
+    Attributes:
+        settings: of DeepSpeed; for Addax raised for its leaf blocks.
+        ranks: over which parameters are partitioned.
+        leaf_blocks: parameters of the blocks that are gathered as one, by the block's module.
+        keeps_persistent: whether persistent parameters stay whole between passes, as DeepSpeed's
+            own optimizer has it; Addax gathers them at the start of each pass.
+        gloo: whether gloo reduces, which copies what it is given.
+    """
+
+    settings: Zero3Settings
+    ranks: int
+    leaf_blocks: Mapping[int, tuple[int, ...]]
+    keeps_persistent: bool
+    gloo: bool
+
+
 class _Collective:
     """One all-gather: its buffer lives until the last of its parameters was waited for."""
 
@@ -122,43 +145,32 @@ class _Collective:
         self.done = False
 
 
-class Zero3Pass(Engine):
+class Zero3Pass(BackEndPass):
     """ZeRO-3 during one pass.
 
     Args:
         ledger: the account.
         shape: of the model.
-        settings: of DeepSpeed, for Addax with whole units.
-        ranks: over which parameters are partitioned.
+        setup: of the step.
         trace: of the pass; the order of its modules is what DeepSpeed has recorded.
         perturbed: whether what travels is a perturbed copy; no backward follows then.
-        units: parameters of the blocks that are gathered as one, by the block's module.
-        keeps_persistent: whether persistent parameters stay whole between passes, as DeepSpeed's
-            own optimizer has it; Addax gathers them at the start of each pass.
-        gloo: whether gloo reduces, which copies what it is given.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         shape: ModelShape,
-        settings: Zero3Settings,
-        ranks: int,
+        setup: Zero3Setup,
         trace: Trace,
+        *,
         perturbed: bool,
-        units: Mapping[int, tuple[int, ...]],
-        keeps_persistent: bool = False,
-        gloo: bool = False,
     ) -> None:
         super().__init__(ledger)
-        self._gloo = gloo
-        self._shape, self._settings, self._ranks = shape, settings, ranks
-        self._perturbed = perturbed
-        self._persistent = settings.persistent(shape)
-        self._keeps_persistent = keeps_persistent
+        self._shape, self._setup, self._perturbed = shape, setup, perturbed
+        self._settings, self._ranks = setup.settings, setup.ranks
+        self._persistent = setup.settings.persistent(shape)
         self._modules = dict(enumerate(shape.modules))
-        self._has_units = bool(units)
-        self._merge_blocks(trace, units)
+        self._merge_leaf_blocks(trace)
         self._order = [e[1] for e in trace.events if e[0] == "fetch" and e[1] in self._modules]
         self._distances, self._uses = [0], [[] for _ in shape.numels]  # type: ignore[var-annotated]
         self._queue: deque[tuple[int, int]] = deque()
@@ -177,22 +189,22 @@ class Zero3Pass(Engine):
         self._bucket: list[tuple[int, int]] = []  # parameter, bytes outside of the bucket's buffer
         self._bucket_elements = 0
 
-    def _merge_blocks(self, trace: Trace, units: Mapping[int, tuple[int, ...]]) -> None:
-        """Make units of the blocks (``Zero3Sharding._gather_by_block``)."""
-        within = None
+    def _merge_leaf_blocks(self, trace: Trace) -> None:
+        """Give each leaf block all its parameters (``Zero3Sharding._gather_by_block``)."""
+        blocks, within = self._setup.leaf_blocks, None
         for kind, module, *_ in trace.events:
-            if kind == "fetch" and within is None and module in units:
+            if kind == "fetch" and within is None and module in blocks:
                 within = module
             elif kind == "release" and module == within:
                 within = None
             elif kind == "fetch" and within is not None:
                 self._modules.pop(module, None)
-        self._modules |= units
+        self._modules |= blocks
 
     # ---- gathering -----------------------------------------------------------------------------
 
     def begin(self) -> None:  # noqa: D102
-        if self._keeps_persistent:
+        if self._setup.keeps_persistent:
             self._held.update(dict.fromkeys(self._persistent, 0))
         elif self._persistent:
             self._all_gather(sorted(self._persistent))
@@ -247,7 +259,7 @@ class Zero3Pass(Engine):
         settings = self._settings
         room = settings.stage3_max_live_parameters - self._available
         ahead = settings.stage3_prefetch_bucket_size
-        if self._has_units:
+        if self._setup.leaf_blocks:
             ahead -= sum(self._numels(self._in_flight))
         limit = min(room, ahead)
         chosen: list[int] = []
@@ -284,16 +296,17 @@ class Zero3Pass(Engine):
                 self._add("gathered", -moved)
             return
         travelling = sum(self._partition(p) for p in parameters) * shape.itemsize
-        self._add("gathered", travelling * copied)
+        copies = travelling if copied else 0
+        self._add("gathered", copies)
         if len(parameters) == 1:
             (parameter,) = parameters
             self._hold(parameter, self._partition(parameter) * ranks * shape.itemsize)
-            collective = _Collective(parameters, travelling * copied)
+            collective = _Collective(parameters, copies)
             collective.done = True
         else:
             collective = _Collective(parameters, travelling * ranks)
             self._add("gathered", collective.buffer)
-            self._add("gathered", -travelling * copied)
+            self._add("gathered", -copies)
         self._in_flight.update(dict.fromkeys(parameters, collective))
 
     def _wait(self, parameters: Collection[int]) -> None:
@@ -329,7 +342,8 @@ class Zero3Pass(Engine):
         numel = sum(self._numels([p for p, _ in self._bucket]))
         padded = sum(self._partition(p) for p, _ in self._bucket) * self._ranks
         in_place = len(self._bucket) == 1 and padded == numel
-        buffer = padded * self._shape.itemsize * ((not in_place) + self._gloo)
+        copies = (0 if in_place else 1) + (1 if self._setup.gloo else 0)
+        buffer = copies * padded * self._shape.itemsize
         self._add("buckets", buffer)
         self._add("gradients", -sum(size for _, size in self._bucket))
         self.reduced(p for p, _ in self._bucket)

@@ -17,10 +17,11 @@ from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.examples import Example, lengths_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.distributed.nodes import nodes
-from addax_ds.planner.memory import Inputs, Memory, step_memory
-from addax_ds.planner.threshold import batch, largest_threshold
-from addax_ds.planner.units import GB
-from addax_ds.training.memory import free_memory, run_inputs
+from addax_ds.planner.constants import GB
+from addax_ds.planner.memory import Memory, StepSpec, step_memory
+from addax_ds.planner.threshold import largest_threshold
+from addax_ds.planner.trace import Batch
+from addax_ds.training.memory import free_memory, spec_of_run
 from addax_ds.utils.errors import UserError
 
 FLAG = "--length_threshold auto"
@@ -97,10 +98,10 @@ def plan_threshold(
             both = examples, examples
             try:
                 layout = replicas, cpu_offload
-                inputs = run_inputs(config, attention, sharding, both, args, settings, *layout)
+                spec = spec_of_run(config, attention, sharding, both, args, settings, *layout)
             except UserError as error:
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
-            search = _Search(inputs, examples, args, (budget, host), fixed)
+            search = _Search(spec, examples, args, (budget, host), fixed)
             plan = search.run(limit)
     found = all_gather_object(plan)[0]
     assert found is not None
@@ -112,20 +113,20 @@ class _Search:
 
     def __init__(
         self,
-        inputs: Inputs,
+        spec: StepSpec,
         examples: Sequence[Example],
         args: TrainingArguments,
         free: tuple[int, int],
         fixed: int | None,
     ) -> None:
-        assert inputs.zeroth_order is not None
-        assert inputs.first_order is not None
-        shares = args.world_size * inputs.accumulation
-        self._k0, self._k1 = inputs.zeroth_order.rows * shares, inputs.first_order.rows * shares
-        self._inputs = inputs
+        assert spec.zeroth_order is not None
+        assert spec.first_order is not None
+        shares = args.world_size * spec.accumulation
+        self._k0, self._k1 = spec.zeroth_order.rows * shares, spec.first_order.rows * shares
+        self._spec = spec
         self._free, self._free_host = free
         self._fixed = fixed
-        self._targets = inputs.zeroth_order.targets
+        self._targets = spec.zeroth_order.targets
         every = np.sort(lengths_of(examples))
         self._every, self._longest = every, int(every[-1])
         self._lengths = dividing_lengths(every, self._k0, self._k1)
@@ -143,11 +144,11 @@ class _Search:
         Raises:
             UserError: if nothing does.
         """
-        assert self._inputs.zeroth_order is not None
-        assert self._inputs.first_order is not None
-        rows = self._inputs.first_order.rows, self._inputs.zeroth_order.rows
+        assert self._spec.zeroth_order is not None
+        assert self._spec.first_order is not None
+        first, zeroth = self._spec.first_order.rows, self._spec.zeroth_order.rows
         shortest = self._fixed or self._lengths[0]
-        common = math.gcd(*rows)
+        common = math.gcd(first, zeroth)
         for parts in (divisor for divisor in range(1, common + 1) if common % divisor == 0):
             needed = self._memory(shortest, parts)
             budget = self._budget(needed)
@@ -156,8 +157,10 @@ class _Search:
                 total = self._memory(length, parts).total
                 return AutoThreshold(length, tuple(self._lengths), parts, total, limit, reason)
         flags = "--per_device_train_batch_size", "--per_device_zo_batch_size"
-        zeroth = needed.stage == "zeroth-order"
-        left, length = rows[zeroth] // parts, self._longest if zeroth else shortest
+        if needed.stage == "zeroth-order":
+            left, length = zeroth // parts, self._longest
+        else:
+            left, length = first // parts, shortest
         advice = "Use more ranks with ZeRO-3 or FSDP2, --activation_checkpointing, or --max_length"
         if left > 1:
             advice = f"Fewer rows need a greatest common divisor of {' and '.join(flags)} above 1"
@@ -174,7 +177,7 @@ class _Search:
         Raises:
             UserError: offloaded shards do not fit into host memory.
         """
-        if not self._inputs.cuda:  # there shards that are offloaded lie beside the others
+        if not self._spec.cuda:  # there shards that are offloaded lie beside the others
             return max(self._free - needed.host, 0)
         if needed.host > self._free_host:
             raise UserError(
@@ -208,18 +211,18 @@ class _Search:
     def _memory(self, length: int, parts: int) -> Memory:
         divided = self._divided(parts)
         assert divided.first_order is not None
-        first = batch(divided.first_order.rows, length, self._targets)
+        first = Batch.of(divided.first_order.rows, length, self._targets)
         return step_memory(replace(divided, first_order=first))
 
-    def _divided(self, parts: int) -> Inputs:
-        zeroth, first = self._inputs.zeroth_order, self._inputs.first_order
+    def _divided(self, parts: int) -> StepSpec:
+        zeroth, first = self._spec.zeroth_order, self._spec.first_order
         assert zeroth is not None
         assert first is not None
         return replace(
-            self._inputs,
+            self._spec,
             zeroth_order=replace(zeroth, rows=zeroth.rows // parts),
             first_order=replace(first, rows=first.rows // parts),
-            accumulation=self._inputs.accumulation * parts,
+            accumulation=self._spec.accumulation * parts,
         )
 
 

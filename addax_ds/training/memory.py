@@ -1,4 +1,4 @@
-"""The planner's inputs for a run, and its result in the log."""
+"""The step of a run as the planner takes it, and what the log says of its memory."""
 
 import os
 from collections.abc import Sequence
@@ -10,11 +10,10 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.examples import Example, lengths_of, target_counts_of
-from addax_ds.planner.memory import Inputs, Memory, step_memory
+from addax_ds.planner.constants import GB, RESERVE
+from addax_ds.planner.memory import Memory, StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
-from addax_ds.planner.threshold import batch
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.units import GB, RESERVE
 from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
@@ -25,7 +24,7 @@ docs/planner.md, the libraries left out, which are loaded by then."""
 _MEMINFO = Path("/proc/meminfo")
 
 
-def run_inputs(
+def spec_of_run(
     config: PreTrainedConfig,
     attention: str | None,
     sharding: str,
@@ -34,8 +33,8 @@ def run_inputs(
     settings: AddaxSettings,
     replicas: int = 1,
     cpu_offload: bool = False,
-) -> Inputs:
-    """Return what the memory of a run's steps depends on.
+) -> StepSpec:
+    """Return the step of a run with the largest batches.
 
     Args:
         config: of the model.
@@ -64,7 +63,7 @@ def run_inputs(
         zero3 = Zero3Settings.from_json(deepspeed.config["zero_optimization"], shape.hidden)
     rows = settings.per_device_zo_batch_size, args.per_device_train_batch_size
     zeroth, first = map(_longest, rows, streams)
-    return Inputs(
+    return StepSpec(
         shape=shape,
         method=settings.method,
         sharding=sharding,
@@ -86,16 +85,16 @@ def _longest(rows: int, examples: Sequence[Example]) -> Batch | None:
     if not examples:
         return None
     longest, targets = lengths_of(examples).max(), target_counts_of(examples).max()
-    return batch(rows, int(longest), int(targets))
+    return Batch.of(rows, int(longest), int(targets))
 
 
-def describe(inputs: Inputs, device: torch.device) -> str:
+def describe(spec: StepSpec, device: torch.device) -> str:
     """Describe the memory that this rank needs for a step, by category, and has.
 
     Raises:
         UserError: the planner cannot follow the model.
     """
-    memory = step_memory(inputs)
+    memory = step_memory(spec)
     parts = sorted(memory.categories.items(), key=lambda part: -part[1])
     named = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts if round(size / GB, 2))
     text = (
@@ -108,47 +107,48 @@ def describe(inputs: Inputs, device: torch.device) -> str:
         free = _free(device)
     except UserError:
         return text
-    short = _needed(inputs, memory) > free
-    return f"{text}; {'only ' * short}{free / GB:.2f} GB are free for them"
+    only = "only " if _needed(spec, memory) > free else ""
+    return f"{text}; {only}{free / GB:.2f} GB are free for them"
 
 
-def plainer_way(inputs: Inputs, device: torch.device) -> str | None:
+def plainer_way(spec: StepSpec, device: torch.device) -> str | None:
     """Say that in-place SGD on every row would fit a run that takes some rows zeroth-order.
 
     Returns:
         A sentence; None if it would not fit, if every row is first-order anyway, or if one of them
         cannot be planned or free memory cannot be found out.
     """
-    if inputs.zeroth_order is None:
+    if spec.zeroth_order is None:
         return None
-    both = [each for each in (inputs.zeroth_order, inputs.first_order) if each is not None]
+    both = [each for each in (spec.zeroth_order, spec.first_order) if each is not None]
     every = Batch(
         sum(each.rows for each in both),
         max(each.length for each in both),
         max(each.targets for each in both),
     )
     try:
-        return _plainer_way(inputs, every, device)
+        return _plainer_way(spec, every, device)
     except UserError:
         return None
 
 
-def _plainer_way(inputs: Inputs, every: Batch, device: torch.device) -> str | None:
+def _plainer_way(spec: StepSpec, every: Batch, device: torch.device) -> str | None:
     free = _free(device)
     for checkpointing in (False, True):
         plain = replace(
-            inputs,
+            spec,
             method="ip-sgd",
             zeroth_order=None,
             first_order=every,
             checkpointing=checkpointing,
         )
         memory = step_memory(plain)
-        if _needed(inputs, memory) <= free:
+        if _needed(spec, memory) <= free:
             flags = f"--method ip-sgd --per_device_train_batch_size {every.rows}"
+            if checkpointing:
+                flags += " --activation_checkpointing"
             return (
-                f"{flags}{' --activation_checkpointing' * checkpointing} would fit, in place of "
-                "this method's flags, with every row first-order: "
+                f"{flags} would fit, in place of this method's flags, with every row first-order: "
                 f"{memory.total / GB:.2f} GB of tensors on a rank at up to {every.length} tokens"
             )
     return None
@@ -159,9 +159,9 @@ def _free(device: torch.device) -> int:
     return free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))[0]
 
 
-def _needed(inputs: Inputs, memory: Memory) -> int:
+def _needed(spec: StepSpec, memory: Memory) -> int:
     """Return the bytes of a plan on the device, which on a CPU is the host as well."""
-    return memory.total if inputs.cuda else memory.total + memory.host
+    return memory.total if spec.cuda else memory.total + memory.host
 
 
 def free_memory(device: torch.device, ranks: int, stated: int | None = None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.addax import Addax
 from addax_ds.optim.attach import attach
 from addax_ds.optim.methods import IN_PLACE
-from addax_ds.planner.units import FORWARD, first_order_units
+from addax_ds.planner.constants import FORWARD, first_order_units
 from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck

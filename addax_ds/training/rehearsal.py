@@ -28,13 +28,14 @@ WAIT_SECONDS = 120.0
 """Collective timeout during a rehearsal, in seconds."""
 
 ROUNDS = 2
-"""The second round meets the memory as the first has left it; DeepSpeed prefetches from it on."""
+"""The first round records DeepSpeed's order of modules. The second prefetches along it, and starts
+from a used allocator."""
 
 _LOWER = 0.9
 """An L_T that does not fit is followed by one at most so many times as large."""
 
 
-def find_threshold(
+def rehearse_threshold(
     plan: AutoThreshold,
     rehearse: Callable[[int], None],
     device: torch.device,
@@ -58,18 +59,18 @@ def find_threshold(
     logger.info("Rehearsing the longest batches with L_T = %d", length)
     with side_group(WAIT_SECONDS, usual_wait) as agree:
         while True:
-            end = _End.of(partial(rehearse, length), plan.limit, device)
-            ends = agree(end)
+            outcome = _rehearse(partial(rehearse, length), plan.limit, device)
+            outcomes = agree(outcome)
             lower = [other for other in plan.lengths if other <= _LOWER * length]
-            _check_together(ends, length, lower)
-            if end.error is not None:
-                raise end.error
-            failed = next((end.failed for end in ends if end.failed), None)
+            _check_together(outcomes, length, lower)
+            if outcome.error is not None:
+                raise outcome.error
+            failed = next((each.failed for each in outcomes if each.failed), None)
             if failed is not None:
                 raise UserError(
                     f"stopped, as another rank had an error in the rehearsal of a step: {failed}"
                 )
-            short = next((end.short for end in ends if end.short), None)
+            short = next((each.short for each in outcomes if each.short), None)
             if short is None:
                 break
             if not lower:
@@ -80,12 +81,12 @@ def find_threshold(
                 )
             logger.info("L_T = %d does not fit (%s): rehearsing %d", length, short, lower[-1])
             length = lower[-1]
-    _report(plan, length, max(end.peak for end in ends))
+    _report(plan, length, max(each.peak for each in outcomes))
     return length
 
 
 @dataclass
-class _End:
+class _Outcome:
     """Outcome of a rehearsal on one rank.
 
     Attributes:
@@ -102,33 +103,34 @@ class _End:
     failed: str = ""
     error: Exception | None = None
 
-    @classmethod
-    def of(cls, rehearse: Callable[[], None], limit: int | None, device: torch.device) -> "_End":
-        end = cls()
-        on_gpu = device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            for _ in range(ROUNDS):
-                rehearse()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-        except Exception as error:
-            if is_out_of_memory(error):
-                end.short = shown(" ".join(str(error).split()), 160) or type(error).__name__
-            else:
-                end.error, end.failed = error, f"{type(error).__name__}: {error}"
-        end.collectives = collectives_begun()
-        gc.collect()  # what frames of the failed pass hold goes in cycles
-        if on_gpu:
-            end.peak = torch.cuda.max_memory_allocated(device)
-            torch.cuda.empty_cache()
-        if limit is not None and end.peak > limit and not end.short:
-            end.short = f"{gigabytes(end.peak)} at the peak, of {gigabytes(limit)}"
-        return end
-
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "error": None}
+
+
+def _rehearse(rehearse: Callable[[], None], limit: int | None, device: torch.device) -> _Outcome:
+    """Run the rounds of one rehearsal, and free what they leave."""
+    outcome = _Outcome()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        for _ in range(ROUNDS):
+            rehearse()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        if is_out_of_memory(error):
+            outcome.short = shown(" ".join(str(error).split()), 160) or type(error).__name__
+        else:
+            outcome.error, outcome.failed = error, f"{type(error).__name__}: {error}"
+    outcome.collectives = collectives_begun()
+    gc.collect()  # what frames of the failed pass hold goes in cycles
+    if on_gpu:
+        outcome.peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
+    if limit is not None and outcome.peak > limit and not outcome.short:
+        outcome.short = f"{gigabytes(outcome.peak)} at the peak, of {gigabytes(limit)}"
+    return outcome
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -139,20 +141,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _check_together(ends: list[_End], length: int, lower: list[int]) -> None:
+def _check_together(outcomes: list[_Outcome], length: int, lower: list[int]) -> None:
     """Check that all ranks are at the same point if memory has run out on one.
 
     Raises:
         UserError: on all ranks.
     """
-    short = [rank for rank, end in enumerate(ends) if end.short]
-    apart = any(end.failed or end.collectives != ends[0].collectives for end in ends)
+    short = [rank for rank, each in enumerate(outcomes) if each.short]
+    begun = outcomes[0].collectives
+    apart = any(each.failed or each.collectives != begun for each in outcomes)
     if short and apart:
         others = f"{lower[-1]}" if lower else "a smaller number"
         raise UserError(
             f"{FLAG}: in the rehearsal at L_T = {length} memory ran out on rank(s) "
-            f"{', '.join(map(str, short))} ({ends[short[0]].short}) and not, or elsewhere, on the "
-            "others, so that they cannot give up the step together: start again with "
+            f"{', '.join(map(str, short))} ({outcomes[short[0]].short}) and not, or elsewhere, on "
+            "the others, so that they cannot give up the step together: start again with "
             f"--length_threshold {others}, or a smaller --device_memory"
         )
 
@@ -175,11 +178,10 @@ def _report(plan: AutoThreshold, length: int, peak: int) -> None:
 def longest_batch(
     examples: Sequence[Example], indices: NDArray[np.int32], rows: int, pad_token_id: int
 ) -> dict[str, Tensor]:
-    """Return a batch that needs as much memory as any of a stream.
+    """Return the worst-case batch of a stream, the same on every rank.
 
-    It has the longest rows, and as many positions with targets as rows of different lengths can
-    have, of which real ones at the end of equally long rows would have fewer. The same on every
-    rank.
+    It has the longest rows. Their targets lie at as many different positions as possible, since
+    logits are computed at every position where any row has one.
 
     Args:
         examples: all examples.

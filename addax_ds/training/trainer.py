@@ -11,7 +11,7 @@ from addax_ds.data.train_rows import EncodedRows
 from addax_ds.training.length_threshold import AutoThreshold
 from addax_ds.training.likelihood import LikelihoodMixin
 from addax_ds.training.mixin import AddaxMixin
-from addax_ds.training.rehearsal import find_threshold, longest_batch
+from addax_ds.training.rehearsal import longest_batch, rehearse_threshold
 
 
 class AddaxTrainer(LikelihoodMixin, AddaxMixin, Trainer):
@@ -47,7 +47,8 @@ class AddaxTrainer(LikelihoodMixin, AddaxMixin, Trainer):
         if self._planned is not None:
             rehearse = partial(self._rehearse, model)
             wait = self.args.ddp_timeout
-            self.repartition(find_threshold(self._planned, rehearse, self.args.device, wait))
+            threshold = rehearse_threshold(self._planned, rehearse, self.args.device, wait)
+            self.repartition(threshold)
 
     def _rehearse(self, model: nn.Module, threshold: int) -> None:
         """Run a step over the longest sequences that there are with an L_T."""

@@ -37,10 +37,10 @@ import addax_ds
 from addax_ds.config.deepspeed import load_ds_config
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.optim.methods import Method
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.constants import GB
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
-from addax_ds.planner.units import GB
 from addax_ds.planner.zero3 import Zero3Settings, automatic_sizes
 from benchmarks.common import collect_provenance
 from benchmarks.live import ALPHAS, MODELS, batch_of, closure
@@ -215,18 +215,18 @@ class Bench:
     def plan(self, method: Method, long: Batch, short: Batch, *, checkpointing: bool) -> int:
         """Return the bytes that the planner says."""
         first = short if method == "addax" else long
-        inputs = Inputs(
+        spec = StepSpec(
             shape_of(self.config, self.shape),
             method,
             self.sharding,
             1,
             long if method != "ip-sgd" else None,
             first if method != "mezo" else None,
-            checkpointing,
+            checkpointing=checkpointing,
             zero3=Zero3Settings.from_json(self.zero, self.config.hidden_size),
             cuda=self.device.type == "cuda",
         )
-        return step_memory(inputs).total
+        return step_memory(spec).total
 
     def _set_checkpointing(self, wanted: bool) -> None:
         model: Any = self.model

@@ -10,7 +10,7 @@ from typing import Any
 
 from addax_ds.config.deepspeed import check_ds_config, load_ds_config
 from addax_ds.optim.methods import IN_PLACE, METHODS, ZEROTH_ORDER
-from addax_ds.planner.units import GB
+from addax_ds.planner.constants import GB
 from addax_ds.utils.command_line import Parser, mistakes_end_the_program
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import raise_problems

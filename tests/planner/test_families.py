@@ -28,7 +28,7 @@ from transformers import (
 from addax_ds.data.examples import NO_LOSS
 from addax_ds.evaluation import output_head
 from addax_ds.evaluation.likelihood import target_scores, target_tensors
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.tape import Tape
 from addax_ds.planner.trace import Batch, Trace, trace
@@ -175,8 +175,8 @@ def test_a_block_without_parameters_is_no_group_of_fsdp2():
         blocks, parameters = zip(*(p for p in pairs if kept or p[1]), strict=True)
         cut = replace(shape, blocks=blocks, block_parameters=parameters)
         batch = Batch(2, 32, 32)
-        inputs = Inputs(cut, "addax", "fsdp2", 2, zeroth_order=batch, first_order=batch)
-        totals.append(step_memory(inputs).total)
+        spec = StepSpec(cut, "addax", "fsdp2", 2, zeroth_order=batch, first_order=batch)
+        totals.append(step_memory(spec).total)
     assert totals[0] == totals[1] > 0
 
 

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from addax_ds.planner.memory import Inputs, standing_bytes, step_memory
+from addax_ds.planner.memory import StepSpec, standing_bytes, step_memory
 from addax_ds.planner.report import gpus_needed
 from addax_ds.planner.shapes import OPT_FAMILY, ModelShape, find_shape, shape_of
 from addax_ds.planner.tape import Tape
@@ -44,9 +44,9 @@ def small() -> ModelShape:
     return shape_of(OPTConfig(**SMALL), "small")
 
 
-def inputs_of(shape: ModelShape, **more) -> Inputs:
+def spec_of(shape: ModelShape, **more) -> StepSpec:
     batch = Batch(4, 128, 8)
-    usual = Inputs(shape, "addax", "zero3", 2, batch, batch, zero3=SETTINGS)
+    usual = StepSpec(shape, "addax", "zero3", 2, batch, batch, zero3=SETTINGS)
     return replace(usual, **more)
 
 
@@ -215,8 +215,8 @@ def test_the_tape_counts_what_the_allocator_does():
 def test_attention_scores_grow_with_the_square_of_the_length(small):
     def activations(length: int, attention: str) -> int:
         first = Batch(1, length, 1)
-        inputs = inputs_of(small, zeroth_order=None, first_order=first, attention=attention)
-        return step_memory(inputs).categories["activations"]
+        spec = spec_of(small, zeroth_order=None, first_order=first, attention=attention)
+        return step_memory(spec).categories["activations"]
 
     assert activations(512, "sdpa") == pytest.approx(2 * activations(256, "sdpa"), rel=0.01)
     assert activations(512, "eager") > 3 * activations(256, "eager")
@@ -237,9 +237,9 @@ def test_dropout_keeps_a_byte_on_a_gpu_and_two_on_a_cpu(small):
 
 def test_checkpointing_keeps_inputs_of_blocks_alone(small):
     first = Batch(8, 256, 1)
-    inputs = inputs_of(small, zeroth_order=None, first_order=first)
-    plain = step_memory(inputs).categories["activations"]
-    checkpointed = step_memory(replace(inputs, checkpointing=True)).categories["activations"]
+    spec = spec_of(small, zeroth_order=None, first_order=first)
+    plain = step_memory(spec).categories["activations"]
+    checkpointed = step_memory(replace(spec, checkpointing=True)).categories["activations"]
     inputs_of_blocks = 3 * 8 * 256 * 64 * 2
     assert inputs_of_blocks < checkpointed < plain * 0.7
 
@@ -249,7 +249,7 @@ def test_checkpointing_keeps_inputs_of_blocks_alone(small):
 
 def test_adamw_has_sixteen_bytes_a_parameter_over_the_ranks(small):
     for ranks in (1, 2, 8):
-        standing = standing_bytes(inputs_of(small, method="adamw", ranks=ranks))
+        standing = standing_bytes(spec_of(small, method="adamw", ranks=ranks))
         state = standing["weights"] + standing["optimizer"]
         assert state == 16 * sum(math.ceil(numel / ranks) for numel in small.numels)
 
@@ -259,27 +259,27 @@ def test_addax_has_the_weights_and_a_bucket(small):
     layer = 12 * 64**2 + 13 * 64
     for limit, bucket in ((10**9, layer), (2 * layer, layer), (2 * layer - 1, 4096)):
         zero3 = replace(SETTINGS, stage3_max_live_parameters=limit)
-        assert standing_bytes(inputs_of(small, ranks=1, zero3=zero3)) == {
+        assert standing_bytes(spec_of(small, ranks=1, zero3=zero3)) == {
             "weights": 2 * small.parameters,
             "buckets": 2 * bucket,
         }
 
 
 def test_micro_batches_are_summed_in_fp32(small):
-    standing = standing_bytes(inputs_of(small, ranks=1, accumulation=2))
+    standing = standing_bytes(spec_of(small, ranks=1, accumulation=2))
     assert standing["gradients"] == 4 * small.parameters
 
 
 def test_offloaded_shards_are_in_host_memory(small):
-    inputs = inputs_of(small, zero3=replace(SETTINGS, offload=True))
-    memory = step_memory(inputs)
+    spec = spec_of(small, zero3=replace(SETTINGS, offload=True))
+    memory = step_memory(spec)
     assert memory.categories["weights"] == 0
     assert memory.host >= small.parameters  # 2 bytes over 2 ranks
-    assert step_memory(inputs_of(small)).host == 0
+    assert step_memory(spec_of(small)).host == 0
 
 
 def test_sums_over_micro_batches_lie_where_the_shards_do(small):
-    offloaded = inputs_of(small, zeroth_order=None, zero3=replace(SETTINGS, offload=True))
+    offloaded = spec_of(small, zeroth_order=None, zero3=replace(SETTINGS, offload=True))
     summed = replace(offloaded, accumulation=2)
     assert standing_bytes(summed) == standing_bytes(offloaded)
     elements = sum(math.ceil(numel / 2) for numel in small.numels)
@@ -293,35 +293,35 @@ def test_sums_over_micro_batches_lie_where_the_shards_do(small):
 
 def test_pinned_shards_are_rounded_up_to_a_power_of_two(small):
     pageable = replace(SETTINGS, offload=True)
-    inputs = inputs_of(small, zero3=pageable, ranks=1, zeroth_order=None, cuda=True)
-    pinned = replace(inputs, zero3=replace(pageable, pin_memory=True))
+    spec = spec_of(small, zero3=pageable, ranks=1, zeroth_order=None, cuda=True)
+    pinned = replace(spec, zero3=replace(pageable, pin_memory=True))
     expected = sum(2 ** math.ceil(math.log2(2 * numel)) for numel in small.numels)
-    assert step_memory(pinned).host == expected > step_memory(inputs).host
-    assert step_memory(replace(pinned, cuda=False)).host == step_memory(inputs).host
+    assert step_memory(pinned).host == expected > step_memory(spec).host
+    assert step_memory(replace(pinned, cuda=False)).host == step_memory(spec).host
 
 
 # ---- L_T -----------------------------------------------------------------------------------------
 
 
 def test_the_threshold_is_the_largest_that_fits(small):
-    inputs = inputs_of(small, zeroth_order=None, first_order=Batch(4, 2, 1))
+    spec = spec_of(small, zeroth_order=None, first_order=Batch(4, 2, 1))
     lengths = [20, 60, 60, 100, 140, 200, 260]
 
     def total(length: int) -> int:
-        return step_memory(replace(inputs, first_order=Batch(4, length, length - 1))).total
+        return step_memory(replace(spec, first_order=Batch(4, length, length - 1))).total
 
     for budget in (total(100), total(140) - 1, total(140), 10**12):
-        found = largest_threshold(inputs, lengths, budget)
+        found = largest_threshold(spec, lengths, budget)
         expected = max(length for length in lengths[:-1] if total(length) <= budget)
         assert found == expected
-    assert largest_threshold(inputs, lengths, total(20) - 1) is None
+    assert largest_threshold(spec, lengths, total(20) - 1) is None
 
 
 def test_no_threshold_helps_if_the_zeroth_order_pass_does_not_fit(small):
-    inputs = inputs_of(small, zeroth_order=Batch(64, 2, 1), first_order=Batch(1, 2, 1))
-    budget = step_memory(replace(inputs, zeroth_order=Batch(64, 512, 511), first_order=None)).total
-    assert largest_threshold(inputs, [16, 512], budget - 1) is None
-    assert largest_threshold(inputs, [16, 512], budget) is not None
+    spec = spec_of(small, zeroth_order=Batch(64, 2, 1), first_order=Batch(1, 2, 1))
+    budget = step_memory(replace(spec, zeroth_order=Batch(64, 512, 511), first_order=None)).total
+    assert largest_threshold(spec, [16, 512], budget - 1) is None
+    assert largest_threshold(spec, [16, 512], budget) is not None
 
 
 # ---- GPUs needed ---------------------------------------------------------------------------------
@@ -329,13 +329,13 @@ def test_no_threshold_helps_if_the_zeroth_order_pass_does_not_fit(small):
 
 def test_one_gpu_is_enough_though_two_need_more(small):
     one_by_one = replace(SETTINGS, stage3_max_live_parameters=0)
-    inputs = inputs_of(small, first_order=Batch(1, 16, 8), zeroth_order=None, zero3=one_by_one)
-    totals = {ranks: step_memory(replace(inputs, ranks=ranks)).total for ranks in (1, 2, 4, 8, 64)}
+    spec = spec_of(small, first_order=Batch(1, 16, 8), zeroth_order=None, zero3=one_by_one)
+    totals = {ranks: step_memory(replace(spec, ranks=ranks)).total for ranks in (1, 2, 4, 8, 64)}
     assert totals[64] < totals[8] < totals[1] < totals[4] < totals[2]
-    assert gpus_needed(inputs, totals[1]) == 1
-    assert gpus_needed(inputs, totals[8]) == 8
-    assert gpus_needed(inputs, totals[64] - 10**5) is None
-    assert gpus_needed(replace(inputs, sharding="none"), 1000) is None
+    assert gpus_needed(spec, totals[1]) == 1
+    assert gpus_needed(spec, totals[8]) == 8
+    assert gpus_needed(spec, totals[64] - 10**5) is None
+    assert gpus_needed(replace(spec, sharding="none"), 1000) is None
 
 
 @pytest.mark.parametrize(
@@ -353,6 +353,6 @@ def test_one_gpu_is_enough_though_two_need_more(small):
 def test_gpus_of_a_node_share_its_host(small, share, gpus_per_node, needed):
     """Of three GPUs in nodes of two, one node has two thirds of the weights."""
     offload = replace(SETTINGS, offload=True)
-    inputs = inputs_of(small, method="ip-sgd", zeroth_order=None, zero3=offload)
+    spec = spec_of(small, method="ip-sgd", zeroth_order=None, zero3=offload)
     host = int(share * 2 * small.parameters)
-    assert gpus_needed(inputs, 10**12, host, gpus_per_node) == needed
+    assert gpus_needed(spec, 10**12, host, gpus_per_node) == needed

@@ -10,7 +10,7 @@ from transformers import OPTConfig
 from addax_ds.cli.plan import plan
 from addax_ds.config.deepspeed import automatic_sizes
 from addax_ds.planner import recommend
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import ModelShape, find_shape
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings
@@ -46,7 +46,7 @@ def needed(
     zero3 = replace(sizes, offload=more.pop("offload", False))
     sharding = "none" if gpus == 1 else "zero3"
     return step_memory(
-        Inputs(shape, method, sharding, gpus, zeroth, first, zero3=zero3, **more)
+        StepSpec(shape, method, sharding, gpus, zeroth, first, zero3=zero3, **more)
     ).total
 
 
@@ -115,9 +115,9 @@ def test_of_many_rows_few_numbers_are_planned(shape, folder, monkeypatch):
     budget = needed(shape, "ip-sgd", checkpointing=True, rows=37)
     asked = []
 
-    def noted(inputs: Inputs) -> Any:
-        asked.append(inputs)
-        return step_memory(inputs)
+    def noted(spec: StepSpec) -> Any:
+        asked.append(spec)
+        return step_memory(spec)
 
     monkeypatch.setattr(recommend, "step_memory", noted)
     words = [*ALONE, "--per_device_train_batch_size", "500", "--per_device_zo_batch_size", "1"]

@@ -20,12 +20,12 @@ from addax_ds.data.batches import StepSchedule
 from addax_ds.data.examples import NO_LOSS, Example
 from addax_ds.data.partition import partition
 from addax_ds.optim.hyperparameters import Hyperparameters
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
-from addax_ds.planner.threshold import batch
+from addax_ds.planner.trace import Batch
 from addax_ds.training import memory, rehearsal
 from addax_ds.training.length_threshold import AutoThreshold, dividing_lengths, plan_threshold
-from addax_ds.training.rehearsal import find_threshold, is_out_of_memory, longest_batch
+from addax_ds.training.rehearsal import is_out_of_memory, longest_batch, rehearse_threshold
 from tests.support.launcher import launch
 from tests.support.layouts import LAYOUTS, on_layouts
 from tests.support.rank_group import Lazy, RankGroup
@@ -68,17 +68,17 @@ def planned(device_memory: float | None, fixed: int | None = None, **options: An
 
 def needed(length: int, parts: int = 1) -> int:
     """Bytes of a step, with the longest sequences zeroth-order."""
-    inputs = Inputs(
+    spec = StepSpec(
         shape=shape_of(tiny_model("opt").config, "opt", "fp32"),
         method="addax",
         sharding="none",
         ranks=1,
-        zeroth_order=batch(K0 // parts, LENGTHS[-1], TARGETS),
-        first_order=batch(K1 // parts, length, TARGETS),
+        zeroth_order=Batch.of(K0 // parts, LENGTHS[-1], TARGETS),
+        first_order=Batch.of(K1 // parts, length, TARGETS),
         accumulation=parts,
         cuda=False,
     )
-    return step_memory(inputs).total
+    return step_memory(spec).total
 
 
 def test_the_lengths_that_leave_both_streams_a_batch():
@@ -331,7 +331,7 @@ def search(fits: Callable[[int], bool], lengths: tuple[int, ...], **options: Any
             raise MemoryError
 
     plan = AutoThreshold(lengths[-1], lengths, 1, 10**9, options.get("limit"), "it is the longest")
-    found = find_threshold(plan, rehearse, torch.device("cpu"), 60.0)
+    found = rehearse_threshold(plan, rehearse, torch.device("cpu"), 60.0)
     assert found == tried[-1]
     return tried
 
@@ -352,7 +352,7 @@ def test_another_error_is_not_taken_for_want_of_memory():
 
     plan = AutoThreshold(8, (7, 8), 1, 0, None, "")
     with pytest.raises(RuntimeError, match="a bug"):
-        find_threshold(plan, rehearse, torch.device("cpu"), 60.0)
+        rehearse_threshold(plan, rehearse, torch.device("cpu"), 60.0)
 
 
 @pytest.mark.parametrize(
@@ -383,10 +383,10 @@ def test_ranks_go_on_only_from_the_same_point(monkeypatch, other, said):
     monkeypatch.setattr(rehearsal, "collectives_begun", lambda: [4])
     plan = AutoThreshold(8, (7, 8), 1, 0, None, "")
     if said is None:
-        assert find_threshold(plan, rehearse, torch.device("cpu"), 60.0) == 7
+        assert rehearse_threshold(plan, rehearse, torch.device("cpu"), 60.0) == 7
         return
     with pytest.raises(UserError, match=said):
-        find_threshold(plan, rehearse, torch.device("cpu"), 60.0)
+        rehearse_threshold(plan, rehearse, torch.device("cpu"), 60.0)
     assert tried == [8]
 
 

@@ -9,11 +9,11 @@ import torch
 from addax_ds import UserError
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.optim.hyperparameters import Hyperparameters
-from addax_ds.planner.memory import Inputs, step_memory
+from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.training import memory as run_memory
-from addax_ds.training.memory import describe, plainer_way, run_inputs
+from addax_ds.training.memory import describe, plainer_way, spec_of_run
 from tests.support.tiny import examples, rows, tiny_model
 
 DATA = sorted(examples(rows(7, 9)), key=lambda example: example.length)
@@ -44,8 +44,8 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
     config = tiny_model("opt").config
     streams = {"addax": (LONG, SHORT), "mezo": (DATA, []), "ip-sgd": ([], DATA)}[method]
     settings = AddaxSettings(method, Hyperparameters(lr=0.1), None, 3)
-    inputs = run_inputs(config, None, "fsdp2", streams, ARGS, settings)
-    assert inputs == Inputs(
+    spec = spec_of_run(config, None, "fsdp2", streams, ARGS, settings)
+    assert spec == StepSpec(
         shape=shape_of(config, config.name_or_path or "the model", "bf16"),
         method=method,
         sharding="fsdp2",
@@ -59,30 +59,30 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
 def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, vocab_size=50000).config
     settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
-    inputs = run_inputs(config, None, "none", ([], DATA), ARGS, settings)
-    memory = step_memory(inputs)
+    spec = spec_of_run(config, None, "none", ([], DATA), ARGS, settings)
+    memory = step_memory(spec)
     meminfo = tmp_path / "meminfo"
     monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     # Two ranks share it, and each keeps 2 GB for what is not a tensor.
     meminfo.write_text(f"MemAvailable: {2 * (2_000_000_000 + memory.total) // 1024 + 2} kB\n")
-    said = describe(inputs, torch.device("cpu"))
+    said = describe(spec, torch.device("cpu"))
     assert said.startswith(f"{memory.total / 1e9:.2f} GB of tensors on a rank when they are most")
     assert f"weights {memory.categories['weights'] / 1e9:.2f}" in said
     assert "host" not in said
     assert said.endswith(f"; {memory.total / 1e9:.2f} GB are free for them")
     meminfo.write_text("MemAvailable: 4000000 kB\n")
-    assert describe(inputs, torch.device("cpu")).endswith("; only 0.05 GB are free for them")
+    assert describe(spec, torch.device("cpu")).endswith("; only 0.05 GB are free for them")
     meminfo.write_text("")
-    assert describe(inputs, torch.device("cpu")).endswith(")")
+    assert describe(spec, torch.device("cpu")).endswith(")")
 
 
 def test_in_place_sgd_is_named_where_every_row_fits_through_backward(monkeypatch, tmp_path):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, num_hidden_layers=4).config
     settings = AddaxSettings("addax", Hyperparameters(lr=0.1), None, 3)
-    inputs = run_inputs(config, None, "none", (LONG, SHORT), ARGS, settings)
+    spec = spec_of_run(config, None, "none", (LONG, SHORT), ARGS, settings)
     every = largest(3 + 4, DATA)
-    plain = replace(inputs, method="ip-sgd", zeroth_order=None, first_order=every)
+    plain = replace(spec, method="ip-sgd", zeroth_order=None, first_order=every)
     whole, recomputed = (
         step_memory(replace(plain, checkpointing=each)).total for each in (False, True)
     )
@@ -92,7 +92,7 @@ def test_in_place_sgd_is_named_where_every_row_fits_through_backward(monkeypatch
 
     def told(free: int) -> str | None:
         meminfo.write_text(f"MemAvailable: {(2_000_000_000 + free) // 1024 + 1} kB\n")
-        return plainer_way(inputs, torch.device("cpu"))
+        return plainer_way(spec, torch.device("cpu"))
 
     said = told(whole)
     assert said is not None
@@ -105,7 +105,7 @@ def test_in_place_sgd_is_named_where_every_row_fits_through_backward(monkeypatch
     assert told(recomputed - 4096) is None
     assert plainer_way(plain, torch.device("cpu")) is None
     meminfo.write_text("")
-    assert plainer_way(inputs, torch.device("cpu")) is None
+    assert plainer_way(spec, torch.device("cpu")) is None
 
 
 def test_a_model_that_cannot_be_planned():
@@ -113,4 +113,4 @@ def test_a_model_that_cannot_be_planned():
     config.num_attention_heads = 5
     settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
     with pytest.raises(UserError, match="cannot build this model without its weights"):
-        run_inputs(config, None, "none", ([], DATA), ARGS, settings)
+        spec_of_run(config, None, "none", ([], DATA), ARGS, settings)

@@ -1,29 +1,28 @@
-"""Memory of FSDP2, and of whole models on each rank, during a pass.
+"""FSDP2 during a pass: its rules for gathering, prefetching, resharding and reducing.
 
-FSDP2's rules are torch's (2.13): `FSDPParamGroup` and `_fsdp_collectives`. What a perturbed pass
-adds is `addax_ds.sharding.fsdp2` and `addax_ds.sharding.unsharded`.
+The rules are torch's (2.13): `FSDPParamGroup` and `_fsdp_collectives`. What a perturbed pass adds
+is `addax_ds.sharding.fsdp2`.
 """
 
 import math
 from collections.abc import Collection
 
-from addax_ds.planner.replay import Engine, Ledger
+from addax_ds.planner.replay import BackEndPass, Ledger
 from addax_ds.planner.shapes import ModelShape
 
 _ROOT = -1
 
 
-def fsdp2_shard(shape: ModelShape, ranks: int, parameters: Collection[int] | None = None) -> int:
-    """Bytes of a rank's shards, which are rows, padded to as many on each rank."""
-    chosen = range(len(shape.sizes)) if parameters is None else parameters
+def fsdp2_shard(shape: ModelShape, ranks: int, parameters: Collection[int]) -> int:
+    """Return the bytes of a rank's shards, which are rows, padded to as many on each rank."""
     elements = 0
-    for parameter in chosen:
+    for parameter in parameters:
         rows, *rest = shape.sizes[parameter] or (1,)
         elements += math.ceil(rows / ranks) * math.prod(rest)
     return elements * shape.itemsize
 
 
-class Fsdp2Pass(Engine):
+class Fsdp2Pass(BackEndPass):
     """FSDP2 during one pass: each block a group, what is left with the root.
 
     Args:
@@ -42,10 +41,11 @@ class Fsdp2Pass(Engine):
         ledger: Ledger,
         shape: ModelShape,
         ranks: int,
+        *,
         perturbed: bool,
-        gloo: bool = False,
-        replicated: bool = False,
-        offloaded: bool = False,
+        gloo: bool,
+        replicated: bool,
+        offloaded: bool,
     ) -> None:
         super().__init__(ledger)
         self._copied = perturbed or offloaded
@@ -53,8 +53,9 @@ class Fsdp2Pass(Engine):
         self._gloo = gloo and ranks > 1
         self._ranks, self._perturbed = ranks, perturbed
         # Rotary embeddings in a list are blocks without parameters.
-        units = [pair for pair in zip(shape.blocks, shape.block_parameters, strict=True) if pair[1]]
-        self._groups = {group: parameters for group, (_, parameters) in enumerate(units)}
+        pairs = zip(shape.blocks, shape.block_parameters, strict=True)
+        blocks = [(module, parameters) for module, parameters in pairs if parameters]
+        self._groups = {group: parameters for group, (_, parameters) in enumerate(blocks)}
         in_blocks = {p for parameters in shape.block_parameters for p in parameters}
         self._groups[_ROOT] = tuple(p for p in range(len(shape.sizes)) if p not in in_blocks)
         self._shards = {g: fsdp2_shard(shape, ranks, ps) for g, ps in self._groups.items()}
@@ -62,7 +63,7 @@ class Fsdp2Pass(Engine):
         self._largest = {
             g: max((sizes[p] for p in ps), default=0) for g, ps in self._groups.items()
         }
-        self._modules = {module: group for group, (module, _) in enumerate(units)} | {0: _ROOT}
+        self._modules = {module: group for group, (module, _) in enumerate(blocks)} | {0: _ROOT}
         self._owners = {p: group for group, parameters in self._groups.items() for p in parameters}
         self._whole: set[int] = set()
         self._travelling: set[int] = set()
@@ -114,7 +115,7 @@ class Fsdp2Pass(Engine):
             return
         shard = self._shards[group]
         if self._ranks > 1:
-            copies = shard * self._copied
+            copies = shard if self._copied else 0
             self.ledger.add("gathered", copies)
             self.ledger.add("gathered", shard * self._ranks)
             self.ledger.add("gathered", -copies)
@@ -126,8 +127,9 @@ class Fsdp2Pass(Engine):
         self._whole.add(group)
         buffer = self._shards[group] * self._ranks
         self.ledger.add("gathered", buffer)
-        if self._ranks == 1:  # from copies of all, or from one after the other
-            copies = buffer if self._perturbed else self._largest[group] * self._copied
+        if self._ranks == 1 and self._copied:
+            # All are perturbed at once; offloaded ones are copied one after the other.
+            copies = buffer if self._perturbed else self._largest[group]
             self.ledger.add("gathered", copies)
             self.ledger.add("gathered", -copies)
         self._free_deferred()  # a local variable there keeps it until now
@@ -163,35 +165,3 @@ class Fsdp2Pass(Engine):
             self._kept += self._shards[group]
             result -= self._shards[group]
         self.ledger.add("buckets", -result)
-
-
-class UnshardedPass(Engine):
-    """A model that is whole on each rank.
-
-    Args:
-        ledger: the account.
-        shape: of the model.
-        perturbed: whether blocks see perturbed copies while they run, and what lies outside of them
-            for the whole pass.
-    """
-
-    def __init__(self, ledger: Ledger, shape: ModelShape, perturbed: bool) -> None:
-        super().__init__(ledger)
-        sizes = [numel * shape.itemsize * perturbed for numel in shape.numels]
-        blocks = [sum(sizes[p] for p in parameters) for parameters in shape.block_parameters]
-        self._copies = dict(zip(shape.blocks, blocks, strict=True))
-        self._outside = sum(sizes) - sum(blocks)
-
-    def begin(self) -> None:  # noqa: D102
-        self.ledger.add("gathered", self._outside)
-
-    def fetch(self, module: int, is_forward: bool) -> None:  # noqa: D102
-        if is_forward:
-            self.ledger.add("gathered", self._copies.get(module, 0))
-
-    def release(self, module: int, is_forward: bool) -> None:  # noqa: D102
-        if is_forward:
-            self.ledger.add("gathered", -self._copies.get(module, 0))
-
-    def end(self) -> None:  # noqa: D102
-        self.ledger.add("gathered", -self._outside)

@@ -1,4 +1,4 @@
-"""Units and constants of a plan."""
+"""Constants of a plan."""
 
 GRAIN = 16
 """Tokens; L_T is planned in multiples of it."""
@@ -12,4 +12,4 @@ RESERVE = 4 * GB
 
 def first_order_units(recomputes: bool) -> int:
     """Return the forward passes that a first-order token costs, with checkpointing or without."""
-    return FORWARD + BACKWARD + FORWARD * recomputes
+    return FORWARD + BACKWARD + (FORWARD if recomputes else 0)
