@@ -39,6 +39,7 @@ from addax_ds.config.arguments import ModelArguments
 from addax_ds.distributed.collectives import all_gather_object, shutdown
 from addax_ds.distributed.startup import init_deepspeed
 from addax_ds.models.source import ModelSource
+from addax_ds.sharding.layout import Layout
 from benchmarks.common import collect_provenance, one_thread_each
 from benchmarks.live import MODELS
 from studies.jobs import free_port, script
@@ -132,7 +133,7 @@ def _load(way: str, folder: Path) -> Any:
     if way == "transformers":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     source = ModelSource.find(ModelArguments(model_name_or_path=str(folder)))
-    return source.load(torch.bfloat16, "zero3")
+    return source.load(torch.bfloat16, Layout("zero3"))
 
 
 def _saver(way: str, model: nn.Module, folder: Path, max_file_size: str) -> Callable[[], Any]:

@@ -39,8 +39,6 @@ class Run:
     Attributes:
         sharding: back end.
         ranks: number of ranks; with another one or on another back end a run goes on all the same.
-        replicas: copies of the weights, likewise.
-        cpu_offload: whether a flag keeps them in host memory, likewise.
         dtype: of the weights, "bf16", "fp16" or "fp32".
         method: one of `Method`.
         data_seed: of the order of the data.
@@ -69,8 +67,6 @@ class Run:
     length_threshold: int | None = None
     data: str | None = None
     template_time: str | None = None
-    replicas: int = 1
-    cpu_offload: bool = False
 
     @classmethod
     def of(cls, args: TrainingArguments, settings: AddaxSettings, sharding: str) -> "Run":

@@ -86,7 +86,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["run"] = _nested(content["run"])
+        content["run"] = _of_this_version(content["run"])
         Run(**content["run"])
         Progress(**content["progress"])
         content["optimizer"]["param_groups"]
@@ -95,8 +95,12 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _nested(run: dict[str, Any]) -> dict[str, Any]:
-    """Return a run with its hyperparameters in one entry; older states have one for each."""
+def _of_this_version(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run as this version writes it.
+
+    Older states have an entry for each hyperparameter, or two of how the weights were laid out.
+    """
+    run = {name: value for name, value in run.items() if name not in ("replicas", "cpu_offload")}
     flat = {name: value for name, value in run.items() if name in BY_NAME}
     if not flat:
         return run

@@ -29,6 +29,7 @@ from addax_ds.distributed.collectives import (
 from addax_ds.distributed.nodes import nodes, replicas_of
 from addax_ds.models.adapters import Lora
 from addax_ds.models.source import ModelSource
+from addax_ds.sharding.layout import Layout
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
 from addax_ds.training.likelihood import check_evaluations
@@ -49,6 +50,7 @@ class Prepared:
         source: of the model.
         tokenizer: of the model.
         data: all rows.
+        layout: of the weights.
         run: what checkpoints say of it.
         steps: the streams, and the rows of each step; None without training rows.
         lora: adapters to train; None if all weights are trained.
@@ -60,6 +62,7 @@ class Prepared:
     source: ModelSource
     tokenizer: Any
     data: Data
+    layout: Layout
     run: Run
     steps: tuple[Partition, StepSchedule] | None
     lora: Lora | None
@@ -80,8 +83,8 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
     with raise_on_all_ranks():
         replicas = replicas_of(model_args.replicas, [len(node) for node in nodes(args)])
+    layout = Layout(sharding, replicas, model_args.cpu_offload)
     run = Run.of(args, args.settings, sharding)
-    run = replace(run, replicas=replicas, cpu_offload=model_args.cpu_offload)
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
     lora = _lora(model_args, args)
@@ -98,7 +101,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
     digest = data_digest(data.train)
     planned, steps = None, None
     if data.train and args.settings.length_threshold == "auto":
-        planned = _plan_threshold(source, run, data, args, resumed)
+        planned = _plan_threshold(source, layout, data, args, resumed)
     with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
         check_evaluations(args, data.validation)
         if data.train:
@@ -112,6 +115,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
         source=source,
         tokenizer=tokenizer,
         data=data,
+        layout=layout,
         run=run,
         steps=steps,
         lora=lora,
@@ -153,7 +157,7 @@ def _lora(model_args: ModelArguments, args: AddaxConfig) -> Lora | None:
 
 def _plan_threshold(
     source: ModelSource,
-    run: Run,
+    layout: Layout,
     data: Data,
     args: AddaxConfig,
     resumed: resume.Checkpoint | None,
@@ -167,13 +171,11 @@ def _plan_threshold(
     plan = plan_threshold(
         source.config,
         kernel,
-        run.sharding,
+        layout,
         data.train,
         args,
         args.settings,
         fixed,
-        replicas=run.replicas,
-        cpu_offload=run.cpu_offload,
     )
     args.settings = replace(args.settings, length_threshold=plan.length)
     if plan.parts > 1:

@@ -75,16 +75,14 @@ def _method(args: AddaxConfig, run: Run, schedule: StepSchedule) -> str:
 
 
 def _spec_of_streams(prepared: Prepared, streams: Partition, args: AddaxConfig) -> StepSpec:
-    source, run, rows = prepared.source, prepared.run, prepared.data.train
+    source, rows = prepared.source, prepared.data.train
     return spec_of_run(
         source.config,
         source.attn_implementation,
-        run.sharding,
+        prepared.layout,
         (_extremes(rows, streams.zeroth_order), _extremes(rows, streams.first_order)),
         args,
         args.settings,
-        run.replicas,
-        run.cpu_offload,
     )
 
 

@@ -256,13 +256,10 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
 
 
 def _load_model(prepared: Prepared, args: TrainingArguments) -> nn.Module:
-    run = prepared.run
     return prepared.source.load(
         weights_dtype(args),
-        run.sharding,
+        prepared.layout,
         args.device,
-        replicas=run.replicas,
-        cpu_offload=run.cpu_offload,
         progress=not args.disable_tqdm and args.process_index == 0,
         recomputes=bool(args.activation_checkpointing),
         lora=prepared.lora,

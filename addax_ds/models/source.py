@@ -36,6 +36,7 @@ from addax_ds.models import demo, gguf
 from addax_ds.models.adapters import Lora, base_slices
 from addax_ds.models.empty import empty_model
 from addax_ds.sharding.base import Sharding
+from addax_ds.sharding.layout import Layout
 from addax_ds.sharding.registry import back_end
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.messages import shown
@@ -115,11 +116,9 @@ class ModelSource:
     def load(
         self,
         dtype: torch.dtype,
-        sharding: str = "none",
+        layout: Layout | None = None,
         device: torch.device | str = "cpu",
         *,
-        replicas: int = 1,
-        cpu_offload: bool = False,
         progress: bool = False,
         recomputes: bool = False,
         lora: Lora | None = None,
@@ -134,11 +133,9 @@ class ModelSource:
 
         Args:
             dtype: of the weights.
-            sharding: name of the back end (`addax_ds.sharding.registry`); ZeRO-3 takes the
-                DeepSpeed configuration of the live `TrainingArguments`.
+            layout: of the weights, by default whole on each rank; ZeRO-3 takes the DeepSpeed
+                configuration of the live `TrainingArguments`.
             device: where the weights go; under ZeRO-3 that configuration says it.
-            replicas: copies of the weights, each sharded over consecutive ranks.
-            cpu_offload: whether the weights stay in host memory.
             progress: whether to show a bar if it takes long.
             recomputes: whether it is to be trained with activation checkpointing.
             lora: adapters that are to be trained alone; or None.
@@ -147,10 +144,12 @@ class ModelSource:
             UserError: on all ranks, if one cannot load it, some of its weights are in no file, or
                 it cannot recompute.
         """
-        chosen, on = back_end(sharding), torch.device(device)
-        layout: dict[str, Any] = {"replicas": replicas} if replicas > 1 else {}
-        if cpu_offload:
-            layout["cpu_offload"] = True
+        layout, on = layout or Layout(), torch.device(device)
+        chosen = back_end(layout.sharding)
+        # Not every back end takes these (`Sharding.why_no_replicas`).
+        options: dict[str, Any] = {"replicas": layout.replicas} if layout.replicas > 1 else {}
+        if layout.cpu_offload:
+            options["cpu_offload"] = True
         where = f"cannot load the model from {self.path}"
         other_form: str | None = None
         with raise_on_all_ranks(), _refused(where):
@@ -173,9 +172,9 @@ class ModelSource:
             with raise_on_all_ranks(), _refused("cannot add adapters"):
                 model = lora.add_to(model)
         if other_form is not None:
-            chosen.shard_loaded(model, on, **layout)
+            chosen.shard_loaded(model, on, **options)
         else:
-            chosen.lay_out(model, on, **layout)
+            chosen.lay_out(model, on, **options)
             with raise_on_all_ranks(), _refused(where):
                 files.fill(base_slices(model), progress)
         if lora is not None:

@@ -16,11 +16,12 @@ from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.data.examples import Example, lengths_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
-from addax_ds.distributed.nodes import nodes
+from addax_ds.distributed.nodes import ranks_of_node
 from addax_ds.planner.constants import GB
 from addax_ds.planner.memory import Memory, StepSpec, step_memory
 from addax_ds.planner.threshold import largest_threshold
 from addax_ds.planner.trace import Batch
+from addax_ds.sharding.layout import Layout
 from addax_ds.training.memory import free_memory, spec_of_run
 from addax_ds.utils.errors import UserError
 
@@ -51,13 +52,11 @@ class AutoThreshold:
 def plan_threshold(
     config: PreTrainedConfig,
     attention: str | None,
-    sharding: str,
+    layout: Layout,
     examples: Sequence[Example],
     args: AddaxConfig,
     settings: AddaxSettings,
     fixed: int | None = None,
-    replicas: int = 1,
-    cpu_offload: bool = False,
 ) -> AutoThreshold:
     """Find the largest L_T whose step should fit on every rank; all ranks have to call it.
 
@@ -67,13 +66,11 @@ def plan_threshold(
     Args:
         config: of the model.
         attention: attention kernel, None for the model's own choice.
-        sharding: back end.
+        layout: of the weights.
         examples: the training data.
         args: of the run.
         settings: how it trains.
         fixed: L_T of the checkpoint that the run goes on from: rows alone are to be found.
-        replicas: copies of the weights.
-        cpu_offload: whether they are in host memory, of a back end without a JSON that says so.
 
     Returns:
         The same on all ranks.
@@ -83,7 +80,7 @@ def plan_threshold(
             be detected, or the planner cannot follow the model.
     """
     stated = args.device_memory
-    node = next(node for node in nodes(args) if args.process_index in node)
+    node = ranks_of_node(args)
     with raise_on_all_ranks():
         limit = None if stated is None else int(stated * GB)
         try:
@@ -97,8 +94,7 @@ def plan_threshold(
             # Rows of either stream may be the longest ones, which L_T decides.
             both = examples, examples
             try:
-                layout = replicas, cpu_offload
-                spec = spec_of_run(config, attention, sharding, both, args, settings, *layout)
+                spec = spec_of_run(config, attention, layout, both, args, settings)
             except UserError as error:
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
             search = _Search(spec, examples, args, (budget, host), fixed)

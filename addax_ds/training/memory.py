@@ -15,6 +15,7 @@ from addax_ds.planner.memory import Memory, StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.planner.zero3 import Zero3Settings
+from addax_ds.sharding.layout import Layout
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
 
@@ -27,25 +28,21 @@ _MEMINFO = Path("/proc/meminfo")
 def spec_of_run(
     config: PreTrainedConfig,
     attention: str | None,
-    sharding: str,
+    layout: Layout,
     streams: tuple[Sequence[Example], Sequence[Example]],
     args: TrainingArguments,
     settings: AddaxSettings,
-    replicas: int = 1,
-    cpu_offload: bool = False,
 ) -> StepSpec:
     """Return the step of a run with the largest batches.
 
     Args:
         config: of the model.
         attention: attention kernel, None for the model's own choice.
-        sharding: back end.
+        layout: of the weights.
         streams: the examples that zeroth-order and first-order batches are drawn from; no examples
             for a stream that there is not.
         args: of the run.
         settings: how it trains.
-        replicas: copies of the weights.
-        cpu_offload: whether they are in host memory, of a back end without a JSON that says so.
 
     Raises:
         UserError: the planner cannot follow the model.
@@ -66,10 +63,10 @@ def spec_of_run(
     return StepSpec(
         shape=shape,
         method=settings.method,
-        sharding=sharding,
+        sharding=layout.sharding,
         ranks=args.world_size,
-        replicas=replicas,
-        cpu_offload=cpu_offload,
+        replicas=layout.replicas,
+        cpu_offload=layout.cpu_offload,
         zeroth_order=zeroth,
         first_order=first,
         checkpointing=bool(args.activation_checkpointing),

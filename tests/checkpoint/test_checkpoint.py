@@ -251,8 +251,6 @@ def test_every_field_is_refused_warned_of_or_free():
     assert fields | RUN.hyperparameters.keys() == REFUSED.keys() | WARNED.keys() | {
         "sharding",
         "ranks",
-        "replicas",
-        "cpu_offload",
         "template_time",  # a resumed run takes that of its checkpoint
     }
 

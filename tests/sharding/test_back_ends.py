@@ -17,6 +17,7 @@ from addax_ds.models.source import ModelSource
 from addax_ds.planner.rules import RULES, rules_of
 from addax_ds.sharding import registry
 from addax_ds.sharding.fsdp2 import Fsdp2, shard_model
+from addax_ds.sharding.layout import Layout
 from addax_ds.sharding.unsharded import Unsharded
 from addax_ds.sharding.zero3 import Zero3Sharding
 from addax_ds.utils.errors import UserError
@@ -63,7 +64,7 @@ def toy(monkeypatch):
 
 def load(folder: Path, sharding: str) -> torch.nn.Module:
     source = ModelSource.find(ModelArguments(model_name_or_path=str(folder)))
-    return source.load(torch.float32, sharding)
+    return source.load(torch.float32, Layout(sharding))
 
 
 def one_step(model: torch.nn.Module) -> tuple[float, list[torch.Tensor]]:

@@ -23,6 +23,7 @@ from addax_ds.optim.hyperparameters import Hyperparameters
 from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
+from addax_ds.sharding.layout import Layout
 from addax_ds.training import memory, rehearsal
 from addax_ds.training.length_threshold import AutoThreshold, dividing_lengths, plan_threshold
 from addax_ds.training.rehearsal import is_out_of_memory, longest_batch, rehearse_threshold
@@ -63,7 +64,7 @@ def training_args(**options: Any) -> Any:
 def planned(device_memory: float | None, fixed: int | None = None, **options: Any) -> AutoThreshold:
     config = tiny_model("opt").config
     args = training_args(device_memory=device_memory, **options)
-    return plan_threshold(config, None, "none", DATA, args, SETTINGS, fixed)
+    return plan_threshold(config, None, Layout(), DATA, args, SETTINGS, fixed)
 
 
 def needed(length: int, parts: int = 1) -> int:
@@ -158,7 +159,7 @@ def planned_with_offload(sharding: str, device: str, device_memory: float) -> Au
         hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": OFFLOAD}),
     )
     config, of_flag = tiny_model("opt").config, sharding == "fsdp2"
-    return plan_threshold(config, None, sharding, DATA, args, SETTINGS, cpu_offload=of_flag)
+    return plan_threshold(config, None, Layout(sharding, cpu_offload=of_flag), DATA, args, SETTINGS)
 
 
 BOTH = pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
@@ -200,7 +201,7 @@ def test_too_little_memory_says_how_much_is_missing():
 def test_a_model_that_cannot_be_planned_is_refused():
     config = SimpleNamespace(to_dict=dict, model_type="unheard-of", name_or_path="model")
     with pytest.raises(UserError, match=r"cannot build this model .*: give a number of tokens"):
-        plan_threshold(config, None, "none", DATA, training_args(), SETTINGS)  # type: ignore[arg-type]
+        plan_threshold(config, None, Layout(), DATA, training_args(), SETTINGS)  # type: ignore[arg-type]
 
 
 # ---- rehearsed, on every layout ----------------------------------------------------------------

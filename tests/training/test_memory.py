@@ -12,6 +12,7 @@ from addax_ds.optim.hyperparameters import Hyperparameters
 from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
+from addax_ds.sharding.layout import Layout
 from addax_ds.training import memory as run_memory
 from addax_ds.training.memory import describe, plainer_way, spec_of_run
 from tests.support.tiny import examples, rows, tiny_model
@@ -44,7 +45,7 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
     config = tiny_model("opt").config
     streams = {"addax": (LONG, SHORT), "mezo": (DATA, []), "ip-sgd": ([], DATA)}[method]
     settings = AddaxSettings(method, Hyperparameters(lr=0.1), None, 3)
-    spec = spec_of_run(config, None, "fsdp2", streams, ARGS, settings)
+    spec = spec_of_run(config, None, Layout("fsdp2"), streams, ARGS, settings)
     assert spec == StepSpec(
         shape=shape_of(config, config.name_or_path or "the model", "bf16"),
         method=method,
@@ -59,7 +60,7 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
 def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, vocab_size=50000).config
     settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
-    spec = spec_of_run(config, None, "none", ([], DATA), ARGS, settings)
+    spec = spec_of_run(config, None, Layout(), ([], DATA), ARGS, settings)
     memory = step_memory(spec)
     meminfo = tmp_path / "meminfo"
     monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
@@ -80,7 +81,7 @@ def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path)
 def test_in_place_sgd_is_named_where_every_row_fits_through_backward(monkeypatch, tmp_path):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, num_hidden_layers=4).config
     settings = AddaxSettings("addax", Hyperparameters(lr=0.1), None, 3)
-    spec = spec_of_run(config, None, "none", (LONG, SHORT), ARGS, settings)
+    spec = spec_of_run(config, None, Layout(), (LONG, SHORT), ARGS, settings)
     every = largest(3 + 4, DATA)
     plain = replace(spec, method="ip-sgd", zeroth_order=None, first_order=every)
     whole, recomputed = (
@@ -113,4 +114,4 @@ def test_a_model_that_cannot_be_planned():
     config.num_attention_heads = 5
     settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
     with pytest.raises(UserError, match="cannot build this model without its weights"):
-        spec_of_run(config, None, "none", ([], DATA), ARGS, settings)
+        spec_of_run(config, None, Layout(), ([], DATA), ARGS, settings)

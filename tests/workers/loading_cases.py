@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from addax_ds.checkpoint import weights
 from addax_ds.config.arguments import ModelArguments
 from addax_ds.models.source import ModelSource
+from addax_ds.sharding.layout import Layout
 from tests.workers.trainer_cases import warnings, with_adapters
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,7 +53,7 @@ def dtype_of(name: str) -> torch.dtype:
 def load(folder: Path, layout: str, dtype: torch.dtype) -> nn.Module:
     source = ModelSource.find(ModelArguments(model_name_or_path=str(folder)))
     with transformers_knows(layout, dtype):
-        return source.load(dtype, LAYOUTS[layout][0])
+        return source.load(dtype, Layout(LAYOUTS[layout][0]))
 
 
 def ds_config(layout: str, dtype: torch.dtype) -> dict[str, Any]:
