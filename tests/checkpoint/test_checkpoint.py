@@ -282,6 +282,15 @@ def test_a_state_with_flat_hyperparameters_is_read(tmp_path, caplog):
     assert caplog.messages == ["Resuming: --alpha was 0.01 and is 0.02 from here on."]
 
 
+def test_a_state_with_a_layout_is_read(tmp_path):
+    """As checkpoints were before `Layout`."""
+    path = write(tmp_path) / "addax_state.json"
+    content = json.loads(path.read_text())
+    content["run"] |= {"replicas": 2, "cpu_offload": True}
+    path.write_text(json.dumps(content))
+    assert read_run(tmp_path) == RUN
+
+
 @pytest.mark.parametrize("name", ["data", "length_threshold"])
 def test_data_that_is_not_read_yet_is_not_compared(name, tmp_path):
     early = dataclasses.replace(RUN, data=None, length_threshold=None)
