@@ -68,7 +68,9 @@ def check_adapters(folder: Path, settings: Mapping[str, Any] | None) -> None:
     """
     path = folder / ADAPTER_CONFIG
     if path.is_file() != (settings is not None):
-        saved, trained = ("adapters of PEFT", "the whole model")[:: 1 if path.is_file() else -1]
+        saved, trained = "adapters of PEFT", "the whole model"
+        if settings is not None:
+            saved, trained = trained, saved
         raise UserError(f"{folder}: it holds {saved}, and this run trains {trained}")
     saved_settings = json.loads(path.read_text(encoding="utf-8")) if settings else {}
     for name, value in (settings or {}).items():

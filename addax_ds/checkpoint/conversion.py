@@ -120,10 +120,10 @@ def _kinds(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """Divide into those that rename and those that make other tensors."""
     from transformers.core_model_loading import WeightConverter
 
-    kinds: tuple[list[Any], list[Any]] = ([], [])
+    renaming, converting = [], []
     for transform in transforms:
-        kinds[isinstance(transform, WeightConverter)].append(transform)
-    return kinds
+        (converting if isinstance(transform, WeightConverter) else renaming).append(transform)
+    return renaming, converting
 
 
 def _renamed(name: str, new: str) -> Conversion:

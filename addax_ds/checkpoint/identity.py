@@ -186,7 +186,8 @@ def _differences(written: Run, now: Run) -> Iterator[str]:
         )
     if written.length_threshold != now.length_threshold:
         length = written.length_threshold
-        threshold = f"with{'out' * (length is None)} --length_threshold {length or ''}".rstrip()
+        flag = "--length_threshold"
+        threshold = f"without {flag}" if length is None else f"with {flag} {length}"
         yield (
             f"L_T was {written.length_threshold} tokens, and is {now.length_threshold} in this "
             f"run, which would divide the data otherwise: resume {threshold}"

@@ -80,7 +80,7 @@ class Zero3Settings:
     def leaf_blocks(self, shape: ModelShape) -> dict[int, tuple[int, ...]]:
         """Return the parameters of the blocks that Addax makes leaf modules of DeepSpeed.
 
-        Each is gathered as one (`addax_ds.sharding.zero3.units`). The keys are their modules.
+        Each is gathered as one (`addax_ds.sharding.zero3_layers.whole_layers`). The keys are their modules.
         """
         limit = self.stage3_max_live_parameters
         whole = zip(shape.blocks, shape.block_parameters, strict=True)
