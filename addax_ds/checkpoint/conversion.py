@@ -120,7 +120,8 @@ def _kinds(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     """Divide into those that rename and those that make other tensors."""
     from transformers.core_model_loading import WeightConverter
 
-    renaming, converting = [], []
+    renaming: list[Any] = []
+    converting: list[Any] = []
     for transform in transforms:
         (converting if isinstance(transform, WeightConverter) else renaming).append(transform)
     return renaming, converting

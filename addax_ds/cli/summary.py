@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainerCallback
+from typing_extensions import override
 
 from addax_ds.checkpoint.identity import Run
 from addax_ds.cli.outputs import output_folder
@@ -104,7 +105,8 @@ class Duration(TrainerCallback):
         self._since = 0.0
         self._warned = False
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.monotonic()
         now = state.global_step, self._costs.costs.train_seconds
         if self._first is None:  # this step was the one that warms up
@@ -121,10 +123,12 @@ class Duration(TrainerCallback):
             )
             self._warn_of_launcher()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+    @override
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.monotonic()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+    @override
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._warn_of_launcher(time.monotonic() - self._since)
 
     def _warn_of_launcher(self, checkpoint: float | None = None) -> None:

@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -92,7 +94,8 @@ class TwoSidedDifference(Estimator):
     def __init__(self, directions: int = 1) -> None:
         self.passes = tuple(Pass(probe, sign) for probe in range(directions) for sign in (+1, -1))
 
-    def estimate(self, losses: Sequence[float], zo_eps: float) -> Estimate:  # noqa: D102
+    @override
+    def estimate(self, losses: Sequence[float], zo_eps: float) -> Estimate:
         pairs = zip(losses[::2], losses[1::2], strict=True)
         projected = tuple((plus - minus) / (2 * zo_eps) for plus, minus in pairs)
         return Estimate(

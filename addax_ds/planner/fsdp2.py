@@ -7,6 +7,8 @@ is `addax_ds.sharding.fsdp2`.
 import math
 from collections.abc import Collection
 
+from typing_extensions import override
+
 from addax_ds.planner.replay import BackEndPass, Ledger
 from addax_ds.planner.shapes import ModelShape
 
@@ -72,7 +74,8 @@ class Fsdp2Pass(BackEndPass):
         self._reduced = 0  # input of the last reduce-scatter, which the next one frees
         self._in_backward = False
 
-    def fetch(self, module: int, is_forward: bool) -> None:  # noqa: D102
+    @override
+    def fetch(self, module: int, is_forward: bool) -> None:
         group = self._modules.get(module)
         if group is None:
             return
@@ -86,7 +89,8 @@ class Fsdp2Pass(BackEndPass):
             if following >= 0:
                 self._unshard(following)
 
-    def release(self, module: int, is_forward: bool) -> None:  # noqa: D102
+    @override
+    def release(self, module: int, is_forward: bool) -> None:
         group = self._modules.get(module)
         if group is None:
             return
@@ -98,10 +102,12 @@ class Fsdp2Pass(BackEndPass):
             else:
                 self._reshard(group)
 
-    def gradient(self, parameter: int, size: int) -> None:  # noqa: D102
+    @override
+    def gradient(self, parameter: int, size: int) -> None:
         self._gradients[self._owners[parameter]] += size
 
-    def end(self) -> None:  # noqa: D102
+    @override
+    def end(self) -> None:
         if self._in_backward:
             self._reduce(_ROOT)
         for group in list(self._whole):

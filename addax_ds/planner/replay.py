@@ -7,6 +7,8 @@ which the sum was largest.
 
 from collections.abc import Iterable, Mapping
 
+from typing_extensions import override
+
 from addax_ds.planner.shapes import ModelShape
 from addax_ds.planner.trace import Trace
 
@@ -115,18 +117,22 @@ class UnshardedPass(BackEndPass):
         self._copies = dict(zip(shape.blocks, blocks, strict=True))
         self._outside = sum(sizes) - sum(blocks)
 
-    def begin(self) -> None:  # noqa: D102
+    @override
+    def begin(self) -> None:
         self.ledger.add("gathered", self._outside)
 
-    def fetch(self, module: int, is_forward: bool) -> None:  # noqa: D102
+    @override
+    def fetch(self, module: int, is_forward: bool) -> None:
         if is_forward:
             self.ledger.add("gathered", self._copies.get(module, 0))
 
-    def release(self, module: int, is_forward: bool) -> None:  # noqa: D102
+    @override
+    def release(self, module: int, is_forward: bool) -> None:
         if is_forward:
             self.ledger.add("gathered", -self._copies.get(module, 0))
 
-    def end(self) -> None:  # noqa: D102
+    @override
+    def end(self) -> None:
         self.ledger.add("gathered", -self._outside)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from typing_extensions import override
+
 from addax_ds.config.deepspeed import automatic_sizes
 from addax_ds.planner.replay import BackEndPass, Ledger
 from addax_ds.planner.shapes import ModelShape
@@ -80,7 +82,8 @@ class Zero3Settings:
     def leaf_blocks(self, shape: ModelShape) -> dict[int, tuple[int, ...]]:
         """Return the parameters of the blocks that Addax makes leaf modules of DeepSpeed.
 
-        Each is gathered as one (`addax_ds.sharding.zero3_layers.whole_layers`). The keys are their modules.
+        Each is gathered as one (`addax_ds.sharding.zero3_layers.whole_layers`). The keys are their
+        modules.
         """
         limit = self.stage3_max_live_parameters
         whole = zip(shape.blocks, shape.block_parameters, strict=True)
@@ -203,14 +206,16 @@ class Zero3Pass(BackEndPass):
 
     # ---- gathering -----------------------------------------------------------------------------
 
-    def begin(self) -> None:  # noqa: D102
+    @override
+    def begin(self) -> None:
         if self._setup.keeps_persistent:
             self._held.update(dict.fromkeys(self._persistent, 0))
         elif self._persistent:
             self._all_gather(sorted(self._persistent))
             self._wait(sorted(self._persistent))
 
-    def fetch(self, module: int, is_forward: bool) -> None:  # noqa: D102
+    @override
+    def fetch(self, module: int, is_forward: bool) -> None:
         needed = self._modules.get(module)
         if needed is None:
             return
@@ -222,7 +227,8 @@ class Zero3Pass(BackEndPass):
         self._prefetch()
         self._step += 1
 
-    def release(self, module: int, is_forward: bool) -> None:  # noqa: D102
+    @override
+    def release(self, module: int, is_forward: bool) -> None:
         for parameter in self._modules.get(module, ()):
             users = self._active.get(parameter, [])
             if module in users:
@@ -324,7 +330,8 @@ class Zero3Pass(BackEndPass):
 
     # ---- gradients -----------------------------------------------------------------------------
 
-    def gradient(self, parameter: int, size: int) -> None:  # noqa: D102
+    @override
+    def gradient(self, parameter: int, size: int) -> None:
         numel, limit = self._shape.numels[parameter], self._settings.reduce_bucket_size
         if self._bucket and self._bucket_elements + numel > limit:
             self._reduce()
@@ -351,7 +358,8 @@ class Zero3Pass(BackEndPass):
         self._bucket.clear()
         self._bucket_elements = 0
 
-    def end(self) -> None:  # noqa: D102
+    @override
+    def end(self) -> None:
         if self._bucket:
             self._reduce()
         self._wait(list(self._in_flight))

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from typing_extensions import override
 
 from addax_ds.sharding.base import (
     OnGradients,
@@ -143,37 +144,43 @@ class Fsdp2(Sharding):
         _warn_of_narrow_passes(self._fsdp_params.values())
 
     @classmethod
-    def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
+    @override
+    def accepts(cls, model: nn.Module) -> bool:
         return any(isinstance(module, FSDPModule) for module in model.modules())
 
     @classmethod
-    def lay_out(  # noqa: D102
+    @override
+    def lay_out(
         cls, model: Any, device: torch.device, *, replicas: int = 1, cpu_offload: bool = False
     ) -> None:
         shard_model(model, **options_for(device, replicas, cpu_offload))
         materialize(model, device, "cpu" if cpu_offload else None)
 
     @classmethod
-    def shard_loaded(  # noqa: D102
+    @override
+    def shard_loaded(
         cls, model: nn.Module, device: torch.device, *, replicas: int = 1, cpu_offload: bool = False
     ) -> None:
         shard_model(model, **options_for(device, replicas, cpu_offload))
 
     @staticmethod
-    def local_slice(parameter: Tensor) -> tuple[int, Tensor]:  # noqa: D102
+    @override
+    def local_slice(parameter: Tensor) -> tuple[int, Tensor]:
         if not isinstance(parameter, DTensor):
             return Sharding.local_slice(parameter)
         return _start(parameter), _local(parameter).detach().view(-1)
 
     @classmethod
-    def free_gathered(cls, model: Any) -> None:  # noqa: D102
+    @override
+    def free_gathered(cls, model: Any) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     @classmethod
     @contextmanager
-    def own_classes(cls, model: nn.Module) -> Iterator[None]:  # noqa: D102
+    @override
+    def own_classes(cls, model: nn.Module) -> Iterator[None]:
         sharded = [(m, type(m)) for m in model.modules() if isinstance(m, FSDPModule)]
         for module, given in sharded:
             module.__class__ = given.__mro__[FSDPModule._orig_cls_mro_index]
@@ -188,7 +195,8 @@ class Fsdp2(Sharding):
 
     # ---- first order ---------------------------------------------------------------------------
 
-    def attach(self, on_gradients: OnGradients) -> None:  # noqa: D102
+    @override
+    def attach(self, on_gradients: OnGradients) -> None:
         super().attach(on_gradients)
         for fsdp_param in self._fsdp_params.values():
             fsdp_param.__class__ = _PerturbableParam
@@ -205,19 +213,22 @@ class Fsdp2(Sharding):
         complete = number == len(unit.infos) - 1
         self._hold(self._shard(unit.infos[number]), gradient, unit, complete=complete)
 
-    def detach(self) -> None:  # noqa: D102
+    @override
+    def detach(self) -> None:
         super().detach()
         for fsdp_param in self._fsdp_params.values():
             vars(fsdp_param).pop("unit", None)
             fsdp_param.__class__ = FSDPParam
 
-    def finish_step(self) -> None:  # noqa: D102
+    @override
+    def finish_step(self) -> None:
         self._reshard()  # what is still gathered is from before the update
 
     def _all_parameters(self) -> Iterable[Any]:
         return self._fsdp_params  # the model's are others while they are gathered
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         self._reshard()  # which drops what is being gathered or reduced, too
         super().abandon()
         for fsdp_param in self._fsdp_params.values():
@@ -226,7 +237,8 @@ class Fsdp2(Sharding):
                 fsdp_param._unsharded_param.grad = None
                 fsdp_param.free_unsharded_param()  # a gather may have ended before it counted
 
-    def unapplied_gradient(self) -> str | None:  # noqa: D102
+    @override
+    def unapplied_gradient(self) -> str | None:
         # With replicas, what is reduced over shards waits here to be reduced over replicas.
         waiting = {
             fsdp_param.sharded_param
@@ -251,7 +263,8 @@ class Fsdp2(Sharding):
     # ---- zeroth order --------------------------------------------------------------------------
 
     @contextmanager
-    def forward_only(self) -> Iterator[None]:  # noqa: D102
+    @override
+    def forward_only(self) -> Iterator[None]:
         try:
             yield
         finally:
@@ -259,7 +272,8 @@ class Fsdp2(Sharding):
             self._reshard()
 
     @contextmanager
-    def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
+    @override
+    def perturbed(self, perturb: Perturb) -> Iterator[None]:
         self._reshard()  # what is still gathered would be seen unperturbed
 
         def copies(unit: _Unit) -> dict[FSDPParam, Tensor]:
@@ -291,19 +305,23 @@ class Fsdp2(Sharding):
     # ---- collectives ---------------------------------------------------------------------------
 
     @property
-    def world_size(self) -> int:  # noqa: D102
+    @override
+    def world_size(self) -> int:
         return dist.get_world_size()
 
     @property
-    def replicas(self) -> int:  # noqa: D102
+    @override
+    def replicas(self) -> int:
         mesh = next(iter(self._fsdp_params.values())).mesh_info.mesh
         return mesh.size(0) if mesh.ndim > 1 else 1
 
-    def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
+    @override
+    def sum_over_ranks(self, values: Tensor) -> None:
         dist.all_reduce(values)
 
     @property
-    def device(self) -> torch.device:  # noqa: D102
+    @override
+    def device(self) -> torch.device:
         # With CPU offload the shards live elsewhere than the collectives.
         return next(iter(self._fsdp_params.values())).device
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from addax_ds.distributed.collectives import get_world_size
 from addax_ds.sharding.base import OnGradients, ParameterInfo, Perturb, Sharding, hook_of_parameter
@@ -56,19 +57,23 @@ class Unsharded(Sharding):
         self._largest = max(in_blocks, default=0)
 
     @classmethod
-    def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
+    @override
+    def accepts(cls, model: nn.Module) -> bool:
         return True  # what no other back end has accepted is a plain model, or wrongly wrapped
 
     @classmethod
-    def lay_out(cls, model: Any, device: torch.device) -> None:  # noqa: D102
+    @override
+    def lay_out(cls, model: Any, device: torch.device) -> None:
         materialize(model, device)
         model.tie_weights()  # giving them memory one by one has cut the ties
 
-    def forward_only(self) -> AbstractContextManager[None]:  # noqa: D102
+    @override
+    def forward_only(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     @contextmanager
-    def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
+    @override
+    def perturbed(self, perturb: Perturb) -> Iterator[None]:
         swapped: dict[ParameterInfo, Tensor] = {}
         hooks = []
         try:
@@ -102,7 +107,8 @@ class Unsharded(Sharding):
             swapped[info] = stored = info.parameter.data
             info.parameter.data = copy.view(stored.shape)
 
-    def attach(self, on_gradients: OnGradients) -> None:  # noqa: D102
+    @override
+    def attach(self, on_gradients: OnGradients) -> None:
         super().attach(on_gradients)
         for number, info in enumerate(self.infos):
             hook = hook_of_parameter(self, Unsharded._on_gradient, number)
@@ -133,10 +139,12 @@ class Unsharded(Sharding):
                 torch._foreach_div_(gradients, self.world_size)
         super().hand_over()
 
-    def finish_step(self) -> None:  # noqa: D102
+    @override
+    def finish_step(self) -> None:
         pass  # the weights that a pass reads are the weights that were updated
 
-    def check_unchanged(self) -> None:  # noqa: D102
+    @override
+    def check_unchanged(self) -> None:
         super().check_unchanged()
         owned: set[int] = set()
         for module in modules_of(self.model):
@@ -154,14 +162,17 @@ class Unsharded(Sharding):
                 )
 
     @property
-    def world_size(self) -> int:  # noqa: D102
+    @override
+    def world_size(self) -> int:
         return get_world_size()
 
     @property
-    def replicas(self) -> int:  # noqa: D102
+    @override
+    def replicas(self) -> int:
         return self.world_size
 
-    def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
+    @override
+    def sum_over_ranks(self, values: Tensor) -> None:
         if self.world_size > 1:
             dist.all_reduce(values)
 

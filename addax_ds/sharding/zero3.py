@@ -22,6 +22,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from torch import Tensor, nn
+from typing_extensions import override
 
 from addax_ds.sharding.base import OnGradients, ParameterInfo, Perturb, Sharding, padded
 from addax_ds.sharding.modules import materialize
@@ -93,7 +94,8 @@ class Zero3Sharding(Sharding):
             parameter.all_gather = self._gather_perturbed(single, parameter)
 
     @classmethod
-    def accepts(cls, model: nn.Module) -> bool:  # noqa: D102
+    @override
+    def accepts(cls, model: nn.Module) -> bool:
         return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
     @classmethod
@@ -105,23 +107,27 @@ class Zero3Sharding(Sharding):
         materialize(model, device)
 
     @classmethod
-    def free_gathered(cls, model: Any) -> None:  # noqa: D102
+    @override
+    def free_gathered(cls, model: Any) -> None:
         if isinstance(model, DeepSpeedEngine):
             model.optimizer.parameter_offload.partition_all_parameters()
 
     @classmethod
-    def from_model(cls, model: nn.Module, param_groups: list[dict]) -> Self:  # noqa: D102
+    @override
+    def from_model(cls, model: nn.Module, param_groups: list[dict]) -> Self:
         raise UserError(
             "the model is partitioned by DeepSpeed: use deepspeed.initialize with the optimizer "
             'type "Addax" instead of addax_ds.attach'
         )
 
     @staticmethod
-    def full_shape(parameter: Any) -> torch.Size:  # noqa: D102
+    @override
+    def full_shape(parameter: Any) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)  # a buffer has none
 
     @staticmethod
-    def local_slice(parameter: Any) -> tuple[int, Tensor]:  # noqa: D102
+    @override
+    def local_slice(parameter: Any) -> tuple[int, Tensor]:
         if not hasattr(parameter, "ds_id"):  # a buffer
             return Sharding.local_slice(parameter)
         # ZeRO-3 cuts the flat parameter into equal partitions; the last ones may be padded.
@@ -135,13 +141,15 @@ class Zero3Sharding(Sharding):
 
     # ---- first order ---------------------------------------------------------------------------
 
-    def attach(self, on_gradients: OnGradients) -> None:  # noqa: D102
+    @override
+    def attach(self, on_gradients: OnGradients) -> None:
         super().attach(on_gradients)
         # Before DeepSpeed's own hooks, which would fetch them module by module.
         hook = self.model.register_forward_pre_hook(self._gather_persistent, prepend=True)
         self._hooks.append(hook)
 
-    def detach(self) -> None:  # noqa: D102
+    @override
+    def detach(self) -> None:
         super().detach()
         for parameter, coalesced, single in self._gathers:
             parameter.all_gather_coalesced = coalesced
@@ -165,10 +173,12 @@ class Zero3Sharding(Sharding):
         self._waiting += (pair for pair in pairs if pair[0].data.numel())  # not padding alone
         self.hand_over()
 
-    def backward(self, loss: Tensor) -> None:  # noqa: D102
+    @override
+    def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def finish_step(self) -> None:  # noqa: D102
+    @override
+    def finish_step(self) -> None:
         self._partition_all()  # what is still gathered is from before the update
         # The update of shards without a gradient ran on the current stream.
         self._order_gathers()
@@ -179,7 +189,8 @@ class Zero3Sharding(Sharding):
             stream = gather_stream(self._zero.parameter_offload)
             stream.wait_stream(get_accelerator().current_stream())
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         get_accelerator().synchronize()  # what is in flight uses memory that is freed here
         super().abandon()
         zero, offload = self._zero, self._zero.parameter_offload
@@ -205,10 +216,12 @@ class Zero3Sharding(Sharding):
         for timer in self.engine.timers.get_timers().values():
             timer.reset()  # one that runs cannot be started again
 
-    def step_without_backward(self) -> None:  # noqa: D102
+    @override
+    def step_without_backward(self) -> None:
         self.engine.step()
 
-    def resume_at(self, step: int) -> None:  # noqa: D102
+    @override
+    def resume_at(self, step: int) -> None:
         # What its monitors count by.
         self.engine.global_steps = step
         self.engine.micro_steps = step * self.engine.gradient_accumulation_steps()
@@ -217,7 +230,8 @@ class Zero3Sharding(Sharding):
     # ---- zeroth order --------------------------------------------------------------------------
 
     @contextmanager
-    def forward_only(self) -> Iterator[None]:  # noqa: D102
+    @override
+    def forward_only(self) -> Iterator[None]:
         # DeepSpeed prefetches along the recorded order of modules. A pass without a backward has
         # another order: it gets a coordinator of its own, or the record is discarded every step.
         offload = self._zero.parameter_offload
@@ -230,7 +244,8 @@ class Zero3Sharding(Sharding):
         offload.param_coordinator = usual
 
     @contextmanager
-    def perturbed(self, perturb: Perturb) -> Iterator[None]:  # noqa: D102
+    @override
+    def perturbed(self, perturb: Perturb) -> Iterator[None]:
         self._partition_all()  # what is still gathered would be seen unperturbed
         self._perturb = perturb
         self._order_gathers()
@@ -307,14 +322,17 @@ class Zero3Sharding(Sharding):
     # ---- collectives ---------------------------------------------------------------------------
 
     @property
-    def world_size(self) -> int:  # noqa: D102
+    @override
+    def world_size(self) -> int:
         return dist.get_world_size(group=self._zero.dp_process_group)
 
-    def sum_over_ranks(self, values: Tensor) -> None:  # noqa: D102
+    @override
+    def sum_over_ranks(self, values: Tensor) -> None:
         dist.all_reduce(values, group=self._zero.dp_process_group)
 
     @property
-    def device(self) -> torch.device:  # noqa: D102
+    @override
+    def device(self) -> torch.device:
         return torch.device(_current_device())
 
     def _partition_all(self) -> None:

@@ -48,14 +48,14 @@ class Sweep:
         losses: the same after `STEPS` steps, by learning rate, ascending; NaN and infinity stand
             for what they say. It ends with the first rate that has not lowered the loss after one
             that has.
-        proposal: the rate with the lowest loss; None if none has lowered it.
     """
 
     before: float
     losses: dict[float, float]
 
     @property
-    def proposal(self) -> float | None:  # noqa: D102
+    def proposal(self) -> float | None:
+        """The rate with the lowest loss; None if none has lowered it."""
         lower = {rate: loss for rate, loss in self.losses.items() if loss < self.before}
         return min(lower, key=lambda rate: lower[rate]) if lower else None
 

@@ -18,6 +18,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from typing_extensions import override
+
 from addax_ds.cli import train
 from addax_ds.optim.estimator import Estimate, TwoSidedDifference
 from addax_ds.training.trainer import AddaxTrainer
@@ -36,7 +38,8 @@ class CoinToss(TwoSidedDifference):
         super().__init__(directions)
         self._coin = random.Random(seed)
 
-    def estimate(self, losses: Sequence[float], zo_eps: float) -> Estimate:  # noqa: D102
+    @override
+    def estimate(self, losses: Sequence[float], zo_eps: float) -> Estimate:
         found = super().estimate(losses, zo_eps)
         tossed = tuple(self._coin.choice((-1, 1)) * abs(c) for c in found.coefficients)
         return replace(found, coefficients=tossed)
