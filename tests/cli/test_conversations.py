@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from addax_ds.cli import train
+from addax_ds.cli import prepare, train
 from tests.support.tiny import BYTE_VOCABULARY, byte_tokenizer, tiny_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("program_alone")
@@ -48,7 +48,7 @@ def run(tmp_path, caplog, monkeypatch):
             "report_to": "none",
             **more,
         }
-        monkeypatch.setattr(train, "datetime", Clock(now))
+        monkeypatch.setattr(prepare, "datetime", Clock(now))
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="addax_ds"):
             logging.getLogger("addax_ds").propagate = True
@@ -98,6 +98,6 @@ def test_a_run_goes_on_with_the_date_of_its_start(run, tmp_path):
 
 def test_all_ranks_read_the_time_of_rank_0(monkeypatch):
     """A node may be in another time zone, or start a moment later on another day."""
-    monkeypatch.setattr(train, "all_gather_object", lambda own: [TODAY.isoformat(), own])
-    monkeypatch.setattr(train, "datetime", Clock(TOMORROW))
-    assert train._template_time(None) == TODAY.isoformat()
+    monkeypatch.setattr(prepare, "all_gather_object", lambda own: [TODAY.isoformat(), own])
+    monkeypatch.setattr(prepare, "datetime", Clock(TOMORROW))
+    assert prepare._template_time(None) == TODAY.isoformat()

@@ -29,7 +29,7 @@ def test_the_method_is_announced_with_its_directions(directions, said):
         first_order_batch=4,
         hyperparameters={"alpha": 0.5, "zo_eps": 1e-3, "zo_directions": directions},
     )
-    args: Any = SimpleNamespace(learning_rate=0.1, max_steps=7)
+    args: Any = SimpleNamespace(learning_rate=0.1, max_steps=7, find_learning_rate=False)
     schedule: Any = None  # for trainings without max_steps
     assert summary._method(args, run, schedule) == (
         f"addax-wa, alpha 0.5, zo_eps 0.001{said}, learning rate 0.1, K0 6, K1 4, ranks 2, steps 7"
