@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from addax_ds.checkpoint import atomic
@@ -60,7 +61,7 @@ def load_state(folder: Path, optimizer: Addax, scheduler: Any, run: Run) -> Prog
         )
     groups = [_continued(*pair) for pair in zip(saved, own, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    _load_schedule(folder / SCHEDULER_NAME, scheduler, [group["lr"] for group in groups])
+    _load_schedule(folder / SCHEDULER_NAME, scheduler, optimizer)
     _announce(Run(**content["run"]), run)
     return Progress(**content["progress"])
 
@@ -119,7 +120,8 @@ def _continued(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _load_schedule(path: Path, scheduler: Any, lrs: list[float]) -> None:
+def _load_schedule(path: Path, scheduler: Any, optimizer: Addax) -> None:
+    """Go on in a schedule; the optimizer, which has been loaded, gets its rate."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -130,8 +132,17 @@ def _load_schedule(path: Path, scheduler: Any, lrs: list[float]) -> None:
             f"{path}: this is the state of another kind of schedule: resume with the "
             "--lr_scheduler_type, or the scheduler in the DeepSpeed JSON, that it was written with"
         )
+    lrs = [group["lr"] for group in optimizer.param_groups]
     of_this_run = {"base_lrs": own.get("base_lrs"), "_last_lr": lrs}
     scheduler.load_state_dict(state | {k: v for k, v in of_this_run.items() if k in own})
+    inner = getattr(scheduler, "scheduler", scheduler)  # out of Accelerate's wrapper
+    if isinstance(inner, LambdaLR):
+        # The rate that was saved is one of the schedule as it was, perhaps over fewer steps.
+        factors = [factor(inner.last_epoch) for factor in inner.lr_lambdas]
+        lrs = [base * factor for base, factor in zip(inner.base_lrs, factors, strict=True)]
+        inner._last_lr = lrs
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
 
 
 def _announce(written: Run, run: Run) -> None:

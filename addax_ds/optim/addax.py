@@ -200,9 +200,9 @@ class Addax(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Run the forward passes of a step and average their losses with one all-reduce.
 
-        The zeroth-order passes run in eval mode (as in MeZO), so that all see the same
-        randomness, and without autograd. The stored weights are bit-identical before and after,
-        also if a closure raises.
+        The zeroth-order passes run in eval mode (as in MeZO), without autograd, and what closures
+        draw of torch's random generators is the same in all of them. The stored weights are
+        bit-identical before and after, also if a closure raises.
 
         Several closures are micro-batches of one step. Zeroth-order ones cost passes alone. Of
         first-order ones all but the last are run backward here, and their gradients are summed in
@@ -528,9 +528,11 @@ class Addax(torch.optim.Optimizer):
         """Continue where a `state_dict` was taken.
 
         Raises:
-            UserError: if the state was saved with another seed, whose z this run would not
-                reproduce.
+            UserError: if the state is that of another optimizer, or was saved with another seed,
+                whose z this run would not reproduce.
         """
+        if "addax" not in state_dict:
+            raise UserError("this is the state of another optimizer, and not of Addax")
         own = state_dict["addax"]
         for known in _FIXED:
             saved, value = own[known.name], getattr(self, known.name)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
@@ -145,9 +145,12 @@ class RunningStep:
         means = []
         self._mode = _Mode.REFUSE  # it would be of perturbed weights
         with self._passes.of_step():
-            for each in passes:
+            for number, each in enumerate(passes, start=1):
                 shown = partial(perturb, step=self._by_group[0], sign=each.sign, probe=each.probe)
-                with self._passes.perturbed(shown):
+                # Noise or masks that closures draw have to be the same in all passes: g0 is the
+                # difference of two.
+                draws = self._replayed() if number < len(passes) else nullcontext()
+                with draws, self._passes.perturbed(shown):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())
         self._mode = _Mode.APPLY

@@ -18,14 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
 from addax_ds.kernels.operation import Slice
-from addax_ds.sharding.modules import canonical_name
+from addax_ds.sharding.modules import canonical_name, modules_of
 from addax_ds.sharding.reads import Reads
 from addax_ds.utils.errors import UserError
 
 S = TypeVar("S", bound="Sharding")
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
-"""Models whose gradients an optimizer applies."""
+"""Modules with parameters whose gradients an optimizer applies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,7 @@ class Sharding(ABC):
         self._hooks: list[RemovableHandle] = []
         self._shards: dict[ParameterInfo, Shard] = {}
         self._on_gradients: OnGradients | None = None
+        self._holders: list[nn.Module] = []
         self._waiting: list[tuple[Shard, Tensor]] = []
         self._unit_waiting: object = None
 
@@ -194,13 +195,18 @@ class Sharding(ABC):
         """Number of trainable elements of the whole model."""
         return sum(self.group_elements)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the gradients of the model go to an optimizer."""
+        return self._on_gradients is not None
+
     def check_unchanged(self) -> None:
         """Check that the optimizer is attached, and that no parameter was frozen or unfrozen since.
 
         Raises:
             UserError: if one was; it would be updated, or left alone, in silence.
         """
-        if self.model not in _ATTACHED:
+        if not self.is_attached:
             raise UserError("the optimizer was detached from the model: attach it again")
         if any(p.requires_grad != trainable for p, trainable in self._held):
             raise UserError(
@@ -289,18 +295,21 @@ class Sharding(ABC):
         Raises:
             UserError: if another optimizer is attached to the model.
         """
-        if self.model in _ATTACHED:
+        holders = [module for module in modules_of(self.model) if module._parameters]
+        if any(module in _ATTACHED for module in holders):
             raise UserError(
-                "another Addax optimizer is attached to this model, and both would apply its "
-                "gradients: call detach() on what its attach() returned, first"
+                "another Addax optimizer is attached to this model, or to a part of it, and both "
+                "would apply its gradients: call detach() on what its attach() returned, first"
             )
-        _ATTACHED.add(self.model)
+        _ATTACHED.update(holders)
+        self._holders = holders
         self._on_gradients = on_gradients
         self._hooks.append(self.model.register_forward_hook(self._note_forward))
 
     def detach(self) -> None:
         """Remove every hook and wrapper from the model and its parameters."""
-        _ATTACHED.discard(self.model)
+        _ATTACHED.difference_update(self._holders)
+        self._holders.clear()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -165,7 +165,7 @@ class Zero3Sharding(Sharding):
         Raises:
             UserError: if the optimizer was detached.
         """
-        if self._on_gradients is None:
+        if not self.is_attached:
             self.check_unchanged()
         self.backward_ran = True
         shards = [self._shard(self._infos_by_parameter[parameter]) for parameter in parameters]

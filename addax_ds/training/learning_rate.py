@@ -94,7 +94,8 @@ def find_learning_rate(trainer: "AddaxMixin") -> Sweep:
     trainer.callback_handler.callbacks = [_Sweeping(trainer)]
     trainer.args.save_strategy = SaveStrategy.NO
     try:
-        Trainer.train(trainer)
+        with trainer.releasing_model():
+            Trainer.train(trainer)
     except _SweepFinished as done:
         return done.sweep
     finally:

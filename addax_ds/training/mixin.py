@@ -1,10 +1,10 @@
 """A Trainer with Addax: its loop as it is, another step inside it."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from addax_ds.optim.addax import Addax
 from addax_ds.optim.attach import attach
 from addax_ds.optim.methods import IN_PLACE
 from addax_ds.planner.constants import FORWARD, first_order_units
-from addax_ds.sharding.base import Sharding
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
 from addax_ds.training.learning_rate import Sweep, find_learning_rate
@@ -26,9 +25,6 @@ from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-# The model keeps its back end alive, by its hooks.
-_TRAINED: WeakKeyDictionary[nn.Module, ReferenceType[Sharding]] = WeakKeyDictionary()
 
 MAX_NAMED_EXAMPLES = 20
 """Largest number of examples of a non-finite step in the log."""
@@ -105,20 +101,47 @@ class AddaxMixin(ResumingMixin, StepMixin):
                 "under DeepSpeed a trainer trains once, and before it evaluates: make a new "
                 f"{type(self).__name__}, or set eval_on_start to evaluate before the first step"
             )
+        if self.is_deepspeed_enabled:
+            return super().create_optimizer(model)
+        model = model or self.model
+        assert model is not None
+        back_end_of(model).free_gathered(model)
         if self.optimizer is None:
-            model = model or self.model
-            assert model is not None
             _check_dtype(model, self.args)
-            back_end_of(model).free_gathered(model)
-            earlier = _TRAINED.pop(model, lambda: None)()
-            if earlier is not None:  # of another trainer, as in a notebook
-                earlier.detach()
-            self.optimizer = Addax(
-                [p for p in model.parameters() if p.requires_grad],
-                **asdict(self.settings.hyperparameters),
-            )
-            _TRAINED[model] = ref(attach(self.optimizer, model))
+            trained = [p for p in model.parameters() if p.requires_grad]
+            if not trained:
+                raise UserError(
+                    "the model has no trainable parameter: set requires_grad of those to train, "
+                    "which PEFT has unset where it merged its adapters into the weights"
+                )
+            self.optimizer = Addax(trained, **asdict(self.settings.hyperparameters))
+        attach(self.addax, model)
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `SavingMixin.train`. Afterwards, and after an error, the model is free."""
+        with self.releasing_model():
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def releasing_model(self) -> Iterator[None]:
+        """Detach the optimizer afterwards: a backward of others would update the weights.
+
+        Under DeepSpeed the engine keeps its optimizer.
+        """
+        try:
+            yield
+        except BaseException:
+            # Other ranks may be elsewhere, and the process is about to end; a notebook goes on.
+            if self._holds_model() and self.args.world_size == 1:
+                self.addax.abandon()
+            raise
+        finally:
+            if self._holds_model():
+                self.addax.sharding.detach()
+
+    def _holds_model(self) -> bool:
+        return not self.is_deepspeed_enabled and self.optimizer is not None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

@@ -58,6 +58,7 @@ class ResumingMixin(SavingMixin):
         with raise_on_all_ranks():
             progress = load_state(folder, self.addax, self.lr_scheduler, self._run)
         self._progress = progress
+        self.state.compute_steps(self.args, max_steps)  # Trainer leaves those of the checkpoint
         self._forget_another_best(folder, progress)
         self._load_weights(folder)
         self.resumed_step = self.state.global_step

@@ -212,6 +212,11 @@ class SavingMixin(UploadingMixin):
                 "find_learning_rate is set, so there is no learning rate to train with: call "
                 "find_learning_rate() of the trainer, or set learning_rate"
             )
+        if resume_from_checkpoint is None and self.args.resume_from_checkpoint:
+            logger.warning(
+                "resume_from_checkpoint of the arguments has no effect on train(): call "
+                "train(resume_from_checkpoint=...)"
+            )
         if resume_from_checkpoint:
             check_can_resume(self.settings.method)
         self.resumed_step = 0
@@ -223,10 +228,14 @@ class SavingMixin(UploadingMixin):
             self._run_id = ownership.claim(self.args, folder, self._run_id)
             if found is None:
                 return super().train(None, *args, **kwargs)
+            self._take_time_of(found.written)
             with raise_on_all_ranks():
                 found.check(self._run)
-            self.template_time = found.written.template_time or self.template_time
             return super().train(str(found.folder), *args, **kwargs)
+
+    def _take_time_of(self, written: Run) -> None:
+        """Let chat templates read the time that they read in a run that goes on here."""
+        self.template_time = written.template_time or self.template_time
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing yet: `ResumingMixin` fills the shards, once there are any."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
+from addax_ds.checkpoint.identity import Run
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.settings import AddaxSettings
 from addax_ds.config.trials import check_steps
@@ -95,11 +96,11 @@ class StepMixin(SavingMixin):
         self._check_arguments(args, kwargs)
         self.partition: Partition | None = None
         self._steps: StepBatches | None = None
+        self._divided: Any = None
         self._losses: list[tuple[str, int, Tensor]] = []
         named = {name: own(value) for name, value in kwargs.items()}
         super().__init__(*map(own, args), **named)
-        if self.train_dataset is not None:
-            self._prepare_steps(self.train_dataset)
+        self._divide_anew()
         self.costs = CostMeter(self.args.device)
         self.add_callback(_Meter(self))
 
@@ -131,8 +132,27 @@ class StepMixin(SavingMixin):
                 raise UserError(f"{name} takes no {argument}: {instead}")
         self.settings: AddaxSettings = args.settings
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on ``train_dataset``, which may be another one than before; see `Trainer.train`."""
+        if self.train_dataset is not self._divided:
+            self._divide_anew()
+        return super().train(*args, **kwargs)
+
+    def _take_time_of(self, written: Run) -> None:
+        before = self.template_time
+        super()._take_time_of(written)
+        # Few templates write the date: rows are encoded anew if theirs does.
+        if before not in (None, self.template_time) and self._data_digest != written.data:
+            self._divide_anew()
+
+    def _divide_anew(self) -> None:
+        """Divide the training data, if there is any, between the streams."""
+        self.partition = self._steps = None
+        self._divided = self.train_dataset
+        if self.train_dataset is not None:
+            self._prepare_steps(self.train_dataset)
+
     def _prepare_steps(self, dataset: Any) -> None:
-        """Divide the training data between the streams."""
         name = f"{type(self).__name__}: the training data"
         check_rows_have_numbers(dataset, name, "streams by length need")
         rows = self.train_rows(dataset)

@@ -504,3 +504,41 @@ def test_a_model_has_one_optimizer_at_a_time():
     other = Addax(model.parameters(), lr=0.1, alpha=0.5)
     attach(other, model)
     one_step(model, other)
+
+
+@pytest.mark.parametrize("place", ["around", "inside"])
+def test_nor_has_a_part_of_it_another(place):
+    model, optimizer = toy()
+    other = nn.Sequential(model) if place == "around" else model.layers
+    with pytest.raises(UserError, match="attached to this model, or to a part of it"):
+        attach(Addax(other.parameters(), lr=0.1), other)
+    one_step(model, optimizer)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_what_closures_draw_is_the_same_in_all_passes_of_a_step(directions):
+    """Else g0 would be the difference of two masks."""
+    model, optimizer = toy(zo_directions=directions)
+    drawn: list[Tensor] = []
+
+    def noisy() -> Tensor:
+        drawn.append(torch.randn_like(X))
+        return model(X + drawn[-1])
+
+    torch.manual_seed(0)
+    for _ in range(2):
+        optimizer.measure([noisy, noisy], lambda: model(X)).backward()
+        optimizer.step()
+    steps = torch.stack(drawn).view(2, 2 * directions, 2, *X.shape)
+    torch.manual_seed(0)
+    for passes in steps:
+        expected = torch.stack([torch.randn_like(X), torch.randn_like(X)])
+        for one in passes:
+            assert torch.equal(one, expected)
+
+
+def test_state_of_another_optimizer():
+    _, optimizer = toy()
+    other = torch.optim.SGD(Toy().parameters(), lr=0.1)
+    with pytest.raises(UserError, match="the state of another optimizer"):
+        optimizer.load_state_dict(other.state_dict())

@@ -16,6 +16,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Trainer,
+    TrainerCallback,
 )
 
 from addax_ds import Addax, AddaxConfig, AddaxMixin, AddaxTrainer, UserError, attach
@@ -67,10 +68,12 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 # ---- data sets of any kind, a causal language model --------------------------------------------
 
 
-def trained(folder: Any, dataset: Any, **more: Any) -> dict[str, torch.Tensor]:
+def trained(
+    folder: Any, dataset: Any, length_threshold: int = 12, **more: Any
+) -> dict[str, torch.Tensor]:
     trainer = AddaxTrainer(
         model=tiny_model("opt"),
-        args=config(folder, length_threshold=12),
+        args=config(folder, length_threshold=length_threshold),
         train_dataset=dataset,
         processing_class=tiny_tokenizer(),
         **more,
@@ -164,6 +167,70 @@ def test_a_second_trainer_of_the_same_model_goes_on_from_its_weights(tmp_path):
     fresh.load_state_dict(other.state_dict())
     AddaxTrainer(fresh, config(tmp_path), train_dataset=columns()).train()
     assert_same(weights(model), weights(fresh))
+
+
+def test_a_model_is_free_when_its_trainer_has_trained(tmp_path):
+    first = AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=columns())
+    first.train()
+    model, trained = first.model, weights(first.model)
+    batch = {name: torch.tensor([columns()[0][name]]) for name in ("input_ids", "labels")}
+    model(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert_same(weights(model), trained)
+    torch.save(model, tmp_path / "model.pt")
+    model.zero_grad()
+    attach(Addax(model.parameters(), lr=0.1), model).detach()
+    first.train()  # it may go on
+    assert any(not torch.equal(w, trained[n]) for n, w in weights(model).items())
+
+
+class Fails(TrainerCallback):
+    """Raises in the third step, before or after its backward."""
+
+    def __init__(self, event: str) -> None:
+        self.event = event
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and self.event == "step":
+            raise KeyboardInterrupt
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and self.event == "backward":
+            hooks = []
+
+            def fail(gradient: torch.Tensor) -> None:
+                hooks[0].remove()
+                raise KeyboardInterrupt
+
+            parameter = next(kwargs["model"].parameters())
+            hooks.append(parameter.register_hook(fail))
+
+
+@pytest.mark.parametrize("event", ["backward", "step"])
+def test_a_trainer_trains_anew_after_a_step_that_was_interrupted(event, tmp_path):
+    trainer = AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=columns())
+    trainer.add_callback(Fails(event))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    trainer.remove_callback(Fails)
+    interrupted = weights(trainer.model)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert any(not torch.equal(w, interrupted[n]) for n, w in weights(trainer.model).items())
+
+
+def test_another_data_set_may_follow(tmp_path):
+    trainer = AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=columns())
+    trainer.train_dataset = columns()[::-1]
+    trainer.train()
+    assert_same(weights(trainer.model), trained(tmp_path, columns()[::-1], length_threshold=10))
+
+
+def test_a_model_without_a_trainable_parameter_is_refused(tmp_path):
+    model = tiny_model("opt").requires_grad_(False)
+    with pytest.raises(UserError, match="no trainable parameter: set requires_grad"):
+        AddaxTrainer(model, config(tmp_path), train_dataset=columns()).train()
 
 
 # ---- any loss ----------------------------------------------------------------------------------

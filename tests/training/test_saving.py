@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from contextlib import contextmanager
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,23 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 from addax_ds import AddaxConfig, AddaxTrainer, UserError
 from addax_ds.checkpoint import atomic, folders
 from addax_ds.evaluation.scored_set import EvaluationSet
-from addax_ds.training import hub
+from addax_ds.training import hub, likelihood
 from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer
 
 
-def trainer(folder: Path, **more: Any) -> AddaxTrainer:
+def arguments(folder: Path, **more: Any) -> AddaxConfig:
     usual = {
         **{"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2},
         **{"learning_rate": 0.05, "length_threshold": 12, "report_to": "none"},
         **{"disable_tqdm": True, "save_strategy": "no"},
     }
+    return AddaxConfig(**{**usual, **more})
+
+
+def trainer(folder: Path, **more: Any) -> AddaxTrainer:
     return AddaxTrainer(
         model=tiny_model("opt"),
-        args=AddaxConfig(**{**usual, **more}),
+        args=arguments(folder, **more),
         train_dataset=examples(rows(5, 6)),
         eval_dataset=EvaluationSet(examples(rows(2, 2, seed=2))),
         processing_class=tiny_tokenizer(),
@@ -107,6 +112,78 @@ def test_samples_per_second_count_the_rows_of_both_batches(tmp_path):
     steps = math.ceil(6 / 2)  # of D1
     rate = steps * (2 + 2) / metrics["train_runtime"]
     assert metrics["train_samples_per_second"] == pytest.approx(rate, rel=0.01)
+
+
+def test_a_resume_heeds_the_steps_and_the_schedule_that_it_is_given(tmp_path):
+    first = {**EVERY_STEP, "save_steps": 2, "logging_steps": 1}
+    trainer(tmp_path, **first, max_steps=4, lr_scheduler_type="linear").train()
+    again = trainer(
+        tmp_path,
+        **{**EVERY_STEP, "save_steps": 3, "logging_steps": 1, "max_steps": 12},
+        **{"lr_scheduler_type": "linear", "eval_strategy": "steps", "eval_steps": 5},
+    )
+    again.train(resume_from_checkpoint=True)
+    assert sorted(folders.steps(tmp_path)) == [2, 4, 6, 9, 12]
+    log = again.state.log_history
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [5, 10, 12]
+    rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
+    for step in range(5, 13):
+        assert rates[step] == pytest.approx(0.05 * (13 - step) / 12)
+
+
+def test_an_argument_that_train_does_not_heed_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="addax_ds"):
+        trainer(tmp_path, resume_from_checkpoint="True").train()
+    assert "resume_from_checkpoint of the arguments has no effect on train()" in caplog.text
+
+
+DATED = "w{{ strftime_now('%d') | int }} {% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+class Clock:
+    """Stands in for ``datetime`` in a module."""
+
+    def __init__(self, now: str) -> None:
+        self._now = datetime.fromisoformat(now)
+
+    def now(self) -> datetime:
+        return self._now
+
+    fromisoformat = staticmethod(datetime.fromisoformat)
+
+
+def test_rows_that_read_the_date_are_those_of_the_first_start(tmp_path, monkeypatch):
+    dialogues = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(f"w{word}" for word in range(length))},
+                {"role": "assistant", "content": "w40"},
+            ]
+        }
+        for length in (3, 4, 5, 6, 14, 15, 16, 17)
+    ]
+
+    def make(day: str, template: str) -> AddaxTrainer:
+        monkeypatch.setattr(likelihood, "datetime", Clock(day))
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        return AddaxTrainer(
+            model=tiny_model("opt"),
+            args=arguments(tmp_path, **EVERY_STEP, length_threshold="median"),
+            train_dataset=dialogues,
+            processing_class=tokenizer,
+        )
+
+    make("2025-01-01", DATED).train()
+    other_day = make("2025-01-02", DATED)
+    first = other_day._data_digest
+    other_day.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other_day._data_digest != first
+    assert other_day.resumed_step == 2
+    with pytest.raises(UserError, match="the training data had the digest"):
+        make("2025-01-02", "w9 " + DATED).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
 
 
 def test_a_callback_may_come_with_a_resume(tmp_path):
