@@ -8,6 +8,7 @@ number of ranks.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from addax_ds.data.examples import Example, lengths_of
+from addax_ds.data.examples import Example, data_digest, lengths_of
 from addax_ds.data.loading import RankLoader
 from addax_ds.data.train_rows import dummy_example, pad
 from addax_ds.distributed.collectives import all_gather_object
@@ -40,6 +41,11 @@ class ScoredSet(Dataset[tuple[Any, ...]], ABC):
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
+
+    @cached_property
+    def digest(self) -> str:
+        """`data_digest` of the examples."""
+        return data_digest(self.examples)
 
     def __len__(self) -> int:
         """Return the number of examples to be scored."""

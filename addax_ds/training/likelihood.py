@@ -212,6 +212,12 @@ class LikelihoodMixin(_Steps):
             table.add(inputs["index"], dataset.score(model, inputs))
         return None, None, None
 
+    def _eval_data(self) -> dict[str, str] | None:
+        if self._collates or self.eval_dataset is None:
+            return None
+        by_name = _by_name(self.eval_dataset).items()
+        return {name: self._scored_set(each, "eval_dataset").digest for name, each in by_name}
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return a loader of this rank's share of a data set's batches."""
         if self._collates:

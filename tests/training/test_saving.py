@@ -79,6 +79,23 @@ def test_another_metric_on_a_resume_does_not_compete_with_the_old_one(tmp_path, 
     assert "was chosen by loss" in caplog.text
 
 
+def test_a_value_on_other_rows_does_not_compete_with_that_on_the_old_ones(tmp_path, caplog):
+    """The loss falls, so that its first value, of whatever rows, would stay the largest."""
+    largest = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=2).train()
+    same = trainer(tmp_path, **largest, learning_rate=1e-3)
+    with caplog.at_level(logging.WARNING):
+        same.train(resume_from_checkpoint=True)
+    assert same.best_step == 1
+    assert "the best checkpoint up to now" not in caplog.text
+    other = trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=5)
+    other.eval_dataset = EvaluationSet(examples(rows(2, 2, seed=3)))
+    with caplog.at_level(logging.WARNING):
+        other.train(resume_from_checkpoint=True)
+    assert other.best_step == 4
+    assert "was chosen on other rows" in caplog.text
+
+
 def test_a_best_checkpoint_that_is_gone_is_not_the_best_one_any_more(tmp_path, caplog):
     rising = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
     first = trainer(tmp_path, **rising, learning_rate=1e-3, max_steps=2)
