@@ -217,7 +217,12 @@ def dummy_example(pad_token_id: int) -> Example:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold of an array, a tensor or an image; of others only the type."""
+    """Return what JSON can hold of a mapping, an array, a tensor or an image.
+
+    Of others only the type.
+    """
+    if isinstance(value, Mapping):  # as a tokenizer returns it, a BatchEncoding
+        return dict(value)
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
         return [str(value.dtype), value.shape, hashlib.sha256(flat.numpy().tobytes()).hexdigest()]
