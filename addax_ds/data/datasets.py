@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from addax_ds.data.encoding import encode
-from addax_ds.data.examples import Example
+from addax_ds.data.examples import NO_LOSS, Example
 from addax_ds.reading.records import read_records
 from addax_ds.reading.sources import without_nested_nulls
 from addax_ds.utils.errors import UserError
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from addax_ds.data.train_rows import MapDataset
+
+_INT32_NUMBERS = 2**31
+"""Token ids that an example can hold, where nobody knows how many the model has."""
 
 
 def as_examples(
@@ -57,7 +60,7 @@ def as_examples(
     if not isinstance(first, Mapping):
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
     if "input_ids" in first:
-        positions, vocabulary = model_positions or math.inf, vocabulary_size or math.inf
+        positions, vocabulary = model_positions or math.inf, vocabulary_size or _INT32_NUMBERS
         return [
             _example(dataset[index], f"{name}: row {index}", positions, vocabulary)
             for index in range(len(dataset))
@@ -97,7 +100,7 @@ def _arrow_dataset() -> Any:
     return getattr(sys.modules.get("datasets"), "Dataset", ())
 
 
-def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: float) -> Example:
+def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: int) -> Example:
     """Return the example of a tokenised row."""
     ids = _integers(row, "input_ids", origin)
     given = row.get("labels") is not None
@@ -117,9 +120,15 @@ def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: 
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise UserError(
             f"{origin}: input_ids from {ids.min()} to {ids.max()}, and the model has embeddings "
-            f"for {vocabulary:.0f}: the tokenizer is another model's"
+            f"for {vocabulary}: the tokenizer is another model's"
         )
-    example = Example(ids, labels, origin)
+    targets = labels[labels != NO_LOSS]
+    if len(targets) and not 0 <= targets.min() <= targets.max() < vocabulary:
+        raise UserError(
+            f"{origin}: labels from {targets.min()} to {targets.max()}, and the model has "
+            f"embeddings for {vocabulary}: a label is a token, or {NO_LOSS} where there is no loss"
+        )
+    example = Example(ids.astype(np.int32), labels.astype(np.int32), origin)
     if not example.target_count:
         raise UserError(
             f"{origin}: no token after the first has a label, so there is nothing to learn from it"
@@ -134,4 +143,4 @@ def _integers(row: Mapping[str, Any], column: str, origin: str) -> Any:
             f"{origin}: {column} must be integers, one a token, and not {values.dtype} of shape "
             f"{values.shape}"
         )
-    return values.astype(np.int32)
+    return values.astype(np.int64)
