@@ -13,7 +13,7 @@ import numpy as np
 
 from addax_ds.data.encoding import encode
 from addax_ds.data.examples import NO_LOSS, Example
-from addax_ds.reading.records import read_records
+from addax_ds.reading.records import log_unused, read_records
 from addax_ds.reading.sources import without_nested_nulls
 from addax_ds.utils.errors import UserError
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _INT32_NUMBERS = 2**31
 """Token ids that an example can hold, where nobody knows how many the model has."""
+
+_LOSS_MASKS = ("completion_mask", "assistant_masks")
+_OF_PACKED_ROWS = ("position_ids", "seq_idx", "seq_lengths")
 
 
 def as_examples(
@@ -38,9 +41,8 @@ def as_examples(
     """Return the examples of a data set, whose first row decides how the others are read.
 
     Args:
-        dataset: rows that are examples; that have ``input_ids`` (and ``labels``, not shifted, -100
-            where a token carries no loss; without them all tokens carry loss; what
-            ``attention_mask`` marks with 0 is left out); or that have one of `shapes.SHAPES`.
+        dataset: rows that are examples; that have ``input_ids`` (`_tokens` says with what else); or
+            that have one of `shapes.SHAPES`.
         name: what to call the data set in messages.
         tokenizer: for rows of text.
         model_positions: see `encode`.
@@ -61,10 +63,15 @@ def as_examples(
         raise UserError(f"{name}: row 0 is a {type(first).__name__}; expected columns by name")
     if "input_ids" in first:
         positions, vocabulary = model_positions or math.inf, vocabulary_size or _INT32_NUMBERS
-        return [
-            _example(dataset[index], f"{name}: row {index}", positions, vocabulary)
-            for index in range(len(dataset))
-        ]
+        found: list[Example] = []
+        unused: set[str] = set()
+        for index in range(len(dataset)):
+            row, origin = dataset[index], f"{name}: row {index}"
+            columns = _tokens(row, origin)
+            found.append(_example(columns, origin, positions, vocabulary))
+            unused.update(key for key in row.keys() - columns.keys() if row[key] is not None)
+        log_unused(name, unused)
+        return found
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
     examples, _ = encode(
@@ -100,19 +107,45 @@ def _arrow_dataset() -> Any:
     return getattr(sys.modules.get("datasets"), "Dataset", ())
 
 
-def _example(row: Mapping[str, Any], origin: str, positions: float, vocabulary: int) -> Example:
-    """Return the example of a tokenised row."""
-    ids = _integers(row, "input_ids", origin)
-    given = row.get("labels") is not None
-    labels = _integers(row, "labels", origin) if given else ids
-    masked = row.get("attention_mask") is not None
-    mask = _integers(row, "attention_mask", origin) if masked else np.ones_like(ids)
-    if not len(ids) == len(labels) == len(mask):
-        raise UserError(
-            f"{origin}: {len(ids)} input_ids, {len(labels)} labels and {len(mask)} of "
-            "attention_mask; expected equally many"
-        )
-    ids, labels = ids[mask != 0], labels[mask != 0]
+def _tokens(row: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return the columns of a tokenised row that are used, each int64 of shape [tokens].
+
+    Tokens that ``attention_mask`` marks with 0 are left out. ``labels`` are not shifted, and -100
+    where a token carries no loss. Without them, a token carries loss where ``completion_mask`` and
+    ``assistant_masks`` both say so, or whichever there is, as in TRL. A null is a missing column.
+
+    Raises:
+        UserError: a column holds other things, not as many, or says that the row is packed; or
+            there are no ``input_ids``.
+    """
+    if row.get("input_ids") is None:
+        raise UserError(f"{origin}: no input_ids (or null), a column of the first row")
+    for column in _OF_PACKED_ROWS:
+        if row.get(column) is not None:
+            raise UserError(
+                f"{origin}: {column} is of packed rows, whose sequences would be read as one: give "
+                "a row for each sequence, or a data_collator that makes position_ids; if the row "
+                "is one sequence, remove the column"
+            )
+    learnt = ("labels",) if row.get("labels") is not None else _LOSS_MASKS
+    present = [name for name in ("attention_mask", *learnt) if row.get(name) is not None]
+    columns = {name: _integers(row, name, origin) for name in ("input_ids", *present)}
+    if len({len(values) for values in columns.values()}) > 1:
+        counts = ", ".join(f"{len(values)} in {name}" for name, values in columns.items())
+        raise UserError(f"{origin}: the columns have a value for each token, but {counts}")
+    return columns
+
+
+def _example(columns: Mapping[str, Any], origin: str, positions: float, vocabulary: int) -> Example:
+    """Return the example of `_tokens`."""
+    ids = columns["input_ids"]
+    labels = columns.get("labels", ids)
+    for mask in _LOSS_MASKS:
+        if mask in columns:
+            labels = np.where(columns[mask] != 0, labels, NO_LOSS)
+    if "attention_mask" in columns:
+        attended = columns["attention_mask"] != 0
+        ids, labels = ids[attended], labels[attended]
     if len(ids) > positions:
         raise UserError(
             f"{origin}: {len(ids)} tokens, and the model takes {positions:.0f}: shorten the row"

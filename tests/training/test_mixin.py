@@ -480,14 +480,23 @@ def test_what_an_addax_step_cannot_carry_is_refused_by_name(tmp_path):
     [
         ({"input_ids": [[1, 2], [3, 4]]}, r"row 3: input_ids must be integers, one a token"),
         ({"input_ids": [0.5, 1.5]}, r"row 3: input_ids must be integers, one a token"),
-        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 3: 3 input_ids, 2 labels and 3 of"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 3: .* but 3 in input_ids, 2 in labels"),
         ({"input_ids": [1, 2, 3], "labels": [1, -100, -100]}, "row 3: no token after the first"),
         ({"input_ids": [1, 2, 211]}, "row 3: input_ids from 1 to 211, and the model has"),
         ({"input_ids": [1, 2**32 + 7]}, "row 3: input_ids from 1 to 4294967303, and the model has"),
         ({"input_ids": [1, 2], "labels": [-1, 2]}, "row 3: labels from -1 to 2, .* or -100 where"),
         ({"input_ids": [1, 2], "labels": [-100, 211]}, "row 3: labels from 211 to 211, and the"),
+        ({"input_ids": [1, 2], "assistant_masks": [1]}, "row 3: .* 1 in assistant_masks"),
+        ({"input_ids": [1, 2], "completion_mask": [1, 0]}, "row 3: no token after the first"),
+        ({"input_ids": [1, 2], "position_ids": [0, 0]}, "row 3: position_ids is of packed rows"),
+        ({"input_ids": [1, 2], "seq_idx": [0, 1]}, "row 3: seq_idx is of packed rows, whose"),
+        ({"input_ids": [1, 2], "seq_lengths": [1, 1]}, "row 3: seq_lengths is of packed rows"),
+        ({"text": "w1 w2"}, "row 3: no input_ids"),
         ({"input_ids": [1, 2] * 40}, "row 3: 80 tokens, and the model takes 48"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, "row 3: 2 input_ids, 2 labels and 1 of"),
+        (
+            {"input_ids": [1, 2], "attention_mask": [1]},
+            "row 3: .* 2 in input_ids, 1 in att",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(row, said, tmp_path):
