@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from addax_ds.data.examples import NO_LOSS, Example, data_digest, lengths_of, target_counts_of
+from addax_ds.reading.shapes import listed
 from addax_ds.utils.errors import UserError
 
 _IDS = "_ids"
@@ -40,12 +41,25 @@ def check_rows_have_numbers(dataset: Any, name: str, why: str) -> None:
     """Check that a data set is a `MapDataset`.
 
     Raises:
-        UserError: with ``why`` one is needed.
+        UserError: with ``why`` one is needed, and with what makes one of a data frame or a dict.
     """
+    kind = type(dataset)
+    library = kind.__module__.partition(".")[0]
+    if library in ("pandas", "polars"):
+        raise UserError(
+            f"{name} is a {kind.__name__} of {library}; {why} rows by number: give "
+            f"datasets.Dataset.from_{library}(...) of it"
+        )
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        raise UserError(
+            f"{name} is a {kind.__name__} of [{listed(map(str, dataset))}]; {why} rows by number: "
+            "if these are columns, give datasets.Dataset.from_dict(...) of it; if splits, one of "
+            "them"
+        )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(
-            f"{name} is a {type(dataset).__name__}, whose rows come one after the other; {why} a "
-            "data set with a length and rows by number (datasets: load it without streaming)"
+            f"{name} is a {kind.__name__}, whose rows come one after the other; {why} a data set "
+            "with a length and rows by number (datasets: load it without streaming)"
         )
 
 

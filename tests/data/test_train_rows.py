@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from addax_ds.data.train_rows import CollatedRows, row_length
+import datasets
+import pandas
+import pytest
+
+from addax_ds.data.train_rows import CollatedRows, check_rows_have_numbers, row_length
+from addax_ds.utils.errors import UserError
 from tests.support.tiny import tiny_tokenizer
 
 
@@ -16,3 +21,29 @@ def test_rows_as_a_tokenizer_returns_them_have_a_digest_of_their_tokens():
     assert digest(some) == digest([dict(row) for row in some])
     assert digest(some) != digest(others)
     assert digest(some) != digest(some[::-1])
+
+
+COLUMNS = {"prompt": ["w1", "w2"], "completion": ["w3", "w4"]}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (pandas.DataFrame(COLUMNS), r"a DataFrame of pandas; .* give datasets.Dataset.from_pandas"),
+        (COLUMNS, r"a dict of \[completion, prompt\]; .* give datasets.Dataset.from_dict"),
+        (
+            datasets.DatasetDict(train=datasets.Dataset.from_dict(COLUMNS)),
+            r"a DatasetDict of \[train\]; .* if splits, one of them",
+        ),
+        (iter([]), "a list_iterator, whose rows come one after the other; streams need a data set"),
+    ],
+)
+def test_what_has_no_rows_by_number_is_told_how_to_get_them(dataset, said):
+    with pytest.raises(UserError, match=f"the data is {said}"):
+        check_rows_have_numbers(dataset, "the data", "streams need")
+
+
+def test_rows_of_any_kind_have_numbers():
+    rows = [{"text": "w1"}, {"text": "w2"}]
+    for dataset in (rows, dict(enumerate(rows)), datasets.Dataset.from_list(rows)):
+        check_rows_have_numbers(dataset, "the data", "streams need")
