@@ -40,7 +40,6 @@ class Data:
         test: for the end, if any.
         metric: what a figure of the course of training shows beside the loss.
         test_before: whether the test set is also read before training.
-        turn_ends: of conversations, the tokens that the learnt turns of the training data end in.
     """
 
     description: str
@@ -49,7 +48,6 @@ class Data:
     test: ScoredSet | None
     metric: str = "accuracy"
     test_before: bool = True
-    turn_ends: frozenset[int] = frozenset()
 
 
 def load_data(
@@ -96,7 +94,7 @@ def load_data(
         EvaluationSet(read(sources[part])) if part in sources else None
         for part in ("validation", "test")
     )
-    return Data(sources["train"].name, train, validation, test, turn_ends=train.turn_ends)
+    return Data(sources["train"].name, train, validation, test)
 
 
 def _sources(args: DataArguments) -> dict[str, Rows]:

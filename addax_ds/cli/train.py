@@ -47,7 +47,6 @@ from addax_ds.distributed.collectives import limit_waiting, shutdown
 from addax_ds.distributed.nodes import threads_of_rank
 from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
-from addax_ds.models.stopping import stop_at
 from addax_ds.optim.methods import BASELINES
 from addax_ds.training.baseline import BaselineTrainer
 from addax_ds.training.hub import reach_hub
@@ -142,7 +141,6 @@ def _make_trainer(
     """Load the model and give it to a trainer; every rank has to call it."""
     model = _load_model(prepared, args)
     _thread_the_host(model, model_args, args)
-    stop_at(model, prepared.data.turn_ends, prepared.tokenizer)
     chosen = trainer_class or (BaselineTrainer if args.method in BASELINES else AddaxTrainer)
     own = {"planned": prepared.planned} if issubclass(chosen, AddaxTrainer) else {}
     trainer = chosen(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from addax_ds.data.encoding import encode
+from addax_ds.data.encoding import encode, learnt_ends
 from addax_ds.data.examples import NO_LOSS, Example
 from addax_ds.reading.records import log_unused, read_records
 from addax_ds.reading.sources import without_nested_nulls
@@ -49,6 +49,9 @@ def as_examples(
         vocabulary_size: see `encode`.
         now: date and time that chat templates read.
 
+    Returns:
+        The examples; `Conversations` if a chat template has written them.
+
     Raises:
         UserError: there are no rows, or one cannot be used; the message names its number.
     """
@@ -74,14 +77,28 @@ def as_examples(
         return found
     if tokenizer is None:
         raise UserError(f"{name} holds text: give the trainer its tokenizer as processing_class")
+    records = read_records(_MapRows(dataset, name), tokenizer, now=now)
     examples, _ = encode(
-        read_records(_MapRows(dataset, name), tokenizer, now=now),
+        records,
         tokenizer,
         max_length=None,
         model_positions=model_positions,
         vocabulary_size=vocabulary_size,
     )
-    return examples
+    written_by_template = not records[0].add_special_tokens
+    return Conversations(examples) if written_by_template else examples
+
+
+class Conversations(list[Example]):
+    """Examples of conversations.
+
+    Attributes:
+        turn_ends: `learnt_ends` of all.
+    """
+
+    def __init__(self, examples: Iterable[Example]) -> None:
+        super().__init__(examples)
+        self.turn_ends = frozenset(learnt_ends(self))
 
 
 @dataclass(frozen=True)

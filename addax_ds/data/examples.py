@@ -68,6 +68,11 @@ def target_counts_of(examples: Sequence[Example]) -> NDArray[np.int32]:
     return _known(examples, "target_counts", "target_count")
 
 
+def turn_ends_of(examples: Sequence[Example]) -> frozenset[int]:
+    """Return the tokens that learnt turns end in; none if the examples are no conversations."""
+    return getattr(examples, "turn_ends", frozenset())
+
+
 def _known(examples: Sequence[Example], every: str, one: str) -> NDArray[np.int32]:
     """Return a number of each example, which a `Sequence` of them may have together."""
     known = getattr(examples, every, None)

@@ -15,11 +15,11 @@ def stop_at(model: Any, ends: Collection[int], tokenizer: PreTrainedTokenizerBas
     A token that may also stand inside a turn, such as a line break, is warned of instead.
 
     Args:
-        model: of Transformers.
+        model: what it says of generation is changed, if it is one of Transformers that generates.
         ends: ids of the tokens.
         tokenizer: knows which of them are tokens of their own, which no other text makes.
     """
-    if not model.can_generate():
+    if not (hasattr(model, "can_generate") and model.can_generate()):
         return
     known = model.generation_config.eos_token_id
     known = [] if known is None else [known] if isinstance(known, int) else list(known)

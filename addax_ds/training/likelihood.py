@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from addax_ds.data.datasets import as_examples
 from addax_ds.data.encoding import padding_token
-from addax_ds.data.examples import NO_LOSS, Example
+from addax_ds.data.examples import NO_LOSS, Example, turn_ends_of
 from addax_ds.data.train_rows import EncodedRows, TrainRows, check_rows_have_numbers
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import (
@@ -30,6 +30,7 @@ from addax_ds.evaluation.scored_set import (
     ScoreTable,
     evaluation_dataloader,
 )
+from addax_ds.models.stopping import stop_at
 from addax_ds.training.steps import StepMixin
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.model_config import max_positions, vocabulary_size
@@ -127,10 +128,17 @@ class LikelihoodMixin(_Steps):
     # ---- training ------------------------------------------------------------------------------
 
     def train_rows(self, dataset: Any) -> TrainRows:
-        """Return the examples of a data set, unless the user has a collator."""
+        """Return the examples of a data set, unless the user has a collator.
+
+        Saved models stop where their learnt turns end.
+        """
         if self._collates:
             return super().train_rows(dataset)
-        return EncodedRows(self._examples(dataset, "train_dataset"), self._pad_token_id)
+        examples = self._examples(dataset, "train_dataset")
+        tokenizer: Any = self.processing_class
+        if tokenizer is not None:
+            stop_at(self.model, turn_ends_of(examples), tokenizer)
+        return EncodedRows(examples, self._pad_token_id)
 
     def _examples(self, dataset: Any, name: str) -> Sequence[Example]:
         if self.template_time is None:  # the same on all ranks, whatever their clocks say

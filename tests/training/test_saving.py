@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
+from transformers import EarlyStoppingCallback, GenerationConfig, PreTrainedTokenizerFast
 
 from addax_ds import AddaxConfig, AddaxTrainer, UserError
 from addax_ds.checkpoint import atomic, folders
 from addax_ds.evaluation.scored_set import EvaluationSet
 from addax_ds.training import hub, likelihood
-from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer
+from tests.support.tiny import (
+    BYTE_VOCABULARY,
+    byte_tokenizer,
+    examples,
+    rows,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 def arguments(folder: Path, **more: Any) -> AddaxConfig:
@@ -39,6 +46,37 @@ def trainer(folder: Path, **more: Any) -> AddaxTrainer:
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "stops"),
+    [
+        ({"messages": CHAT}, [1, BYTE_VOCABULARY + 1]),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [1, BYTE_VOCABULARY + 1]),
+        ({"text": "hi<|im_end|>"}, 1),
+    ],
+)
+def test_a_model_that_has_learnt_conversations_stops_where_a_turn_ends(row, stops, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    sizes = {"vocab_size": BYTE_VOCABULARY + 2, "max_position_embeddings": 64}
+    args = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": "none"}
+    trainer = AddaxTrainer(
+        tiny_model(**sizes),
+        AddaxConfig(str(tmp_path), **args, **EVERY_STEP, method="ip-sgd", learning_rate=0.05),
+        train_dataset=[row] * 4,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    for folder in ("model", "checkpoint-1"):
+        assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == stops
 
 
 def test_a_limit_of_one_keeps_the_best_checkpoint_and_those_of_others(tmp_path):
