@@ -117,6 +117,7 @@ class LikelihoodMixin(_Steps):
             kwargs["data_collator"] = EvaluationCollator(self._pad_token_id)
         self._evaluated: list[tuple[Any, str | None, ScoredSet]] = []
         super().__init__(model, args, **{**kwargs, "compute_loss_func": causal_loss})
+        self._loss_shifts_labels = True  # causal_loss does, if maybe not the model's own
         if not self._collates and self.eval_dataset is not None:
             for name, dataset in _by_name(self.eval_dataset).items():
                 where = f"eval_dataset {name!r}" if name else "eval_dataset"

@@ -11,6 +11,8 @@ from transformers import (
     CLIPVisionConfig,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlavaConfig,
@@ -128,6 +130,28 @@ def test_a_collator_makes_the_batches(tmp_path):
     assert calls == [BATCH] * (2 * STEPS)
     for name, weight in trained(tmp_path, plain).items():
         torch.testing.assert_close(own[name], weight, rtol=1e-5, atol=1e-7)
+
+
+def gpt2() -> Any:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 211, "n_positions": 48}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=1, eos_token_id=1))
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of one length, learnt whole."""
+    batch = {name: torch.tensor([row[name] for row in features]) for name in features[0]}
+    return {**batch, "labels": batch["input_ids"]}
+
+
+def test_evaluation_of_a_collator_s_batches_is_a_mean_over_predicted_tokens(tmp_path):
+    """The first token of a row is none, whatever the class of the model says of its own loss."""
+    data = [{"input_ids": [5 + i] * 6} for i in range(BATCH)]
+    model = gpt2()
+    expected = model(**collate(data)).loss.item()
+    trainer = AddaxTrainer(model, config(tmp_path), eval_dataset=data, data_collator=collate)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_takes_the_same_data_sets(tmp_path):

@@ -62,6 +62,7 @@ CALLED = {
     "_get_collator_with_removed_columns": ("data_collator description", "steps"),
 }
 ATTRIBUTES = {
+    "_loss_shifts_labels": "likelihood",
     "_tr_loss": "resuming",
     "_globalstep_last_logged": "resuming",
     "_total_loss_scalar": "resuming",
