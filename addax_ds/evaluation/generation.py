@@ -99,8 +99,10 @@ class GenerationSet(ScoredSet):
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Measure the likelihood of the right answers, and write others."""
-        scores = target_scores(model, batch)
-        written = self._write(model, batch["prompt_ids"], batch["prompt_mask"])
+        prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
+        answers = {k: v for k, v in batch.items() if k not in ("prompt_ids", "prompt_mask")}
+        scores = target_scores(model, answers)
+        written = self._write(model, prompt_ids, prompt_mask)
         return torch.cat((scores, written.double()), dim=1)
 
     def metrics(self, scores: Scores) -> dict[str, float]:

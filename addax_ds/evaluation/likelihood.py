@@ -16,6 +16,20 @@ from addax_ds.data.examples import NO_LOSS
 from addax_ds.evaluation.output_head import computing_losses, plain_head
 from addax_ds.utils.errors import UserError
 
+# They say what a row is: a model that does not take them must not go on without.
+_OF_ROWS = ("input_ids", "attention_mask", "position_ids")
+# What is known of targets and of rows to be scored. With labels the model would compute a loss.
+_NO_INPUTS = (
+    "labels",
+    "index",
+    "positions",
+    "target_sequence",
+    "target_row",
+    "target_position",
+    "target_token",
+    "target_count",
+)
+
 
 def targets_of(labels: Tensor) -> Tensor:
     """Return the token after each position, or `NO_LOSS`, from labels that are not shifted.
@@ -87,23 +101,28 @@ def target_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
             (`takes_positions`).
         batch: ``input_ids``, int64 ``(rows, length)``, and `target_tensors`; of the same shape
             ``attention_mask`` if there is padding before a target, and ``position_ids`` if rows
-            hold several sequences; the rest is ignored. The model's input may end where no sequence
-            has a target any more.
+            hold several sequences; and what else `model_inputs` passes on. The model's input may
+            end where no sequence has a target any more.
 
     Returns:
         fp64 ``(sequences, 2)``.
     """
-    names = "input_ids", "attention_mask", "position_ids"
-    arguments = with_mask(model, {name: batch[name] for name in names if name in batch})
-    return _sums(target_losses(model, arguments, batch), batch)
+    return _sums(target_losses(model, model_inputs(model, batch), batch), batch)
 
 
-def with_mask(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Add ones as ``attention_mask`` where there is none and the model's ``forward`` insists."""
-    mask = _parameters(model).get("attention_mask")
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a batch the model's ``forward`` takes, but for what says what is learnt.
+
+    With ones as ``attention_mask`` where there is none and ``forward`` insists.
+    """
+    parameters = _parameters(model)
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    taken = batch.keys() if takes_any else {*_OF_ROWS, *parameters}
+    inputs = {k: v for k, v in batch.items() if k in taken and k not in _NO_INPUTS}
+    mask = parameters.get("attention_mask")
     insists = mask is not None and mask.default is mask.empty
-    ones = {"attention_mask": torch.ones_like(arguments["input_ids"])} if insists else {}
-    return {**ones, **arguments}
+    ones = {"attention_mask": torch.ones_like(batch["input_ids"])} if insists else {}
+    return {**ones, **inputs}
 
 
 def target_losses(model: Any, arguments: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> Any:

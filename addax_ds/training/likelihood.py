@@ -16,11 +16,11 @@ from addax_ds.data.examples import NO_LOSS, Example, turn_ends_of
 from addax_ds.data.train_rows import EncodedRows, TrainRows, check_rows_have_numbers
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import (
+    model_inputs,
     scores_of_logits,
     target_scores,
     target_tensors,
     targets_of,
-    with_mask,
 )
 from addax_ds.evaluation.scored_set import (
     EvaluationCollator,
@@ -213,7 +213,8 @@ class LikelihoodMixin(_Steps):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Score a batch by its data set; scores are gathered once, after all batches."""
         if self._scored is None:
-            inputs = with_mask(model, {k: v for k, v in inputs.items() if k != "index"})
+            labels = {name: inputs[name] for name in self.label_names if name in inputs}
+            inputs = {**model_inputs(model, inputs), **labels}
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         dataset, table = self._scored
         inputs = self._prepare_inputs(inputs)

@@ -27,6 +27,7 @@ from transformers import (
 from addax_ds.data.examples import Example
 from addax_ds.data.train_rows import pad
 from addax_ds.evaluation.likelihood import (
+    model_inputs,
     scores_of_logits,
     target_scores,
     target_tensors,
@@ -139,6 +140,25 @@ def test_a_mask_of_the_batch_reaches_the_model():
     with torch.no_grad():
         scores = target_scores(model, batch)
     assert scores[0].tolist() == pytest.approx(reference(model, ids, labels), rel=1e-5)
+
+
+def test_a_model_gets_what_it_takes_of_a_batch():
+    rows = torch.ones(1, 3, dtype=torch.int64)
+    tokens = {"labels": rows, "index": rows[:, 0], **target_tensors(rows)}
+    batch = {"input_ids": rows, "attention_mask": rows, "token_type_ids": rows, "note": ["a"]}
+    assert model_inputs(Named(), batch | tokens).keys() == batch.keys() - {"note"}
+    assert model_inputs(Anything(), batch | tokens).keys() == batch.keys()
+    assert "position_ids" in model_inputs(Named(), {**batch, "position_ids": rows})  # or an error
+
+
+class Named(nn.Module):
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, token_type_ids: Any = None):
+        raise NotImplementedError
+
+
+class Anything(nn.Module):
+    def forward(self, input_ids: Tensor, **kwargs: Any):
+        raise NotImplementedError
 
 
 def test_sequences_of_a_row_that_positions_tell_apart():

@@ -154,6 +154,25 @@ def test_evaluation_of_a_collator_s_batches_is_a_mean_over_predicted_tokens(tmp_
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_model_gets_what_the_collator_makes_in_training_and_evaluation(tmp_path):
+    """Token types are added to the embeddings of GPT-2."""
+    data = [{"input_ids": [5 + i] * 6, "token_type_ids": [100] * 6} for i in range(BATCH)]
+    model = gpt2()
+    expected = model(**collate(data)).loss.item()
+    trainer = AddaxTrainer(
+        model,
+        config(tmp_path, method="addax-wa", length_threshold=None, max_steps=1, logging_steps=1),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+    (logged,) = (entry for entry in trainer.state.log_history if "fo_loss" in entry)
+    assert logged["fo_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged["zo_loss"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_evaluation_takes_the_same_data_sets(tmp_path):
     def loss_of(dataset: Any) -> float:
         trainer = AddaxTrainer(
