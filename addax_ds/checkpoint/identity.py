@@ -106,7 +106,7 @@ class Progress:
         costs: of all steps (`Costs`), as a mapping.
         metric: by which the best checkpoint is chosen; None without one, and in older checkpoints.
         greater_is_better: of that metric.
-        eval_data: digests of the rows that it is of, by name; None where they are not known.
+        eval_data: digest of the rows that the metric is of; None where they are not known.
     """
 
     loss_sum: float
@@ -114,7 +114,7 @@ class Progress:
     costs: dict[str, Any] = field(default_factory=dict)
     metric: str | None = None
     greater_is_better: bool | None = None
-    eval_data: dict[str, str] | None = None
+    eval_data: str | None = None
 
 
 def check_same_run(written: Run, now: Run) -> None:

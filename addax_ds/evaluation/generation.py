@@ -93,6 +93,9 @@ class GenerationSet(ScoredSet):
         """Return the index of a question, its example and its prompt."""
         return index, self.questions[index].example, self.questions[index].prompt
 
+    def _right_answers(self) -> Any:
+        return [question.answers for question in self.questions]
+
     def collator(self, pad_token_id: int) -> "GenerationCollator":
         """Return what makes a batch of items."""
         return GenerationCollator(pad_token_id)

@@ -5,6 +5,7 @@ that are written. Every example is scored once, by one rank, in a batch that doe
 number of ranks.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,13 @@ class ScoredSet(Dataset[tuple[Any, ...]], ABC):
 
     @cached_property
     def digest(self) -> str:
-        """`data_digest` of the examples."""
-        return data_digest(self.examples)
+        """16 hex digits for the examples and what is right of them."""
+        text = f"{data_digest(self.examples)} {self._right_answers()!r}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _right_answers(self) -> Any:
+        """Return what says which answers are right, beside the examples."""
+        return None
 
     def __len__(self) -> int:
         """Return the number of examples to be scored."""
@@ -117,6 +123,9 @@ class EvaluationSet(ScoredSet):
     def __getitem__(self, index: int) -> tuple[int, Example]:
         """Return an example with its index."""
         return index, self.examples[index]
+
+    def _right_answers(self) -> Any:
+        return [(each.first, each.count, each.label, each.also_right) for each in self.choices]
 
     def collator(self, pad_token_id: int) -> "EvaluationCollator":
         """Return what makes a batch of items."""

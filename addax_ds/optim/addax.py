@@ -201,7 +201,7 @@ class Addax(torch.optim.Optimizer):
         """Run the forward passes of a step and average their losses with one all-reduce.
 
         The zeroth-order passes run in eval mode (as in MeZO), without autograd, and what closures
-        draw of torch's random generators is the same in all of them. The stored weights are
+        draw of torch's default random generators is the same in all of them. The stored weights are
         bit-identical before and after, also if a closure raises.
 
         Several closures are micro-batches of one step. Zeroth-order ones cost passes alone. Of
@@ -458,6 +458,11 @@ class Addax(torch.optim.Optimizer):
                 'DeepSpeed the optimizer by "type": "Addax"'
             )
         return self._sharding
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it gets the gradients of a model."""
+        return self._sharding is not None and self._sharding.is_attached
 
     def bind(self, sharding: Sharding) -> None:
         """Work on the shards of ``sharding`` from now on; `addax_ds.attach` calls this.

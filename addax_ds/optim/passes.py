@@ -30,7 +30,7 @@ from addax_ds.sharding.modules import modules_of
 
 
 class IsolatedPasses:
-    """The surroundings of zeroth-order passes over a model.
+    """Runs zeroth-order passes over a model such that none sees what another has stored.
 
     Args:
         sharding: its back end.

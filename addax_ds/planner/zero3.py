@@ -193,7 +193,7 @@ class Zero3Pass(BackEndPass):
         self._bucket_elements = 0
 
     def _merge_leaf_blocks(self, trace: Trace) -> None:
-        """Give each leaf block all its parameters (``Zero3Sharding._gather_by_block``)."""
+        """Give each leaf block all its parameters (`addax_ds.sharding.zero3_layers`)."""
         blocks, within = self._setup.leaf_blocks, None
         for kind, module, *_ in trace.events:
             if kind == "fetch" and within is None and module in blocks:

@@ -25,7 +25,7 @@ from addax_ds.utils.errors import UserError
 S = TypeVar("S", bound="Sharding")
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
-"""Modules with parameters whose gradients an optimizer applies."""
+"""Modules that have parameters whose gradients an optimizer applies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +295,12 @@ class Sharding(ABC):
         Raises:
             UserError: if another optimizer is attached to the model.
         """
-        holders = [module for module in modules_of(self.model) if module._parameters]
+        trained = {info.parameter for info in self.infos}
+        holders = [
+            module
+            for module in modules_of(self.model)
+            if not trained.isdisjoint(module._parameters.values())
+        ]
         if any(module in _ATTACHED for module in holders):
             raise UserError(
                 "another Addax optimizer is attached to this model, or to a part of it, and both "

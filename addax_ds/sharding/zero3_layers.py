@@ -189,9 +189,12 @@ class Coordinator(PartitionedParameterCoordinator):
 def whole_layers(model: nn.Module, offload: Any) -> list[Any]:
     """Return the decoder layers that are gathered, and whose gradients are reduced, as one.
 
-    Two are live at a time, so not those of more than half of ``stage3_max_live_parameters``. Nor
-    what is or has a leaf of DeepSpeed's already; what may run other modules on each rank, which
-    DeepSpeed notices by modules alone; and where a module inside reads another's weights.
+    Left out are
+
+    - those of more than half of ``stage3_max_live_parameters``, as two are live at a time;
+    - those that are, or have, a leaf module of DeepSpeed's already;
+    - those that may run other modules on each rank, which DeepSpeed notices by modules alone;
+    - those in which a module reads another one's weights.
 
     Args:
         model: partitioned.
@@ -235,10 +238,11 @@ def _require_tensors(layer: Any, hook: Callable) -> Callable:
 
 
 def _mark_keyword_inputs(layer: Any, hook: Callable) -> Callable:
-    """Return a hook that marks keyword inputs, too: backward has left a layer at its last input.
+    """Return a hook that marks keyword inputs as well as positional ones.
 
-    DeepSpeed's own marks positional ones alone, so a layer called by keywords would stay gathered.
-    (One whose input takes a gradient and gets none does.)
+    Backward has left a layer when it has passed the last marked input. DeepSpeed marks positional
+    ones alone, so a layer called by keywords would stay gathered. A layer still stays gathered if
+    an input requires a gradient and gets none.
     """
 
     def note(tensor: Tensor) -> Tensor:

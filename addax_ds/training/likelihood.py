@@ -97,6 +97,7 @@ class LikelihoodMixin(_Steps):
 
     scores: Scores | None = None
     _scored: tuple[ScoredSet, ScoreTable] | None = None
+    _digested: tuple[Any, str | None, str] | None = None
 
     def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
         if kwargs.get("compute_loss_func") is not None:
@@ -222,11 +223,20 @@ class LikelihoodMixin(_Steps):
             table.add(inputs["index"], dataset.score(model, inputs))
         return None, None, None
 
-    def _eval_data(self) -> dict[str, str] | None:
+    def _eval_digest(self, metric: str) -> str | None:
         if self._collates or self.eval_dataset is None:
             return None
-        by_name = _by_name(self.eval_dataset).items()
-        return {name: self._scored_set(each, "eval_dataset").digest for name, each in by_name}
+        by_name = _by_name(self.eval_dataset)
+        names = [name for name in by_name if not name or metric.startswith(f"{name}_")]
+        if not names:
+            return None
+        chosen = by_name[max(names, key=len)]
+        # Rows are encoded only once, as this is asked at each checkpoint.
+        known = self._digested
+        if known is None or known[0] is not chosen or known[1] != self.template_time:
+            digest = self._scored_set(chosen, "eval_dataset").digest
+            known = self._digested = chosen, self.template_time, digest
+        return known[2]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return a loader of this rank's share of a data set's batches."""

@@ -91,10 +91,11 @@ class AddaxMixin(ResumingMixin, StepMixin):
     # ---- seams of Trainer ----------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer of a plain model; DeepSpeed makes its own from the JSON.
+        """Attach the optimizer to a plain model, at each training; DeepSpeed makes its own.
 
         Raises:
-            UserError: if DeepSpeed's engine is there already, as it cannot be made twice.
+            UserError: if DeepSpeed's engine is there already, as it cannot be made twice; if
+                nothing is trainable; for what `attach` refuses.
         """
         if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
             raise UserError(
@@ -119,7 +120,7 @@ class AddaxMixin(ResumingMixin, StepMixin):
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `SavingMixin.train`. Afterwards, and after an error, the model is free."""
+        """Train; see `SavingMixin.train`, and `releasing_model` for what comes afterwards."""
         with self.releasing_model():
             return super().train(*args, **kwargs)
 
@@ -141,7 +142,9 @@ class AddaxMixin(ResumingMixin, StepMixin):
                 self.addax.sharding.detach()
 
     def _holds_model(self) -> bool:
-        return not self.is_deepspeed_enabled and self.optimizer is not None
+        return (
+            not self.is_deepspeed_enabled and self.optimizer is not None and self.addax.is_attached
+        )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -226,6 +229,7 @@ class AddaxMixin(ResumingMixin, StepMixin):
 
         It is for a trainer whose ``args`` have ``find_learning_rate`` set, and no learning rate.
         """
+        self._divide_if_other()
         return find_learning_rate(self)
 
     # ---- stopping ------------------------------------------------------------------------------

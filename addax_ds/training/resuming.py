@@ -31,17 +31,17 @@ class ResumingMixin(SavingMixin):
 
     def _save_optimizer_state(self, folder: Path) -> None:
         """Write optimizer, scheduler and the settings that must match on a resume."""
+        metric, greater_is_better = self._chosen_by
+        eval_data = None if metric is None else self._eval_digest(metric)
         with raise_on_all_ranks():
             if self.args.should_save:
-                metric, greater_is_better = self._chosen_by
-                chooses = metric is not None
                 progress = Progress(
                     loss_sum=self._tr_loss.item(),
                     last_logged_step=self._globalstep_last_logged,
                     costs=asdict(self.costs.costs),
                     metric=metric,
                     greater_is_better=greater_is_better,
-                    eval_data=self._eval_data() if chooses else None,
+                    eval_data=eval_data,
                 )
                 save_state(folder, self.addax, self.lr_scheduler, self._run, progress)
 
@@ -84,8 +84,8 @@ class ResumingMixin(SavingMixin):
             return None, None
         return metric.removeprefix("eval_"), self.args.greater_is_better
 
-    def _eval_data(self) -> dict[str, str] | None:
-        """Digests of the rows that checkpoints are chosen on, by name; None if nobody knows."""
+    def _eval_digest(self, metric: str) -> str | None:
+        """Digest of the rows of ``eval_dataset`` that a metric is of; None if nobody knows."""
         return None
 
     def _forget_another_best(self, folder: Path, progress: Progress) -> None:
@@ -95,10 +95,10 @@ class ResumingMixin(SavingMixin):
         with raise_on_all_ranks():
             saved = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         named = saved.best_model_checkpoint
-        rows = progress.eval_data
-        if progress.metric is not None and before != self._chosen_by:
-            why = f"was chosen by {progress.metric}, which no longer chooses it in the same way"
-        elif rows is not None and rows != self._eval_data():
+        metric, rows = progress.metric, progress.eval_data
+        if metric is not None and before != self._chosen_by:
+            why = f"was chosen by {metric}, which no longer chooses it in the same way"
+        elif metric and rows and self._eval_digest(metric) not in (rows, None):
             why = "was chosen on other rows"
         elif any(all_gather_object(named is not None and state.best_model_checkpoint is None)):
             why = "is not there any more"

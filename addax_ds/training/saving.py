@@ -156,7 +156,7 @@ class SavingMixin(UploadingMixin):
             self.state.best_model_checkpoint = str(best)
 
     def _save_optimizer_state(self, folder: Path) -> None:
-        """Nothing: these checkpoints are for choosing the best one, not for going on."""
+        """Nothing here: the checkpoints of a baseline serve to choose the best one alone."""
 
     def _save_generators(self, folder: Path) -> None:
         """Gather the states of all ranks, of which some may not see the folder."""
@@ -212,7 +212,8 @@ class SavingMixin(UploadingMixin):
                 "find_learning_rate is set, so there is no learning rate to train with: call "
                 "find_learning_rate() of the trainer, or set learning_rate"
             )
-        if resume_from_checkpoint is None and self.args.resume_from_checkpoint:
+        unheeded = self.args.resume_from_checkpoint if resume_from_checkpoint is None else None
+        if unheeded and unheeded.lower() != "false":
             logger.warning(
                 "resume_from_checkpoint of the arguments has no effect on train(): call "
                 "train(resume_from_checkpoint=...)"
@@ -228,6 +229,8 @@ class SavingMixin(UploadingMixin):
             self._run_id = ownership.claim(self.args, folder, self._run_id)
             if found is None:
                 return super().train(None, *args, **kwargs)
+            with raise_on_all_ranks():
+                found.check(replace(self._run, data=None))
             self._take_time_of(found.written)
             with raise_on_all_ranks():
                 found.check(self._run)

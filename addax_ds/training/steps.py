@@ -134,23 +134,28 @@ class StepMixin(SavingMixin):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train on ``train_dataset``, which may be another one than before; see `Trainer.train`."""
+        self._divide_if_other()
+        return super().train(*args, **kwargs)
+
+    def _divide_if_other(self) -> None:
+        """Divide the training data unless they are divided."""
         if self.train_dataset is not self._divided:
             self._divide_anew()
-        return super().train(*args, **kwargs)
 
     def _take_time_of(self, written: Run) -> None:
         before = self.template_time
         super()._take_time_of(written)
         # Few templates write the date: rows are encoded anew if theirs does.
-        if before not in (None, self.template_time) and self._data_digest != written.data:
+        other_time = before not in (None, self.template_time)
+        if other_time and self._steps is not None and self._data_digest != written.data:
             self._divide_anew()
 
     def _divide_anew(self) -> None:
         """Divide the training data, if there is any, between the streams."""
         self.partition = self._steps = None
-        self._divided = self.train_dataset
         if self.train_dataset is not None:
             self._prepare_steps(self.train_dataset)
+        self._divided = self.train_dataset
 
     def _prepare_steps(self, dataset: Any) -> None:
         name = f"{type(self).__name__}: the training data"

@@ -184,3 +184,15 @@ def test_a_table_that_is_not_complete_is_noticed():
     table.add(torch.tensor([0, -1, 3]), torch.ones(3, 2, dtype=torch.float64))
     with pytest.raises(AssertionError, match="every example is scored once"):
         table.complete()
+
+
+def test_the_digest_is_of_rows_and_of_what_is_right():
+    candidates = examples(rows(2, 2))
+    sets = [
+        EvaluationSet(candidates),
+        EvaluationSet(candidates[::-1]),
+        EvaluationSet(candidates, [Choice(0, 2, 0), Choice(2, 2, 0)]),
+        EvaluationSet(candidates, [Choice(0, 2, 0), Choice(2, 2, 1)]),
+    ]
+    assert len({each.digest for each in sets}) == 4
+    assert EvaluationSet(candidates).digest == sets[0].digest

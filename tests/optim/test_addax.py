@@ -515,6 +515,13 @@ def test_nor_has_a_part_of_it_another(place):
     one_step(model, optimizer)
 
 
+def test_models_may_share_what_neither_trains():
+    body, heads = Toy().requires_grad_(False), [nn.Linear(4, 1) for _ in range(2)]
+    for head in heads:
+        model = nn.Sequential(body.layers, head)
+        attach(Addax([p for p in model.parameters() if p.requires_grad], lr=0.1), model)
+
+
 @pytest.mark.parametrize("directions", [1, 2])
 def test_what_closures_draw_is_the_same_in_all_passes_of_a_step(directions):
     """Else g0 would be the difference of two masks."""

@@ -263,6 +263,38 @@ def test_a_trainer_trains_anew_after_a_step_that_was_interrupted(event, tmp_path
     assert any(not torch.equal(w, interrupted[n]) for n, w in weights(trainer.model).items())
 
 
+def test_what_cannot_be_attached_is_said_as_it_is(tmp_path):
+    trainer = AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=columns())
+    parameter = next(trainer.model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(UserError, match=r"call model\.zero_grad\(\) first"):
+        trainer.train()
+    trainer.model.zero_grad()
+    held = attach(Addax(trainer.model.parameters(), lr=0.1), trainer.model)
+    with pytest.raises(UserError, match="another Addax optimizer is attached"):
+        trainer.train()
+    held.detach()
+    trainer.train()
+
+
+def test_a_data_set_that_was_refused_is_refused_again(tmp_path):
+    trainer = AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=columns())
+    trainer.train_dataset = columns()[-2:]
+    for _ in range(2):
+        with pytest.raises(UserError, match="the zeroth-order stream D0 holds 1 examples"):
+            trainer.train()
+
+
+def test_a_sweep_is_over_the_data_set_that_there_is(tmp_path):
+    found = []
+    for rows_of in (columns, lambda: columns()[::-1]):
+        args = config(tmp_path, learning_rate=None, find_learning_rate=True)
+        trainer = AddaxTrainer(tiny_model("opt"), args, train_dataset=rows_of())
+        trainer.train_dataset = columns()[::-1]
+        found.append(trainer.find_learning_rate())
+    assert found[0] == found[1]
+
+
 def test_another_data_set_may_follow(tmp_path):
     trainer = AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=columns())
     trainer.train_dataset = columns()[::-1]

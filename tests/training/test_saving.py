@@ -35,12 +35,12 @@ def arguments(folder: Path, **more: Any) -> AddaxConfig:
     return AddaxConfig(**{**usual, **more})
 
 
-def trainer(folder: Path, **more: Any) -> AddaxTrainer:
+def trainer(folder: Path, dev: Any = None, **more: Any) -> AddaxTrainer:
     return AddaxTrainer(
         model=tiny_model("opt"),
         args=arguments(folder, **more),
         train_dataset=examples(rows(5, 6)),
-        eval_dataset=EvaluationSet(examples(rows(2, 2, seed=2))),
+        eval_dataset=dev or EvaluationSet(examples(rows(2, 2, seed=2))),
         processing_class=tiny_tokenizer(),
     )
 
@@ -134,6 +134,18 @@ def test_a_value_on_other_rows_does_not_compete_with_that_on_the_old_ones(tmp_pa
     assert "was chosen on other rows" in caplog.text
 
 
+def test_rows_of_another_metric_may_change(tmp_path, caplog):
+    of_a = {**BEST, "metric_for_best_model": "a_loss", "greater_is_better": True}
+    sets = {name: EvaluationSet(examples(rows(2, 2, seed=s))) for s, name in enumerate("abc", 2)}
+    two = {name: sets[name] for name in "ab"}
+    trainer(tmp_path, two, **of_a, learning_rate=1e-3, max_steps=2).train()
+    again = trainer(tmp_path, sets, **of_a, learning_rate=1e-3)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert again.best_step == 1
+    assert "the best checkpoint up to now" not in caplog.text
+
+
 def test_a_best_checkpoint_that_is_gone_is_not_the_best_one_any_more(tmp_path, caplog):
     rising = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
     first = trainer(tmp_path, **rising, learning_rate=1e-3, max_steps=2)
@@ -186,10 +198,32 @@ def test_a_resume_heeds_the_steps_and_the_schedule_that_it_is_given(tmp_path):
         assert rates[step] == pytest.approx(0.05 * (13 - step) / 12)
 
 
-def test_an_argument_that_train_does_not_heed_is_said(tmp_path, caplog):
+@pytest.mark.parametrize("value", ["True", "False"])
+def test_an_argument_that_train_does_not_heed_is_said(value, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="addax_ds"):
-        trainer(tmp_path, resume_from_checkpoint="True").train()
-    assert "resume_from_checkpoint of the arguments has no effect on train()" in caplog.text
+        trainer(tmp_path, resume_from_checkpoint=value).train()
+    said = "resume_from_checkpoint of the arguments has no effect on train()" in caplog.text
+    assert said == (value == "True")
+
+
+def test_a_trainer_without_rows_to_train_on_cannot_resume(tmp_path):
+    trainer(tmp_path, **EVERY_STEP).train()
+    other = trainer(tmp_path, **EVERY_STEP)
+    other.template_time = "2025-01-01T00:00:00"
+    other.train_dataset = None
+    with pytest.raises(UserError, match="training needs a train_dataset"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_refused_resume_leaves_the_time_of_templates(tmp_path):
+    first = trainer(tmp_path, **EVERY_STEP)
+    first.template_time = "2025-01-01T00:00:00"
+    first.train()
+    other = trainer(tmp_path, **EVERY_STEP, seed=8)
+    other.template_time = "2025-01-02T00:00:00"
+    with pytest.raises(UserError, match="the seed was"):
+        other.train(resume_from_checkpoint=True)
+    assert other.template_time == "2025-01-02T00:00:00"
 
 
 DATED = "w{{ strftime_now('%d') | int }} {% for m in messages %}{{ m.content }} {% endfor %}"
