@@ -213,7 +213,7 @@ class SavingMixin(UploadingMixin):
                 "find_learning_rate() of the trainer, or set learning_rate"
             )
         unheeded = self.args.resume_from_checkpoint if resume_from_checkpoint is None else None
-        if unheeded and unheeded.lower() != "false":
+        if unheeded and str(unheeded).lower() != "false":
             logger.warning(
                 "resume_from_checkpoint of the arguments has no effect on train(): call "
                 "train(resume_from_checkpoint=...)"
