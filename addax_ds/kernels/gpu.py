@@ -36,7 +36,12 @@ _TILE = 128
 _LANES = 16
 # Counters of a program, eight elements each. The interpreter wants few programs.
 BLOCK = 1 << 11 if triton.knobs.runtime.interpret else 1 << 8
+# A row of the table of slices (`_table`).
+FIRST_PROGRAM, WEIGHTS, OFFSET, GRADIENTS, FIRST_TILE, SKIPPED, COUNT, ID, INDEX = map(
+    tl.constexpr, range(9)
+)
 COLUMNS = tl.constexpr(9)
+TILE, LANES = tl.constexpr(_TILE), tl.constexpr(_LANES)
 
 
 def gaussian(out: Tensor, draw: Draw, start: int) -> None:
@@ -94,8 +99,12 @@ def _table(
 ) -> tuple[Tensor, int, int]:
     """Return a table of slices, the number of its rows, and the programs that work on them.
 
-    It holds numbers alone, so it serves until another set of slices has the same ones, and what
-    comes again in every step (most of it) is copied to the GPU once. A stream has its own, as
+    The columns of a row, by the names above: the first program of the slice, the address of its
+    weights, its place in the output, the address of its gradient, its first tile, elements of that
+    tile before the slice, its elements, and parameter id and index.
+
+    The table holds numbers alone, so it serves until another set of slices has the same ones, and
+    what comes again in every step (most of it) is copied to the GPU once. A stream has its own, as
     nothing would order its copy before the kernels of another one.
 
     Args:
@@ -171,12 +180,12 @@ def gaussian_kernel(
 ) -> None:
     """Fill a slice with z; see `_slice` and `_counter` for the arguments."""
     local = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    element = (local // 16) * 128 + local % 16 - skipped
+    element = (local // LANES) * TILE + local % LANES - skipped
     words = _words(local, first_tile, seed_low, seed_high, parameter_id, step, probe_and_stream)
     for i in tl.static_range(4):
         even, odd = _normals(words[i])
-        first = element + 32 * i
-        second = first + 16
+        first = element + 2 * LANES * i
+        second = first + LANES
         tl.store(out + first, even, mask=(first >= 0) & (first < count))
         tl.store(out + second, odd, mask=(second >= 0) & (second < count))
 
@@ -208,26 +217,27 @@ def fused_kernel(
     low, high = rows * 0, rows
     while high - low > 1:
         middle = (low + high) // 2
-        is_later = tl.load(table + middle * COLUMNS) > program
+        is_later = tl.load(table + middle * COLUMNS + FIRST_PROGRAM) > program
         high = tl.where(is_later, middle, high)
         low = tl.where(is_later, low, middle)
     row = table + low * COLUMNS
-    first = program - tl.load(row).to(tl.int32)  # of the slice's programs this is the one
-    draw = (seed_low, seed_high, tl.load(row + 7).to(tl.int32), step)
-    first_tile = tl.load(row + 4) + first.to(tl.int64) * (BLOCK // 16)
+    # Number of this program among those of the slice.
+    first = program - tl.load(row + FIRST_PROGRAM).to(tl.int32)
+    draw = (seed_low, seed_high, tl.load(row + ID).to(tl.int32), step)
+    first_tile = tl.load(row + FIRST_TILE) + first.to(tl.int64) * (BLOCK // LANES)
     # Where the program's elements begin in the slice, and which of them are of it.
-    begin = first.to(tl.int64) * (BLOCK * 8) - tl.load(row + 5)
+    begin = first.to(tl.int64) * (BLOCK * 8) - tl.load(row + SKIPPED)
     lowest = tl.maximum(-begin, 0).to(tl.int32)
-    end = tl.minimum(tl.load(row + 6) - begin, BLOCK * 8).to(tl.int32)
-    weight = tl.load(row + 1).to(tl.pointer_type(WEIGHT)) + begin
+    end = tl.minimum(tl.load(row + COUNT) - begin, BLOCK * 8).to(tl.int32)
+    weight = tl.load(row + WEIGHTS).to(tl.pointer_type(WEIGHT)) + begin
     if out is None:  # noqa: SIM108 (an expression would hold two types)
         target = weight
     else:
-        target = out + (tl.load(row + 2) + begin)
+        target = out + (tl.load(row + OFFSET) + begin)
     if GRADIENT is not None:
-        gradient = tl.load(row + 3).to(tl.pointer_type(GRADIENT)) + begin
+        gradient = tl.load(row + GRADIENTS).to(tl.pointer_type(GRADIENT)) + begin
     local = tl.arange(0, BLOCK)
-    element = (local // 16) * 128 + local % 16
+    element = (local // LANES) * TILE + local % LANES
     z_words = ()  # of all directions: static loops are unrolled, so tuples may grow in them
     for k in tl.static_range(DIRECTIONS):
         words = _words(local, first_tile, *draw, probe_and_stream + 2 * k)
@@ -238,7 +248,7 @@ def fused_kernel(
     weights = ()
     gradients = ()
     for number in tl.static_range(8):
-        at = element + 16 * number
+        at = element + LANES * number
         mask = (at >= lowest) & (at < end)
         weights += (_read_once(weight + at, mask),)  # type: ignore[assignment]
         if GRADIENT is not None:
@@ -249,7 +259,7 @@ def fused_kernel(
         for k in tl.static_range(DIRECTIONS):
             z += (_normals(z_words[k][i]),)  # type: ignore[assignment]
         for half in tl.static_range(2):
-            at = element + (32 * i + 16 * half)
+            at = element + LANES * (2 * i + half)
             mask = (at >= lowest) & (at < end)
             stored = weights[2 * i + half]  # type: ignore[var-annotated]
             wide = _widen(stored)
@@ -278,7 +288,7 @@ def fused_kernel(
             tl.store(target + at, tl.where(finite, rounded, stored), mask=mask)
             keeping |= mask & ~finite
     if kept is not None:
-        mark = kept + tl.load(row + 8)
+        mark = kept + tl.load(row + INDEX)
         tl.store(mark + tl.zeros((BLOCK,), tl.int32), 1, mask=keeping)
 
 
@@ -299,7 +309,7 @@ def _words(
     probe_and_stream: tl.tensor,
 ) -> tl.tuple:
     """The Philox words of counters: four blocks of uint32."""
-    c0 = (local + first_tile.to(tl.int64) * 16).to(tl.uint32)
+    c0 = (local + first_tile.to(tl.int64) * LANES).to(tl.uint32)
     low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
     c1 = parameter_id.to(tl.uint32, bitcast=True)
