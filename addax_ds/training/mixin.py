@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from addax_ds.distributed.collectives import all_gather_object
-from addax_ds.optim.addax import Addax
+from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.optim.attach import attach
 from addax_ds.optim.methods import IN_PLACE
 from addax_ds.planner.constants import FORWARD, first_order_units
@@ -107,7 +107,8 @@ class AddaxMixin(ResumingMixin, StepMixin):
         model = model or self.model
         assert model is not None
         back_end_of(model).free_gathered(model)
-        if self.optimizer is None:
+        optimizer = self.optimizer
+        if optimizer is None:
             _check_dtype(model, self.args)
             trained = [p for p in model.parameters() if p.requires_grad]
             if not trained:
@@ -115,9 +116,10 @@ class AddaxMixin(ResumingMixin, StepMixin):
                     "the model has no trainable parameter: set requires_grad of those to train, "
                     "which PEFT has unset where it merged its adapters into the weights"
                 )
-            self.optimizer = Addax(trained, **asdict(self.settings.hyperparameters))
-        attach(self.addax, model)
-        return self.optimizer
+            optimizer = Addax(trained, **asdict(self.settings.hyperparameters))
+        attach(unwrap(optimizer), model)
+        self.optimizer = optimizer
+        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `SavingMixin.train`, and `releasing_model` for what comes afterwards."""

@@ -269,6 +269,7 @@ def test_what_cannot_be_attached_is_said_as_it_is(tmp_path):
     parameter.grad = torch.ones_like(parameter)
     with pytest.raises(UserError, match=r"call model\.zero_grad\(\) first"):
         trainer.train()
+    assert "eval_loss" in trainer.evaluate(columns())
     trainer.model.zero_grad()
     held = attach(Addax(trainer.model.parameters(), lr=0.1), trainer.model)
     with pytest.raises(UserError, match="another Addax optimizer is attached"):
