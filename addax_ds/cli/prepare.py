@@ -167,15 +167,8 @@ def _plan_threshold(
     The settings of ``args`` get the plan's L_T and its micro-batches.
     """
     fixed = None if resumed is None else resumed.written.length_threshold
-    kernel = source.attn_implementation
     plan = plan_threshold(
-        source.config,
-        kernel,
-        layout,
-        data.train,
-        args,
-        args.settings,
-        fixed,
+        source.config, source.attn_implementation, layout, data.train, args, args.settings, fixed
     )
     args.settings = replace(args.settings, length_threshold=plan.length)
     if plan.parts > 1:
@@ -208,7 +201,7 @@ def _identity(
     yield "training data", digest
     for name, dataset in (("validation data", data.validation), ("test data", data.test)):
         if dataset is not None:
-            yield name, data_digest(dataset.examples)
+            yield name, dataset.digest
 
 
 def _digest(parts: Iterable[bytes]) -> str:

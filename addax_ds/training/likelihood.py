@@ -97,7 +97,6 @@ class LikelihoodMixin(_Steps):
 
     scores: Scores | None = None
     _scored: tuple[ScoredSet, ScoreTable] | None = None
-    _digested: tuple[Any, str | None, str] | None = None
 
     def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
         if kwargs.get("compute_loss_func") is not None:
@@ -122,8 +121,7 @@ class LikelihoodMixin(_Steps):
         if not self._collates and self.eval_dataset is not None:
             for name, dataset in _by_name(self.eval_dataset).items():
                 where = f"eval_dataset {name!r}" if name else "eval_dataset"
-                made = self._scored_set(dataset, where)
-                self._evaluated.append((dataset, self.template_time, made))
+                self._scored_set(dataset, where)
         if self.compute_metrics is None and not self._collates:
             check_evaluations(self.args, self.eval_dataset)
 
@@ -175,7 +173,10 @@ class LikelihoodMixin(_Steps):
                 self._evaluated[number] = dataset, self.template_time, made
             return made
         check_rows_have_numbers(dataset, name, "ranks share out")
-        return EvaluationSet(self._examples(dataset, name))
+        made = EvaluationSet(self._examples(dataset, name))
+        if any(dataset is each for each in _by_name(self.eval_dataset).values()):
+            self._evaluated.append((dataset, self.template_time, made))
+        return made
 
     def _count_targets(self, batches: list[dict[str, Any]]) -> Tensor | int | None:
         """Count the targets of all ranks; nothing predicts position 0, whatever the model says."""
@@ -230,13 +231,7 @@ class LikelihoodMixin(_Steps):
         names = [name for name in by_name if not name or metric.startswith(f"{name}_")]
         if not names:
             return None
-        chosen = by_name[max(names, key=len)]
-        # Rows are encoded only once, as this is asked at each checkpoint.
-        known = self._digested
-        if known is None or known[0] is not chosen or known[1] != self.template_time:
-            digest = self._scored_set(chosen, "eval_dataset").digest
-            known = self._digested = chosen, self.template_time, digest
-        return known[2]
+        return self._scored_set(by_name[max(names, key=len)], "eval_dataset").digest
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return a loader of this rank's share of a data set's batches."""

@@ -100,7 +100,7 @@ class StepMixin(SavingMixin):
         self._losses: list[tuple[str, int, Tensor]] = []
         named = {name: own(value) for name, value in kwargs.items()}
         super().__init__(*map(own, args), **named)
-        self._divide_anew()
+        self._divide_if_other()
         self.costs = CostMeter(self.args.device)
         self.add_callback(_Meter(self))
 
@@ -152,12 +152,10 @@ class StepMixin(SavingMixin):
 
     def _divide_anew(self) -> None:
         """Divide the training data, if there is any, between the streams."""
-        self.partition = self._steps = None
-        if self.train_dataset is not None:
-            self._prepare_steps(self.train_dataset)
-        self._divided = self.train_dataset
-
-    def _prepare_steps(self, dataset: Any) -> None:
+        self.partition = self._steps = self._divided = None
+        dataset: Any = self.train_dataset
+        if dataset is None:
+            return
         name = f"{type(self).__name__}: the training data"
         check_rows_have_numbers(dataset, name, "streams by length need")
         rows = self.train_rows(dataset)
@@ -171,6 +169,7 @@ class StepMixin(SavingMixin):
             self.args.world_size,
             self.settings.gradient_accumulation_steps,
         )
+        self._divided = dataset
 
     def _plan(self, rows: TrainRows) -> tuple[Partition, StepSchedule]:
         return plan_steps(rows.lengths, self.settings, self.args, drop_last=not rows.has_dummy)

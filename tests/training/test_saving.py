@@ -93,70 +93,67 @@ def test_a_limit_of_one_keeps_the_best_checkpoint_and_those_of_others(tmp_path):
 
 
 BEST = {**EVERY_STEP, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+# The loss falls, so that its first value would stay the largest.
+FIRST_IS_BEST = {
+    **BEST,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,
+    "learning_rate": 1e-3,
+}
+
+
+def resumed(caplog, again: AddaxTrainer, checkpoint: Any = True) -> str:
+    """Let a trainer go on; return what it has said since the last time."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=checkpoint)
+    return caplog.text
 
 
 def test_another_metric_on_a_resume_does_not_compete_with_the_old_one(tmp_path, caplog):
-    """The loss falls, so that its first value would stay the largest."""
-    largest = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
-    first = trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=2)
+    first = trainer(tmp_path, **FIRST_IS_BEST, max_steps=2)
     first.train()
     assert first.best_step == 1
-    smallest = {**largest, "greater_is_better": False}
-    again = trainer(tmp_path, **smallest, learning_rate=1e-3)
-    with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    smallest = {**FIRST_IS_BEST, "greater_is_better": False}
+    again = trainer(tmp_path, **smallest)
+    resumed(caplog, again, str(tmp_path / "checkpoint-1"))
     assert again.best_step == again.state.best_global_step == 3
-    unchanged = trainer(tmp_path, **smallest, learning_rate=1e-3, max_steps=4)
-    caplog.clear()
-    unchanged.train(resume_from_checkpoint=True)
-    assert "the best checkpoint up to now" not in caplog.text
-    largest_again = trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=5)
-    with caplog.at_level(logging.WARNING):
-        largest_again.train(resume_from_checkpoint=True)
+    unchanged = trainer(tmp_path, **smallest, max_steps=4)
+    assert "the best checkpoint up to now" not in resumed(caplog, unchanged)
+    largest_again = trainer(tmp_path, **FIRST_IS_BEST, max_steps=5)
+    assert "was chosen by loss" in resumed(caplog, largest_again)
     assert largest_again.best_step == 5
-    assert "was chosen by loss" in caplog.text
 
 
 def test_a_value_on_other_rows_does_not_compete_with_that_on_the_old_ones(tmp_path, caplog):
-    """The loss falls, so that its first value, of whatever rows, would stay the largest."""
-    largest = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=2).train()
-    same = trainer(tmp_path, **largest, learning_rate=1e-3)
-    with caplog.at_level(logging.WARNING):
-        same.train(resume_from_checkpoint=True)
+    trainer(tmp_path, **FIRST_IS_BEST, max_steps=2).train()
+    same = trainer(tmp_path, **FIRST_IS_BEST)
+    assert "the best checkpoint up to now" not in resumed(caplog, same)
     assert same.best_step == 1
-    assert "the best checkpoint up to now" not in caplog.text
-    other = trainer(tmp_path, **largest, learning_rate=1e-3, max_steps=5)
+    other = trainer(tmp_path, **FIRST_IS_BEST, max_steps=5)
     other.eval_dataset = EvaluationSet(examples(rows(2, 2, seed=3)))
-    with caplog.at_level(logging.WARNING):
-        other.train(resume_from_checkpoint=True)
+    assert "was chosen on other rows" in resumed(caplog, other)
     assert other.best_step == 4
-    assert "was chosen on other rows" in caplog.text
 
 
 def test_rows_of_another_metric_may_change(tmp_path, caplog):
-    of_a = {**BEST, "metric_for_best_model": "a_loss", "greater_is_better": True}
+    of_a = {**FIRST_IS_BEST, "metric_for_best_model": "a_loss"}
     sets = {name: EvaluationSet(examples(rows(2, 2, seed=s))) for s, name in enumerate("abc", 2)}
     two = {name: sets[name] for name in "ab"}
-    trainer(tmp_path, two, **of_a, learning_rate=1e-3, max_steps=2).train()
-    again = trainer(tmp_path, sets, **of_a, learning_rate=1e-3)
-    with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=True)
+    trainer(tmp_path, two, **of_a, max_steps=2).train()
+    again = trainer(tmp_path, sets, **of_a)
+    assert "the best checkpoint up to now" not in resumed(caplog, again)
     assert again.best_step == 1
-    assert "the best checkpoint up to now" not in caplog.text
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_the_best_one_any_more(tmp_path, caplog):
-    rising = {**BEST, "metric_for_best_model": "loss", "greater_is_better": True}
-    first = trainer(tmp_path, **rising, learning_rate=1e-3, max_steps=2)
+    first = trainer(tmp_path, **FIRST_IS_BEST, max_steps=2)
     first.train()
     assert first.best_step == 1
     shutil.rmtree(tmp_path / "checkpoint-1")
-    again = trainer(tmp_path, **rising, learning_rate=1e-3)
-    with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=True)
+    again = trainer(tmp_path, **FIRST_IS_BEST)
+    assert "is not there any more" in resumed(caplog, again)
     assert again.best_step == again.state.best_global_step == 3
-    assert "is not there any more" in caplog.text
 
 
 def test_the_mean_loss_after_a_resume_is_of_the_steps_since(tmp_path):
