@@ -34,7 +34,8 @@ def held(args: TrainingArguments) -> Iterator[None]:
 
     The folder is made if need be, and removed again if it is left empty. One process of each file
     system that is written to holds the lock, which the kernel releases if it dies. The body may
-    enter again. On a file system without locks there is a warning.
+    enter again. On a file system without locks there is a warning. What a run that died while it
+    wrote has left in the folder is removed.
 
     Raises:
         UserError: on all ranks: another run works in the folder, or it cannot be written.
@@ -54,6 +55,9 @@ def held(args: TrainingArguments) -> Iterator[None]:
                 locked = _acquire(lock, args)
                 if not locked:
                     Path(lock.lock_file).unlink(missing_ok=True)
+                if lock.lock_counter <= 1:  # not entered again
+                    with atomic.writing(folder):
+                        atomic.remove_unfinished(folder)
         yield
     finally:
         if locked:

@@ -49,8 +49,6 @@ class Checkpoint:
 def find(wanted: str | bool | None, args: TrainingArguments) -> Checkpoint | None:
     """Resolve ``resume_from_checkpoint``; every rank has to call it, and all get the same.
 
-    What a run that died while it wrote has left in ``output_dir`` is removed first.
-
     Args:
         wanted: a path, True for the newest intact one in ``output_dir``, which warns of those that
             are not, or False or None.
@@ -61,9 +59,6 @@ def find(wanted: str | bool | None, args: TrainingArguments) -> Checkpoint | Non
             the newest intact one beside it), or no run could go on from it.
     """
     output_dir = Path(args.output_dir or ".")
-    with raise_on_all_ranks(), atomic.writing(output_dir):
-        if args.should_save:
-            atomic.remove_unfinished(output_dir)
     words = all_gather_object(str(wanted))
     if len(set(words)) > 1:
         raise UserError(f"{_FLAG}: the ranks were given different values: {', '.join(words)}")

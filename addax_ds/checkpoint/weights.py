@@ -8,7 +8,8 @@ whole files, so neither the number of ranks nor the back end can be told from a 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MAX_FILE_SIZE = "5GB"
 CHUNK_BYTES = 2**24
 """Most of a weight that travels at once when files are written."""
 
+_INDEX = f"{MODEL_FILE}.index.json"
 _NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -144,8 +146,8 @@ def save_weights(
     written, so that ``from_pretrained`` loads the folder. Of any other module the weights alone.
 
     A rank holds its shards, `CHUNK_BYTES` of what travels, and, if it writes, one file and the
-    weights that its next tensors are made of: one, or those of a layer's fused experts. Files of an
-    earlier save that are not overwritten are removed.
+    weights that its next tensors are made of: one, or those of a layer's fused experts. The files
+    of an earlier save are removed first and the index comes last, so no folder holds parts of both.
 
     Args:
         model: on any back end.
@@ -163,35 +165,67 @@ def save_weights(
         if rank in writers:
             folder.mkdir(parents=True, exist_ok=True)
         if rank == writers[0]:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            _start_folder(folder, set(plan.filename_to_tensors), index if plan.is_sharded else None)
+            _remove_weights(folder)
             save_config(model, folder)
     whole = _WholeWeights(model)
     files = list(plan.filename_to_tensors)
+    at_once = min(all_gather_object(len(writers)))  # nodes may have different numbers of ranks
     with bytes_bar("Writing weights", plan.metadata["total_size"], progress) as bar:
-        for first in range(0, len(files), len(writers)):
+        for first in range(0, len(files), at_once):
             # A round in which each writer gets its file, and then all write at once.
-            turns = dict(zip(files[first:], writers, strict=False))
-            kept: dict[str, dict[str, Tensor]] = {file: {} for file in turns}
-            problem: Exception | None = None
-            for file, writer in turns.items():
-                wanted: dict[Conversion, list[str]] = {}
-                for name in plan.filename_to_tensors[file]:
-                    wanted.setdefault(made[name], []).append(name)
-                for conversion, names in wanted.items():
-                    sources = whole.gather(conversion.sources, rank == writer)
-                    try:
-                        if rank == writer:
-                            kept[file] |= _made(conversion, sources, names)
-                    except Exception as error:  # the other ranks wait for this one to take part
-                        problem = error
-                    bar.update(sum(shapes[name].nbytes for name in names))
+            turns = dict(zip(files[first : first + at_once], writers, strict=False))
+            kept, problem = _gather_round(whole, turns, plan.filename_to_tensors, made)
+            bar.update(sum(shapes[n].nbytes for f in turns for n in plan.filename_to_tensors[f]))
             with raise_on_all_ranks():
                 if problem is not None:
                     raise problem
-                for file, writer in turns.items():
-                    if rank == writer:  # taken out, or the next round would come on top
-                        _write(kept.pop(file), folder / file)
+                while kept:  # taken out, or the next round would come on top
+                    file, tensors = kept.popitem()
+                    _write(folder / file, partial(save_file, tensors, metadata={"format": "pt"}))
+                    del tensors
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + os.linesep
+        with raise_on_all_ranks():
+            if rank == writers[0]:
+                _write(folder / _INDEX, lambda path: path.write_text(text))
+
+
+def _gather_round(
+    whole: "_WholeWeights",
+    turns: Mapping[str, int],
+    tensors_of: Mapping[str, Sequence[str]],
+    made: Mapping[str, Conversion],
+) -> tuple[dict[str, dict[str, Tensor]], Exception | None]:
+    """Gather the tensors of some files, each on its writer; every rank has to call it.
+
+    Args:
+        whole: the weights.
+        turns: ranks that write, by file.
+        tensors_of: names of the tensors of each file.
+        made: what makes each tensor.
+
+    Returns:
+        The tensors of this rank's file, if it has one, by file; and the error of making them. The
+        other ranks wait for this one to take part, so it is raised afterwards.
+    """
+    kept: dict[str, dict[str, Tensor]] = {}
+    problem: Exception | None = None
+    for file, writer in turns.items():
+        is_own = get_rank() == writer
+        if is_own:
+            kept[file] = {}
+        wanted: dict[Conversion, list[str]] = {}
+        for name in tensors_of[file]:
+            wanted.setdefault(made[name], []).append(name)
+        for conversion, names in wanted.items():
+            sources = whole.gather(conversion.sources, is_own)
+            try:
+                if is_own:
+                    kept[file] |= _made(conversion, sources, names)
+            except Exception as error:
+                problem = error
+    return kept, problem
 
 
 def _tensors_of_files(model: nn.Module) -> tuple[dict[str, Conversion], dict[str, Tensor]]:
@@ -304,25 +338,22 @@ def _traffic_device() -> torch.device:
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file, or leave none."""
     try:
         with writing(path):
-            save_file(tensors, path, metadata={"format": "pt"})
+            write(path)
     except UserError:
         path.unlink(missing_ok=True)
         raise
 
 
-def _start_folder(folder: Path, files: set[str], index: dict[str, Any] | None) -> None:
-    """Remove what an earlier save left and this one does not overwrite; write the index."""
+def _remove_weights(folder: Path) -> None:
+    """Remove what an earlier save left: first the index, without which its files are none."""
+    (folder / _INDEX).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.name not in files and (path.name == MODEL_FILE or _NUMBERED.fullmatch(path.name)):
+        if path.name == MODEL_FILE or _NUMBERED.fullmatch(path.name):
             path.unlink()
-    index_path = folder / f"{MODEL_FILE}.index.json"
-    if index is None:
-        index_path.unlink(missing_ok=True)
-    else:
-        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
 
 
 def save_config(model: Any, folder: Path) -> None:

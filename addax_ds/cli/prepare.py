@@ -51,6 +51,7 @@ class Prepared:
         tokenizer: of the model.
         data: all rows.
         layout: of the weights.
+        ranks_of_node: how many ranks share this machine.
         run: what checkpoints say of it.
         steps: the streams, and the rows of each step; None without training rows.
         lora: adapters to train; None if all weights are trained.
@@ -63,6 +64,7 @@ class Prepared:
     tokenizer: Any
     data: Data
     layout: Layout
+    ranks_of_node: int
     run: Run
     steps: tuple[Partition, StepSchedule] | None
     lora: Lora | None
@@ -81,8 +83,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
         UserError: on all ranks, for every mistake in arguments, configuration or data.
     """
     sharding = back_end(model_args.sharding, bool(args.deepspeed)).name
+    ranks = nodes(args)
     with raise_on_all_ranks():
-        replicas = replicas_of(model_args.replicas, [len(node) for node in nodes(args)])
+        replicas = replicas_of(model_args.replicas, [len(node) for node in ranks])
     layout = Layout(sharding, replicas, model_args.cpu_offload)
     run = Run.of(args, args.settings, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
@@ -108,7 +111,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
             steps = plan_steps(lengths_of(data.train), args.settings, args)
             if resumed is not None:
                 resumed.check(run.with_data(digest, steps[0].threshold))
-    check_same_on_all_ranks(dict(_identity(args, model_args, data, digest)))
+    check_same_on_all_ranks(dict(_data_digests(data, digest)))
     if data.train and not args.find_learning_rate:
         ownership.claim(args, None if resumed is None else resumed.folder)
     return Prepared(
@@ -116,6 +119,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
         tokenizer=tokenizer,
         data=data,
         layout=layout,
+        ranks_of_node=next(len(node) for node in ranks if args.process_index in node),
         run=run,
         steps=steps,
         lora=lora,
@@ -183,10 +187,18 @@ def _plan_threshold(
     return plan
 
 
-def _identity(
-    args: AddaxConfig, model_args: ModelArguments, data: Data, digest: str
-) -> Iterator[tuple[str, str]]:
-    """Yield what has to be the same on all ranks, by names for a message."""
+def check_same_arguments(model_args: ModelArguments, args: AddaxConfig) -> None:
+    """Check that all ranks have the same code and arguments, on which later collectives depend.
+
+    Every rank has to call it. Where data lie may differ; `prepare` compares what they are.
+
+    Raises:
+        UserError: on all ranks, naming what differs.
+    """
+    check_same_on_all_ranks(dict(_identity(model_args, args)))
+
+
+def _identity(model_args: ModelArguments, args: AddaxConfig) -> Iterator[tuple[str, str]]:
     yield "version of addax_ds", addax_ds.__version__
     code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
     yield "code of addax_ds", _digest(path.read_bytes() for path in code)
@@ -198,7 +210,10 @@ def _identity(
     if deepspeed_config is not None:
         for key, value in deepspeed_config.config.items():
             yield f"{key} in the DeepSpeed config", str(value)
-    yield "training data", digest
+
+
+def _data_digests(data: Data, of_training: str) -> Iterator[tuple[str, str]]:
+    yield "training data", of_training
     for name, dataset in (("validation data", data.validation), ("test data", data.test)):
         if dataset is not None:
             yield name, dataset.digest

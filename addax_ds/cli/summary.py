@@ -25,7 +25,7 @@ from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.planner.memory import StepSpec
 from addax_ds.sharding.registry import back_end
 from addax_ds.training.costs import CostMeter
-from addax_ds.training.memory import describe, plainer_way, spec_of_run
+from addax_ds.training.memory import describe, free_memory, simpler_way, spec_of_run
 from addax_ds.training.mixin import AddaxMixin
 from addax_ds.training.steps import StepMixin, total_steps
 from addax_ds.utils.errors import UserError
@@ -38,7 +38,7 @@ _STEPS_TO_TIME = 3
 
 def announce(prepared: Prepared, args: AddaxConfig) -> None:
     """Log model, data, method and planned memory, before the model is loaded."""
-    run, data, adapted = prepared.run, prepared.data, prepared.lora is not None
+    run, data = prepared.run, prepared.data
     logger.info("Model: %s, %s", prepared.source.label, run.dtype)
     share = "a part of the model" if back_end(run.sharding).is_sharded else "the whole model"
     logger.info("Ranks: %d, sharding %s: %s on each", run.ranks, run.sharding, share)
@@ -49,16 +49,28 @@ def announce(prepared: Prepared, args: AddaxConfig) -> None:
         streams, schedule = prepared.steps
         logger.info("%s", streams.describe(lengths_of(data.train)))
         logger.info("Method: %s", _method(args, run, schedule))
-        try:
-            spec = _spec_of_streams(prepared, streams, args)
-            memory = f"{spec.shape.parameters} parameters, {describe(spec, args.device)}"
-        except UserError as error:
-            memory, spec = f"not planned, {error}", None
-        # The planner does not know adapters.
-        logger.info("Memory: %s%s", "if all weights were trained, " if adapted else "", memory)
-        if spec is not None and not adapted and (way := plainer_way(spec, args.device)):
-            logger.info("Plainer: %s (docs/choosing.md)", way)
+        _announce_memory(prepared, streams, args)
     logger.info("Output: %s", output_folder(args).resolve())
+
+
+def _announce_memory(prepared: Prepared, streams: Partition, args: AddaxConfig) -> None:
+    """Log what a step takes, and whether all rows would fit through backward."""
+    try:
+        free = free_memory(args.device, prepared.ranks_of_node)[0]
+    except UserError:
+        free = None
+    try:
+        spec = _spec_of_streams(prepared, streams, args)
+        memory = f"{spec.shape.parameters} parameters, {describe(spec, free)}"
+    except UserError as error:
+        logger.info("Memory: not planned, %s", error)
+        return
+    if prepared.lora is not None:  # the planner does not know adapters
+        logger.info("Memory: if all weights were trained, %s", memory)
+        return
+    logger.info("Memory: %s", memory)
+    if free is not None and (way := simpler_way(spec, free)):
+        logger.info("Simpler: %s (docs/choosing.md)", way)
 
 
 def _method(args: AddaxConfig, run: Run, schedule: StepSchedule) -> str:

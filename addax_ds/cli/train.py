@@ -32,7 +32,7 @@ from addax_ds.checkpoint import ownership, resume
 from addax_ds.checkpoint.weights import local_slices
 from addax_ds.cli.data import Data
 from addax_ds.cli.outputs import Outputs, output_folder
-from addax_ds.cli.prepare import Prepared, prepare
+from addax_ds.cli.prepare import Prepared, check_same_arguments, prepare
 from addax_ds.cli.results import (
     dev_metrics,
     metrics_before_training,
@@ -93,6 +93,7 @@ def finetune(
     _start_logging()
     model_args, data_args, args = parse_arguments(argv)
     _set_up(args, model_args)
+    check_same_arguments(model_args, args)
     # A sweep over learning rates writes nothing, beside another run if need be.
     with nullcontext() if args.find_learning_rate else ownership.held(args):
         return _finetune(model_args, data_args, args, interrupts, trainer)

@@ -9,7 +9,11 @@ import torch
 
 from addax_ds.config.deepspeed import pick, value_at
 from addax_ds.config.training_arguments import DEFAULTS
-from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameters
+from addax_ds.optim.hyperparameters import (
+    HYPERPARAMETERS,
+    Hyperparameters,
+    runs_twice_to_clip,
+)
 from addax_ds.optim.methods import BASELINES, METHODS, Method
 from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.errors import UserError
@@ -223,7 +227,7 @@ def _warn(args: "AddaxConfig", max_grad_norm: float, steps: int) -> None:
         return
     if args.method == "mezo":
         logger.warning("--max_grad_norm has no effect with --method mezo: there is no gradient.")
-    elif steps == 1:
+    elif runs_twice_to_clip(max_grad_norm, steps):
         logger.warning(
             "--max_grad_norm %g: the norm is known only after a backward, so each step runs its "
             "first-order forward and backward twice; 0 does not clip.",

@@ -51,7 +51,8 @@ def check_same_on_all_ranks(values: Mapping[str, str]) -> None:
         UserError: on all ranks, naming what differs, with its values by rank.
     """
     by_rank = all_gather_object(dict(values))
-    differing = [name for name in values if len({entry.get(name) for entry in by_rank}) > 1]
+    names = dict.fromkeys(name for entry in by_rank for name in entry)  # a rank may lack some
+    differing = [name for name in names if len({entry.get(name) for entry in by_rank}) > 1]
     if differing:
         lines = [
             f"{name}: "

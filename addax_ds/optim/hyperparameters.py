@@ -207,3 +207,12 @@ def problems(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for known in HYPERPARAMETERS:
         if known.name in values:
             yield from known.problems(values[known.name], f"{prefix}{known.name}")
+
+
+def runs_twice_to_clip(max_grad_norm: float, micro_batches: int) -> bool:
+    """Return whether a step runs its first-order forward and backward twice.
+
+    Weights change while a backward runs, so the norm of its gradient has to be known before. Of
+    several micro-batches the sum is kept, and clipped.
+    """
+    return max_grad_norm > 0.0 and micro_batches == 1

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
@@ -15,10 +15,12 @@ from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.contributions import Contributions
 from addax_ds.optim.estimator import Estimate, Estimator, Pass
 from addax_ds.optim.gradients import GradientSums, SkippedUpdates, SquaredNorms
+from addax_ds.optim.hyperparameters import runs_twice_to_clip
 from addax_ds.optim.passes import IsolatedPasses, forget_casts
 from addax_ds.optim.report import StepReport
 from addax_ds.optim.update import Step, apply_update, perturb
 from addax_ds.sharding.base import ParameterInfo, Shard, Sharding
+from addax_ds.utils.generators import generators_kept
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class RunningStep:
         if not first_order:
             self._agree(losses, None)
             return None
-        if self._max_grad_norm > 0.0 and len(first_order) == 1:
+        if runs_twice_to_clip(self._max_grad_norm, len(first_order)):
             return self._measure_to_clip(losses, first_order[0])
         loss, mean = self._run_micro_batches(first_order)
         if not self._agree(losses, mean):
@@ -118,7 +120,7 @@ class RunningStep:
 
     def _measure_to_clip(self, losses: list[Tensor], closure: Closure) -> Tensor | None:
         """Find the norm of g1 by a backward of its own; return the loss of a second forward."""
-        with self._replayed():
+        with generators_kept(self._sharding.device):
             loss, mean = self._run_micro_batches([closure])
             if not self._agree(losses, mean):
                 return None
@@ -132,7 +134,7 @@ class RunningStep:
         Gradients take as much memory as in a step: they are summed if there are several.
         """
         mode = _Mode.ACCUMULATE if len(first_order) > 1 else _Mode.TAKE_NORM
-        with self._replayed(), self._sharding.other_gradients_kept():
+        with generators_kept(self._sharding.device), self._sharding.other_gradients_kept():
             if zeroth_order:
                 # The others hold what these hold.
                 self._perturbed_losses(zeroth_order, self._estimator.passes[:2])
@@ -149,7 +151,8 @@ class RunningStep:
                 shown = partial(perturb, step=self._by_group[0], sign=each.sign, probe=each.probe)
                 # Noise or masks that closures draw have to be the same in all passes: g0 is the
                 # difference of two.
-                draws = self._replayed() if number < len(passes) else nullcontext()
+                is_last = number == len(passes)
+                draws = nullcontext() if is_last else generators_kept(self._sharding.device)
                 with draws, self._passes.perturbed(shown):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())
@@ -174,14 +177,6 @@ class RunningStep:
         self._mode = mode
         self._sharding.backward(loss)
         self._mode = _Mode.APPLY
-
-    @contextmanager
-    def _replayed(self) -> Iterator[None]:
-        """Restore the random state afterwards, so that later code repeats the body's draws."""
-        device = self._sharding.device
-        on_cpu = device.type == "cpu"
-        with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
-            yield
 
     # ---- gradients -----------------------------------------------------------------------------
 

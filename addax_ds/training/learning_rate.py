@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from addax_ds.data.batches import STREAMS
 from addax_ds.optim.methods import Method
+from addax_ds.utils.generators import generators_kept
 
 if TYPE_CHECKING:
     from addax_ds.training.mixin import AddaxMixin
@@ -91,8 +92,10 @@ def find_learning_rate(trainer: "AddaxMixin") -> Sweep:
         UserError: what `Trainer.train` raises for its arguments.
     """
     callbacks, strategy = trainer.callback_handler.callbacks, trainer.args.save_strategy
+    saves_at_end = trainer.saves_at_end
     trainer.callback_handler.callbacks = [_Sweeping(trainer)]
-    trainer.args.save_strategy = SaveStrategy.NO
+    # Not even a rehearsal: another run may be at work in the folder.
+    trainer.args.save_strategy, trainer.saves_at_end = SaveStrategy.NO, False
     try:
         with trainer.releasing_model():
             Trainer.train(trainer)
@@ -100,7 +103,7 @@ def find_learning_rate(trainer: "AddaxMixin") -> Sweep:
         return done.sweep
     finally:
         trainer.callback_handler.callbacks = callbacks
-        trainer.args.save_strategy = strategy
+        trainer.args.save_strategy, trainer.saves_at_end = strategy, saves_at_end
     raise AssertionError("a training has begun without a word")
 
 
@@ -176,9 +179,8 @@ def _put_back(trainer: "AddaxMixin") -> Iterator[None]:
 
     copies = [data.detach().to("cpu", copy=True) for data in held()]
     state = copy.deepcopy(addax.state_dict())
-    device = trainer.args.device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with generators_kept(trainer.args.device):
             yield
     finally:
         with torch.no_grad():

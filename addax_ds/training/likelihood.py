@@ -197,12 +197,13 @@ class LikelihoodMixin(_Steps):
         """Return a loss whose mean over ranks and micro-batches is that over all target tokens.
 
         In fp64. The sum is divided by the global number of targets, and multiplied by the number of
-        ranks and micro-batches: whoever takes the step takes a mean over them.
+        ranks and micro-batches: whoever takes the step takes a mean over them. It is 0 for a batch
+        without any, which only a collator of a user's own makes.
         """
         with self.compute_loss_context_manager():
             scores = target_scores(model, batch)
         parts = self.args.world_size * self.settings.gradient_accumulation_steps
-        return -scores[:, 0].sum() * (parts / targets)
+        return -scores[:, 0].sum() * (parts / max(targets, 1))
 
     # ---- evaluation ----------------------------------------------------------------------------
 

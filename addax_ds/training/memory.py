@@ -1,9 +1,7 @@
 """The step of a run as the planner takes it, and what the log says of its memory."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
@@ -18,11 +16,11 @@ from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.sharding.layout import Layout
 from addax_ds.utils.dtypes import dtype_name
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.host_memory import available
 
 HOST_RESERVE = 2 * GB
 """Of a rank's memory on a CPU, for what is not a tensor of the step: at most 1.6 GB in the table of
 docs/planner.md, the libraries left out, which are loaded by then."""
-_MEMINFO = Path("/proc/meminfo")
 
 
 def spec_of_run(
@@ -85,8 +83,12 @@ def _longest(rows: int, examples: Sequence[Example]) -> Batch | None:
     return Batch.of(rows, int(longest), int(targets))
 
 
-def describe(spec: StepSpec, device: torch.device) -> str:
+def describe(spec: StepSpec, free: int | None) -> str:
     """Describe the memory that this rank needs for a step, by category, and has.
+
+    Args:
+        spec: the step.
+        free: bytes that this rank has for tensors on its device (`free_memory`), None if unknown.
 
     Raises:
         UserError: the planner cannot follow the model.
@@ -100,20 +102,22 @@ def describe(spec: StepSpec, device: torch.device) -> str:
     )
     if memory.host:
         text += f", and {memory.host / GB:.2f} GB of host memory"
-    try:
-        free = _free(device)
-    except UserError:
+    if free is None:
         return text
     only = "only " if _needed(spec, memory) > free else ""
     return f"{text}; {only}{free / GB:.2f} GB are free for them"
 
 
-def plainer_way(spec: StepSpec, device: torch.device) -> str | None:
+def simpler_way(spec: StepSpec, free: int) -> str | None:
     """Say that in-place SGD on every row would fit a run that takes some rows zeroth-order.
 
+    Args:
+        spec: the step.
+        free: bytes that this rank has for tensors on its device.
+
     Returns:
-        A sentence; None if it would not fit, if every row is first-order anyway, or if one of them
-        cannot be planned or free memory cannot be found out.
+        A sentence; None if it would not fit, if every row is first-order anyway, or if it cannot be
+        planned.
     """
     if spec.zeroth_order is None:
         return None
@@ -123,24 +127,14 @@ def plainer_way(spec: StepSpec, device: torch.device) -> str | None:
         max(each.length for each in both),
         max(each.targets for each in both),
     )
-    try:
-        return _plainer_way(spec, every, device)
-    except UserError:
-        return None
-
-
-def _plainer_way(spec: StepSpec, every: Batch, device: torch.device) -> str | None:
-    free = _free(device)
+    in_place = replace(spec, method="ip-sgd", zeroth_order=None, first_order=every)
     for checkpointing in (False, True):
-        plain = replace(
-            spec,
-            method="ip-sgd",
-            zeroth_order=None,
-            first_order=every,
-            checkpointing=checkpointing,
-        )
-        memory = step_memory(plain)
-        if _needed(spec, memory) <= free:
+        plain = replace(in_place, checkpointing=checkpointing)
+        try:
+            memory = step_memory(plain)
+        except UserError:
+            return None
+        if _needed(plain, memory) <= free:
             flags = f"--method ip-sgd --per_device_train_batch_size {every.rows}"
             if checkpointing:
                 flags += " --activation_checkpointing"
@@ -149,11 +143,6 @@ def _plainer_way(spec: StepSpec, every: Batch, device: torch.device) -> str | No
                 f"{memory.total / GB:.2f} GB of tensors on a rank at up to {every.length} tokens"
             )
     return None
-
-
-def _free(device: torch.device) -> int:
-    """Return the bytes that this rank has for tensors on its device."""
-    return free_memory(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))[0]
 
 
 def _needed(spec: StepSpec, memory: Memory) -> int:
@@ -173,14 +162,5 @@ def free_memory(device: torch.device, ranks: int, stated: int | None = None) -> 
         UserError: it cannot be found out.
     """
     if device.type == "cuda":
-        return stated or torch.cuda.mem_get_info(device)[0] - RESERVE, _available() // ranks
-    return stated or max(_available() // ranks - HOST_RESERVE, 0), 0
-
-
-def _available() -> int:
-    """Return the bytes of host memory that the ranks of the machine may take together."""
-    try:
-        entries = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        return int(entries["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"how much memory is free cannot be read from {_MEMINFO}") from error
+        return stated or torch.cuda.mem_get_info(device)[0] - RESERVE, available() // ranks
+    return stated or max(available() // ranks - HOST_RESERVE, 0), 0

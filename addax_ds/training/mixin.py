@@ -1,7 +1,7 @@
 """A Trainer with Addax: its loop as it is, another step inside it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from addax_ds.data.batches import STREAMS
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.optim.attach import attach
+from addax_ds.optim.hyperparameters import runs_twice_to_clip
 from addax_ds.optim.methods import IN_PLACE
 from addax_ds.planner.constants import FORWARD, first_order_units
 from addax_ds.sharding.registry import back_end_of
@@ -197,34 +199,31 @@ class AddaxMixin(ResumingMixin, StepMixin):
                 "loss_scale": report.loss_scale if self.args.fp16 else None,
             }
             logs.update({key: value for key, value in values.items() if value is not None})
-            self.worth.add(report, *self._units(self.state.global_step - 1))
+            assert self._steps is not None
+            tokens = self._steps.tokens(self.state.global_step - 1)
+            self.worth.add(report, *self._units(tokens))
             if advice := self.worth.advice():
                 logger.warning("%s", advice)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a step, a parameter and token: 2 in a pass, 4 more in a backward."""
-        passes = len(self.addax.estimator.passes) if self.addax.alpha > 0 else 0
-        weights = {"zeroth_order": 2 * passes, "first_order": 6}
-        tokens = sum(
-            weight * batch["input_ids"].numel()
-            for stream, weight in weights.items()
-            for batch in inputs.get(stream, [])
-            if "input_ids" in batch
-        )
-        return tokens * self.addax.sharding.trainable_elements
+        """Operations of a step on this rank: 2 a weight, token and unit of `_units`."""
+        tokens = {
+            stream: sum(b["input_ids"].numel() for b in inputs.get(stream, []) if "input_ids" in b)
+            for stream in STREAMS
+        }
+        return 2 * sum(self._units(tokens)) * self.addax.sharding.trainable_elements
 
-    def _units(self, step: int) -> tuple[int, int]:
+    def _units(self, tokens: Mapping[str, int]) -> tuple[int, int]:
         """Return the forward passes of tokens that each part of a step costs; see `Worth`."""
-        assert self._steps is not None
-        addax, args, tokens = self.addax, self.args, self._steps.tokens(step)
-        of_row = first_order_units(
+        addax, args = self.addax, self.args
+        of_token = first_order_units(
             bool(args.activation_checkpointing or args.gradient_checkpointing)
         )
-        if addax.max_grad_norm > 0.0 and self.settings.gradient_accumulation_steps == 1:
-            of_row *= 2  # one backward finds the norm
-        passes = len(addax.estimator.passes)
-        return FORWARD * passes * tokens["zeroth_order"], of_row * tokens["first_order"]
+        if runs_twice_to_clip(addax.max_grad_norm, self.settings.gradient_accumulation_steps):
+            of_token *= 2
+        passes = len(addax.estimator.passes) if addax.alpha > 0 else 0
+        return FORWARD * passes * tokens["zeroth_order"], of_token * tokens["first_order"]
 
     def find_learning_rate(self) -> Sweep:
         """Try learning rates; see `addax_ds.training.learning_rate.find_learning_rate`.

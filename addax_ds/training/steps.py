@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.costs import CostMeter
 from addax_ds.training.saving import SavingMixin
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.generators import generators_kept
 
 
 def plan_steps(
@@ -240,6 +242,15 @@ class StepMixin(SavingMixin):
         if self._steps is None:
             raise UserError(f"{type(self).__name__}: training needs a train_dataset")
         return self._steps[step]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the trainer's loop; while it trains, torch's random draws there change none later.
+
+        A loader draws a number when it begins. A run that skipped an evaluation, as one that stops
+        does, would go on with other dropout masks.
+        """
+        with generators_kept(self.args.device) if self.is_in_train else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to what Trainer reports while it trains what the training has cost."""

@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from addax_ds import UserError
-from addax_ds.checkpoint import folders, ownership
+from addax_ds.checkpoint import atomic, folders, ownership
 from addax_ds.checkpoint.state import STATE_NAME
 
 OWN, OTHER = "0" * 32, "f" * 32
@@ -54,13 +54,16 @@ def write(root: Path, ids: dict[int, str | None]) -> Path:
 )
 def test_a_second_run_is_told_that_there_is_a_first(locked, each_node, remedy):
     (locked / "of the first").touch()
+    (locked / atomic.UNFINISHED / "checkpoint-3").mkdir(parents=True)
     with (
         pytest.raises(UserError, match=f"--output_dir {locked}: another run is at work") as error,
         ownership.held(alone(locked, save_on_each_node=each_node)),
     ):
         pytest.fail("the folder is another run's")
     assert remedy in str(error.value)
-    assert {path.name for path in locked.iterdir()} == {ownership.LOCK, "of the first"}
+    left = {str(path.relative_to(locked)) for path in locked.rglob("*")}
+    unfinished = {atomic.UNFINISHED, f"{atomic.UNFINISHED}/checkpoint-3"}
+    assert left == {ownership.LOCK, "of the first", *unfinished}
 
 
 HOLDER = """
@@ -100,6 +103,17 @@ def test_a_lock_keeps_others_out_until_the_last_of_its_run_leaves(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with ownership.held(args):
         assert not is_free()
+
+
+def test_what_a_run_that_died_was_writing_is_removed_when_the_next_begins(tmp_path):
+    folder = tmp_path / atomic.UNFINISHED / "checkpoint-12"
+    folder.mkdir(parents=True)
+    args = alone(tmp_path)
+    with ownership.held(args):
+        assert not folder.parent.exists()
+        folder.mkdir(parents=True)  # its own
+        with ownership.held(args):
+            assert folder.exists()
 
 
 def test_a_folder_without_output_goes_as_it_came(tmp_path):

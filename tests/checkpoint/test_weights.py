@@ -16,6 +16,7 @@ from addax_ds import UserError
 from addax_ds.checkpoint import weight_files, weights
 from addax_ds.checkpoint.weight_files import OtherForm, WeightFiles, WeightSlice
 from addax_ds.checkpoint.weights import local_slices, save_weights
+from tests.support.models import tiny_opt
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
 from tests.workers.weights_cases import MAX_FILE_SIZE, MODELS, TOKENS, pass_on
@@ -377,6 +378,24 @@ def test_a_save_replaces_an_earlier_one(tmp_path):
     assert (tmp_path / "notes.safetensors").exists()
 
 
+def test_what_a_save_over_another_leaves_when_it_breaks_off_is_no_model(tmp_path, monkeypatch):
+    """Its files have the names of the older ones, with which they would make a model of two."""
+    save_weights(tiny_model("llama"), tmp_path, max_file_size="60KB")
+    save_file, saved = weights.save_file, []
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save_file(*args, **kwargs))
+
+    monkeypatch.setattr(weights, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(tiny_model("llama"), tmp_path, max_file_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    with pytest.raises(UserError, match="there is neither"):
+        WeightFiles(tmp_path)
+
+
 def test_a_writer_that_fails_still_takes_part_for_the_others(tmp_path, monkeypatch):
     gather, gathered = weights._WholeWeights.gather, []
 
@@ -542,3 +561,17 @@ def test_a_rank_that_cannot_write_stops_all_of_them(tmp_path):
     assert "cannot be written: [Errno 28] No space left on device" in told[1]
     assert "No space left on device" in told[1]
     assert told[0] == f"stopped, as 1 other rank(s) had an error: {told[1]}"
+
+
+@pytest.mark.slow
+def test_nodes_with_different_numbers_of_ranks_write_the_same_files(tmp_path):
+    run_ranks("weights_of_nodes", 3, tmp_path, timeout=60)
+    pair, alone = (folder_files(tmp_path / f"node-{number}") for number in range(2))
+    assert len(pair) > 5
+    assert pair == alone
+    save_weights(tiny_opt(), tmp_path / "whole", max_file_size="100KB")
+    assert pair == folder_files(tmp_path / "whole")
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

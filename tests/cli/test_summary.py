@@ -126,10 +126,12 @@ def test_a_search_for_the_learning_rate_says_what_it_saw_and_writes_nothing(
     flags += [f"--model_name_or_path={write_model(tmp_path / 'model')}", f"--output_dir={output}"]
     flags += [f"--train_file={write_rows(tmp_path / 'rows.jsonl', rows(4, 8))}", "--use_cpu"]
     monkeypatch.setattr("sys.argv", ["train", *flags])
+    of_another_run = output / "_unfinished" / "checkpoint-5"
+    of_another_run.mkdir(parents=True)
     runpy.run_module("addax_ds.cli.train", run_name="__main__")
     said = capsys.readouterr().err
     assert "learning rate to be found" in said
     (proposed,) = re.findall(r"^The lowest loss: --learning_rate (\S+?)[.,]? ", said, re.M)
     table = dict(re.findall(r"^ +(before|[\d.e-]+): ([\d.]+)$", said, re.M))
     assert min(table, key=lambda rate: float(table[rate])) == proposed
-    assert not list(output.iterdir())
+    assert list(output.rglob("*")) == [of_another_run.parent, of_another_run]

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from addax_ds.distributed import collectives
 from addax_ds.distributed.collectives import (
+    check_same_on_all_ranks,
     collectives_begun,
     limit_waiting,
     patient,
@@ -76,3 +78,11 @@ def test_a_port_that_is_taken_is_said_so(monkeypatch):
             raise_on_all_ranks_at_start(),
         ):
             pass
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_rank_that_lacks_what_others_have_is_told_as_they_are(monkeypatch, own):
+    by_rank = [{"test data": "1", "seed": "0"}, {"seed": "0"}]
+    monkeypatch.setattr(collectives, "all_gather_object", lambda _: by_rank)
+    with pytest.raises(UserError, match=r"test data: rank 0: 1, rank 1: None$"):
+        check_same_on_all_ranks(by_rank[own])

@@ -1,8 +1,10 @@
 """What a training reports of its costs, counted by hand."""
 
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,13 +76,17 @@ def test_the_peak_of_memory_on_a_cpu():
     [
         ({"alpha": 0.5}, ("zeroth_order", "first_order"), 4 * 30 + 6 * 10),
         ({"alpha": 0.5, "zo_directions": 3}, ("zeroth_order", "first_order"), 12 * 30 + 6 * 10),
+        ({"alpha": 0.5, "max_grad_norm": 1.0}, ("zeroth_order", "first_order"), 4 * 30 + 12 * 10),
         ({"alpha": 1.0}, ("zeroth_order",), 4 * 30),
         ({"alpha": 0.0}, ("first_order",), 6 * 10),
         ({"alpha": 0.0}, ("zeroth_order", "first_order"), 6 * 10),
     ],
 )
 def test_operations_are_those_of_forwards_and_backwards(options, streams, operations):
-    """A parameter and token: 2 in each zeroth-order pass, 6 in a forward and its backward."""
+    """A parameter and token: 2 in each zeroth-order pass, 6 in a forward and its backward.
+
+    To clip takes both twice.
+    """
     model = torch.nn.Linear(3, 2)  # 8 parameters
     optimizer = addax_ds.Addax(model.parameters(), lr=0.1, **options)
     addax_ds.attach(optimizer, model)
@@ -89,5 +95,10 @@ def test_operations_are_those_of_forwards_and_backwards(options, streams, operat
         name: [{"input_ids": torch.zeros(shape, dtype=torch.long)} for shape in tokens[name]]
         for name in streams
     }
-    trainer = SimpleNamespace(addax=optimizer)
+    trainer: Any = SimpleNamespace(
+        addax=optimizer,
+        args=SimpleNamespace(activation_checkpointing=False, gradient_checkpointing=False),
+        settings=SimpleNamespace(gradient_accumulation_steps=1),
+    )
+    trainer._units = partial(AddaxTrainer._units, trainer)
     assert AddaxTrainer.floating_point_ops(trainer, inputs) == 8 * operations

@@ -27,6 +27,7 @@ from addax_ds.sharding.layout import Layout
 from addax_ds.training import memory, rehearsal
 from addax_ds.training.length_threshold import AutoThreshold, dividing_lengths, plan_threshold
 from addax_ds.training.rehearsal import is_out_of_memory, longest_batch, rehearse_threshold
+from addax_ds.utils import host_memory
 from tests.support.launcher import launch
 from tests.support.layouts import LAYOUTS, on_layouts
 from tests.support.rank_group import Lazy, RankGroup
@@ -133,13 +134,12 @@ def test_a_checkpoint_says_the_length():
 
 
 def test_memory_is_detected(monkeypatch, tmp_path):
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
-    available = needed(17) + 2_000_000_000  # of which so much is for what is not a tensor
-    meminfo.write_text(f"MemFree: 1 kB\nMemAvailable:  {-(-available // 1024)} kB\n")
+    there = needed(17) + 2_000_000_000  # of which so much is for what is not a tensor
+    monkeypatch.setattr(memory, "available", lambda: there)
     plan = planned(None)
     assert (plan.length, plan.limit) == (17, None)
-    meminfo.write_text("MemFree: 1 kB\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
     with pytest.raises(UserError, match=r"cannot be read from .*meminfo: give --device_memory"):
         planned(None)
 
@@ -175,16 +175,12 @@ def test_on_a_cpu_offloaded_shards_are_in_the_memory_that_is_divided(sharding):
 
 
 @BOTH
-def test_beside_a_gpu_offloaded_shards_have_to_fit_into_host_memory(
-    monkeypatch, tmp_path, sharding
-):
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+def test_beside_a_gpu_offloaded_shards_have_to_fit_into_host_memory(monkeypatch, sharding):
     weights = 4 * sum(p.numel() for p in tiny_model("opt").parameters())
-    meminfo.write_text(f"MemAvailable: {2 * weights // 1024} kB\n")
+    monkeypatch.setattr(memory, "available", lambda: 2 * weights)
     lengths = [planned_with_offload(sharding, on, 1.0).length for on in ("cuda", "cpu")]
     assert lengths[0] == lengths[1]
-    meminfo.write_text(f"MemAvailable: {weights // 1024} kB\n")
+    monkeypatch.setattr(memory, "available", lambda: weights - 1)
     with pytest.raises(UserError, match=r"offloaded weights take .* of host memory a rank, and"):
         planned_with_offload(sharding, "cuda", 1.0)
 

@@ -14,7 +14,7 @@ from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.trace import Batch
 from addax_ds.sharding.layout import Layout
 from addax_ds.training import memory as run_memory
-from addax_ds.training.memory import describe, plainer_way, spec_of_run
+from addax_ds.training.memory import describe, free_memory, simpler_way, spec_of_run
 from tests.support.tiny import examples, rows, tiny_model
 
 DATA = sorted(examples(rows(7, 9)), key=lambda example: example.length)
@@ -57,28 +57,24 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
     )
 
 
-def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch, tmp_path):
+def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, vocab_size=50000).config
     settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
     spec = spec_of_run(config, None, Layout(), ([], DATA), ARGS, settings)
     memory = step_memory(spec)
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     # Two ranks share it, and each keeps 2 GB for what is not a tensor.
-    meminfo.write_text(f"MemAvailable: {2 * (2_000_000_000 + memory.total) // 1024 + 2} kB\n")
-    said = describe(spec, torch.device("cpu"))
+    there = 2 * (2_000_000_000 + memory.total) + 2
+    monkeypatch.setattr(run_memory, "available", lambda: there)
+    said = describe(spec, free_memory(torch.device("cpu"), 2)[0])
     assert said.startswith(f"{memory.total / 1e9:.2f} GB of tensors on a rank when they are most")
     assert f"weights {memory.categories['weights'] / 1e9:.2f}" in said
     assert "host" not in said
     assert said.endswith(f"; {memory.total / 1e9:.2f} GB are free for them")
-    meminfo.write_text("MemAvailable: 4000000 kB\n")
-    assert describe(spec, torch.device("cpu")).endswith("; only 0.05 GB are free for them")
-    meminfo.write_text("")
-    assert describe(spec, torch.device("cpu")).endswith(")")
+    assert describe(spec, 50_000_000).endswith("; only 0.05 GB are free for them")
+    assert describe(spec, None).endswith(")")
 
 
-def test_in_place_sgd_is_named_where_every_row_fits_through_backward(monkeypatch, tmp_path):
+def test_in_place_sgd_is_named_where_every_row_fits_through_backward():
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, num_hidden_layers=4).config
     settings = AddaxSettings("addax", Hyperparameters(lr=0.1), None, 3)
     spec = spec_of_run(config, None, Layout(), (LONG, SHORT), ARGS, settings)
@@ -88,25 +84,16 @@ def test_in_place_sgd_is_named_where_every_row_fits_through_backward(monkeypatch
         step_memory(replace(plain, checkpointing=each)).total for each in (False, True)
     )
     assert recomputed < whole
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(run_memory, "_MEMINFO", meminfo)
-
-    def told(free: int) -> str | None:
-        meminfo.write_text(f"MemAvailable: {(2_000_000_000 + free) // 1024 + 1} kB\n")
-        return plainer_way(spec, torch.device("cpu"))
-
-    said = told(whole)
+    said = simpler_way(spec, whole)
     assert said is not None
     assert said.startswith("--method ip-sgd --per_device_train_batch_size 7 would fit, ")
     needs = f"{whole / 1e9:.2f} GB of tensors on a rank at up to {every.length} tokens"
     assert said.endswith(needs)
-    said = told((whole + recomputed) // 2)
+    said = simpler_way(spec, (whole + recomputed) // 2)
     assert said is not None
     assert "_batch_size 7 --activation_checkpointing would fit" in said
-    assert told(recomputed - 4096) is None
-    assert plainer_way(plain, torch.device("cpu")) is None
-    meminfo.write_text("")
-    assert plainer_way(spec, torch.device("cpu")) is None
+    assert simpler_way(spec, recomputed - 1) is None
+    assert simpler_way(plain, whole) is None
 
 
 def test_a_model_that_cannot_be_planned():

@@ -154,6 +154,21 @@ def test_evaluation_of_a_collator_s_batches_is_a_mean_over_predicted_tokens(tmp_
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_batch_of_a_collator_without_targets_changes_nothing(tmp_path):
+    """As where a prompt fills max_length."""
+
+    def prompts(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate(features)
+        return {**batch, "labels": torch.full_like(batch["input_ids"], -100)}
+
+    data = [{"input_ids": [5 + i] * 6} for i in range(BATCH)]
+    model = gpt2()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    args = config(tmp_path, method="addax-wa", length_threshold=None, max_steps=2)
+    AddaxTrainer(model, args, train_dataset=data, data_collator=prompts).train()
+    assert_same(dict(model.named_parameters()), before)
+
+
 def test_a_model_gets_what_the_collator_makes_in_training_and_evaluation(tmp_path):
     """Token types are added to the embeddings of GPT-2."""
     data = [{"input_ids": [5 + i] * 6, "token_type_ids": [100] * 6} for i in range(BATCH)]

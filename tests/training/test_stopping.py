@@ -124,3 +124,15 @@ def test_what_was_found_intact_is_not_read_again(model, tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "verify", lambda *_: pytest.fail("read again"))
     again.train(resume_from_checkpoint=found)
     assert same(weights(whole), weights(again))
+
+
+def test_evaluations_leave_the_draws_of_the_training(tmp_path):
+    """A run that stops skips one, and goes on with the dropout masks of a run that did not."""
+    write_model(tmp_path / "model", "opt", dropout=0.3)
+    ends = []
+    for number, often in enumerate(({}, {"eval_strategy": "steps", "eval_steps": 1})):
+        run = trainer(tmp_path / "model", tmp_path / f"run-{number}", save_strategy="no", **often)
+        torch.manual_seed(3)
+        run.train()
+        ends.append(weights(run))
+    assert same(*ends)
