@@ -495,7 +495,9 @@ def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
     if text is not None:
         bad.write_text(text)
     given = full_run(model, tmp_path, tmp_path / "output")
-    outcome = launch("tests/workers/one_bad_rank.py", *given, str(bad), launcher="fork")
+    outcome = launch(
+        "tests/workers/one_bad_rank.py", *given, f"--train_file={bad}", launcher="fork"
+    )
     assert outcome.status not in (0, None), outcome.output
     assert f"{bad}: there is no such file" in outcome.output or f"{bad}:1: not" in outcome.output
     if text is not None:
@@ -506,14 +508,16 @@ def test_one_bad_rank_ends_all_of_them(text, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_with_other_data_do_not_start(model, tmp_path):
-    other = write_rows(tmp_path / "other.jsonl", rows(8, 8, seed=9))
+@pytest.mark.parametrize("name", ["train_file", "length_threshold"])
+def test_ranks_of_different_trainings_do_not_start(name, model, tmp_path):
+    """A rank with --length_threshold auto would plan, and the others not take part."""
+    data = write_rows(tmp_path / "other.jsonl", rows(8, 8, seed=9))
+    other = {"train_file": data, "length_threshold": "auto"}[name]
     given = full_run(model, tmp_path, tmp_path / "output")
-    outcome = launch("tests/workers/one_bad_rank.py", *given, str(other), launcher="fork")
+    outcome = launch("tests/workers/one_bad_rank.py", *given, f"--{name}={other}", launcher="fork")
     assert outcome.status not in (0, None), outcome.output
-    said = re.findall(
-        r"What differs:\n- training data: rank 0: (\w+), rank 1: (\w+)", outcome.output
-    )
+    what = {"train_file": "training data", "length_threshold": "--length_threshold"}[name]
+    said = re.findall(rf"What differs:\n- {what}: rank 0: (\w+), rank 1: (\w+)", outcome.output)
     assert len(said) == 2, outcome.output  # both ranks say it, and nothing else differs
     assert all(first != second for first, second in said)
     assert outcome.output.count("\n- ") == 2

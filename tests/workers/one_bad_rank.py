@@ -1,4 +1,4 @@
-"""Runs the recipe with another training file on rank 1: ``one_bad_rank.py FLAG ... FILE``."""
+"""Runs the recipe with another flag on rank 1: ``one_bad_rank.py FLAG ... --NAME=OTHER``."""
 
 import os
 import sys
@@ -8,6 +8,6 @@ from addax_ds.cli.train import main
 if __name__ == "__main__":
     *flags, own = sys.argv[1:]
     if os.environ["RANK"] == "1":
-        others = [flag for flag in flags if not flag.startswith("--train_file=")]
-        flags = [*others, f"--train_file={own}"]
+        name = own[: own.index("=") + 1]
+        flags = [*(flag for flag in flags if not flag.startswith(name)), own]
     main(flags)
