@@ -19,6 +19,7 @@ from unittest import mock
 
 import deepspeed
 import torch
+from accelerate.utils import send_to_device
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
@@ -68,8 +69,7 @@ def closure(
     model: Any, batch: dict[str, Tensor], device: torch.device | None = None
 ) -> Callable[[], Tensor]:
     """Return what computes the loss of a batch, as `StepMixin` does."""
-    prepared = {**batch, **target_tensors(batch["labels"])}
-    prepared = {name: tensor.to(device) for name, tensor in prepared.items()}
+    prepared = send_to_device({**batch, **target_tensors(batch["labels"])}, device)
 
     def loss() -> Tensor:
         scores = target_scores(model, prepared)

@@ -22,7 +22,7 @@ class Conversion:
 
     Attributes:
         sources: names of what they are made of.
-        make: returns them by name, from all sources by name, which it takes out of the dict.
+        make: takes the sources out of a dict by name, and returns the tensors by name.
     """
 
     sources: tuple[str, ...]

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import TrainingArguments
-
-from addax_ds.config.settings import AddaxSettings
+from addax_ds.config.addax_config import AddaxConfig, global_batches, order_seed
 from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameter
 from addax_ds.optim.methods import ZEROTH_ORDER
 from addax_ds.utils.dtypes import dtype_name
@@ -69,25 +67,24 @@ class Run:
     template_time: str | None = None
 
     @classmethod
-    def of(cls, args: TrainingArguments, settings: AddaxSettings, sharding: str) -> "Run":
+    def of(cls, args: AddaxConfig, sharding: str) -> "Run":
         """Describe the run that has these arguments; `with_data` adds what it trains on."""
-        in_global_batch = args.world_size * settings.gradient_accumulation_steps
-        first_order = 0 if settings.method == "mezo" else args.per_device_train_batch_size
-        dtype = dtype_name(args)
+        settings, dtype = args.settings, dtype_name(args)
         noted = {known.name: getattr(settings.hyperparameters, known.name) for known in _NOTED}
         if dtype == "fp32":
             noted["rounding"] = None
         if settings.method not in ZEROTH_ORDER:
             noted |= {known.name: None for known in _NOTED if known.zeroth_order}
+        zeroth_order_batch, first_order_batch = global_batches(args)
         return cls(
             sharding=sharding,
             ranks=args.world_size,
             dtype=dtype,
             method=settings.method,
-            data_seed=args.seed if args.data_seed is None else args.data_seed,
+            data_seed=order_seed(args),
             drop_last=args.dataloader_drop_last,
-            zeroth_order_batch=settings.per_device_zo_batch_size * in_global_batch,
-            first_order_batch=first_order * in_global_batch,
+            zeroth_order_batch=zeroth_order_batch,
+            first_order_batch=first_order_batch,
             hyperparameters=noted,
         )
 
@@ -102,7 +99,8 @@ class Progress:
 
     Attributes:
         loss_sum: of the steps since Trainer last logged a loss, which is a mean over steps.
-        last_logged_step: when that was.
+        loss_total: of all steps; None in older checkpoints.
+        last_logged_step: when it last logged one.
         costs: of all steps (`Costs`), as a mapping.
         metric: by which the best checkpoint is chosen; None without one, and in older checkpoints.
         greater_is_better: of that metric.
@@ -115,6 +113,7 @@ class Progress:
     metric: str | None = None
     greater_is_better: bool | None = None
     eval_data: str | None = None
+    loss_total: float | None = None
 
 
 def check_same_run(written: Run, now: Run) -> None:

@@ -80,7 +80,7 @@ def rehearse_saving(
 def load_model(model: nn.Module, folder: Path, progress: bool = False) -> None:
     """Fill this rank's shards from a folder that `save_model` wrote; every rank has to call it.
 
-    What is gathered is then from before; whoever gathers has to free it.
+    It frees nothing: what is gathered has the old values, so `free_gathered` comes afterwards.
 
     Raises:
         UserError: on all ranks, if one cannot; see `WeightFiles`. Also if one
@@ -92,7 +92,7 @@ def load_model(model: nn.Module, folder: Path, progress: bool = False) -> None:
             load_adapters(model, folder)
         else:
             check_adapters(folder, None)
-            weights.fill(model, folder, progress)
+            weights.fill(model, folder, progress, of_same_model=True)
 
 
 def _start_folder(folder: Path, args: TrainingArguments, tokenizer: Any) -> None:

@@ -271,6 +271,11 @@ class WeightFiles:
                         'makes them one weight: write "tie_word_embeddings": false there'
                     )
 
+    def unread(self, slices: Iterable[WeightSlice]) -> set[str]:
+        """Return the names of tensors of which nothing is made, and which no slice is part of."""
+        sources = {n for conversion, _ in self._made.values() for n in conversion.sources}
+        return self.names - sources - {name for wanted in slices for name in wanted.names}
+
     def fill(self, slices: Iterable[WeightSlice], progress: bool = False) -> None:
         """Read the slices, and nothing else but the rest of the rows that they cut.
 

@@ -54,12 +54,29 @@ def load_weights(sharding: Sharding, folder: str | os.PathLike, progress: bool =
     """
     with raise_on_all_ranks():
         fill(sharding.model, Path(folder), progress)
-    sharding.finish_step()  # what is gathered is from before
+    sharding.weights_changed()
 
 
-def fill(model: nn.Module, folder: Path, progress: bool = False) -> None:
-    """Fill this rank's shards of a model that may not be attached yet; see `load_weights`."""
+def fill(
+    model: nn.Module, folder: Path, progress: bool = False, *, of_same_model: bool = False
+) -> None:
+    """Fill this rank's shards of a model that may not be attached yet; see `load_weights`.
+
+    Args:
+        model: on any back end.
+        folder: with the files.
+        progress: whether to show a bar if it takes long.
+        of_same_model: refuse files that hold more than this model has, as those of another model
+            with layers of the same shapes may.
+    """
     files, _ = files_of(model, folder)
+    if of_same_model:
+        files.check_ties(local_slices(model))
+        if more := files.unread(local_slices(model)):
+            raise UserError(
+                f"{folder}: it has {len(more)} weights that this model lacks, such as {min(more)}: "
+                "they are of another model, and would be lost"
+            )
     files.fill(local_slices(model), progress)
 
 

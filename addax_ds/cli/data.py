@@ -1,7 +1,8 @@
 """Loading of the data, from a task, files or a data set, and their encoding."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -145,15 +146,17 @@ class _Encoder:
         # Of no rows: checks the user's own number, before room for an answer is taken from it.
         encode((), tokenizer, max_length=max_length, model_positions=model.positions)
         self._longest = max_length or min(TASK_LENGTH, model.positions or TASK_LENGTH)
+        self._room = ""
         if isinstance(task, GenerationTask):
             # Room for the answer, in training sequences too, as MeZO has it.
-            self._longest -= task.max_new_tokens
+            positions, answer = self._longest, task.max_new_tokens
+            self._longest -= answer
             if self._longest < 2:
                 raise UserError(
-                    f"task {task.name} writes answers of {task.max_new_tokens} tokens, for which "
-                    f"{self._longest + task.max_new_tokens} positions leave no room; raise "
-                    "--max_length or take a model with more"
+                    f"task {task.name} writes answers of {answer} tokens, for which {positions} "
+                    "positions leave no room; raise --max_length or take a model with more"
                 )
+            self._room = f" ({positions} positions less {answer} for the answer)"
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Return prompts with the answer that is learnt."""
@@ -174,12 +177,14 @@ class _Encoder:
 
     def _questions(self, task: GenerationTask, rows: Sequence[Any]) -> GenerationSet:
         decoder = Decoder(self._tokenizer, task.max_new_tokens)
-        prompts = encode_prompts(
-            [Record(row.prompt, (), row.origin, append_eos=False) for row in rows],
-            self._tokenizer,
-            max_length=self._longest,
-            vocabulary_size=self._model.vocabulary_size,
-        )
+        task.check_score(rows)
+        with self._naming_the_room():
+            prompts = encode_prompts(
+                [Record(row.prompt, (), row.origin, append_eos=False) for row in rows],
+                self._tokenizer,
+                max_length=self._longest,
+                vocabulary_size=self._model.vocabulary_size,
+            )
         questions = [
             Question(prompt, example, row.answers)
             for prompt, example, row in zip(prompts, self.examples(rows), rows, strict=True)
@@ -191,12 +196,21 @@ class _Encoder:
             prompt_completion(row.prompt, answer, row.origin, append_eos=False)
             for row, answer in zip(rows, answers, strict=True)
         ]
-        examples, cuts = encode(
-            records,
-            self._tokenizer,
-            max_length=self._longest,
-            model_positions=self._model.positions,
-            vocabulary_size=self._model.vocabulary_size,
-        )
+        with self._naming_the_room():
+            examples, cuts = encode(
+                records,
+                self._tokenizer,
+                max_length=self._longest,
+                model_positions=self._model.positions,
+                vocabulary_size=self._model.vocabulary_size,
+            )
         cuts.log(self._task.title, self._longest)
         return examples
+
+    @contextmanager
+    def _naming_the_room(self) -> Iterator[None]:
+        """Say, of a row that is too long, how the limit comes about."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{error}{self._room}") from error

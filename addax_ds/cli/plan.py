@@ -16,7 +16,7 @@ from addax_ds.config.deepspeed import automatic_sizes, check_ds_config, load_ds_
 from addax_ds.config.deepspeed_values import AUTO
 from addax_ds.data.examples import lengths_of, target_counts_of
 from addax_ds.distributed.nodes import replicas_of
-from addax_ds.optim.methods import BASELINES, METHODS, ZEROTH_ORDER, Method
+from addax_ds.optim.methods import BASELINES, FIRST_ORDER, METHODS, ZEROTH_ORDER, Method
 from addax_ds.planner import recommend
 from addax_ds.planner.constants import GB, GRAIN, RESERVE
 from addax_ds.planner.memory import StepSpec
@@ -40,13 +40,12 @@ _LEAST = {
     "target_tokens": 1,
 }
 """The least values of counts; a sequence has a token and one to predict."""
-_FIRST_ORDER = set(METHODS) - {"mezo"}
 _ONLY_FOR: dict[str, set[Method]] = {
     "length_threshold": {"addax"},
     "per_device_zo_batch_size": set(ZEROTH_ORDER),
     # DeepSpeed's optimizers have room for sums in any case.
-    "gradient_accumulation_steps": _FIRST_ORDER - set(BASELINES),
-    "activation_checkpointing": _FIRST_ORDER,
+    "gradient_accumulation_steps": set(FIRST_ORDER) - set(BASELINES),
+    "activation_checkpointing": set(FIRST_ORDER),
 }
 """Methods outside of which a flag has no effect on memory."""
 
@@ -309,11 +308,11 @@ def _check_length(
     if "addax" not in arguments.methods:
         return
     threshold = arguments.length_threshold
-    if threshold is None and length <= GRAIN:
+    if threshold is None and length <= GRAIN and not arguments.recommend:
         raise UserError(
             f"{named}: L_T is looked for in multiples of {GRAIN} tokens, and none leaves "
-            "a longer sequence that would be zeroth-order: give a --length_threshold below "
-            "--length, or --methods without addax"
+            "a longer sequence that would be zeroth-order: give a --length_threshold below that "
+            "length, or --methods without addax"
         )
     if threshold is not None and threshold >= length:
         raise UserError(

@@ -48,6 +48,7 @@ def training_curves(
     path: str | Path,
     title: str,
     metric: str = "accuracy",
+    best_step: int | None = None,
 ) -> None:
     """Draw loss, g⁰ and accuracy over steps as a PNG at ``path``, replacing it at once.
 
@@ -62,10 +63,11 @@ def training_curves(
         path: the PNG file; its folder is made if need be.
         title: stands above the panels.
         metric: what is drawn in place of accuracy, such as ``f1``.
+        best_step: step of the weights that were tested; None if they are those of the last.
     """
     # A title with two dollar signs, as a path may have, is no formula.
     with matplotlib.rc_context({"text.parse_math": False}):
-        _save(_figure(log_history, title, metric), Path(path))
+        _save(_figure(log_history, title, metric, best_step), Path(path))
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,14 @@ class _Panel:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 
-def _figure(log_history: Sequence[dict[str, Any]], title: str, metric: str) -> Figure:
+def _figure(
+    log_history: Sequence[dict[str, Any]], title: str, metric: str, best_step: int | None
+) -> Figure:
     log = partial(_points, log_history)
+
+    def tested(key: str) -> Points:
+        return [(step if best_step is None else best_step, value) for step, value in log(key)]
+
     loss = _Panel(
         "loss",
         (
@@ -115,11 +123,11 @@ def _figure(log_history: Sequence[dict[str, Any]], title: str, metric: str) -> F
             (log("eval_loss"), "dev", _GREEN),
         ),
         log("test_before_loss"),
-        log("test_loss"),
+        tested("test_loss"),
     )
     g0 = _Panel("g⁰", ((log("g0"), "projected gradient g⁰", _ORANGE),))
     of_dev = ((log(f"eval_{metric}"), "dev", _GREEN),)
-    before, after = log(f"test_before_{metric}"), log(f"test_{metric}")
+    before, after = log(f"test_before_{metric}"), tested(f"test_{metric}")
     score = _Panel(metric, of_dev, before, after, percent=True)
     panels = [panel for panel in (loss, g0, score) if not panel.is_empty]
     figure = Figure(figsize=(8, 3 * max(len(panels), 1)), layout="constrained")

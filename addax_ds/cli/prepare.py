@@ -87,7 +87,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
     with raise_on_all_ranks():
         replicas = replicas_of(model_args.replicas, [len(node) for node in ranks])
     layout = Layout(sharding, replicas, model_args.cpu_offload)
-    run = Run.of(args, args.settings, sharding)
+    run = Run.of(args, sharding)
     resumed = resume.find(args.resume_from_checkpoint, args)
     template_time = _template_time(resumed)
     lora = _lora(model_args, args)
@@ -108,7 +108,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
     with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
         check_evaluations(args, data.validation)
         if data.train:
-            steps = plan_steps(lengths_of(data.train), args.settings, args)
+            steps = plan_steps(lengths_of(data.train), args)
             if resumed is not None:
                 resumed.check(run.with_data(digest, steps[0].threshold))
     check_same_on_all_ranks(dict(_data_digests(data, digest)))
@@ -172,7 +172,7 @@ def _plan_threshold(
     """
     fixed = None if resumed is None else resumed.written.length_threshold
     plan = plan_threshold(
-        source.config, source.attn_implementation, layout, data.train, args, args.settings, fixed
+        source.config, source.attn_implementation, layout, data.train, args, fixed
     )
     args.settings = replace(args.settings, length_threshold=plan.length)
     if plan.parts > 1:

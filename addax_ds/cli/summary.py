@@ -95,7 +95,6 @@ def _spec_of_streams(prepared: Prepared, streams: Partition, args: AddaxConfig) 
         prepared.layout,
         (_extremes(rows, streams.zeroth_order), _extremes(rows, streams.first_order)),
         args,
-        args.settings,
     )
 
 
@@ -231,5 +230,6 @@ def _draw(trainer: StepMixin, path: Path, title: str, metric: str) -> str:
             from addax_ds.cli import plotting
     except MissingExtraError as error:
         return f"not drawn, {error}"
-    plotting.training_curves(trainer.state.log_history, path, title, metric)
+    best = trainer.best_step if trainer.args.load_best_model_at_end else None
+    plotting.training_curves(trainer.state.log_history, path, title, metric, best)
     return str(path.resolve())

@@ -14,7 +14,7 @@ from addax_ds.config.training_arguments import check_training_arguments
 from addax_ds.config.values import OBJECTS, value_problems
 from addax_ds.distributed.startup import raise_on_all_ranks_at_start
 from addax_ds.optim.hyperparameters import IN_JSON_PARAMS, HyperparameterFlags
-from addax_ds.optim.methods import BASELINES, Method
+from addax_ds.optim.methods import BASELINES, FIRST_ORDER, Method
 from addax_ds.utils.command_line import flag
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import parse_json
@@ -192,6 +192,18 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
                 "DeepSpeed does not train fp16 weights on this device: use --bf16, or --sharding "
                 "fsdp2 without --deepspeed"
             )
+
+
+def global_batches(args: AddaxConfig) -> tuple[int, int]:
+    """Return K0 and K1, the rows of a step over all ranks; 0 for a part that the method lacks."""
+    shares = args.world_size * args.settings.gradient_accumulation_steps
+    first_order = args.per_device_train_batch_size if args.method in FIRST_ORDER else 0
+    return args.settings.per_device_zo_batch_size * shares, first_order * shares
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """Return the seed of the order of the data."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def divide_batches(args: AddaxConfig, parts: int) -> None:

@@ -61,6 +61,11 @@ _WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 _OF_TASKS = ("task", "task_data", "num_train", "num_dev", "num_test", "task_seed")
 
 _FILES = ("train_file", "validation_file", "test_file")
+_PATHS = (
+    *_FILES,
+    *("model_name_or_path", "task", "task_data", "dataset_name"),
+    *("deepspeed", "resume_from_checkpoint"),
+)
 _OF_DATASETS = ("dataset_config", "train_split", "validation_split", "test_split")
 _SCORED = ("validation", "test")
 _LONGEST_ARGUMENTS = 1 << 20  # bytes; longer files of JSON are data
@@ -201,7 +206,7 @@ def parse_arguments(
         description="Fine-tune a causal language model with Addax.",
     )
     try:
-        given = parser.given(list(sys.argv[1:] if argv is None else argv))
+        given = _with_home(parser.given(list(sys.argv[1:] if argv is None else argv)))
         values = _values(given)
     except UserError:
         with raise_on_all_ranks_at_start():  # where the other ranks are, in `AddaxConfig`
@@ -215,6 +220,20 @@ def parse_arguments(
         DataArguments(**data),
         AddaxConfig(**training, given=given.keys()),
     )
+
+
+def _with_home(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the home folder in place of a ``~``, which no shell has seen in a file or after a ``=``.
+
+    Trainer does it for ``output_dir``.
+    """
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(each) for each in value]
+        return os.path.expanduser(value) if isinstance(value, str) else value
+
+    return {name: expanded(v) if name in _PATHS else v for name, v in given.items()}
 
 
 def _values(given: Mapping[str, Any]) -> dict[str, Any]:

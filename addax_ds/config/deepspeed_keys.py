@@ -22,7 +22,7 @@ _REDUCE = (
     "ZeRO-3 reduce-scatters plain averages, and the update reads them as they land; remove the key."
 )
 _REMOVED = "DeepSpeed 0.19 has removed this feature and refuses the key; remove it."
-_PARALLEL = "Only data parallelism under ZeRO-3 is supported; remove it."
+_PARALLEL = "Only data parallelism is supported; remove it."
 _NVME = "It belongs to NVMe offload, which is not supported."
 _CHECKPOINT = "Checkpoints are Hugging Face folders, which addax_ds writes itself."
 

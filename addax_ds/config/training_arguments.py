@@ -67,7 +67,7 @@ _DEFAULT_ONLY = {
     "ignore_data_skip": "The data order is a function of the step, so resuming at a step skips "
     "nothing; remove it.",
     "dataloader_multiprocessing_context dataloader_in_order": _LOADER,
-    "parallelism_config": "Only data parallelism under ZeRO-3 is supported; remove it.",
+    "parallelism_config": "Only data parallelism is supported; remove it.",
     "train_sampling_strategy length_column_name": "Addax draws its two streams itself, by length "
     "(--length_threshold) and seed; remove it.",
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph": "The "

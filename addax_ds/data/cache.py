@@ -255,7 +255,7 @@ class _Maker:
         self._bar.update(min(shards * self._size, len(self._records)) - self._bar.n)
 
     def _refuse_again(self, began: float) -> None:
-        """Raise what whoever held the lock meanwhile has stumbled over: the rows are the same."""
+        """Raise the error of the process that held the lock meanwhile: it has the same rows."""
         try:
             failure = json.loads((self._folder / _FAILURE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

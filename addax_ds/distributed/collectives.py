@@ -100,7 +100,7 @@ def side_group(wait: float, usually: float) -> Iterator[Callable[[Any], list[Any
 
     Args:
         wait: seconds after which a collective of the body fails that another rank has not joined.
-        usually: the same for afterwards.
+        usually: their timeout afterwards, in seconds.
 
     Yields:
         `all_gather_object` over a group of its own, on which nothing else waits.

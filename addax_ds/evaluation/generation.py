@@ -155,7 +155,7 @@ class GenerationCollator(EvaluationCollator):
 
     def _collate(
         self, examples: Sequence[Example], prompts: Sequence[Example] = ()
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         shape = len(prompts), max(prompt.length for prompt in prompts)
         ids = np.full(shape, self._pad_token_id, np.int64)
         mask = np.zeros(shape, np.int64)

@@ -19,16 +19,7 @@ from addax_ds.utils.errors import UserError
 # They say what a row is: a model that does not take them must not go on without.
 _OF_ROWS = ("input_ids", "attention_mask", "position_ids")
 # What is known of targets and of rows to be scored. With labels the model would compute a loss.
-_NO_INPUTS = (
-    "labels",
-    "index",
-    "positions",
-    "target_sequence",
-    "target_row",
-    "target_position",
-    "target_token",
-    "target_count",
-)
+_NO_INPUTS = ("labels", "index", "targets")
 
 
 def targets_of(labels: Tensor) -> Tensor:
@@ -58,8 +49,8 @@ def positions_of(targets: Tensor) -> Tensor:
     return found if len(found) else torch.zeros(1, dtype=torch.int64, device=targets.device)
 
 
-def target_tensors(labels: Tensor, row: Tensor | None = None) -> dict[str, Tensor]:
-    """Return what `target_scores` needs to know of labels.
+def target_tensors(labels: Tensor, row: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
+    """Return what `target_scores` needs to know of labels, to be added to a batch.
 
     On a GPU this waits for the device: make it of a batch before it goes there.
 
@@ -69,28 +60,28 @@ def target_tensors(labels: Tensor, row: Tensor | None = None) -> dict[str, Tenso
             there is one for each.
 
     Returns:
-        int64 tensors: ``positions`` as `positions_of` has them; of each target token
-        ``target_sequence``, ``target_row``, ``target_position`` (its index in ``positions``) and
-        ``target_token``; and ``target_count`` of each sequence.
+        int64 tensors, under the name ``targets``: ``positions`` as `positions_of` has them; of each
+        target token its ``sequence``, ``row``, ``position`` (the index in ``positions``) and
+        ``token``; and the ``count`` of each sequence.
     """
     targets = targets_of(labels)
     positions = positions_of(targets)
-    return {"positions": positions, **_target_tokens(targets[:, positions], row)}
+    return {"targets": {"positions": positions, **_target_tokens(targets[:, positions], row)}}
 
 
 def _target_tokens(targets: Tensor, row: Tensor | None = None) -> dict[str, Tensor]:
     mask = targets != NO_LOSS
     sequence, position = mask.nonzero(as_tuple=True)
     return {
-        "target_sequence": sequence,
-        "target_row": sequence if row is None else row[sequence],
-        "target_position": position,
-        "target_token": targets[mask],
-        "target_count": mask.sum(dim=1),
+        "sequence": sequence,
+        "row": sequence if row is None else row[sequence],
+        "position": position,
+        "token": targets[mask],
+        "count": mask.sum(dim=1),
     }
 
 
-def target_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def target_scores(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Run a model and return each sequence's log-likelihood of its targets, and their number.
 
     The softmax is taken in fp32, the sum in fp64. Nothing waits for a GPU.
@@ -107,7 +98,8 @@ def target_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         fp64 ``(sequences, 2)``.
     """
-    return _sums(target_losses(model, model_inputs(model, batch), batch), batch)
+    targets = batch["targets"]
+    return _sums(target_losses(model, model_inputs(model, batch), targets), targets)
 
 
 def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +117,7 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**ones, **inputs}
 
 
-def target_losses(model: Any, arguments: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> Any:
+def target_losses(model: Any, arguments: Mapping[str, Any], targets: Mapping[str, Tensor]) -> Any:
     """Run a model and return the negative log-likelihood of each target token.
 
     Many are computed by the output projection itself (`addax_ds.evaluation.output_head`), and the
@@ -134,22 +126,21 @@ def target_losses(model: Any, arguments: Mapping[str, Tensor], tokens: Mapping[s
     Args:
         model: see `target_scores`.
         arguments: of the model.
-        tokens: of `target_tensors`.
+        targets: of `target_tensors`; its ``sequence`` and ``count`` are not read.
 
     Returns:
         fp32 ``(tokens,)``.
     """
-    positions, target = tokens["positions"], tokens["target_token"]
+    positions = targets["positions"]
     takes = takes_positions(model)
     if takes:
         arguments = {**arguments, "logits_to_keep": positions}
-    head = plain_head(_unwrapped(model), len(target))
+    head = plain_head(_unwrapped(model), len(targets["token"]))
     if head is None:
         logits = model(**arguments).logits
-        return _losses(logits if takes else logits[:, positions], tokens)
-    if not takes:
-        tokens = {**tokens, "target_position": positions[tokens["target_position"]]}
-    with computing_losses(head, tokens):
+        return _losses(logits if takes else logits[:, positions], targets)
+    position = targets["position"] if takes else positions[targets["position"]]
+    with computing_losses(head, targets["row"], position, targets["token"]):
         return model(**arguments).logits
 
 
@@ -164,15 +155,15 @@ def scores_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return _sums(_losses(logits, tokens), tokens)
 
 
-def _losses(logits: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-    chosen = logits[tokens["target_row"], tokens["target_position"]].float()
-    return F.cross_entropy(chosen, tokens["target_token"], reduction="none")
+def _losses(logits: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+    chosen = logits[targets["row"], targets["position"]].float()
+    return F.cross_entropy(chosen, targets["token"], reduction="none")
 
 
-def _sums(losses: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-    counts = tokens["target_count"]
+def _sums(losses: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+    counts = targets["count"]
     sums = torch.zeros(len(counts), dtype=torch.float64, device=losses.device)
-    sums.index_add_(0, tokens["target_sequence"], -losses.double())
+    sums.index_add_(0, targets["sequence"], -losses.double())
     return torch.stack((sums, counts.double()), dim=1)
 
 

@@ -11,7 +11,7 @@ which an engine gathers its weight.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,18 +143,20 @@ def _results_are_logits(model_class: Any, config: str) -> bool:
 
 
 @contextmanager
-def computing_losses(head: nn.Linear, tokens: Mapping[str, Tensor]) -> Iterator[None]:
+def computing_losses(
+    head: nn.Linear, row: Tensor, position: Tensor, token: Tensor
+) -> Iterator[None]:
     """Let a head return the losses of target tokens where it returns logits.
 
     Args:
         head: see `plain_head`.
-        tokens: int64 ``(tokens,)`` tensors ``target_row`` and ``target_position``, the places in
-            what the head is given, and ``target_token``.
+        row: int64 ``(tokens,)``, of each target in what the head is given.
+        position: int64 ``(tokens,)``, the same.
+        token: int64 ``(tokens,)``, the targets.
     """
 
     def forward(hidden: Tensor) -> Tensor:
-        chosen = hidden[tokens["target_row"], tokens["target_position"]]
-        return chunked_losses(chosen, head, tokens["target_token"])
+        return chunked_losses(hidden[row, position], head, token)
 
     vars(head)["forward"] = forward  # hides the method of the class
     try:

@@ -176,7 +176,7 @@ class EvaluationCollator:
     def __init__(self, pad_token_id: int) -> None:
         self._pad_token_id = pad_token_id
 
-    def __call__(self, items: list[Any]) -> dict[str, Tensor]:
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
         """Return the model's inputs, ``labels`` and ``index``, int64 of shape ``(rows,)``.
 
         Without items, the batch is a row of one token that belongs to no example.
@@ -184,7 +184,7 @@ class EvaluationCollator:
         indices, *parts = zip(*(items or [self._filler()]), strict=True)
         return {"index": torch.tensor(indices), **self._collate(*parts)}
 
-    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         return pad(examples, self._pad_token_id)
 
     def _filler(self) -> tuple[Any, ...]:
@@ -198,7 +198,7 @@ class SharedRowCollator(EvaluationCollator):
     candidates of a prompt are one token long, a single row scores them.
     """
 
-    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return ``input_ids`` and the `target_tensors` of the examples."""
         rows: dict[bytes, int] = {}
         inputs: list[Example] = []

@@ -88,10 +88,10 @@ class ModelSource:
         where = f"--model_name_or_path {path}"
         found = os.path.exists(path)
         with _refused(where if found else f"{where}: there is no such folder, nor a hub's model"):
+            _check_folder(Path(path))
             config = AutoConfig.from_pretrained(path, **options)
             if not model_args.trust_remote_code:
                 _check_kernel(config)
-            _check_folder(Path(path))
         return cls(path, label, config, options, model_args.attn_implementation)
 
     @property

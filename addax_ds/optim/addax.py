@@ -289,7 +289,7 @@ class Addax(torch.optim.Optimizer):
         running.is_measuring = True
         try:
             running.rehearse(zeroth, first)
-            self.sharding.finish_step()  # frees what is gathered
+            self.sharding.weights_changed()  # they have not, but what is gathered has to go
         except BaseException:
             self.sharding.abandon()
             raise
@@ -343,8 +343,9 @@ class Addax(torch.optim.Optimizer):
         if self._running is None:
             if self.alpha > 0.0:
                 raise RuntimeError(
-                    f"alpha is {self.alpha}, but zeroth_order() was not called in this step, so it "
-                    "has no g0: call it before the first-order forward, or set alpha to 0"
+                    f"alpha is {self.alpha}, but neither measure() nor zeroth_order() was called "
+                    "in this step, so it has no g0: call one before the first-order forward, or "
+                    "set alpha to 0"
                 )
             self._check_leaves_no_loss_alone()
             self._running = self._new_step()

@@ -84,7 +84,7 @@ def not_compiled(closure: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Call compiled modules uncompiled: those of the model, and wrappers around any."""
+    """Run compiled modules of the model, and every `OptimizedModule`, uncompiled meanwhile."""
     dynamo: Any = sys.modules.get("torch._dynamo")  # takes seconds to import; without it, none is
     if dynamo is None:
         yield

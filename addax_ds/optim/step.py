@@ -56,7 +56,8 @@ class RunningStep:
             does not depend on them, and they get no zeroth-order part.
         is_measuring: whether closures are running, which may not call `Addax.step`.
         problems: what was NaN or infinite, in words.
-        overflow: the same, of what a smaller loss scale may mend: nothing, or one entry.
+        overflow: what of the first-order part was not finite and may be with a smaller loss scale,
+            in words; at most one entry.
     """
 
     def __init__(
@@ -325,7 +326,7 @@ class RunningStep:
             self._clip_sums()
         late = self._sharding.shards(without=self._updated)
         self._update([(shard, self._sums.take(shard, None)) for shard in late])
-        self._sharding.finish_step()
+        self._sharding.weights_changed()
         forget_casts()
         device, groups = self._sharding.device, len(self._by_group)
         values = torch.zeros(2 + groups, dtype=torch.float64, device=device)

@@ -14,7 +14,14 @@ from typing import Any
 from addax_ds.optim.methods import BASELINES, Method
 from addax_ds.planner.constants import FORWARD, GB, GRAIN, first_order_units
 from addax_ds.planner.memory import StepSpec, standing_bytes, step_memory
-from addax_ds.planner.report import Request, coarse_threshold, with_batches
+from addax_ds.planner.report import (
+    MB,
+    Request,
+    coarse_threshold,
+    in_words,
+    request_as_json,
+    with_batches,
+)
 from addax_ds.planner.rules import rules_of
 
 LORA_RANK = 8
@@ -74,11 +81,12 @@ def options(request: Request) -> list[Option]:
         ways.append(_first_order(request, in_gpu, "ip-sgd", checkpointing=True, rows=rows))
     if offloads:
         ways.append(_first_order(request, in_host, "ip-sgd", checkpointing=True))
-    # Checkpointing lets L_T be larger, so more rows get an exact gradient.
-    for checkpointing in (True, False) if request.length_threshold is None else (False, True):
-        ways.append(_addax(request, in_gpu, checkpointing=checkpointing, plain_fits=plain.fits))
-    if offloads:
-        ways.append(_addax(request, in_host, checkpointing=True, plain_fits=plain.fits))
+    if request.length_threshold is not None or request.length > GRAIN:
+        # Checkpointing lets L_T be larger, so more rows get an exact gradient.
+        for checkpointing in (True, False) if request.length_threshold is None else (False, True):
+            ways.append(_addax(request, in_gpu, checkpointing=checkpointing, plain_fits=plain.fits))
+        if offloads:
+            ways.append(_addax(request, in_host, checkpointing=True, plain_fits=plain.fits))
     ways.append(_mezo(request, in_gpu))
     if offloads:
         ways.append(_mezo(request, in_host))
@@ -268,10 +276,12 @@ def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
 def as_text(request: Request, ways: list[Option]) -> str:
     """Return the ways as a table, a sentence on each, and what is recommended."""
     shape, spec = request.spec.shape, request.spec
-    rows = [("", "GB a GPU", "fits", "time", "GB sent", "host GB")]
+    # Of a small model all numbers of GB would be 0.
+    unit, size = ("GB", GB) if max(way.total for way in ways) >= GB else ("MB", MB)
+    rows = [("", f"{unit} a GPU", "fits", "time", f"{unit} sent", f"host {unit}")]
     for way in ways:
-        cells = (f"{way.total / GB:.2f}", "yes" if way.fits else "no", f"{way.units:.2f}")
-        rows.append((way.name, *cells, f"{way.moved / GB:.1f}", f"{way.host / GB:.0f}"))
+        cells = (f"{way.total / size:.2f}", "yes" if way.fits else "no", f"{way.units:.2f}")
+        rows.append((way.name, *cells, f"{way.moved / size:.1f}", f"{way.host / size:.0f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
@@ -279,7 +289,7 @@ def as_text(request: Request, ways: list[Option]) -> str:
     ]
     return "\n".join(
         [
-            f"{shape.name}: {shape.parameters / 1e9:.3g} billion parameters, {shape.dtype}, "
+            f"{shape.name}: {in_words(shape.parameters)} parameters, {shape.dtype}, "
             f"{spec.sharding} on {spec.ranks} GPU(s) of {request.gpu_memory / GB:g} GB, "
             f"{request.reserve / GB:g} GB of it kept free; {request.train_rows} row(s) "
             f"first-order and {request.zo_rows} zeroth-order of up to {request.length} tokens",
@@ -288,7 +298,7 @@ def as_text(request: Request, ways: list[Option]) -> str:
             *lines,
             "",
             "time: forward passes of a token (a backward is 2 more, a recomputed forward 1 more). "
-            "GB sent: by a GPU in a step.",
+            f"{unit} sent: by a GPU in a step.",
             *(f"{way.name}: {way.why}." for way in ways),
             "",
             *_advice(request, ways),
@@ -322,7 +332,7 @@ def as_json(request: Request, ways: list[Option]) -> dict[str, Any]:
     """Return the ways in bytes, and the name of the recommended one."""
     best = recommended(request, ways)
     return {
+        **request_as_json(request),
         "recommended": None if best is None else best.name,
-        "training_rows": request.rows_as_json(),
         "options": [asdict(way) for way in ways],
     }

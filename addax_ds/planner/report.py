@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from addax_ds.optim.methods import ZEROTH_ORDER, Method
+from addax_ds.optim.methods import FIRST_ORDER, ZEROTH_ORDER, Method
 from addax_ds.planner.constants import GB, GRAIN
 from addax_ds.planner.memory import Memory, StepSpec, host_bytes, step_memory
 from addax_ds.planner.replay import CATEGORIES
@@ -122,7 +122,7 @@ def make_plans(request: Request) -> list[Plan]:
 def _plan(request: Request, method: Method) -> Plan:
     looked_up = method == "addax" and request.length_threshold is None
     length: int | None = request.length
-    if method == "mezo":
+    if method not in FIRST_ORDER:
         length = None
     elif looked_up:
         length = coarse_threshold(request, request.spec) or GRAIN
@@ -182,13 +182,13 @@ def coarse_threshold(request: Request, on: StepSpec) -> int | None:
 def gpus_needed(
     spec: StepSpec, budget: int, host_memory: int | None = None, gpus_per_node: int = 1
 ) -> int | None:
-    """Return the fewest GPUs, up to 8 or in steps of 8, on which a step of one copy fits.
+    """Return the fewest GPUs on which a step of one copy fits: up to 8, in steps of 8, or as asked.
 
     One alone gathers nothing and reduces nothing, and may need less than two do; from two on memory
     falls with their number, but for padding. Host memory may rise: pinned shards are rounded up.
 
     Args:
-        spec: the step; its numbers of ranks and replicas are not read.
+        spec: the step; its number of ranks is one of those that are tried.
         budget: bytes that a rank has for tensors.
         host_memory: bytes of a node's host memory; None if there is enough.
         gpus_per_node: ranks that share it.
@@ -205,7 +205,7 @@ def gpus_needed(
         return 1
     if not rules_of(spec.sharding).is_sharded:
         return None
-    counts = [*range(2, 8), *range(8, MOST_GPUS + 1, 8)]
+    counts = sorted({*range(2, 8), *range(8, MOST_GPUS + 1, 8), max(spec.ranks, 2)})
     # From below by doubling: of a tiny model on very many GPUs most is padding.
     ends = [min(2**k, len(counts)) for k in range(len(counts).bit_length() + 1)]
     end = next((end for end in ends if in_gpu(counts[end - 1])), None)
@@ -217,6 +217,31 @@ def gpus_needed(
 
 def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
     """Return everything, in bytes."""
+    return {
+        **request_as_json(request),
+        "embedding_gradient": embedding_gradient(request),
+        "methods": [
+            {
+                "method": plan.method,
+                "first_order_length": plan.first_order_length,
+                "bytes": dict(plan.memory.categories),
+                "total": plan.memory.total,
+                "peak_in": plan.memory.stage,
+                "fits": plan.fits,
+                "gpus_needed": plan.gpus_needed,
+                "gpus_needed_for_first_order_length": plan.needed_for,
+                "bytes_with_checkpointing": dict(plan.checkpointed.categories),
+                "total_with_checkpointing": plan.checkpointed.total,
+                "host_per_node": plan.host_per_node,
+            }
+            for plan in plans
+        ],
+        "not_planned": request.left_out,
+    }
+
+
+def request_as_json(request: Request) -> dict[str, Any]:
+    """Return what was asked, and of which versions."""
     shape, spec = request.spec.shape, request.spec
     return {
         "model": shape.name,
@@ -243,24 +268,6 @@ def as_json(request: Request, plans: list[Plan]) -> dict[str, Any]:
         "zero_optimization": (
             asdict(spec.zero3) if rules_of(spec.sharding).uses_deepspeed else None
         ),
-        "embedding_gradient": embedding_gradient(request),
-        "methods": [
-            {
-                "method": plan.method,
-                "first_order_length": plan.first_order_length,
-                "bytes": dict(plan.memory.categories),
-                "total": plan.memory.total,
-                "peak_in": plan.memory.stage,
-                "fits": plan.fits,
-                "gpus_needed": plan.gpus_needed,
-                "gpus_needed_for_first_order_length": plan.needed_for,
-                "bytes_with_checkpointing": dict(plan.checkpointed.categories),
-                "total_with_checkpointing": plan.checkpointed.total,
-                "host_per_node": plan.host_per_node,
-            }
-            for plan in plans
-        ],
-        "not_planned": request.left_out,
         "versions": versions(),
     }
 
@@ -286,9 +293,8 @@ def as_table(request: Request, plans: list[Plan]) -> str:
     ]
     widths = {i: max(len(row[i]) for row in rows) for i in kept}
     lines = ["  ".join(row[i].rjust(widths[i]) for i in kept) for row in rows]
-    scale, size = ("billion", 1e9) if shape.parameters >= 1e9 else ("million", 1e6)
     heads = [
-        f"{shape.name}: {shape.parameters / size:.3g} {scale} parameters, {shape.dtype}, "
+        f"{shape.name}: {in_words(shape.parameters)} parameters, {shape.dtype}, "
         f"{spec.sharding} on {spec.ranks} GPU(s) of {request.gpu_memory / GB:g} GB"
         f"{f', {spec.replicas} copies' if spec.replicas > 1 else ''}, "
         f"{request.reserve / GB:g} GB of it kept free",
@@ -296,6 +302,12 @@ def as_table(request: Request, plans: list[Plan]) -> str:
         *request.describe_rows(),
     ]
     return "\n".join([*heads, "", *lines, "", *_notes(request, plans, unit)])
+
+
+def in_words(number: int) -> str:
+    """Return a number in billions, or where it is less in millions."""
+    scale, size = ("billion", 1e9) if number >= 1e9 else ("million", 1e6)
+    return f"{number / size:.3g} {scale}"
 
 
 def _batches(request: Request, plans: list[Plan]) -> Iterator[str]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from addax_ds.optim.methods import BASELINES, Method
+from addax_ds.optim.methods import BASELINES, FIRST_ORDER, Method
 from addax_ds.planner.fsdp2 import Fsdp2Pass, fsdp2_shard
 from addax_ds.planner.replay import BackEndPass, Ledger, UnshardedPass
 from addax_ds.planner.shapes import ModelShape
@@ -109,7 +109,7 @@ class _Zero3(Rules):
 
     def bucket_elements(self, spec: "StepSpec") -> int:
         settings = self._setup(spec).settings
-        needed = settings.contiguous_gradients and spec.method != "mezo"
+        needed = settings.contiguous_gradients and spec.method in FIRST_ORDER
         return settings.reduce_bucket_size if needed else 0
 
     def is_offloaded(self, spec: "StepSpec") -> bool:

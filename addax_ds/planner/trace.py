@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from addax_ds.evaluation.likelihood import target_losses
 from addax_ds.planner.shapes import ModelShape, reason
@@ -231,9 +231,8 @@ def _loss(model: Any, inputs: dict[str, Tensor], batch: Batch) -> Tensor:
     def indices(number: int) -> Tensor:
         return torch.zeros(number, dtype=torch.long, device="meta")
 
-    names = "target_row", "target_position", "target_token"
-    tokens = {name: indices(batch.rows * batch.targets) for name in names}
-    losses = target_losses(model, inputs, {**tokens, "positions": indices(batch.positions)})
+    targets = {n: indices(batch.rows * batch.targets) for n in ("row", "position", "token")}
+    losses = target_losses(model, inputs, {**targets, "positions": indices(batch.positions)})
     return losses.double().sum()
 
 
@@ -305,6 +304,7 @@ def _stand_ins(attention: str | None, cuda: bool, zero3_linear: bool) -> Iterato
         # These read values: a mask of the model's own (BioGPT's) has ones, a row is one sequence.
         mock.patch.object(masking_utils, "fast_all", return_value=True),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+        mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
     ]
     if _fused(attention):  # the planner has sdpa in its place, which would need a square mask
         skip = mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", return_value=True)

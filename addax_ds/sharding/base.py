@@ -1,8 +1,7 @@
 """The interface of a sharding back end.
 
-A back end knows where the weights live and which slice of which parameter a rank holds. It is the
-only code that touches private names of the engine it serves, in one module each. The optimizer
-and the loading of models do not know which back end they run on.
+A back end knows where the weights live and which slice of which parameter a rank holds. The
+optimizer and the loading of models do not know which back end they run on.
 """
 
 from abc import ABC, abstractmethod
@@ -92,7 +91,8 @@ class Sharding(ABC):
         reads: which of them the model's code reads.
         group_elements: number of trainable elements of the whole model, by parameter group.
         awaiting_backward: whether a forward with autograd ran since the last step.
-        backward_ran: whether a gradient arrived since, or since the passes of this step.
+        backward_ran: whether a gradient has arrived since `measure` returned; without passes, since
+            the last step.
     """
 
     name: ClassVar[str]
@@ -363,8 +363,8 @@ class Sharding(ABC):
                 parameter.grad = gradient
 
     @abstractmethod
-    def finish_step(self) -> None:
-        """Make the updated weights visible to the next pass."""
+    def weights_changed(self) -> None:
+        """Drop what is gathered: the next pass reads the shards as they are now."""
 
     def abandon(self) -> None:
         """Give up a pass that an exception has ended at any point, in backward too.

@@ -1,4 +1,4 @@
-"""PyTorch FSDP2 (``fully_shard``): the only module that touches its private names (torch 2.13).
+"""PyTorch FSDP2 (``fully_shard``), by private names: these here, and `fsdp2_versions` (torch 2.13).
 
 - A parameter is gathered from the attribute ``_sharded_param_data`` of its ``FSDPParam``. During a
   perturbed pass reading it yields a perturbed copy, wherever the shard lives and whatever the
@@ -221,8 +221,8 @@ class Fsdp2(Sharding):
             fsdp_param.__class__ = FSDPParam
 
     @override
-    def finish_step(self) -> None:
-        self._reshard()  # what is still gathered is from before the update
+    def weights_changed(self) -> None:
+        self._reshard()
 
     def _all_parameters(self) -> Iterable[Any]:
         return self._fsdp_params  # the model's are others while they are gathered

@@ -59,7 +59,16 @@ def materialize(
     """Give memory to the parameters of a model, or to their shards, that are on the meta device.
 
     Values of parameters are undefined afterwards. Buffers keep theirs and move to the device, as
-    parameters do if they have no other ``home``.
+    parameters do if they have no other ``home``. Tied parameters stay tied.
     """
     home = home or device
+    before = [
+        (module, name, parameter)
+        for module in modules_of(model)
+        for name, parameter in module._parameters.items()
+        if type(parameter) is nn.Parameter  # a shard's engine knows itself what is tied
+    ]
     model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
+    made: dict[nn.Parameter, nn.Parameter | None] = {}
+    for module, name, parameter in before:  # torch makes another one for each module
+        module._parameters[name] = made.setdefault(parameter, module._parameters[name])

@@ -65,7 +65,6 @@ class Unsharded(Sharding):
     @override
     def lay_out(cls, model: Any, device: torch.device) -> None:
         materialize(model, device)
-        model.tie_weights()  # giving them memory one by one has cut the ties
 
     @override
     def forward_only(self) -> AbstractContextManager[None]:
@@ -140,7 +139,7 @@ class Unsharded(Sharding):
         super().hand_over()
 
     @override
-    def finish_step(self) -> None:
+    def weights_changed(self) -> None:
         pass  # the weights that a pass reads are the weights that were updated
 
     @override
@@ -212,14 +211,8 @@ def _split_into_blocks(
     in_blocks = {p for block in all_blocks for p in block.parameters() if users[p] == 1}
     elsewhere = _parameters_outside(model, set(all_blocks))
     exclusive = in_blocks - elsewhere
-    by_parameter = {info.parameter: info for info in infos}
-    split = [
-        (
-            block,
-            [by_parameter[p] for p in block.parameters() if p in exclusive & by_parameter.keys()],
-        )
-        for block in all_blocks
-    ]
+    own = {info.parameter: info for info in infos if info.parameter in exclusive}
+    split = [(block, [own[p] for p in block.parameters() if p in own]) for block in all_blocks]
     return split, [info for info in infos if info.parameter not in exclusive]
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3, by private names of DeepSpeed (0.19.8).
 
-`addax_ds.integrations` alone knows others: it puts an optimizer into DeepSpeed's engine, which
-hands each reduced gradient shard to `Zero3Sharding.deliver`.
+`zero3_layers` knows others, and `addax_ds.integrations`: it puts an optimizer into the engine,
+which hands each reduced gradient shard to `Zero3Sharding.deliver`.
 
 - `Zero3Sharding` perturbs what travels. A parameter is gathered through its instance attributes
   ``all_gather_coalesced`` and ``all_gather``; both are wrapped to gather from perturbed copies of
@@ -178,8 +178,8 @@ class Zero3Sharding(Sharding):
         self.engine.backward(loss)
 
     @override
-    def finish_step(self) -> None:
-        self._partition_all()  # what is still gathered is from before the update
+    def weights_changed(self) -> None:
+        self._partition_all()
         # The update of shards without a gradient ran on the current stream.
         self._order_gathers()
 

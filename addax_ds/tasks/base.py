@@ -88,6 +88,16 @@ class Task(ABC):
     sizes: Sizes = field(default_factory=Sizes)
     aliases: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, expected in self.columns.items():
+            try:
+                isinstance(None, expected)
+            except TypeError as error:
+                raise UserError(
+                    f"task {self.name}: column {name} has the type {expected}, of which nothing is "
+                    "an instance: give a class (list in place of list[str]), or several (int | str)"
+                ) from error
+
     def with_local_data(self, path: str | Path) -> "Task":
         """Return the same task on a folder or a JSON Lines file; see `Local`."""
         return replace(self, title=f"{self.title} ({path})", source=Local(Path(path)))
@@ -103,13 +113,37 @@ class Task(ABC):
             UserError: the source cannot be read, a row lacks a column, has a value of another type,
                 or names no right answer.
         """
-        drawn = draw(self.source(), sizes or self.sizes, seed, self.title)
+        drawn = draw(self._splits(), sizes or self.sizes, seed, self.title)
         return Drawn(
             description=drawn.description,
             notes=drawn.notes,
             train=list(map(self._read, drawn.train)),
             dev=list(map(self._read, drawn.dev)),
             test=list(map(self._read, drawn.test)),
+        )
+
+    def _splits(self) -> Mapping[str, Sequence[SourceRow]]:
+        try:
+            splits: Any = self.source()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"task {self.name}: its source cannot be read: {error!r}") from error
+        found = f"{type(splits).__name__}"
+        if isinstance(splits, Mapping):
+            wrong = [
+                f"{name}: {type(rows).__name__}"
+                if not isinstance(rows, Sequence)
+                else f"{name}: a sequence of {type(rows[0]).__name__}"
+                for name, rows in splits.items()
+                if not isinstance(rows, Sequence) or (rows and not isinstance(rows[0], SourceRow))
+            ]
+            if not wrong:
+                return splits
+            found = f"{', '.join(wrong)}"
+        raise UserError(
+            f"task {self.name}: its source must return splits by name, each a sequence of "
+            f"SourceRow, and has returned {found}"
         )
 
     def _read(self, row: SourceRow) -> Row:
@@ -123,7 +157,8 @@ class Task(ABC):
             value = columns[name]
             if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
                 raise UserError(
-                    f"{where}: column {name} must be of type {expected.__name__}, and is "
+                    f"{where}: column {name} must be of type "
+                    f"{getattr(expected, '__name__', expected)}, and is "
                     f"{type(value).__name__}"
                 )
         try:
@@ -140,6 +175,17 @@ class Task(ABC):
     @abstractmethod
     def _row(self, prompt: str, columns: Columns, origin: str) -> Row:
         """Add the answers."""
+
+
+def _strings(what: str, found: Any, origin: str) -> tuple[str, ...]:
+    """Check that a task's function has returned a sequence of strings, and not one string."""
+    texts = () if isinstance(found, str) else tuple(found)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{origin}: the {what} {found!r} are not a list of one or more strings; rows without "
+            "an answer cannot be used"
+        )
+    return texts
 
 
 def label_column(columns: Columns) -> Sequence[int]:
@@ -162,7 +208,8 @@ class ChoiceTask(Task):
     metric: str = "accuracy"
 
     def _row(self, prompt: str, columns: Columns, origin: str) -> ChoiceRow:
-        candidates = tuple(candidate.rstrip(" ") for candidate in self.candidates(columns))
+        found = _strings("candidates", self.candidates(columns), origin)
+        candidates = tuple(candidate.rstrip(" ") for candidate in found)
         labels = tuple(self.labels(columns))
         for label in labels or (None,):
             if label is None or not 0 <= label < len(candidates):
@@ -188,11 +235,25 @@ class GenerationTask(Task):
     max_new_tokens: int = 50
     metric: str = "f1"
 
+    def check_score(self, rows: Sequence[GenerationRow]) -> None:
+        """Try ``score`` on rows, with their first right answer and with none.
+
+        Raises:
+            UserError: it fails, which would end a run after its training, or lacks ``metric``.
+        """
+        for row in rows:
+            for answer in (row.answers[0], ""):
+                where = f"task {self.name}, {row.origin}: score({answer!r}, {list(row.answers)})"
+                try:
+                    metrics = self.score(answer, row.answers)
+                    found = {name: float(value) for name, value in metrics.items()}
+                except Exception as error:
+                    raise UserError(f"{where} fails: {error!r}") from error
+                if self.metric not in found:
+                    raise UserError(
+                        f"{where} has no {self.metric}, by which checkpoints are compared; found "
+                        f"{', '.join(found) or 'nothing'}"
+                    )
+
     def _row(self, prompt: str, columns: Columns, origin: str) -> GenerationRow:
-        answers = tuple(self.answers(columns))
-        if not answers or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(
-                f"{origin}: the answers {list(answers)} are not one or more strings; "
-                "rows without an answer cannot be used"
-            )
-        return GenerationRow(prompt, answers, origin)
+        return GenerationRow(prompt, _strings("answers", self.answers(columns), origin), origin)

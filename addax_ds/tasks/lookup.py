@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 from addax_ds.tasks.base import Task
@@ -14,7 +15,7 @@ def find_task(name: str, data: str | None = None) -> Task:
     """Find a task of the table, or the one that a user's file defines.
 
     Args:
-        name: a task's name, or ``file.py:NAME``; the file is run.
+        name: a task's name, or ``file.py:NAME``; the file is run, and may import those beside it.
         data: a folder or file to read instead of the task's own source; see `Local`.
 
     Raises:
@@ -37,6 +38,9 @@ def find_task(name: str, data: str | None = None) -> Task:
 def _from_file(file: Path, variable: str) -> Task:
     if not os.path.isfile(file):
         raise UserError(f"--task {file}:{variable}: there is no file {file}")
+    # It may import what lies beside it, as a script may; but nothing that is installed is hidden.
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         found = runpy.run_path(str(file))
     except UserError:

@@ -74,9 +74,11 @@ def draw(
         )
     for name in ("train", "test"):
         if getattr(sizes, name) and not getattr(drawn, name):
+            counts = " and ".join(f"{len(rows)} {split} rows" for split, rows in splits.items())
             raise UserError(
-                f"{title}: of {sum(map(len, splits.values()))} rows none is left for {name}; lower "
-                "--num_train, --num_dev or --num_test"
+                f"{title}: of {counts} none is left for {name}. Asked for are {sizes.train} for "
+                f"train, {sizes.dev} for dev and {sizes.test} for test: lower --num_train, "
+                "--num_dev or --num_test"
             )
     return drawn
 

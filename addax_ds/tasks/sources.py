@@ -119,7 +119,7 @@ class Local:
                 splits |= _read_folder(folder)
         if not splits:
             raise UserError(
-                f"--task_data {path}: no data set there; give a folder that save_to_disk wrote, a "
+                f"{path}: no data set there; give a folder that save_to_disk wrote, a "
                 "folder with train.jsonl and validation.jsonl, or a JSON Lines file"
             )
         return splits
@@ -181,7 +181,7 @@ def _read_folder(path: Path, label: str | None = None) -> dict[str, Sequence[Sou
     try:
         data = load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"--task_data {path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error}") from error
     if isinstance(data, DatasetDict):
         return {name: DatasetRows(rows, f"{label or path} {name}") for name, rows in data.items()}
     return {path.name: DatasetRows(data, f"{label or path.parent} {path.name}")}

@@ -188,4 +188,4 @@ def _put_back(trainer: "AddaxMixin") -> Iterator[None]:
                 data.copy_(value)
         addax.load_state_dict(state)
         addax.sharding.resume_at(addax.index)
-        addax.sharding.finish_step()
+        addax.sharding.weights_changed()

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig
 
-from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.config.settings import AddaxSettings
+from addax_ds.config.addax_config import AddaxConfig, global_batches
 from addax_ds.data.examples import Example, lengths_of
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
 from addax_ds.distributed.nodes import ranks_of_node
@@ -55,7 +54,6 @@ def plan_threshold(
     layout: Layout,
     examples: Sequence[Example],
     args: AddaxConfig,
-    settings: AddaxSettings,
     fixed: int | None = None,
 ) -> AutoThreshold:
     """Find the largest L_T whose step should fit on every rank; all ranks have to call it.
@@ -69,7 +67,6 @@ def plan_threshold(
         layout: of the weights.
         examples: the training data.
         args: of the run.
-        settings: how it trains.
         fixed: L_T of the checkpoint that the run goes on from: rows alone are to be found.
 
     Returns:
@@ -94,7 +91,7 @@ def plan_threshold(
             # Rows of either stream may be the longest ones, which L_T decides.
             both = examples, examples
             try:
-                spec = spec_of_run(config, attention, layout, both, args, settings)
+                spec = spec_of_run(config, attention, layout, both, args)
             except UserError as error:
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
             search = _Search(spec, examples, args, (budget, host), fixed)
@@ -111,14 +108,13 @@ class _Search:
         self,
         spec: StepSpec,
         examples: Sequence[Example],
-        args: TrainingArguments,
+        args: AddaxConfig,
         free: tuple[int, int],
         fixed: int | None,
     ) -> None:
         assert spec.zeroth_order is not None
         assert spec.first_order is not None
-        shares = args.world_size * spec.accumulation
-        self._k0, self._k1 = spec.zeroth_order.rows * shares, spec.first_order.rows * shares
+        self._k0, self._k1 = global_batches(args)
         self._spec = spec
         self._free, self._free_host = free
         self._fixed = fixed

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig
 
-from addax_ds.config.settings import AddaxSettings
+from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.data.examples import Example, lengths_of, target_counts_of
 from addax_ds.planner.constants import GB, RESERVE
 from addax_ds.planner.memory import Memory, StepSpec, step_memory
@@ -28,8 +28,7 @@ def spec_of_run(
     attention: str | None,
     layout: Layout,
     streams: tuple[Sequence[Example], Sequence[Example]],
-    args: TrainingArguments,
-    settings: AddaxSettings,
+    args: AddaxConfig,
 ) -> StepSpec:
     """Return the step of a run with the largest batches.
 
@@ -40,7 +39,6 @@ def spec_of_run(
         streams: the examples that zeroth-order and first-order batches are drawn from; no examples
             for a stream that there is not.
         args: of the run.
-        settings: how it trains.
 
     Raises:
         UserError: the planner cannot follow the model.
@@ -56,6 +54,7 @@ def spec_of_run(
     zero3 = Zero3Settings()
     if deepspeed is not None:
         zero3 = Zero3Settings.from_json(deepspeed.config["zero_optimization"], shape.hidden)
+    settings = args.settings
     rows = settings.per_device_zo_batch_size, args.per_device_train_batch_size
     zeroth, first = map(_longest, rows, streams)
     return StepSpec(
@@ -98,7 +97,7 @@ def describe(spec: StepSpec, free: int | None) -> str:
     named = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts if round(size / GB, 2))
     text = (
         f"{memory.total / GB:.2f} GB of tensors on a rank when they are most, in the "
-        f"{memory.stage} part of a step ({named})"
+        f"{memory.stage} part of a step{f' ({named})' if named else ''}"
     )
     if memory.host:
         text += f", and {memory.host / GB:.2f} GB of host memory"

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from addax_ds.checkpoint import folders
 from addax_ds.checkpoint.identity import Progress
 from addax_ds.checkpoint.state import load_state, save_state
 from addax_ds.distributed.collectives import all_gather_object, raise_on_all_ranks
@@ -23,6 +24,7 @@ class ResumingMixin(SavingMixin):
     """Saves what a run needs to go on, and loads it, as overrides of Trainer's methods."""
 
     _progress: Progress | None = None
+    _loss_before: float | None = 0.0
 
     @property
     def addax(self) -> Addax:
@@ -37,6 +39,7 @@ class ResumingMixin(SavingMixin):
             if self.args.should_save:
                 progress = Progress(
                     loss_sum=self._tr_loss.item(),
+                    loss_total=self._loss_total(),
                     last_logged_step=self._globalstep_last_logged,
                     costs=asdict(self.costs.costs),
                     metric=metric,
@@ -95,6 +98,11 @@ class ResumingMixin(SavingMixin):
         with raise_on_all_ranks():
             saved = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         named = saved.best_model_checkpoint
+        if state.best_global_step:
+            # Where it was written may be another path by now, as of a folder that was moved.
+            beside = folders.path_of(folder.parent, state.best_global_step)
+            if beside.is_dir():
+                state.best_model_checkpoint = str(beside)
         metric, rows = progress.metric, progress.eval_data
         if metric is not None and before != self._chosen_by:
             why = f"was chosen by {metric}, which no longer chooses it in the same way"
@@ -115,13 +123,30 @@ class ResumingMixin(SavingMixin):
 
     def resume_logging(self) -> None:
         """Go on with what is logged as a sum over steps, once Trainer has begun anew."""
+        self._loss_before = 0.0
         if self._progress is not None:
             self._tr_loss += self._progress.loss_sum
-            # `train_loss` is a mean over the steps since the resume.
-            self._total_loss_scalar = -self._progress.loss_sum
+            self._total_loss_scalar = -self._progress.loss_sum  # of the steps since the resume
+            self._loss_before = self._progress.loss_total
             self._globalstep_last_logged = self._progress.last_logged_step
             self.costs.resume(Costs(**self._progress.costs))
             self._progress = None
 
+    def _loss_total(self) -> float | None:
+        """Sum of the losses of all steps up to now; None if an older checkpoint lacks it."""
+        if self._loss_before is None:
+            return None
+        return self._loss_before + self._total_loss_scalar + self._tr_loss.item()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        total = self._loss_total()
+        if total is not None:
+            # Trainer's ``train_loss`` is a mean over the steps since the resume; this one is over
+            # those before, too, and still there if none is left to train.
+            since = max(self.state.global_step - self._initial_global_step, 0.001)
+            mean = total / max(self.state.global_step, 1)
+            self._total_loss_scalar = mean * since - self._tr_loss.item()
+        return super()._finalize_training(*args, **kwargs)
+
     def _free_gathered(self) -> None:
-        self.addax.sharding.finish_step()
+        self.addax.sharding.weights_changed()

@@ -35,7 +35,6 @@ class SavingMixin(UploadingMixin):
     A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
 
     Attributes:
-        settings: the method and its hyperparameters.
         partition: how the training data is divided; None if there is none.
         costs: of the training up to now.
         resumed_step: how many steps the checkpoint had that the training goes on from, or 0.
@@ -44,13 +43,17 @@ class SavingMixin(UploadingMixin):
     """
 
     args: AddaxConfig
-    settings: AddaxSettings
     partition: Partition | None
     costs: CostMeter
     resumed_step: int = 0
     template_time: str | None = None
     saves_at_end: bool = False
     _run_id: str | None = ownership.NEW
+
+    @property
+    def settings(self) -> AddaxSettings:
+        """The method and its hyperparameters, those of ``args``."""
+        return self.args.settings
 
     # ---- saving --------------------------------------------------------------------------------
 
@@ -294,7 +297,7 @@ class SavingMixin(UploadingMixin):
         assert self.model is not None
         # DeepSpeed's engine may not have partitioned the model yet.
         engine = back_end(deepspeed=True) if self.is_deepspeed_enabled else None
-        run = Run.of(self.args, self.settings, (engine or back_end_of(self.model)).name)
+        run = Run.of(self.args, (engine or back_end_of(self.model)).name)
         run = replace(run, template_time=self.template_time)
         if self.partition is None:
             return run

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from addax_ds.checkpoint.identity import Run
-from addax_ds.config.addax_config import AddaxConfig
-from addax_ds.config.settings import AddaxSettings
+from addax_ds.config.addax_config import AddaxConfig, global_batches, order_seed
 from addax_ds.config.trials import check_steps
 from addax_ds.data.batches import StepBatches, StepSchedule, train_dataloader
 from addax_ds.data.partition import Lengths, Partition, partition
@@ -36,28 +35,25 @@ from addax_ds.utils.generators import generators_kept
 
 
 def plan_steps(
-    lengths: Lengths, settings: AddaxSettings, args: AddaxConfig, *, drop_last: bool = False
+    lengths: Lengths, args: AddaxConfig, *, drop_last: bool = False
 ) -> tuple[Partition, StepSchedule]:
     """Divide the rows between the streams and say which of them each step sees.
 
     Args:
         lengths: tokens of each row.
-        settings: method, L_T, batch size of the zeroth-order stream.
-        args: batch size of the first-order stream, ranks and seeds.
+        args: of the run.
         drop_last: whether an epoch ends before a batch that it cannot fill, whatever ``args`` say.
 
     Raises:
         UserError: a stream is empty or has fewer rows than its global batch, or the schedule of
             the learning rate does not fit the number of steps.
     """
-    streams = partition(lengths, settings.method, settings.length_threshold)
-    shares = args.world_size * settings.gradient_accumulation_steps
+    streams = partition(lengths, args.settings.method, args.settings.length_threshold)
     schedule = StepSchedule(
         streams.zeroth_order,
         streams.first_order,
-        settings.per_device_zo_batch_size * shares,
-        args.per_device_train_batch_size * shares,
-        args.seed if args.data_seed is None else args.data_seed,
+        *global_batches(args),
+        order_seed(args),
         drop_last or args.dataloader_drop_last,
     )
     check_steps(args, total_steps(args, schedule))
@@ -132,7 +128,6 @@ class StepMixin(SavingMixin):
         ):
             if given.get(argument) is not None:
                 raise UserError(f"{name} takes no {argument}: {instead}")
-        self.settings: AddaxSettings = args.settings
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train on ``train_dataset``, which may be another one than before; see `Trainer.train`."""
@@ -174,7 +169,7 @@ class StepMixin(SavingMixin):
         self._divided = dataset
 
     def _plan(self, rows: TrainRows) -> tuple[Partition, StepSchedule]:
-        return plan_steps(rows.lengths, self.settings, self.args, drop_last=not rows.has_dummy)
+        return plan_steps(rows.lengths, self.args, drop_last=not rows.has_dummy)
 
     def train_rows(self, dataset: Any) -> TrainRows:
         """Return the rows of a map-style data set, of which the trainer's collator makes batches.
@@ -202,7 +197,7 @@ class StepMixin(SavingMixin):
         stays: which examples a step sees does not depend on it.
         """
         assert self._steps is not None
-        self.settings = replace(self.settings, length_threshold=threshold)
+        self.args.settings = replace(self.settings, length_threshold=threshold)
         self.partition, schedule = self._plan(self._steps.rows)
         self._steps.reschedule(schedule)
 

@@ -332,8 +332,11 @@ def test_the_digest_is_of_tokens_labels_borders_and_order():
     ("method", "batches"), [("addax", (12, 24)), ("mezo", (12, 0)), ("ip-sgd", (0, 24))]
 )
 def test_batches_count_ranks_and_micro_batches(method, batches):
-    args = SimpleNamespace(
+    values = Hyperparameters(lr=0.1, rounding="nearest", seed=5)
+    args: Any = SimpleNamespace(
         world_size=2,
+        method=method,
+        settings=AddaxSettings(method, values, None, 0 if method == "ip-sgd" else 2, 3),
         per_device_train_batch_size=4,
         bf16=False,
         fp16=True,
@@ -341,9 +344,7 @@ def test_batches_count_ranks_and_micro_batches(method, batches):
         data_seed=None,
         dataloader_drop_last=True,
     )
-    values = Hyperparameters(lr=0.1, rounding="nearest", seed=5)
-    settings = AddaxSettings(method, values, None, 0 if method == "ip-sgd" else 2, 3)
-    run = Run.of(args, settings, "fsdp2")
+    run = Run.of(args, "fsdp2")
     assert (run.zeroth_order_batch, run.first_order_batch) == batches
     assert (run.dtype, run.data_seed) == ("fp16", 3)
     assert run.hyperparameters["rounding"] == "nearest"

@@ -10,10 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from addax_ds import AddaxConfig, AddaxTrainer
+from addax_ds import AddaxConfig, AddaxTrainer, UserError
 from addax_ds.checkpoint.atomic import verify
 from addax_ds.cli import train
+from addax_ds.config.arguments import ModelArguments
 from addax_ds.models.adapters import Lora
+from addax_ds.models.source import ModelSource
 from tests.support.launcher import launch
 from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer, write_model, write_rows
 
@@ -167,3 +169,23 @@ def test_what_is_adapted():
     assert adapted("llama", "up_proj", "o_proj") == {"up_proj", "o_proj"}
     every = {*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")}
     assert adapted("llama", "all-linear") == every
+
+
+def test_adapters_of_a_tied_output_projection(tmp_path):
+    """Its weight stays that of the embedding, which no adapter changes."""
+    write_model(tmp_path / "model", "opt")
+    args = ModelArguments(model_name_or_path=str(tmp_path / "model"))
+    model = ModelSource.find(args).load(torch.float32, lora=Lora(2, 4, ("q_proj", "lm_head"), 0))
+    layer = model.get_base_model().lm_head
+    assert layer.base_layer.weight is model.get_base_model().get_input_embeddings().weight
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
+
+
+def test_a_folder_of_adapters_is_no_model(alone):
+    """Adapters are written beside no config.json, for which Transformers would ask."""
+    args = ModelArguments(model_name_or_path=str(alone / "model"))
+    with pytest.raises(UserError, match="the folder holds an adapter, not a model alone"):
+        ModelSource.find(args)

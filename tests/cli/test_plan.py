@@ -179,6 +179,17 @@ def test_gpus_needed_is_where_it_starts_to_fit(folder):
     assert result["gpus_needed"] == 3
 
 
+def test_the_number_of_gpus_that_was_asked_for_is_tried(folder):
+    """Others are tried in steps of 8."""
+    words = ["--model", folder, *WORDS, "--methods", "adamw", "--reserve", "0", "--json"]
+    one = json.loads(plan([*words, "--gpus", "12"]))["methods"][0]["total"]
+    fitting = [*words, "--gpu_memory", str(one / 1e9)]
+    (result,) = json.loads(plan([*fitting, "--gpus", "12"]))["methods"]
+    assert (result["fits"], result["gpus_needed"]) == (True, 12)
+    (other,) = json.loads(plan([*fitting, "--gpus", "16"]))["methods"]
+    assert other["gpus_needed"] == 16
+
+
 @pytest.mark.slow
 def test_a_threshold_is_looked_up_for_the_gpus_needed(tmp_path):
     """Where no L_T fits, the output says how many GPUs are needed and what L_T they allow."""

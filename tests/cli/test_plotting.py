@@ -61,6 +61,14 @@ def test_every_logged_value_is_drawn_where_it_belongs(tmp_path, figures):
     assert figures[0].get_suptitle() == "A title"
 
 
+def test_what_was_tested_stands_at_the_step_of_its_weights(tmp_path, figures):
+    training_curves(LOG, tmp_path / "curves.png", "A title", best_step=2)
+    loss, _, accuracy = figures[0].axes
+    assert curves(loss)["test, after"] == [(2, 0.9)]
+    assert curves(loss)["test, before"] == [(0, 2.5)]
+    assert curves(accuracy)["test, after"] == [(2, 0.8)]
+
+
 def test_dollar_signs_are_no_formula(tmp_path, figures):
     title, metric = "/models/cost $5 {or $6", "a $\\frac$"
     log = [{"step": 1, f"eval_{metric}": 1.0}]

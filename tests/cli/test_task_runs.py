@@ -171,6 +171,13 @@ def test_a_longest_sequence_beyond_the_model_is_refused_by_the_users_number(name
         load_data(args, byte_tokenizer(bos=True), model_with(200))
 
 
+def test_a_row_that_leaves_no_room_for_its_answer_is_said_with_the_users_number():
+    values = {"num_train": 8, "num_dev": 4, "max_length": 54}
+    args = DataArguments(task="squad", task_data=str(FIXTURES / "squad"), **values)
+    with pytest.raises(UserError, match=r"\(54 positions less 50 for the answer\)$"):
+        load_data(args, byte_tokenizer(bos=True), model_with(200))
+
+
 @pytest.mark.parametrize(("positions", "limit"), [(4096, 2048), (None, 2048), (512, 512)])
 def test_a_task_has_2048_positions_if_the_model_has(positions, limit, tmp_path):
     rows = [{"sentence": "x" * 3000, "label": 1, "idx": 0}, {"sentence": "y", "label": 0, "idx": 1}]

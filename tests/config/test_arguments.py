@@ -579,3 +579,15 @@ def test_document_is_current() -> None:
     assert committed == render_arguments.render(), (
         "run: python -m docs.render_arguments docs/arguments.md"
     )
+
+
+def test_a_home_folder_is_found_wherever_it_is_named(tmp_path, monkeypatch):
+    """No shell has seen the one in a file, or after a flag's =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    file = tmp_path / "run.yaml"
+    file.write_text("train_file: ~/rows.jsonl\nlearning_rate: 0.1\noutput_dir: ~/out\n")
+    model, data, training = parse_arguments([str(file), "--model_name_or_path=~/model"])
+    assert data.train_file == [str(tmp_path / "rows.jsonl")]
+    assert model.model_name_or_path == str(tmp_path / "model")
+    assert training.output_dir == str(tmp_path / "out")

@@ -85,7 +85,7 @@ optimizer = addax_ds.Addax([parameter], **params)
 assert optimizer.zo_dummy == optimizer.hyperparameters["zo_dummy"] == 5
 
 # a checkpoint, also one from before there was any
-run = Run.of(args, args.settings, "none")
+run = Run.of(args, "none")
 written = dataclasses.replace(run, hyperparameters=run.hyperparameters | {"zo_dummy": 7})
 assert list(changes(written, run)) == ["--zo_dummy was 7 and is 4 from here on"]
 del written.hyperparameters["zo_dummy"]

@@ -149,6 +149,11 @@ def test_every_schedule_that_is_not_refused_can_be_tried() -> None:
         ({"hub_model_id": "me/model"}, "hub_model_id"),
         ({"hub_strategy": "end"}, "hub_strategy"),
         ({"load_best_model_at_end": True, "save_strategy": "no"}, "load_best_model_at_end"),
+        ({"eval_steps": 5}, "eval_steps"),
+        ({"save_steps": 5, "save_strategy": "epoch"}, "save_steps"),
+        ({"save_total_limit": 5, "save_strategy": "no"}, "save_total_limit"),
+        ({"logging_steps": 5, "logging_strategy": "no"}, "logging_steps"),
+        ({"num_train_epochs": 5, "max_steps": 2}, "num_train_epochs"),
     ],
 )
 def test_what_has_no_effect_is_said(options: dict[str, Any], name: str, caplog: Any) -> None:
@@ -194,8 +199,8 @@ def test_the_steps_of_the_training_follow_from_its_data(launched: None) -> None:
         source = with_scheduler("WarmupDecayLR", **DECAY, total_num_steps=counted)
         more = {"per_device_train_batch_size": 4, "length_threshold": 12}
         args = config(deepspeed=source, max_steps=-1, num_train_epochs=epochs, **more)
-        _, schedule = plan_steps(lengths, args.settings, args)
+        _, schedule = plan_steps(lengths, args)
         assert schedule.steps_per_epoch == 3
         args.num_train_epochs += 1
         with pytest.raises(UserError, match=f"total_num_steps={counted} .*={counted + 3}"):
-            plan_steps(lengths, args.settings, args)
+            plan_steps(lengths, args)

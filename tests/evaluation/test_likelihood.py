@@ -219,7 +219,7 @@ def test_candidates_that_differ_in_the_last_token_share_a_row():
     dataset, model = EvaluationSet(candidates), tiny_model("opt").eval()
     batch = dataset.collator(0)([dataset[index] for index in range(6)])
     assert batch["input_ids"].shape == (2, 9)
-    assert batch["target_row"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch["targets"]["row"].tolist() == [0, 0, 0, 1, 1, 1]
     with torch.no_grad():
         scores = dataset.score(model, batch)
     for score, row in zip(scores, candidates, strict=True):

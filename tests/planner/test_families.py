@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    GPT2Config,
     GPTNeoXConfig,
     JambaConfig,
     JetMoeConfig,
@@ -90,8 +91,10 @@ def allocated(
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = batch_of(rows, length, text)
     tape = Tape(lambda *_: "all")
-    for tensor in (*model.parameters(), *model.buffers(), *batch.values()):
+    targets = batch.pop("targets")
+    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *targets.values()):
         tape.ignore(tensor)
+    batch["targets"] = targets
     with tape, torch.set_grad_enabled(backward):
         loss = target_scores(model, batch)[:, 0].sum()
         if backward:
@@ -184,3 +187,14 @@ def test_a_model_that_asks_for_values_is_refused_by_name():
     config = JetMoeConfig(**GROUPED, num_local_experts=4)
     with pytest.raises(UserError, match=r"small: .* type jetmoe .*, with 2 row\(s\) of 64 tokens"):
         trace(shape_of(config, "small"), Batch(2, 64, 1), backward=True)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_padding_token_keeps_no_model_from_being_planned(backward):
+    """GPT-2 looks for it in its input, unless it has a mask."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 211, "n_positions": 48}
+    plain, padded = (
+        planned(GPT2Config(**sizes, **more), 1, backward, length=8)
+        for more in ({}, {"pad_token_id": 0})
+    )
+    assert padded.events == plain.events

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from transformers import OPTConfig
 
 from addax_ds.cli.plan import plan
@@ -196,3 +197,14 @@ def test_what_other_packages_need_is_their_states_beside_checkpointed_steps(shap
 def test_flags_without_effect_are_refused(folder, words, message):
     with pytest.raises(UserError, match=message):
         recommendation(folder, None, *words)
+
+
+def test_rows_too_short_for_a_threshold_are_recommended_for_as_well(folder):
+    words = ["--model", str(folder), "--gpus", "2", "--length", "16", "--recommend"]
+    result = json.loads(plan([*words, "--json"]))
+    names = [option["name"] for option in result["options"]]
+    assert result["recommended"] in names
+    assert not any(name.startswith("addax") for name in names)
+    assert result["gpus"] == 2
+    assert result["versions"]["torch"] == torch.__version__
+    assert "0.00 " not in plan(words).split("time:")[0]

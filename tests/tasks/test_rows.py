@@ -1,6 +1,7 @@
 """Which rows of a task a run gets, and what is said of rows that cannot be used."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from addax_ds.tasks import TASKS, ChoiceTask, Sizes, SourceRow, find_task
+from addax_ds.tasks import TASKS, ChoiceTask, GenerationTask, Sizes, SourceRow, find_task
 from addax_ds.utils.errors import UserError
 from tests.tasks.test_tasks import FIXTURES, WORDED, fixture_rows
 
@@ -103,8 +104,11 @@ def test_one_split_that_is_too_small_is_divided_in_proportion():
     ("splits", "message"),
     [
         ({"train": 3, "test": 3}, r"found the splits \[test, train\]; there must be train and val"),
-        ({"train": 3, "validation": 3}, "of 6 rows none is left for train; lower --num_train"),
-        ({"validation": 0}, "of 0 rows none is left for train"),
+        (
+            {"train": 3, "validation": 3},
+            "of 3 train rows and 3 validation rows none is left for train.* lower --num_train",
+        ),
+        ({"validation": 0}, "of 0 validation rows none is left for train"),
     ],
 )
 def test_splits_that_cannot_be_used(splits, message):
@@ -142,7 +146,7 @@ def test_bad_rows_are_named(columns, message):
         ("record", {"answers": []}, "label None names none"),
         ("squad", {"answers": {"text": []}}, "rows without an answer cannot be used"),
         ("squad", {"answers": {}}, "cannot be put in words: KeyError"),
-        ("drop", {"answers_spans": {"spans": [3]}}, "are not one or more strings"),
+        ("drop", {"answers_spans": {"spans": [3]}}, "are not a list of one or more strings"),
     ],
 )
 def test_bad_rows_of_the_papers_tasks(name, change, message, tmp_path):
@@ -204,3 +208,66 @@ def test_columns_of_another_edition():
     columns["sentence1"], columns["sentence2"] = columns.pop("premise"), columns.pop("hypothesis")
     task = TASKS["rte"]
     assert task._read(SourceRow(row.origin, columns)) == row
+
+
+# ---- slips in a task of one's own ----------------------------------------------------------------
+
+
+def slip(**more: Any) -> GenerationTask:
+    rows = {"train": numbered("t", 4), "validation": numbered("v", 4)}
+    options: dict[str, Any] = {
+        "name": "own",
+        "title": "Own",
+        "source": lambda: rows,
+        "columns": {"text": str},
+        "prompt": lambda row: row["text"],
+        "answers": lambda row: ["good"],
+        "score": lambda text, answers: {"f1": float(text in answers)},
+    }
+    return GenerationTask(**(options | more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"answers": lambda row: "good"}, r"own, t \d: the answers 'good' are not a list"),
+        ({"answers": lambda row: []}, r"own, t \d: the answers \[\] are not a list"),
+        ({"columns": {"text": int | float}}, r"must be of type int \| float, and is str"),
+        ({"columns": {"text": list[str]}}, r"column text has the type list\[str\], .*list in pl"),
+        ({"source": lambda: numbered("t", 4)}, "must return splits by name, .* returned list"),
+        ({"source": lambda: {"train": iter(())}}, "returned train: tuple_iterator"),
+        ({"source": lambda: {"train": [{"text": ""}]}}, "returned train: a sequence of dict"),
+        ({"source": lambda: 1 / 0}, "its source cannot be read: ZeroDivisionError"),
+    ],
+)
+def test_a_slip_is_said(more, message):
+    with pytest.raises(UserError, match=message):
+        slip(**more).rows(Sizes(2, 1, 2))
+
+
+def test_candidates_are_no_string():
+    task = replace(toy({"train": numbered("t", 4)}), candidates=lambda row: "no")
+    with pytest.raises(UserError, match="the candidates 'no' are not a list"):
+        task.rows(Sizes(2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"score": lambda text, _: {"f1": 1 / len(text)}}, r"score\(''.*fails: ZeroDivisionErr"),
+        ({"score": lambda text, answers: {"accuracy": 1.0}}, "has no f1, .*; found accuracy"),
+        ({"score": lambda text, answers: {"f1": "good"}}, "fails: ValueError"),
+    ],
+)
+def test_a_score_that_would_end_the_run_is_found_before(more, message):
+    task = slip(**more)
+    with pytest.raises(UserError, match=message):
+        task.check_score(task.rows(Sizes(2, 1, 2)).test)
+    slip().check_score(task.rows(Sizes(2, 1, 2)).test)
+
+
+def test_dev_rows_that_take_all_are_named_with_their_number():
+    few = {"train": numbered("t", 60), "validation": numbered("v", 1)}
+    message = "of 60 train rows and 1 validation rows none is left for train.* 500 for dev"
+    with pytest.raises(UserError, match=message):
+        slip(source=lambda: few).rows()

@@ -128,7 +128,7 @@ def test_nothing_that_can_be_read(tmp_path):
     with pytest.raises(UserError, match="no data set there; give a folder that save_to_disk wrote"):
         Local(tmp_path)()
     (tmp_path / "state.json").write_text("{")
-    with pytest.raises(UserError, match=f"--task_data {tmp_path}: cannot be read"):
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be read"):
         Local(tmp_path)()
     (tmp_path / "train.jsonl").write_text('{"premise": \n')
     with pytest.raises(UserError, match=r"train.jsonl:1: not valid JSON"):

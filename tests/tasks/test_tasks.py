@@ -311,6 +311,13 @@ MOOD = ChoiceTask(
 """
 
 
+def test_a_task_of_ones_own_may_import_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "beside_the_task.py").write_text(OWN_TASK)
+    (tmp_path / "my_tasks.py").write_text("from beside_the_task import MOOD")
+    assert find_task(f"{tmp_path / 'my_tasks.py'}:MOOD").name
+
+
 def test_a_task_of_ones_own_in_a_file(tmp_path):
     file = tmp_path / "my_tasks.py"
     file.write_text(OWN_TASK)

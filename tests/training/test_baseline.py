@@ -40,8 +40,8 @@ def reference(name: str, folder: Path) -> tuple[nn.Module, list[float], list[flo
     same_batches = replace(case, addax={"method": "ip-sgd"})
     args = arguments(same_batches, folder, "none", 1, per_device_train_batch_size=4)
     examples = case.examples()
-    settings = replace(args.settings, gradient_accumulation_steps=1)
-    _, schedule = plan_steps([e.length for e in examples], settings, args)
+    args.settings = replace(args.settings, gradient_accumulation_steps=1)
+    _, schedule = plan_steps([e.length for e in examples], args)
     model = AutoModelForCausalLM.from_pretrained(folder / "model").double().eval()
     peak, decay = args.learning_rate, args.weight_decay
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=peak)

@@ -58,6 +58,8 @@ def training_args(**options: Any) -> Any:
         "per_device_train_batch_size": K1,
         "activation_checkpointing": False,
         "device_memory": None,
+        "method": "addax",
+        "settings": SETTINGS,
     }
     return SimpleNamespace(**values | options)
 
@@ -65,7 +67,7 @@ def training_args(**options: Any) -> Any:
 def planned(device_memory: float | None, fixed: int | None = None, **options: Any) -> AutoThreshold:
     config = tiny_model("opt").config
     args = training_args(device_memory=device_memory, **options)
-    return plan_threshold(config, None, Layout(), DATA, args, SETTINGS, fixed)
+    return plan_threshold(config, None, Layout(), DATA, args, fixed)
 
 
 def needed(length: int, parts: int = 1) -> int:
@@ -159,7 +161,7 @@ def planned_with_offload(sharding: str, device: str, device_memory: float) -> Au
         hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": OFFLOAD}),
     )
     config, of_flag = tiny_model("opt").config, sharding == "fsdp2"
-    return plan_threshold(config, None, Layout(sharding, cpu_offload=of_flag), DATA, args, SETTINGS)
+    return plan_threshold(config, None, Layout(sharding, cpu_offload=of_flag), DATA, args)
 
 
 BOTH = pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
@@ -197,7 +199,7 @@ def test_too_little_memory_says_how_much_is_missing():
 def test_a_model_that_cannot_be_planned_is_refused():
     config = SimpleNamespace(to_dict=dict, model_type="unheard-of", name_or_path="model")
     with pytest.raises(UserError, match=r"cannot build this model .*: give a number of tokens"):
-        plan_threshold(config, None, Layout(), DATA, training_args(), SETTINGS)  # type: ignore[arg-type]
+        plan_threshold(config, None, Layout(), DATA, training_args())  # type: ignore[arg-type]
 
 
 # ---- rehearsed, on every layout ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ ARGS = SimpleNamespace(
 )
 
 
+def with_settings(settings: AddaxSettings) -> Any:
+    return SimpleNamespace(**vars(ARGS), settings=settings)
+
+
 def largest(rows: int, stream: list) -> Batch:
     return Batch(rows, max(e.length for e in stream), max(e.target_count for e in stream))
 
@@ -45,7 +50,7 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
     config = tiny_model("opt").config
     streams = {"addax": (LONG, SHORT), "mezo": (DATA, []), "ip-sgd": ([], DATA)}[method]
     settings = AddaxSettings(method, Hyperparameters(lr=0.1), None, 3)
-    spec = spec_of_run(config, None, Layout("fsdp2"), streams, ARGS, settings)
+    spec = spec_of_run(config, None, Layout("fsdp2"), streams, with_settings(settings))
     assert spec == StepSpec(
         shape=shape_of(config, config.name_or_path or "the model", "bf16"),
         method=method,
@@ -60,7 +65,7 @@ def test_the_largest_batch_of_each_stream_is_planned(method, zeroth, first):
 def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch):
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, vocab_size=50000).config
     settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
-    spec = spec_of_run(config, None, Layout(), ([], DATA), ARGS, settings)
+    spec = spec_of_run(config, None, Layout(), ([], DATA), with_settings(settings))
     memory = step_memory(spec)
     # Two ranks share it, and each keeps 2 GB for what is not a tensor.
     there = 2 * (2_000_000_000 + memory.total) + 2
@@ -77,7 +82,7 @@ def test_the_peak_is_told_with_its_parts_and_what_is_free(monkeypatch):
 def test_in_place_sgd_is_named_where_every_row_fits_through_backward():
     config = tiny_model("opt", hidden_size=256, ffn_dim=1024, num_hidden_layers=4).config
     settings = AddaxSettings("addax", Hyperparameters(lr=0.1), None, 3)
-    spec = spec_of_run(config, None, Layout(), (LONG, SHORT), ARGS, settings)
+    spec = spec_of_run(config, None, Layout(), (LONG, SHORT), with_settings(settings))
     every = largest(3 + 4, DATA)
     plain = replace(spec, method="ip-sgd", zeroth_order=None, first_order=every)
     whole, recomputed = (
@@ -101,4 +106,4 @@ def test_a_model_that_cannot_be_planned():
     config.num_attention_heads = 5
     settings = AddaxSettings("ip-sgd", Hyperparameters(lr=0.1), None, 0)
     with pytest.raises(UserError, match="cannot build this model without its weights"):
-        spec_of_run(config, None, Layout(), ([], DATA), ARGS, settings)
+        spec_of_run(config, None, Layout(), ([], DATA), with_settings(settings))

@@ -156,17 +156,33 @@ def test_a_best_checkpoint_that_is_gone_is_not_the_best_one_any_more(tmp_path, c
     assert again.best_step == again.state.best_global_step == 3
 
 
-def test_the_mean_loss_after_a_resume_is_of_the_steps_since(tmp_path):
-    steady = {**EVERY_STEP, "lr_scheduler_type": "constant"}
-    losses = {**steady, "logging_steps": 1}
-    whole = trainer(tmp_path / "whole", **losses, max_steps=6)
-    whole.train()
-    of_step = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    unlogged = {**steady, "logging_steps": 500}
-    trainer(tmp_path / "parts", **unlogged, max_steps=4).train()
-    again = trainer(tmp_path / "parts", **unlogged, max_steps=6)
-    result = again.train(resume_from_checkpoint=True)
-    assert result.training_loss == pytest.approx(sum(of_step[4:]) / 2, rel=1e-4)
+def test_the_best_checkpoint_is_found_where_the_folder_was_moved_to(tmp_path, caplog):
+    trainer(tmp_path / "a", **FIRST_IS_BEST, max_steps=2, save_total_limit=2).train()
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = trainer(tmp_path / "b", **FIRST_IS_BEST, max_steps=5, save_total_limit=2)
+    assert "the best checkpoint up to now" not in resumed(caplog, again)
+    assert again.best_step == 1
+    assert sorted(folders.steps(tmp_path / "b")) == [1, 5]
+
+
+def test_a_model_with_fewer_weights_does_not_go_on_from_a_checkpoint(tmp_path):
+    """All that it has is there, in the same shapes."""
+    trainer(tmp_path, **EVERY_STEP, max_steps=1).train()
+    again = trainer(tmp_path, **EVERY_STEP)
+    again.model.model.decoder.layers.pop(1)
+    with pytest.raises(UserError, match=r"weights that this model lacks, such as .*layers\.1\."):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_the_mean_loss_after_a_resume_is_of_all_steps(tmp_path):
+    steady = {**EVERY_STEP, "lr_scheduler_type": "constant", "logging_steps": 500}
+    whole = trainer(tmp_path / "whole", **steady, max_steps=6).train().training_loss
+    assert trainer(tmp_path / "parts", **steady, max_steps=4).train().training_loss != whole
+    for _ in range(2):  # the second one has nothing left to train
+        again = trainer(tmp_path / "parts", **steady, max_steps=6)
+        result = again.train(resume_from_checkpoint=True)
+        assert result.training_loss == pytest.approx(whole, rel=1e-6)
+        assert result.metrics["train_loss"] == result.training_loss
 
 
 def test_samples_per_second_count_the_rows_of_both_batches(tmp_path):

@@ -66,6 +66,7 @@ ATTRIBUTES = {
     "_tr_loss": "resuming",
     "_globalstep_last_logged": "resuming",
     "_total_loss_scalar": "resuming",
+    "_initial_global_step": "resuming",
 }
 
 
@@ -157,6 +158,16 @@ ORDERS = (
             'logs["learning_rate"]',
             "self.log(logs, start_time)",
             "self._save_checkpoint(model, trial)",
+        ),
+    ),
+    Order(
+        "_finalize_training",
+        "resuming",
+        "the mean loss is over all steps, as what Trainer divides is scaled by what it divides by",
+        (
+            "self._total_loss_scalar += self._tr_loss.item()",
+            "num_steps_trained = self.state.global_step - self._initial_global_step",
+            "train_loss = self._total_loss_scalar / max(num_steps_trained, 0.001)",
         ),
     ),
     Order(

@@ -68,7 +68,7 @@ def pass_on(name: str, layout: str, source: Path, target: Path) -> dict[str, Any
         run.model(TOKENS)  # leaves the root, or ZeRO-3's small parameters, gathered
     with torch.no_grad():
         fill(model, source / name)
-        unwrap(run.optimizer).sharding.finish_step()
+        unwrap(run.optimizer).sharding.weights_changed()
         logits = run.model(TOKENS).logits
     save_weights(model, target / name, max_file_size=MAX_FILE_SIZE)
     with torch.no_grad():
