@@ -27,8 +27,8 @@ COUNT_ACCELERATORS := import torch; print(torch.accelerator.device_count())
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 NEEDS_CUDA := import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: no CUDA GPU here")
 TWO_RANKS := benchmarks/memory.py benchmarks/step.py
-CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 13) or sys.exit( \
-    "addax_ds needs Python 3.11 or 3.12, but %s is %d.%d. Remove .venv if there is one, and " \
+CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit( \
+    "addax_ds needs Python 3.11 to 3.13, but %s is %d.%d. Remove .venv if there is one, and " \
     "name another interpreter: make install PYTHON=python3.12" % (sys.executable, v[0], v[1]))
 
 .PHONY: install demo test test-quick test-all test-gpu gpu-kit faults bench lint clean

@@ -45,7 +45,7 @@ from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
 from addax_ds.distributed.collectives import limit_waiting, shutdown
 from addax_ds.distributed.nodes import threads_of_rank
-from addax_ds.distributed.startup import init_deepspeed, launched_as_rank_zero
+from addax_ds.distributed.startup import launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
 from addax_ds.optim.methods import BASELINES
 from addax_ds.training.baseline import BaselineTrainer
@@ -245,10 +245,6 @@ def _set_up(args: TrainingArguments, model_args: ModelArguments) -> None:
     if args.device.type == "cpu":
         torch.set_num_threads(model_args.cpu_threads or 1)
         multiply_in_fp32()
-    if args.deepspeed:
-        # On CPUs Accelerate has set up torch's process group only; from_pretrained asks DeepSpeed's
-        # for the number of ranks.
-        init_deepspeed()
     limit_waiting(args.ddp_timeout)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

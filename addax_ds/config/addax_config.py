@@ -5,6 +5,7 @@ from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from addax_ds.config import trials
@@ -12,7 +13,7 @@ from addax_ds.config.deepspeed import check_ds_config, load_ds_config, warn_of_u
 from addax_ds.config.settings import AddaxSettings, check_can_resume, settle
 from addax_ds.config.training_arguments import check_training_arguments
 from addax_ds.config.values import OBJECTS, value_problems
-from addax_ds.distributed.startup import raise_on_all_ranks_at_start
+from addax_ds.distributed.startup import init_deepspeed, raise_on_all_ranks_at_start
 from addax_ds.optim.hyperparameters import IN_JSON_PARAMS, HyperparameterFlags
 from addax_ds.optim.methods import BASELINES, FIRST_ORDER, Method
 from addax_ds.utils.command_line import flag
@@ -124,6 +125,10 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
         except (ValueError, TypeError, OverflowError) as error:
             raise UserError(f"TrainingArguments: {error}") from error
         self.deepspeed = source
+        if source and dist.is_initialized():
+            # On CPUs Accelerate has set up torch's process group only; from_pretrained asks
+            # DeepSpeed's for the number of ranks.
+            init_deepspeed()
         deepspeed = getattr(self, "hf_deepspeed_config", None)
         if deepspeed is None:
             self._check_devices()
