@@ -33,7 +33,6 @@ from addax_ds.utils.files import sha256_of
 SEAL = "SHA256SUMS"
 UNFINISHED = "_unfinished"  # ``push_to_hub`` leaves out what begins so
 
-_FORMER = ".unfinished"
 _REPLACED = ".replaced"
 
 _ENTRY = re.compile(r"# (\d+) bytes\n([0-9a-f]{64})  ([^\n]+)\n")
@@ -107,14 +106,14 @@ def remove_unfinished(parent: Path) -> None:
 
     A folder that was about to be replaced gets its name back.
     """
-    for unfinished in (parent / UNFINISHED, parent / _FORMER):
-        if not unfinished.exists():
-            continue
-        for replaced in unfinished.glob(f"*{_REPLACED}"):
-            folder = parent / replaced.name.removesuffix(_REPLACED)
-            if not folder.exists():
-                replaced.rename(folder)
-        shutil.rmtree(unfinished)
+    unfinished = parent / UNFINISHED
+    if not unfinished.exists():
+        return
+    for replaced in unfinished.glob(f"*{_REPLACED}"):
+        folder = parent / replaced.name.removesuffix(_REPLACED)
+        if not folder.exists():
+            replaced.rename(folder)
+    shutil.rmtree(unfinished)
 
 
 def discard(folder: Path) -> None:

@@ -16,7 +16,6 @@ from addax_ds.checkpoint.folders import torch_save
 from addax_ds.checkpoint.identity import Progress, Run, changes
 from addax_ds.distributed.collectives import is_rank_zero
 from addax_ds.optim.addax import Addax
-from addax_ds.optim.hyperparameters import BY_NAME
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -87,26 +86,12 @@ def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["run"] = _of_this_version(content["run"])
         Run(**content["run"])
         Progress(**content["progress"])
         content["optimizer"]["param_groups"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: this is not the state of an Addax run: {error!r}") from error
     return content
-
-
-def _of_this_version(run: dict[str, Any]) -> dict[str, Any]:
-    """Return a run as this version writes it.
-
-    Older states have an entry for each hyperparameter, or two of how the weights were laid out.
-    """
-    run = {name: value for name, value in run.items() if name not in ("replicas", "cpu_offload")}
-    flat = {name: value for name, value in run.items() if name in BY_NAME}
-    if not flat:
-        return run
-    rest = {name: value for name, value in run.items() if name not in flat}
-    return rest | {"hyperparameters": flat | rest.get("hyperparameters", {})}
 
 
 def _continued(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

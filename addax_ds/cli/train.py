@@ -143,17 +143,19 @@ def _make_trainer(
     model = _load_model(prepared, args)
     _thread_the_host(model, model_args, args)
     chosen = trainer_class or (BaselineTrainer if args.method in BASELINES else AddaxTrainer)
-    own = {"planned": prepared.planned} if issubclass(chosen, AddaxTrainer) else {}
-    trainer = chosen(
+    own: dict[str, Any] = {}
+    if issubclass(chosen, AddaxTrainer):
+        own["planned"] = prepared.planned
+    return chosen(
         model,
         args,
         train_dataset=prepared.data.train or None,
         eval_dataset=prepared.data.validation,
         processing_class=prepared.tokenizer,
+        template_time=prepared.template_time,
+        saves_at_end=True,
         **own,
     )
-    trainer.template_time, trainer.saves_at_end = prepared.template_time, True
-    return trainer
 
 
 def _train(

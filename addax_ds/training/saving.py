@@ -34,21 +34,36 @@ class SavingMixin(UploadingMixin):
 
     A rank that cannot write ends all of them with a `UserError`; no collective waits for it.
 
+    Args:
+        *args: of Trainer.
+        template_time: see `Run`; None for the time at which rows are encoded.
+        saves_at_end: whether the model is to be saved after the training, also without checkpoints:
+            then it is tried before the first step.
+        **kwargs: of Trainer.
+
     Attributes:
         partition: how the training data is divided; None if there is none.
         costs: of the training up to now.
         resumed_step: how many steps the checkpoint had that the training goes on from, or 0.
         template_time: see `Run`; a resumed run has that of its checkpoint.
-        saves_at_end: whether the model is to be saved after the training, also without checkpoints.
     """
 
     args: AddaxConfig
     partition: Partition | None
     costs: CostMeter
     resumed_step: int = 0
-    template_time: str | None = None
-    saves_at_end: bool = False
     _run_id: str | None = ownership.NEW
+
+    def __init__(
+        self,
+        *args: Any,
+        template_time: str | None = None,
+        saves_at_end: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.template_time = template_time
+        self.saves_at_end = saves_at_end
+        super().__init__(*args, **kwargs)
 
     @property
     def settings(self) -> AddaxSettings:

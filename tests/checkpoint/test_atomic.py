@@ -109,11 +109,9 @@ def test_a_folder_takes_its_name_when_it_is_on_the_disk_and_keeps_it(tmp_path, m
 # ---- errors and deaths -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [UNFINISHED, ".unfinished"])
-def test_what_a_dead_run_has_left_is_removed(tmp_path, name):
-    """Earlier versions wrote to a hidden folder."""
-    (tmp_path / name / "model.replaced").mkdir(parents=True)
-    (tmp_path / name / "checkpoint-3").mkdir()
+def test_what_a_dead_run_has_left_is_removed(tmp_path):
+    (tmp_path / UNFINISHED / "model.replaced").mkdir(parents=True)
+    (tmp_path / UNFINISHED / "checkpoint-3").mkdir()
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

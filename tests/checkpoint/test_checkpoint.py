@@ -263,34 +263,6 @@ def test_another_run_is_refused(name, tmp_path):
     assert str(error.value).startswith(f"--resume_from_checkpoint {tmp_path}: ")
 
 
-def test_a_state_with_flat_hyperparameters_is_read(tmp_path, caplog):
-    """As checkpoints were before `Run.hyperparameters`, and before `Run.template_time`."""
-    path = write(tmp_path) / "addax_state.json"
-    content = json.loads(path.read_text())
-    content["run"] |= content["run"].pop("hyperparameters")
-    del content["run"]["zo_directions"], content["run"]["template_time"]  # there were none
-    path.write_text(json.dumps(content))
-    old = {k: v for k, v in RUN.hyperparameters.items() if k != "zo_directions"}
-    written = read_run(tmp_path)
-    assert written == dataclasses.replace(RUN, hyperparameters=old)
-    Checkpoint(tmp_path, written).check(RUN)
-    with pytest.raises(UserError, match="the seed was 7, and is 8"):
-        Checkpoint(tmp_path, written).check(run_with("seed", 8))
-    addax = optimizer()
-    with caplog.at_level("WARNING", logger="addax_ds"):
-        assert load_state(tmp_path, addax, schedule(addax), run_with("alpha", 0.02)) == PROGRESS
-    assert caplog.messages == ["Resuming: --alpha was 0.01 and is 0.02 from here on."]
-
-
-def test_a_state_with_a_layout_is_read(tmp_path):
-    """As checkpoints were before `Layout`."""
-    path = write(tmp_path) / "addax_state.json"
-    content = json.loads(path.read_text())
-    content["run"] |= {"replicas": 2, "cpu_offload": True}
-    path.write_text(json.dumps(content))
-    assert read_run(tmp_path) == RUN
-
-
 @pytest.mark.parametrize("name", ["data", "length_threshold"])
 def test_data_that_is_not_read_yet_is_not_compared(name, tmp_path):
     early = dataclasses.replace(RUN, data=None, length_threshold=None)

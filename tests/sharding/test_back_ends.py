@@ -111,7 +111,11 @@ def test_every_back_end_is_registered_by_its_own_name_and_planned_for():
     assert all(each.name == name for name, each in found.items())
     assert list(RULES) == list(registry.BACK_ENDS)
     for name, each in found.items():
-        assert rules_of(name).uses_deepspeed == each.uses_deepspeed
+        rules = rules_of(name)
+        assert rules.uses_deepspeed == each.uses_deepspeed
+        assert rules.is_sharded == each.is_sharded
+        assert rules.has_replicas == (each.why_no_replicas is None)
+        assert (rules.offload_flag == "--cpu_offload") == (each.why_no_cpu_offload is None)
 
 
 @pytest.mark.parametrize(
