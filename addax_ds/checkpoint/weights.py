@@ -72,12 +72,29 @@ def fill(
     files, _ = files_of(model, folder)
     if of_same_model:
         files.check_ties(local_slices(model))
-        if more := files.unread(local_slices(model)):
+        if more := _of_another_model(model, files.unread(local_slices(model))):
             raise UserError(
-                f"{folder}: it has {len(more)} weights that this model lacks, such as {min(more)}: "
-                "they are of another model, and would be lost"
+                f"{folder}: it has weights that this model lacks, such as {more[0]}, which would "
+                "be lost: resume with the model that wrote it, whose config.json is there"
             )
     files.fill(local_slices(model), progress)
+
+
+def _of_another_model(model: nn.Module, unread: Iterable[str]) -> list[str]:
+    """Return those of some names in files that are weights of another model.
+
+    The others are buffers of this one that its code makes when it runs, or saves no longer: they
+    lie in modules that it has, without parameters.
+    """
+    modules = {canonical_name(name) for name, _ in model.named_modules()}
+    owners = {canonical_name(n).rpartition(".")[0] for n, _ in model.named_parameters()}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return [
+        name
+        for name in sorted(unread)
+        if name.rpartition(".")[0] not in modules - owners
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
 
 
 def files_of(
@@ -182,8 +199,8 @@ def save_weights(
         if rank in writers:
             folder.mkdir(parents=True, exist_ok=True)
         if rank == writers[0]:
-            _remove_weights(folder)
             save_config(model, folder)
+            _remove_weights(folder)
     whole = _WholeWeights(model)
     files = list(plan.filename_to_tensors)
     at_once = min(all_gather_object(len(writers)))  # nodes may have different numbers of ranks
@@ -191,8 +208,13 @@ def save_weights(
         for first in range(0, len(files), at_once):
             # A round in which each writer gets its file, and then all write at once.
             turns = dict(zip(files[first : first + at_once], writers, strict=False))
-            kept, problem = _gather_round(whole, turns, plan.filename_to_tensors, made)
-            bar.update(sum(shapes[n].nbytes for f in turns for n in plan.filename_to_tensors[f]))
+            kept, problem = _gather_round(
+                whole,
+                {file: plan.filename_to_tensors[file] for file in turns},
+                turns,
+                made,
+                lambda names: bar.update(sum(shapes[name].nbytes for name in names)),
+            )
             with raise_on_all_ranks():
                 if problem is not None:
                     raise problem
@@ -210,17 +232,19 @@ def save_weights(
 
 def _gather_round(
     whole: "_WholeWeights",
-    turns: Mapping[str, int],
-    tensors_of: Mapping[str, Sequence[str]],
+    files: Mapping[str, Sequence[str]],
+    writers: Mapping[str, int],
     made: Mapping[str, Conversion],
+    on_gathered: Callable[[Iterable[str]], Any],
 ) -> tuple[dict[str, dict[str, Tensor]], Exception | None]:
     """Gather the tensors of some files, each on its writer; every rank has to call it.
 
     Args:
         whole: the weights.
-        turns: ranks that write, by file.
-        tensors_of: names of the tensors of each file.
+        files: names of the tensors of each file.
+        writers: ranks that write, by file.
         made: what makes each tensor.
+        on_gathered: is told the names of tensors that have been gathered.
 
     Returns:
         The tensors of this rank's file, if it has one, by file; and the error of making them. The
@@ -228,12 +252,12 @@ def _gather_round(
     """
     kept: dict[str, dict[str, Tensor]] = {}
     problem: Exception | None = None
-    for file, writer in turns.items():
-        is_own = get_rank() == writer
+    for file, tensors in files.items():
+        is_own = get_rank() == writers[file]
         if is_own:
             kept[file] = {}
         wanted: dict[Conversion, list[str]] = {}
-        for name in tensors_of[file]:
+        for name in tensors:
             wanted.setdefault(made[name], []).append(name)
         for conversion, names in wanted.items():
             sources = whole.gather(conversion.sources, is_own)
@@ -242,6 +266,7 @@ def _gather_round(
                     kept[file] |= _made(conversion, sources, names)
             except Exception as error:
                 problem = error
+            on_gathered(names)
     return kept, problem
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from addax_ds.config.arguments import DEMO_TASK, DataArguments
 from addax_ds.data.arrow import ArrowExamples
 from addax_ds.data.cache import Encoder, encoded
-from addax_ds.data.encoding import encode, encode_prompts, padding_token
+from addax_ds.data.encoding import TooLongError, encode, encode_prompts, padding_token
 from addax_ds.data.examples import Example
 from addax_ds.evaluation.generation import Decoder, GenerationSet, Question
 from addax_ds.evaluation.scored_set import Choice, EvaluationSet, ScoredSet
@@ -212,5 +212,5 @@ class _Encoder:
         """Say, of a row that is too long, how the limit comes about."""
         try:
             yield
-        except UserError as error:
+        except TooLongError as error:
             raise UserError(f"{error}{self._room}") from error

@@ -27,6 +27,7 @@ from addax_ds.planner.zero3 import Zero3Settings
 from addax_ds.utils.command_line import Parser, mistakes_end_the_program
 from addax_ds.utils.dtypes import DTYPES
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.files import expand_home
 from addax_ds.utils.messages import raise_problems
 
 _LEAST = {
@@ -67,6 +68,8 @@ def plan(argv: Sequence[str] | None = None) -> str:
         UserError: an argument, a model or a DeepSpeed JSON that cannot be planned with.
     """
     arguments = _parser().parse_args(argv)
+    for name in ("model", "train_file", "deepspeed"):
+        setattr(arguments, name, expand_home(getattr(arguments, name)))
     with redirect_stdout(sys.stderr):
         request = request_of(arguments)
         if arguments.recommend:

@@ -49,7 +49,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
     hyperparameter or number of micro-batches that stands there alone wins over a default, and a
     value that stands in both places has to be the same. What comes of it is ``settings``; a field
     that is changed afterwards does not change them. As `TrainingArguments` does, it makes the
-    process group if a launcher has started this process.
+    process group, and DeepSpeed's where it is used, if a launcher has started this process.
 
     Attributes:
         settings: how the run trains.

@@ -28,6 +28,7 @@ from addax_ds.sharding.registry import BACK_ENDS, back_end
 from addax_ds.tasks import TASKS, find_task
 from addax_ds.utils.command_line import Parser, flag
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.files import expand_home
 from addax_ds.utils.messages import did_you_mean, raise_problems
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,8 @@ def parse_arguments(
         description="Fine-tune a causal language model with Addax.",
     )
     try:
-        given = _with_home(parser.given(list(sys.argv[1:] if argv is None else argv)))
+        given = parser.given(list(sys.argv[1:] if argv is None else argv))
+        given |= {name: expand_home(given[name]) for name in _PATHS if name in given}
         values = _values(given)
     except UserError:
         with raise_on_all_ranks_at_start():  # where the other ranks are, in `AddaxConfig`
@@ -220,20 +222,6 @@ def parse_arguments(
         DataArguments(**data),
         AddaxConfig(**training, given=given.keys()),
     )
-
-
-def _with_home(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the home folder in place of a ``~``, which no shell has seen in a file or after a ``=``.
-
-    Trainer does it for ``output_dir``.
-    """
-
-    def expanded(value: Any) -> Any:
-        if isinstance(value, list):
-            return [expanded(each) for each in value]
-        return os.path.expanduser(value) if isinstance(value, str) else value
-
-    return {name: expanded(v) if name in _PATHS else v for name, v in given.items()}
 
 
 def _values(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,14 +105,13 @@ def warn_of_unused_arguments(args: "AddaxConfig", in_json: bool, given: Collecti
     if args.eval_strategy == "no":
         for name in ("do_eval", "metric_for_best_model", "load_best_model_at_end", "eval_delay"):
             unheeded[name] = "it needs --eval_strategy"
-    if args.save_strategy == "no":
-        for name in ("save_total_limit", "save_only_model"):
-            unheeded[name] = "--save_strategy no writes no checkpoints"
     for kind_of in ("eval", "save", "logging"):
         strategy = getattr(args, f"{kind_of}_strategy")
         strategy = getattr(strategy, "value", strategy)
         if strategy != "steps":
             unheeded[f"{kind_of}_steps"] = f"--{kind_of}_strategy is {strategy}, not steps"
+    if args.eval_strategy == "steps" and args.eval_steps is None:
+        unheeded.pop("logging_steps", None)  # Trainer evaluates as often
     if args.max_steps > 0:
         unheeded["num_train_epochs"] = "--max_steps says how many steps there are"
     if args.metric_for_best_model is None:

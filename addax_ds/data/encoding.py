@@ -27,6 +27,10 @@ _CHUNK_RECORDS = 1000
 _CHUNK_CHARACTERS = 4 << 20
 
 
+class TooLongError(UserError):
+    """A row does not fit, and nothing of it may be cut off."""
+
+
 @dataclass(frozen=True)
 class Cuts:
     """What `encode` has made of rows that are too long; sums are those of all rows.
@@ -337,7 +341,7 @@ def _fit(
     if limit is None or length <= limit:
         return example
     if max_length is None:
-        raise UserError(
+        raise TooLongError(
             f"{example.origin}: {length} tokens, more than the model's {limit} positions; "
             f"shorten the row, or pass --max_length {limit}: then a text is split, and other rows "
             "lose tokens without loss on the left"
@@ -347,7 +351,7 @@ def _fit(
     last_cut = first_target if head else max(first_target - 1, 0)
     cut = length - (limit - head)
     if cut > last_cut:
-        raise UserError(
+        raise TooLongError(
             f"{example.origin}: the part from the first token with loss to the end needs "
             f"{head + length - last_cut} tokens, more than --max_length {limit}; shorten it, or "
             "raise --max_length"
@@ -365,7 +369,7 @@ def _split(example: Example, head: int, max_length: int) -> list[Example]:
     ids, labels = example.input_ids, example.labels
     step = max_length - max(head, 1)
     if step < 1:
-        raise UserError(
+        raise TooLongError(
             f"{example.origin}: the tokenizer's first {head} tokens leave no room for the text "
             f"with --max_length {max_length}; raise it"
         )

@@ -16,6 +16,8 @@ from addax_ds.utils.errors import UserError
 
 Columns = Mapping[str, Any]
 
+_TRIED_ROWS = 8
+
 
 @dataclass(frozen=True)
 class ChoiceRow:
@@ -179,13 +181,14 @@ class Task(ABC):
 
 def _strings(what: str, found: Any, origin: str) -> tuple[str, ...]:
     """Check that a task's function has returned a sequence of strings, and not one string."""
-    texts = () if isinstance(found, str) else tuple(found)
-    if not texts or not all(isinstance(text, str) for text in texts):
+    # Not a set, whose order would be another one on each rank.
+    is_list = isinstance(found, Sequence) and not isinstance(found, str)
+    if not is_list or not found or not all(isinstance(text, str) for text in found):
+        unusable = "; rows without an answer cannot be used" if what == "answers" else ""
         raise UserError(
-            f"{origin}: the {what} {found!r} are not a list of one or more strings; rows without "
-            "an answer cannot be used"
+            f"{origin}: the {what} {found!r} are not a list of one or more strings{unusable}"
         )
-    return texts
+    return tuple(found)
 
 
 def label_column(columns: Columns) -> Sequence[int]:
@@ -236,12 +239,12 @@ class GenerationTask(Task):
     metric: str = "f1"
 
     def check_score(self, rows: Sequence[GenerationRow]) -> None:
-        """Try ``score`` on rows, with their first right answer and with none.
+        """Try ``score`` on the first rows, with their first right answer and with none.
 
         Raises:
             UserError: it fails, which would end a run after its training, or lacks ``metric``.
         """
-        for row in rows:
+        for row in rows[:_TRIED_ROWS]:
             for answer in (row.answers[0], ""):
                 where = f"task {self.name}, {row.origin}: score({answer!r}, {list(row.answers)})"
                 try:

@@ -207,7 +207,10 @@ class AddaxMixin(ResumingMixin, StepMixin):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a step on this rank: 2 a weight, token and unit of `_units`."""
+        """Operations of a step on this rank: 2 a weight, token and unit of `_units`.
+
+        As they are computed: with what is recomputed, and what runs twice to clip.
+        """
         tokens = {
             stream: sum(b["input_ids"].numel() for b in inputs.get(stream, []) if "input_ids" in b)
             for stream in STREAMS

@@ -98,11 +98,14 @@ class ResumingMixin(SavingMixin):
         with raise_on_all_ranks():
             saved = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         named = saved.best_model_checkpoint
-        if state.best_global_step:
-            # Where it was written may be another path by now, as of a folder that was moved.
-            beside = folders.path_of(folder.parent, state.best_global_step)
-            if beside.is_dir():
+        if named is not None and state.best_model_checkpoint is None:
+            # Not where it was written: the folder may have been moved.
+            beside = folder.parent / Path(named).name
+            own = folders.read_run_id(folder)
+            if beside.is_dir() and own is not None and folders.read_run_id(beside) == own:
                 state.best_model_checkpoint = str(beside)
+                if self.is_world_process_zero():
+                    logger.info("Resuming: the best checkpoint up to now is %s", beside)
         metric, rows = progress.metric, progress.eval_data
         if metric is not None and before != self._chosen_by:
             why = f"was chosen by {metric}, which no longer chooses it in the same way"

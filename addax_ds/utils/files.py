@@ -69,3 +69,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def expand_home(value: Any) -> Any:
+    """Put the home folder in place of a ``~`` in a path, or in several.
+
+    No shell has seen one in an argument file, or behind the ``=`` of a flag.
+    """
+    if isinstance(value, list):
+        return [expand_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value

@@ -15,7 +15,7 @@ def available() -> int:
 
     A container or a job of Slurm may have a limit below that of the machine, at which its processes
     are killed: that of its control group or of a group around it, in either version of the
-    interface. Cached files count as free where the kernel would drop them first.
+    interface. Cached files count as free, as the kernel drops them first.
 
     Raises:
         UserError: the machine does not say.
@@ -37,10 +37,10 @@ def _of_groups() -> Iterator[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, usage, cached = _MOUNT, "memory.max", "memory.current", "inactive_file"
+            root, limit, usage, of_all = _MOUNT, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
             root, limit, usage = _MOUNT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
+            of_all = "total_"
         else:
             continue
         # Seen from inside a container the root may be its own group, and the path lead nowhere.
@@ -49,6 +49,7 @@ def _of_groups() -> Iterator[int]:
             try:
                 room = int((folder / limit).read_text()) - int((folder / usage).read_text())
                 stat = dict(s.split() for s in (folder / "memory.stat").read_text().splitlines())
-                yield room + int(stat[cached])
+                cached = (int(stat[f"{of_all}{kind}_file"]) for kind in ("active", "inactive"))
+                yield room + sum(cached)
             except (OSError, ValueError, KeyError):  # no such group, or one without a limit
                 continue

@@ -381,3 +381,10 @@ def test_the_deepspeed_json_is_heeded(folder, tmp_path):
     assert ip_sgd["bytes"]["buckets"] >= 2 * 12345
     assert mezo["bytes"].get("buckets", 0) == 0
     assert mezo["host_per_node"] > 0
+
+
+def test_the_planner_finds_a_home_folder_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    OPTConfig(**SMALL).save_pretrained(tmp_path / "model")
+    words = ["--model=~/model", "--gpus", "1", "--methods", "mezo", "--length", "32"]
+    assert "million parameters" in plan(words)

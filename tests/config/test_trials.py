@@ -151,7 +151,6 @@ def test_every_schedule_that_is_not_refused_can_be_tried() -> None:
         ({"load_best_model_at_end": True, "save_strategy": "no"}, "load_best_model_at_end"),
         ({"eval_steps": 5}, "eval_steps"),
         ({"save_steps": 5, "save_strategy": "epoch"}, "save_steps"),
-        ({"save_total_limit": 5, "save_strategy": "no"}, "save_total_limit"),
         ({"logging_steps": 5, "logging_strategy": "no"}, "logging_steps"),
         ({"num_train_epochs": 5, "max_steps": 2}, "num_train_epochs"),
     ],
@@ -160,6 +159,19 @@ def test_what_has_no_effect_is_said(options: dict[str, Any], name: str, caplog: 
     with caplog.at_level(logging.WARNING, "addax_ds"):
         config(**options)
     assert [record.args[0] for record in caplog.records if "no effect" in record.msg] == [name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logging_steps": 5, "logging_strategy": "no", "eval_strategy": "steps"},
+        {"save_only_model": True, "save_strategy": "no"},  # of a run that is stopped
+    ],
+)
+def test_what_has_an_effect_all_the_same(options: dict[str, Any], caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING, "addax_ds"):
+        config(**options)
+    assert not [record.msg for record in caplog.records if "no effect" in record.msg]
 
 
 def with_scheduler(kind: str, **params: Any) -> dict[str, Any]:

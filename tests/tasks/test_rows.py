@@ -231,6 +231,7 @@ def slip(**more: Any) -> GenerationTask:
     ("more", "message"),
     [
         ({"answers": lambda row: "good"}, r"own, t \d: the answers 'good' are not a list"),
+        ({"answers": lambda row: {"good", "well"}}, "are not a list of one or more strings"),
         ({"answers": lambda row: []}, r"own, t \d: the answers \[\] are not a list"),
         ({"columns": {"text": int | float}}, r"must be of type int \| float, and is str"),
         ({"columns": {"text": list[str]}}, r"column text has the type list\[str\], .*list in pl"),

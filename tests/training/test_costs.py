@@ -77,6 +77,7 @@ def test_the_peak_of_memory_on_a_cpu():
         ({"alpha": 0.5}, ("zeroth_order", "first_order"), 4 * 30 + 6 * 10),
         ({"alpha": 0.5, "zo_directions": 3}, ("zeroth_order", "first_order"), 12 * 30 + 6 * 10),
         ({"alpha": 0.5, "max_grad_norm": 1.0}, ("zeroth_order", "first_order"), 4 * 30 + 12 * 10),
+        ({"alpha": 0.5, "recomputes": True}, ("zeroth_order", "first_order"), 4 * 30 + 8 * 10),
         ({"alpha": 1.0}, ("zeroth_order",), 4 * 30),
         ({"alpha": 0.0}, ("first_order",), 6 * 10),
         ({"alpha": 0.0}, ("zeroth_order", "first_order"), 6 * 10),
@@ -85,8 +86,10 @@ def test_the_peak_of_memory_on_a_cpu():
 def test_operations_are_those_of_forwards_and_backwards(options, streams, operations):
     """A parameter and token: 2 in each zeroth-order pass, 6 in a forward and its backward.
 
-    To clip takes both twice.
+    To clip takes both twice, and to recompute takes 2 more.
     """
+    recomputes = options.get("recomputes", False)
+    options = {name: value for name, value in options.items() if name != "recomputes"}
     model = torch.nn.Linear(3, 2)  # 8 parameters
     optimizer = addax_ds.Addax(model.parameters(), lr=0.1, **options)
     addax_ds.attach(optimizer, model)
@@ -97,7 +100,7 @@ def test_operations_are_those_of_forwards_and_backwards(options, streams, operat
     }
     trainer: Any = SimpleNamespace(
         addax=optimizer,
-        args=SimpleNamespace(activation_checkpointing=False, gradient_checkpointing=False),
+        args=SimpleNamespace(activation_checkpointing=recomputes, gradient_checkpointing=False),
         settings=SimpleNamespace(gradient_accumulation_steps=1),
     )
     trainer._units = partial(AddaxTrainer._units, trainer)

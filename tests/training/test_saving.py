@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import EarlyStoppingCallback, GenerationConfig, PreTrainedTokenizerFast
 
 from addax_ds import AddaxConfig, AddaxTrainer, UserError
@@ -165,12 +166,32 @@ def test_the_best_checkpoint_is_found_where_the_folder_was_moved_to(tmp_path, ca
     assert sorted(folders.steps(tmp_path / "b")) == [1, 5]
 
 
+def test_another_runs_checkpoint_of_the_best_step_is_not_the_best(tmp_path, caplog):
+    trainer(tmp_path / "a", **FIRST_IS_BEST, max_steps=2).train()
+    trainer(tmp_path / "b", **FIRST_IS_BEST, max_steps=2, seed=5).train()
+    shutil.rmtree(tmp_path / "b" / "checkpoint-2")
+    (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "b" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "a")
+    again = trainer(tmp_path / "c", **FIRST_IS_BEST, max_steps=3)
+    assert "is not there any more" in resumed(caplog, again, str(tmp_path / "b" / "checkpoint-2"))
+    assert again.best_step == 3
+
+
+def test_buffers_that_a_model_makes_when_it_runs_are_not_missed(tmp_path):
+    first = trainer(tmp_path, **EVERY_STEP, max_steps=1)
+    first.model.model.decoder.layers[0].activation_fn.register_buffer("seen", torch.ones(2))
+    first.train()
+    again = trainer(tmp_path, **EVERY_STEP, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
 def test_a_model_with_fewer_weights_does_not_go_on_from_a_checkpoint(tmp_path):
     """All that it has is there, in the same shapes."""
     trainer(tmp_path, **EVERY_STEP, max_steps=1).train()
     again = trainer(tmp_path, **EVERY_STEP)
     again.model.model.decoder.layers.pop(1)
-    with pytest.raises(UserError, match=r"weights that this model lacks, such as .*layers\.1\."):
+    with pytest.raises(UserError, match=r"that this model lacks, such as .*layers\.1\."):
         again.train(resume_from_checkpoint=True)
 
 

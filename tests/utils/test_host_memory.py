@@ -25,8 +25,9 @@ def group(folder: Path, limit: object, usage: int, cached: int, version: int = 2
     names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
     for name, value in zip(names, (limit, usage), strict=True):
         (folder / f"memory.{name}").write_text(f"{value}\n")
-    key = {1: "total_inactive_file", 2: "inactive_file"}[version]
-    (folder / "memory.stat").write_text(f"anon 5\n{key} {cached}\n")
+    total = {1: "total_", 2: ""}[version]
+    kinds = f"{total}active_file {cached // 2}\n{total}inactive_file {cached - cached // 2}\n"
+    (folder / "memory.stat").write_text(f"anon 5\n{kinds}")
 
 
 def test_a_machine_without_groups_has_what_it_says(machine):
