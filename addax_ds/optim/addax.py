@@ -6,7 +6,8 @@ Memory Efficiency and Performance of SGD for Fine-Tuning Language Models", ICLR 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Unpack
 
@@ -20,7 +21,7 @@ from addax_ds.optim.call_order import (
     check_passes_come_first,
 )
 from addax_ds.optim.estimator import Estimator, TwoSidedDifference
-from addax_ds.optim.gradients import SkippedUpdates
+from addax_ds.optim.gradients import FirstOrder, SkippedUpdates
 from addax_ds.optim.hyperparameters import (
     HYPERPARAMETERS,
     HyperparameterKwargs,
@@ -244,14 +245,8 @@ class Addax(torch.optim.Optimizer):
             check_loss_of_caller(self.alpha, self.max_grad_norm, self.loss_scale)
         if not zeroth and not first:
             return None
-        running = self._running = self._new_step()
-        running.is_measuring = True
-        try:
+        with self._measuring() as running:
             loss = running.measure(zeroth, first)
-        except BaseException:
-            self.abandon()
-            raise
-        running.is_measuring = False
         self.sharding.calls.passes_ended()
         if loss is None:
             self.sharding.calls.clear()  # no backward is to come
@@ -290,17 +285,23 @@ class Addax(torch.optim.Optimizer):
         """
         check_passes_come_first(self.alpha, self._running is not None, self.sharding.calls)
         zeroth, first = self._parts(zeroth_order, first_order)
+        with self._measuring() as running:
+            running.rehearse(zeroth, first)
+            self.sharding.weights_changed()  # they have not, but what is gathered has to go
+        self._running = None
+        self.sharding.calls.clear()
+
+    @contextmanager
+    def _measuring(self) -> Iterator[RunningStep]:
+        """Begin a step whose closures run in the body, and abandon it if one raises."""
         running = self._running = self._new_step()
         running.is_measuring = True
         try:
-            running.rehearse(zeroth, first)
-            self.sharding.weights_changed()  # they have not, but what is gathered has to go
+            yield running
         except BaseException:
-            self.sharding.abandon()
+            self.abandon()
             raise
-        finally:
-            self._running = None
-            self.sharding.calls.clear()
+        running.is_measuring = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -380,10 +381,13 @@ class Addax(torch.optim.Optimizer):
             passes=self._passes,
             by_group=by_group,
             estimator=self.estimator,
+            first_order=FirstOrder(
+                self.sharding,
+                loss_scale=self.loss_scale.value,
+                max_grad_norm=self.max_grad_norm,
+                track_norm=self.track_norm,
+            ),
             skipped=self._skipped,
-            loss_scale=self.loss_scale.value,
-            max_grad_norm=self.max_grad_norm,
-            track_norm=self.track_norm,
         )
 
     def _tell_of_unread(self, unread: set[str]) -> None:
