@@ -6,15 +6,22 @@ Memory Efficiency and Performance of SGD for Fine-Tuning Language Models", ICLR 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from addax_ds.optim.call_order import (
+    check_all_applied,
+    check_backward_ran,
+    check_loss_of_caller,
+    check_passes_come_first,
+)
 from addax_ds.optim.estimator import Estimator, TwoSidedDifference
-from addax_ds.optim.gradients import SkippedUpdates
+from addax_ds.optim.gradients import FirstOrder, SkippedUpdates
 from addax_ds.optim.hyperparameters import (
     HYPERPARAMETERS,
     HyperparameterKwargs,
@@ -232,23 +239,17 @@ class Addax(torch.optim.Optimizer):
             TypeError: if a loss is of a type narrower than fp32, in which the difference of two
                 losses is lost.
         """
-        self._check_comes_first()
+        check_passes_come_first(self.alpha, self._running is not None, self.sharding.calls)
         zeroth, first = self._parts(zeroth_order, first_order)
         if not first:
-            self._check_leaves_no_loss_alone()
+            check_loss_of_caller(self.alpha, self.max_grad_norm, self.loss_scale)
         if not zeroth and not first:
             return None
-        running = self._running = self._new_step()
-        running.is_measuring = True
-        try:
+        with self._measuring() as running:
             loss = running.measure(zeroth, first)
-        except BaseException:
-            self.abandon()
-            raise
-        running.is_measuring = False
-        self.sharding.backward_ran = False  # those in measure() were not the step's last
+        self.sharding.calls.passes_ended()
         if loss is None:
-            self._forget_passes()
+            self.sharding.calls.clear()  # no backward is to come
         if zeroth:
             self._tell_of_unread({info.name for info in running.unread.values()})
         self.zeroth_order_loss = running.zeroth_order_loss
@@ -263,7 +264,6 @@ class Addax(torch.optim.Optimizer):
         """
         self.sharding.abandon()
         self._running = None
-        self._forget_passes()
 
     def rehearse(
         self,
@@ -283,19 +283,25 @@ class Addax(torch.optim.Optimizer):
         Raises:
             RuntimeError: within a step.
         """
-        self._check_comes_first()
+        check_passes_come_first(self.alpha, self._running is not None, self.sharding.calls)
         zeroth, first = self._parts(zeroth_order, first_order)
+        with self._measuring() as running:
+            running.rehearse(zeroth, first)
+            self.sharding.weights_changed()  # they have not, but what is gathered has to go
+        self._running = None
+        self.sharding.calls.clear()
+
+    @contextmanager
+    def _measuring(self) -> Iterator[RunningStep]:
+        """Begin a step whose closures run in the body, and abandon it if one raises."""
         running = self._running = self._new_step()
         running.is_measuring = True
         try:
-            running.rehearse(zeroth, first)
-            self.sharding.weights_changed()  # they have not, but what is gathered has to go
+            yield running
         except BaseException:
-            self.sharding.abandon()
+            self.abandon()
             raise
-        finally:
-            self._running = None
-            self._forget_passes()
+        running.is_measuring = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -316,12 +322,13 @@ class Addax(torch.optim.Optimizer):
         if self._running is not None and self._running.is_measuring:
             raise RuntimeError("step() was called within a closure: call it after measure()")
         self.sharding.check_unchanged()
-        self._check_all_applied()
-        if self._running is not None or self.alpha == 0.0:
-            self._check_backward_ran()
+        check_all_applied(self.sharding)
+        has_begun = self._running is not None
+        if has_begun or self.alpha == 0.0:
+            check_backward_ran(self.alpha, has_begun, self.sharding.calls)
         running = self._begun_step()
         self.report = running.finish(self.stop_requested)
-        self._forget_passes()
+        self.sharding.calls.clear()
         self._running = None
         self.index += 1
         problems = running.problems
@@ -331,7 +338,7 @@ class Addax(torch.optim.Optimizer):
         self._non_finite.count(self.report.index, problems)
 
     def _on_gradients(self, shards: Sequence[Shard], gradients: Sequence[Tensor]) -> None:
-        self.sharding.backward_ran = True  # a back end notes it too, of a rank with empty shards
+        self.sharding.calls.gradient_arrived()  # not every back end notes it itself
         self._begun_step().take(shards, gradients)
 
     def _begun_step(self) -> RunningStep:
@@ -347,7 +354,7 @@ class Addax(torch.optim.Optimizer):
                     "in this step, so it has no g0: call one before the first-order forward, or "
                     "set alpha to 0"
                 )
-            self._check_leaves_no_loss_alone()
+            check_loss_of_caller(self.alpha, self.max_grad_norm, self.loss_scale)
             self._running = self._new_step()
         return self._running
 
@@ -374,10 +381,13 @@ class Addax(torch.optim.Optimizer):
             passes=self._passes,
             by_group=by_group,
             estimator=self.estimator,
+            first_order=FirstOrder(
+                self.sharding,
+                loss_scale=self.loss_scale.value,
+                max_grad_norm=self.max_grad_norm,
+                track_norm=self.track_norm,
+            ),
             skipped=self._skipped,
-            loss_scale=self.loss_scale.value,
-            max_grad_norm=self.max_grad_norm,
-            track_norm=self.track_norm,
         )
 
     def _tell_of_unread(self, unread: set[str]) -> None:
@@ -401,52 +411,6 @@ class Addax(torch.optim.Optimizer):
         """Return the closures of both parts; a part without weight has none."""
         zeroth = [*map(not_compiled, _listed(zeroth_order))] if self.alpha > 0.0 else []
         return zeroth, _listed(first_order) if self.alpha < 1.0 else []
-
-    def _check_comes_first(self) -> None:
-        if self._running is not None:
-            raise RuntimeError(
-                "the zeroth-order passes have to come first in a step and once: call step() after "
-                "the backward, and zeroth_order() before the next first-order forward. If an "
-                "exception has ended the step: abandon()"
-            )
-        if self.alpha > 0.0 and self.sharding.awaiting_backward:
-            self.sharding.awaiting_backward = False
-            raise RuntimeError(
-                "a forward with autograd ran since the last step, and the zeroth-order passes come "
-                "before it: its backward would see other weights. Call zeroth_order() first, and "
-                "put forwards that train nothing under torch.no_grad(). If that forward is not to "
-                "be trained on, call again"
-            )
-
-    def _forget_passes(self) -> None:
-        self.sharding.awaiting_backward = self.sharding.backward_ran = False
-
-    def _check_backward_ran(self) -> None:
-        expected = self.sharding.awaiting_backward or self._running is None
-        if self.alpha < 1.0 and expected and not self.sharding.backward_ran:
-            raise RuntimeError(
-                "no backward ran in this step: call backward() on what measure() returned, or on a "
-                "first-order loss of your own, before step(). If an exception has ended it: "
-                "abandon() instead of step()"
-            )
-
-    def _check_leaves_no_loss_alone(self) -> None:
-        if self.alpha < 1.0 and (self.max_grad_norm > 0.0 or self.loss_scale != UNSCALED):
-            raise RuntimeError(
-                "clipping (max_grad_norm; gradient_clipping of a DeepSpeed JSON, into which "
-                "Accelerate writes 1 if it says nothing) and the loss scale of fp16 weights need "
-                "the first-order loss: call measure(zeroth_order, first_order) with a closure that "
-                "returns it"
-            )
-
-    def _check_all_applied(self) -> None:
-        name = self.sharding.unapplied_gradient()
-        if name is not None:
-            raise RuntimeError(
-                f"{name} has a gradient that was not applied, because it was not reduced (no_sync, "
-                "set_requires_gradient_sync, set_requires_all_reduce): each step is one backward "
-                "with reduction"
-            )
 
     # ---- binding and state ---------------------------------------------------------------------
 

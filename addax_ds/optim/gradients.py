@@ -1,11 +1,155 @@
 """First-order gradients between their reduction and the update: accumulated, or measured."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
 
-from addax_ds.sharding.base import Shard
+from addax_ds.sharding.base import Shard, Sharding
+
+Pairs = list[tuple[Shard, Tensor | None]]
+"""Shards with their gradients, flat and as long as they; None where there is none."""
+
+
+class Use(Enum):
+    """Use of a gradient that has been reduced."""
+
+    APPLY = auto()
+    ACCUMULATE = auto()
+    TAKE_NORM = auto()
+    REFUSE = auto()
+
+
+class FirstOrder:
+    """The first-order part of a step: takes its gradients, and gives back what is to be applied.
+
+    Args:
+        sharding: the back end.
+        loss_scale: factor of the loss, and of the gradients that arrive.
+        max_grad_norm: see `Addax`.
+        track_norm: see `Addax`.
+
+    Attributes:
+        norms: ||g1|| by parameter group, before clipping; empty until they are known.
+        is_dropped: whether the part is left out, for a loss or a norm that is not finite.
+        is_deferred: whether the last gradient is accumulated, too, and the sum is to be clipped
+            and applied when the step is finished.
+    """
+
+    def __init__(
+        self, sharding: Sharding, *, loss_scale: float, max_grad_norm: float, track_norm: bool
+    ) -> None:
+        self.loss_scale = loss_scale
+        self.max_grad_norm = max_grad_norm
+        self.norms: list[float] = []
+        self.is_dropped = False
+        self.is_deferred = False
+        self._sharding = sharding
+        self._use = Use.APPLY
+        self._sums = GradientSums()
+        self._squares = SquaredNorms()
+        self._tracks_norm = track_norm  # until clipping has taken it
+
+    # ---- gradients -----------------------------------------------------------------------------
+
+    @contextmanager
+    def used_to(self, use: Use) -> Iterator[None]:
+        """Put the gradients that arrive in the body to another use than the update."""
+        self._use = use
+        yield
+        # Not after an exception: what still arrives of a step that is given up is not applied.
+        self._use = Use.APPLY
+
+    def defer(self) -> None:
+        """Accumulate the gradients of the last backward, too; see `is_deferred`."""
+        self._use = Use.ACCUMULATE
+        self.is_deferred = True
+
+    def take(self, shards: Sequence[Shard], gradients: Sequence[Tensor]) -> Pairs:
+        """Take averaged gradients as soon as they are reduced, and return what to apply now.
+
+        Raises:
+            RuntimeError: in a zeroth-order pass.
+        """
+        if self._use is Use.REFUSE:
+            raise RuntimeError(
+                f"{shards[0].name} got a gradient in a zeroth-order pass, whose weights are "
+                "perturbed: a closure of the zeroth-order part computes a loss and runs no backward"
+            )
+        pairs = [
+            (shard, gradient if (n := shard.data.numel()) == gradient.numel() else gradient[:n])
+            for shard, gradient in zip(shards, gradients, strict=True)
+        ]
+        if self._use is Use.APPLY:
+            return self._tracked([(shard, self._sums.take(shard, g)) for shard, g in pairs])
+        if self._use is Use.TAKE_NORM:
+            self._squares.add(pairs)
+        else:
+            for shard, gradient in pairs:
+                self._sums.add(shard, gradient)
+        return []
+
+    def rest(self, shards: Iterable[Shard]) -> Pairs:
+        """Return what to apply to shards that got nothing more: the sum, or no gradient."""
+        return self._tracked([(shard, self._sums.take(shard, None)) for shard in shards])
+
+    def drop(self) -> None:
+        """Leave the part out of the step."""
+        self.is_dropped = True
+        self._sums.clear()
+
+    # ---- norms ---------------------------------------------------------------------------------
+
+    @property
+    def norm(self) -> float:
+        """||g1|| over all parameter groups, once `norms` are known."""
+        return math.hypot(*self.norms)
+
+    def clip(self) -> float | None:
+        """Find the norm of g1, with one all-reduce, and drop the part if it is not finite.
+
+        Returns:
+            `Step.gradient_scale`, or None if the part was dropped.
+        """
+        held = ((shard, self._sums.held(shard)) for shard in self._sharding.shards())
+        self._squares.add((shard, total) for shard, total in held if total is not None)
+        squares = self.squares()
+        self._sharding.sum_over_ranks(squares)
+        self.norms = self._norms_of(squares.tolist())
+        self._tracks_norm = False
+        if not math.isfinite(self.norm):
+            self.drop()
+            return None
+        # As torch's clip_grad_norm_.
+        coefficient = min(1.0, self.max_grad_norm / (self.norm + 1e-6))
+        return coefficient / self.loss_scale
+
+    def squares(self) -> Tensor:
+        """Return this rank's squared norms of what was applied or measured, and forget them.
+
+        They are fp64, of shape ``(groups,)``; zeros if nobody asks for the norm.
+        """
+        return self._squares.take(len(self._sharding.group_elements), self._sharding.device)
+
+    def end_tracking(self, squares: list[float]) -> None:
+        """Know the norms of what was applied, if they are tracked, by `squares` of all ranks."""
+        if self._tracks_norm:
+            self.norms = self._norms_of(squares)
+
+    def _tracked(self, pairs: Pairs) -> Pairs:
+        if self._tracks_norm:
+            self._squares.add(
+                (shard, gradient) for shard, gradient in pairs if gradient is not None
+            )
+        return pairs
+
+    def _norms_of(self, squares: list[float]) -> list[float]:
+        """Norms of g1 by parameter group, of squares summed over ranks."""
+        scale = self._sharding.replicas * self.loss_scale**2
+        return [math.sqrt(square / scale) for square in squares]
 
 
 class GradientSums:
@@ -21,23 +165,23 @@ class GradientSums:
 
     def add(self, shard: Shard, gradient: Tensor) -> None:
         """Add a gradient, flat and as long as the shard, which is copied."""
-        held = self._sums.get(shard.parameter_id)
+        held = self._sums.get(shard.index)
         if held is None:
             home = shard.data.device
-            self._sums[shard.parameter_id] = gradient.to(home, torch.float32, copy=True)
+            self._sums[shard.index] = gradient.to(home, torch.float32, copy=True)
         else:
             held += gradient.to(held.device)
 
     def take(self, shard: Shard, gradient: Tensor | None) -> Tensor | None:
         """Return the sum with a last gradient added, or None if there is neither; forget it."""
-        held = self._sums.pop(shard.parameter_id, None)
+        held = self._sums.pop(shard.index, None)
         if held is None or gradient is None:
             return held if gradient is None else gradient
         return held.add_(gradient.to(held.device))
 
     def held(self, shard: Shard) -> Tensor | None:
         """Return the sum, which stays here."""
-        return self._sums.get(shard.parameter_id)
+        return self._sums.get(shard.index)
 
     def clear(self) -> None:
         """Forget all sums."""

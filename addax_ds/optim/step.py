@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from enum import Enum, auto
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.optim.contributions import Contributions
 from addax_ds.optim.estimator import Estimate, Estimator, Pass
-from addax_ds.optim.gradients import GradientSums, SkippedUpdates, SquaredNorms
+from addax_ds.optim.gradients import FirstOrder, Pairs, SkippedUpdates, Use
 from addax_ds.optim.hyperparameters import runs_twice_to_clip
 from addax_ds.optim.passes import IsolatedPasses, forget_casts
 from addax_ds.optim.report import StepReport
@@ -27,15 +26,6 @@ logger = logging.getLogger(__name__)
 Closure = Callable[[], Tensor]
 
 
-class _Mode(Enum):
-    """Use of a reduced gradient."""
-
-    APPLY = auto()
-    ACCUMULATE = auto()
-    TAKE_NORM = auto()
-    REFUSE = auto()
-
-
 class RunningStep:
     """A step from its first pass to its report; the next step is another object.
 
@@ -44,10 +34,8 @@ class RunningStep:
         passes: the zeroth-order passes over its model.
         by_group: the values of the step, by parameter group, without the coefficients.
         estimator: the zeroth-order part.
+        first_order: the first-order part, without gradients yet.
         skipped: flags of updates that were skipped, which are unset here.
-        loss_scale: factor of the first-order loss.
-        max_grad_norm: see `Addax`.
-        track_norm: see `Addax`.
 
     Attributes:
         zeroth_order_loss: mean over ranks, as the estimator has it, once it is known.
@@ -67,10 +55,8 @@ class RunningStep:
         passes: IsolatedPasses,
         by_group: list[Step],
         estimator: Estimator,
+        first_order: FirstOrder,
         skipped: SkippedUpdates,
-        loss_scale: float,
-        max_grad_norm: float,
-        track_norm: bool,
     ) -> None:
         self.zeroth_order_loss: float | None = None
         self.first_order_loss: float | None = None
@@ -80,18 +66,11 @@ class RunningStep:
         self.unread: dict[int, ParameterInfo] = {}
         self._sharding = sharding
         self._passes = passes
-        self._loss_scale = loss_scale
-        self._max_grad_norm = max_grad_norm
-        self._track_norm = track_norm
         self._by_group = by_group
         self._estimator = estimator
         self._estimate: Estimate | None = None
-        self._mode = _Mode.APPLY
+        self._first_order = first_order
         self._updated: set[int] = set()
-        self._applied_first_order = by_group[0].alpha < 1.0
-        self._sums = GradientSums()
-        self._squares = SquaredNorms()
-        self._norms: list[float] = []
         self._skipped = skipped
         skipped.clear()
 
@@ -99,6 +78,10 @@ class RunningStep:
     def g0(self) -> float:
         """The projected gradient (`Estimate.g0`); 0 if there is none."""
         return self._estimate.g0 if self._estimate else 0.0
+
+    @property
+    def _has_first_order(self) -> bool:
+        return self._by_group[0].alpha < 1.0 and not self._first_order.is_dropped
 
     # ---- forward passes ------------------------------------------------------------------------
 
@@ -110,13 +93,13 @@ class RunningStep:
         if not first_order:
             self._agree(losses, None)
             return None
-        if runs_twice_to_clip(self._max_grad_norm, len(first_order)):
+        if runs_twice_to_clip(self._first_order.max_grad_norm, len(first_order)):
             return self._measure_to_clip(losses, first_order[0])
         loss, mean = self._run_micro_batches(first_order)
         if not self._agree(losses, mean):
             return None
-        if self._max_grad_norm > 0.0:
-            self._mode = _Mode.ACCUMULATE  # finish() clips and applies the sum
+        if self._first_order.max_grad_norm > 0.0:
+            self._first_order.defer()  # finish() clips and applies the sum
         return loss
 
     def _measure_to_clip(self, losses: list[Tensor], closure: Closure) -> Tensor | None:
@@ -126,7 +109,7 @@ class RunningStep:
             if not self._agree(losses, mean):
                 return None
             with self._sharding.other_gradients_kept():
-                self._backward(loss, _Mode.TAKE_NORM)
+                self._backward(loss, Use.TAKE_NORM)
         return self._scaled(closure(), 1) if self._clip() else None
 
     def rehearse(self, zeroth_order: list[Closure], first_order: list[Closure]) -> None:
@@ -134,20 +117,20 @@ class RunningStep:
 
         Gradients take as much memory as in a step: they are summed if there are several.
         """
-        mode = _Mode.ACCUMULATE if len(first_order) > 1 else _Mode.TAKE_NORM
+        use = Use.ACCUMULATE if len(first_order) > 1 else Use.TAKE_NORM
         with generators_kept(self._sharding.device), self._sharding.other_gradients_kept():
             if zeroth_order:
                 # The others hold what these hold.
                 self._perturbed_losses(zeroth_order, self._estimator.passes[:2])
             if first_order:
                 loss, _ = self._run_micro_batches(first_order)
-                self._backward(loss, mode)
+                self._backward(loss, use)
 
     def _perturbed_losses(self, closures: list[Closure], passes: Sequence[Pass]) -> list[Tensor]:
         """Return this rank's mean loss of each pass."""
         means = []
-        self._mode = _Mode.REFUSE  # it would be of perturbed weights
-        with self._passes.of_step():
+        # A gradient would be of perturbed weights.
+        with self._first_order.used_to(Use.REFUSE), self._passes.of_step():
             for number, each in enumerate(passes, start=1):
                 shown = partial(perturb, step=self._by_group[0], sign=each.sign, probe=each.probe)
                 # Noise or masks that closures draw have to be the same in all passes: g0 is the
@@ -157,7 +140,6 @@ class RunningStep:
                 with draws, self._passes.perturbed(shown):
                     losses = [_checked(closure()) for closure in closures]
                 means.append(torch.stack(losses).mean())
-        self._mode = _Mode.APPLY
         return means
 
     def _run_micro_batches(self, closures: list[Closure]) -> tuple[Tensor, Tensor]:
@@ -166,47 +148,28 @@ class RunningStep:
         for closure in closures[:-1]:
             loss = closure()
             means.append(_checked(loss))
-            self._backward(self._scaled(loss, len(closures)), _Mode.ACCUMULATE)
+            self._backward(self._scaled(loss, len(closures)), Use.ACCUMULATE)
         loss = closures[-1]()
         means.append(_checked(loss))
         return self._scaled(loss, len(closures)), torch.stack(means).mean()
 
     def _scaled(self, loss: Tensor, micro_batches: int) -> Tensor:
-        return loss * (self._loss_scale / micro_batches)
+        return loss * (self._first_order.loss_scale / micro_batches)
 
-    def _backward(self, loss: Tensor, mode: _Mode) -> None:
-        self._mode = mode
-        self._sharding.backward(loss)
-        self._mode = _Mode.APPLY
+    def _backward(self, loss: Tensor, use: Use) -> None:
+        with self._first_order.used_to(use):
+            self._sharding.backward(loss)
 
     # ---- gradients -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def take(self, shards: Sequence[Shard], gradients: Sequence[Tensor]) -> None:
         """Use averaged gradients of shards as soon as they are reduced."""
-        if self._mode is _Mode.REFUSE:
-            raise RuntimeError(
-                f"{shards[0].name} got a gradient in a zeroth-order pass, whose weights are "
-                "perturbed: a closure of the zeroth-order part computes a loss and runs no backward"
-            )
-        pairs = [
-            (shard, gradient if (n := shard.data.numel()) == gradient.numel() else gradient[:n])
-            for shard, gradient in zip(shards, gradients, strict=True)
-        ]
-        if self._mode is _Mode.APPLY:
-            self._update([(shard, self._sums.take(shard, g)) for shard, g in pairs])
-            return
-        if self._mode is _Mode.TAKE_NORM:
-            self._squares.add(pairs)
-            return
-        for shard, gradient in pairs:
-            self._sums.add(shard, gradient)
+        self._update(self._first_order.take(shards, gradients))
 
-    def _update(self, pairs: Sequence[tuple[Shard, Tensor | None]]) -> None:
+    def _update(self, pairs: Pairs) -> None:
         """Update shards by their gradients, those that are alike in one call."""
-        if self._track_norm and not self._norms:
-            self._squares.add((shard, g) for shard, g in pairs if g is not None)
-        alike: dict[tuple, list[tuple[Shard, Tensor | None]]] = {}
+        alike: dict[tuple, Pairs] = {}
         for shard, gradient in pairs:
             if shard.index in self._updated:
                 raise RuntimeError(
@@ -234,30 +197,14 @@ class RunningStep:
         return shard.index not in self.unread
 
     def _clip(self) -> bool:
-        """Find the norm of g1 from its squares and scale the step by it.
-
-        Returns:
-            False, with the step unscaled, if the norm is not finite.
-        """
-        squares = self._squares.take(len(self._by_group), self._sharding.device)
-        self._sharding.sum_over_ranks(squares)
-        self._norms = self._norms_of(squares.tolist())
-        norm = math.hypot(*self._norms)
-        if not math.isfinite(norm):
+        """Scale the step by the norm of g1; return whether that is finite."""
+        scale = self._first_order.clip()
+        if scale is None:
+            norm = self._first_order.norm
             self._leave_out(f"norm {norm} of the first-order gradient", self.overflow)
-            self._applied_first_order = False
             return False
-        coefficient = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
-        scale = coefficient / self._loss_scale
         self._by_group = [replace(step, gradient_scale=scale) for step in self._by_group]
         return True
-
-    def _clip_sums(self) -> None:
-        """Scale the step by the norm of the summed gradients; drop them if it is not finite."""
-        held = ((shard, self._sums.held(shard)) for shard in self._sharding.shards())
-        self._squares.add((shard, total) for shard, total in held if total is not None)
-        if not self._clip():
-            self._sums.clear()
 
     # ---- what all ranks agree on ---------------------------------------------------------------
 
@@ -284,8 +231,7 @@ class RunningStep:
         if self.first_order_loss is None or math.isfinite(self.first_order_loss):
             return True
         self._leave_out(f"first-order loss {self.first_order_loss}", self.problems)
-        self._applied_first_order = False
-        self._sums.clear()
+        self._first_order.drop()
         return False
 
     def _agree_on_unread(self) -> None:
@@ -322,21 +268,19 @@ class RunningStep:
             stop_requested: this rank's wish, which all ranks will find in the report.
         """
         self._sharding.hand_over()
-        if self._mode is _Mode.ACCUMULATE:
-            self._clip_sums()
-        late = self._sharding.shards(without=self._updated)
-        self._update([(shard, self._sums.take(shard, None)) for shard in late])
+        if self._first_order.is_deferred:
+            self._clip()
+        self._update(self._first_order.rest(self._sharding.shards(without=self._updated)))
         self._sharding.weights_changed()
         forget_casts()
-        device, groups = self._sharding.device, len(self._by_group)
-        values = torch.zeros(2 + groups, dtype=torch.float64, device=device)
+        device = self._sharding.device
+        values = torch.zeros(2 + len(self._by_group), dtype=torch.float64, device=device)
         values[0] = self._skipped.any()
         values[1] = float(stop_requested)
-        values[2:] = self._squares.take(groups, device)
+        values[2:] = self._first_order.squares()
         self._sharding.sum_over_ranks(values)
         skipped, stop, *squares = values.tolist()
-        if self._track_norm and not self._norms:
-            self._norms = self._norms_of(squares)
+        self._first_order.end_tracking(squares)
         if skipped:
             self._note_skipped_updates()
         return self._report(stop_requested=stop > 0)
@@ -355,30 +299,26 @@ class RunningStep:
         others = f" and {len(names) - 1} other parameter(s)" if len(names) > 1 else ""
         problem = f"an update of {names[0]}{others} that is not finite"
         # Without a first-order part there was nothing scaled in it.
-        (self.overflow if self._applied_first_order else self.problems).append(problem)
+        (self.overflow if self._has_first_order else self.problems).append(problem)
         logger.warning(
             "step %d: %s: the elements concerned keep their weights",
             self._by_group[0].index,
             problem,
         )
 
-    def _norms_of(self, squares: list[float]) -> list[float]:
-        """Norms of g1 by parameter group, of squares summed over ranks."""
-        scale = self._sharding.replicas * self._loss_scale**2
-        return [math.sqrt(square / scale) for square in squares]
-
     def _report(self, stop_requested: bool) -> StepReport:
         elements = list(self._sharding.group_elements)
         for info in self.unread.values():
             elements[info.group] -= self._sharding.full_shape(info.parameter).numel()
         first, estimate = self._by_group[0], self._estimate
-        clip_coefficient = first.gradient_scale * self._loss_scale
+        loss_scale = self._first_order.loss_scale
+        clip_coefficient = first.gradient_scale * loss_scale
         parts = Contributions(
             groups=self._by_group,
             estimate=estimate,
             elements=elements,
-            gradient_norms=self._norms,
-            clip_coefficient=clip_coefficient if self._applied_first_order else 0.0,
+            gradient_norms=self._first_order.norms,
+            clip_coefficient=clip_coefficient if self._has_first_order else 0.0,
         )
         return StepReport(
             index=first.index,
@@ -390,7 +330,7 @@ class RunningStep:
             gradient_norm=parts.gradient_norm,
             zeroth_order_decrease=parts.zeroth_order_decrease,
             first_order_decrease=parts.first_order_decrease,
-            loss_scale=self._loss_scale,
+            loss_scale=loss_scale,
             has_nonfinite=bool(self.problems or self.overflow),
             stop_requested=stop_requested,
             projected_gradients=estimate.projected_gradients if estimate else (),

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from addax_ds.kernels.noise import MAX_PARAMETER_ELEMENTS, parameter_id
 from addax_ds.kernels.operation import Slice
+from addax_ds.sharding.calls import Calls
 from addax_ds.sharding.modules import canonical_name, modules_of
 from addax_ds.sharding.reads import Reads
 from addax_ds.utils.errors import UserError
@@ -90,9 +91,7 @@ class Sharding(ABC):
         infos: the trainable parameters.
         reads: which of them the model's code reads.
         group_elements: number of trainable elements of the whole model, by parameter group.
-        awaiting_backward: whether a forward with autograd ran since the last step.
-        backward_ran: whether a gradient has arrived since `measure` returned; without passes, since
-            the last step.
+        calls: forwards and gradients since the last step.
     """
 
     name: ClassVar[str]
@@ -120,7 +119,7 @@ class Sharding(ABC):
         for info in self.infos:
             self.group_elements[info.group] += self.full_shape(info.parameter).numel()
         self._held = [(p, p.requires_grad) for group in param_groups for p in group["params"]]
-        self.awaiting_backward = self.backward_ran = False
+        self.calls = Calls()
         self._hooks: list[RemovableHandle] = []
         self._shards: dict[ParameterInfo, Shard] = {}
         self._on_gradients: OnGradients | None = None
@@ -215,7 +214,7 @@ class Sharding(ABC):
             )
 
     def _note_forward(self, *_: Any) -> None:
-        self.awaiting_backward |= torch.is_grad_enabled()
+        self.calls.forward_ran()
 
     def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
         """Take the gradient that has just arrived away from a parameter.
@@ -223,7 +222,7 @@ class Sharding(ABC):
         Raises:
             UserError: if the parameter was frozen after its forward.
         """
-        self.backward_ran = True
+        self.calls.gradient_arrived()
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             self.check_unchanged()
@@ -373,7 +372,7 @@ class Sharding(ABC):
         what it would have found without that pass. All ranks have to have left it at the same
         point: collectives that only some of them began are still waited for.
         """
-        self.awaiting_backward = self.backward_ran = False
+        self.calls.clear()
         self._waiting.clear()
         for info in self.infos:
             info.parameter.grad = None

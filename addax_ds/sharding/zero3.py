@@ -167,7 +167,7 @@ class Zero3Sharding(Sharding):
         """
         if not self.is_attached:
             self.check_unchanged()
-        self.backward_ran = True
+        self.calls.gradient_arrived()
         shards = [self._shard(self._infos_by_parameter[parameter]) for parameter in parameters]
         pairs = zip(shards, gradients, strict=True)
         self._waiting += (pair for pair in pairs if pair[0].data.numel())  # not padding alone
@@ -361,7 +361,7 @@ class Zero3Sharding(Sharding):
         Raises:
             UserError: under inference mode, if a backward is to come.
         """
-        if torch.is_inference_mode_enabled() and self.awaiting_backward and not self.backward_ran:
+        if torch.is_inference_mode_enabled() and self.calls.awaits_backward:
             raise UserError(
                 "under ZeRO-3 there is no forward in torch.inference_mode() between a forward and "
                 "its backward: use torch.no_grad(), or evaluate before measure() or after step()"

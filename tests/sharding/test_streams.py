@@ -35,14 +35,14 @@ def test_the_host_waits_for_the_losses_of_all_passes_at_once(found, name):
     """And once for what no rank has read, which this model has; once more for the report."""
     expected = {"_agree": 1, "_agree_on_unread": 1}
     if CASES[name].max_grad_norm:
-        expected["_clip"] = 1
+        expected["clip"] = 1
     for of_rank in found[name]:
         own = {part: {**waits} for part, waits in of_rank["waits"].items()}
         for waits in own.values():
             waits.pop("engine", None)
             if CASES[name].offloaded:  # for each unit's gradient, which comes to its shards
                 waits.pop("apply_update", None)
-        at_the_end = {} if "_clip" not in expected else {"_clip": 1}
+        at_the_end = {} if "clip" not in expected else {"clip": 1}
         assert own["measure"] | at_the_end == expected
         assert own["step"] == {**expected, "finish": 1}
 

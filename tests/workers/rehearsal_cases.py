@@ -102,7 +102,7 @@ def state(run: Run) -> dict[str, Any]:
         "state": addax.state_dict()["addax"],
         "generator": torch.random.get_rng_state(),
         "unapplied": addax.sharding.unapplied_gradient(),
-        "awaiting": addax.sharding.awaiting_backward,
+        "forward": addax.sharding.calls.has_forward,
     }
 
 
