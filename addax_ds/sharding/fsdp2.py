@@ -190,6 +190,7 @@ class Fsdp2(Sharding):
             for module, given in sharded:
                 module.__class__ = given
 
+    @override
     def _stored(self, info: ParameterInfo) -> Tensor:
         return vars(self._fsdp_params[info.parameter])["_sharded_param_data"]
 
@@ -224,6 +225,7 @@ class Fsdp2(Sharding):
     def weights_changed(self) -> None:
         self._reshard()
 
+    @override
     def _all_parameters(self) -> Iterable[Any]:
         return self._fsdp_params  # the model's are others while they are gathered
 

@@ -120,6 +120,7 @@ class Unsharded(Sharding):
         complete = waiting + gradient.numel() >= self._largest
         self._hold(self._shard(self.infos[number]), gradient.view(-1), None, complete)
 
+    @override
     def hand_over(self) -> None:
         """Average the gradients that wait over the replicas, and hand them over.
 

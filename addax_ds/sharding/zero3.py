@@ -99,6 +99,7 @@ class Zero3Sharding(Sharding):
         return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
     @classmethod
+    @override
     def lay_out(cls, model: Any, device: torch.device) -> None:
         """See `Sharding.lay_out`; the live `TrainingArguments` hold the JSON that configures it."""
         from transformers.integrations import deepspeed_config
@@ -136,6 +137,7 @@ class Zero3Sharding(Sharding):
         held = min(max(parameter.ds_numel - start, 0), partition.ds_numel)
         return start, partition.data.view(-1)[:held]
 
+    @override
     def _stored(self, info: ParameterInfo) -> Tensor:
         return info.parameter.ds_tensor  # type: ignore[attr-defined]
 
