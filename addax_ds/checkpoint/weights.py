@@ -70,14 +70,15 @@ def fill(
             with layers of the same shapes may.
     """
     files, _ = files_of(model, folder)
+    slices = list(local_slices(model))
     if of_same_model:
-        files.check_ties(local_slices(model))
-        if more := _of_another_model(model, files.unread(local_slices(model))):
+        files.check_ties(slices)
+        if more := _of_another_model(model, files.unread(slices)):
             raise UserError(
                 f"{folder}: it has weights that this model lacks, such as {more[0]}, which would "
                 "be lost: resume with the model that wrote it, whose config.json is there"
             )
-    files.fill(local_slices(model), progress)
+    files.fill(slices, progress)
 
 
 def _of_another_model(model: nn.Module, unread: Iterable[str]) -> list[str]:

@@ -201,9 +201,10 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
 
 def global_batches(args: AddaxConfig) -> tuple[int, int]:
     """Return K0 and K1, the rows of a step over all ranks; 0 for a part that the method lacks."""
-    shares = args.world_size * args.settings.gradient_accumulation_steps
-    first_order = args.per_device_train_batch_size if args.method in FIRST_ORDER else 0
-    return args.settings.per_device_zo_batch_size * shares, first_order * shares
+    settings = args.settings
+    shares = args.world_size * settings.gradient_accumulation_steps
+    first_order = args.per_device_train_batch_size if settings.method in FIRST_ORDER else 0
+    return settings.per_device_zo_batch_size * shares, first_order * shares
 
 
 def order_seed(args: TrainingArguments) -> int:

@@ -24,6 +24,7 @@ from transformers.trainer_utils import SchedulerType
 
 from addax_ds.data.loading import RankLoader
 from addax_ds.distributed.startup import launched_as_rank_zero
+from addax_ds.utils.generators import generators_kept
 from addax_ds.utils.messages import on_one_line, raise_problems, shown
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _checkpointing_problems(args: "AddaxConfig") -> Iterator[str]:
     whole = {key: value for key, value in own.items() if key in ("every_n_layers", "offload")}
     of_layers = {key: value for key, value in own.items() if key not in whole}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept(torch.device("cpu")):
             model: Any = LlamaModel(config).train()
             model.activation_checkpointing_enable(of_layers or None, **whole)
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64))[0].sum().backward()

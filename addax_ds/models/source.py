@@ -161,8 +161,9 @@ class ModelSource:
                 )
             try:
                 files = self._weight_files(model, dtype)
-                files.check(local_slices(model))
-                files.check_ties(local_slices(model))
+                slices = list(local_slices(model))
+                files.check(slices)
+                files.check_ties(slices)
             except OtherForm as error:
                 other_form = str(error)
         other_form = next(filter(None, all_gather_object(other_form)), None)

@@ -131,22 +131,17 @@ class Task(ABC):
             raise
         except Exception as error:
             raise UserError(f"task {self.name}: its source cannot be read: {error!r}") from error
-        found = f"{type(splits).__name__}"
         if isinstance(splits, Mapping):
-            wrong = [
-                f"{name}: {type(rows).__name__}"
-                if not isinstance(rows, Sequence)
-                else f"{name}: a sequence of {type(rows[0]).__name__}"
-                for name, rows in splits.items()
-                if not isinstance(rows, Sequence) or (rows and not isinstance(rows[0], SourceRow))
-            ]
-            if not wrong:
-                return splits
-            found = f"{', '.join(wrong)}"
-        raise UserError(
-            f"task {self.name}: its source must return splits by name, each a sequence of "
-            f"SourceRow, and has returned {found}"
-        )
+            kinds = {name: _unlike_rows(rows) for name, rows in splits.items()}
+            found = [f"{name}: {kind}" for name, kind in kinds.items() if kind is not None]
+        else:
+            found = [type(splits).__name__]
+        if found:
+            raise UserError(
+                f"task {self.name}: its source must return splits by name, each a sequence of "
+                f"SourceRow, and has returned {', '.join(found)}"
+            )
+        return splits
 
     def _read(self, row: SourceRow) -> Row:
         columns = {self.aliases.get(name, name): value for name, value in row.columns.items()}
@@ -177,6 +172,15 @@ class Task(ABC):
     @abstractmethod
     def _row(self, prompt: str, columns: Columns, origin: str) -> Row:
         """Add the answers."""
+
+
+def _unlike_rows(rows: Any) -> str | None:
+    """Return what something is instead of a sequence of rows; None if it is one."""
+    if not isinstance(rows, Sequence):
+        return type(rows).__name__
+    if rows and not isinstance(rows[0], SourceRow):
+        return f"a sequence of {type(rows[0]).__name__}"
+    return None
 
 
 def _strings(what: str, found: Any, origin: str) -> tuple[str, ...]:

@@ -307,7 +307,6 @@ def test_batches_count_ranks_and_micro_batches(method, batches):
     values = Hyperparameters(lr=0.1, rounding="nearest", seed=5)
     args: Any = SimpleNamespace(
         world_size=2,
-        method=method,
         settings=AddaxSettings(method, values, None, 0 if method == "ip-sgd" else 2, 3),
         per_device_train_batch_size=4,
         bf16=False,

@@ -58,7 +58,6 @@ def training_args(**options: Any) -> Any:
         "per_device_train_batch_size": K1,
         "activation_checkpointing": False,
         "device_memory": None,
-        "method": "addax",
         "settings": SETTINGS,
     }
     return SimpleNamespace(**values | options)
