@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -71,8 +72,8 @@ class ModelSource:
         """Find the model that the arguments name, or the demo's.
 
         Raises:
-            UserError: if there is none, or its folder leads out of the folder, to code or to an
-                adapter; or a GGUF file cannot be unpacked.
+            UserError: if there is none, or it is no causal language model, or its folder leads out
+                of the folder, to code or to an adapter; or a GGUF file cannot be unpacked.
         """
         given = model_args.model_name_or_path
         if given is None:
@@ -90,6 +91,7 @@ class ModelSource:
         with _refused(where if found else f"{where}: there is no such folder, nor a hub's model"):
             _check_folder(Path(path))
             config = AutoConfig.from_pretrained(path, **options)
+            _check_causal(config)
             if not model_args.trust_remote_code:
                 _check_kernel(config)
         return cls(path, label, config, options, model_args.attn_implementation)
@@ -324,6 +326,16 @@ def _refused(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {said}") from error
     except Exception as error:
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _check_causal(config: PreTrainedConfig) -> None:
+    """Raise `UserError` if no causal language model has this configuration."""
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise UserError(
+            f"its type is {config.model_type!r}, which is no causal language model; encoders and "
+            "encoder-decoders are not supported"
+        )
 
 
 def _check_kernel(config: PreTrainedConfig) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPConfig, T5Config
 
 import addax_ds
 from addax_ds.config.arguments import ModelArguments
@@ -252,6 +253,13 @@ def test_any_value_of_an_entry(name, good, data, tmp_path_factory):
 def test_names_that_are_no_model(name):
     with pytest.raises(UserError, match="--model_name_or_path"):
         ModelSource.find(ModelArguments(model_name_or_path=name))
+
+
+@pytest.mark.parametrize("config", [T5Config(), CLIPConfig()], ids=lambda config: config.model_type)
+def test_models_that_predict_no_next_token_are_refused_before_anything_else(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{config.model_type}.* no causal language model"):
+        ModelSource.find(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
 def test_the_size_of_the_vocabulary(folder):
