@@ -213,8 +213,7 @@ def read_seal(folder: Path) -> dict[str, Entry]:
         text = (folder / SEAL).read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise DamagedError(
-            f"{folder}: there is no {SEAL}: it was not written to the end, or before there were "
-            "checksums"
+            f"{folder}: there is no {SEAL}: it was not written to the end, or by another program"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedError(f"{folder / SEAL}: the file is damaged: {error}") from error

@@ -59,10 +59,9 @@ def read_run_id(folder: Path) -> str | None:
     return found if re.fullmatch("[0-9a-f]{32}", found) else None
 
 
-def write_run_id(folder: Path, run_id: str | None) -> None:
-    """Write the id of a run into a checkpoint, if it has one."""
-    if run_id:
-        (folder / RUN_ID_NAME).write_text(f"{run_id}\n", encoding="utf-8")
+def write_run_id(folder: Path, run_id: str) -> None:
+    """Write the id of a run into a checkpoint."""
+    (folder / RUN_ID_NAME).write_text(f"{run_id}\n", encoding="utf-8")
 
 
 def rotate(

@@ -99,21 +99,21 @@ class Progress:
 
     Attributes:
         loss_sum: of the steps since Trainer last logged a loss, which is a mean over steps.
-        loss_total: of all steps; None in older checkpoints.
+        loss_total: of all steps.
         last_logged_step: when it last logged one.
         costs: of all steps (`Costs`), as a mapping.
-        metric: by which the best checkpoint is chosen; None without one, and in older checkpoints.
+        metric: by which the best checkpoint is chosen; None without one.
         greater_is_better: of that metric.
         eval_data: digest of the rows that the metric is of; None where they are not known.
     """
 
     loss_sum: float
+    loss_total: float
     last_logged_step: int
     costs: dict[str, Any] = field(default_factory=dict)
     metric: str | None = None
     greater_is_better: bool | None = None
     eval_data: str | None = None
-    loss_total: float | None = None
 
 
 def check_same_run(written: Run, now: Run) -> None:

@@ -3,8 +3,7 @@
 Two runs at once would remove each other's unfinished folders. A run in the folder of an earlier one
 would replace or delete its checkpoints, and a later resume could not tell whose is the newest.
 
-The id is made when a run starts afresh and stays when it resumes. Checkpoints of earlier versions
-have none, and neither has a run that goes on from one.
+The id is made when a run starts afresh and stays when it resumes.
 """
 
 import logging
@@ -94,11 +93,7 @@ def _acquire(lock: FileLock, args: TrainingArguments) -> bool:
     return True
 
 
-NEW = ""
-"""Stands for the id of a run that has none yet; None is that of a run without one."""
-
-
-def claim(args: TrainingArguments, resumed: Path | None, own: str | None = NEW) -> str | None:
+def claim(args: TrainingArguments, resumed: Path | None, own: str | None = None) -> str:
     """Return the id of a run whose ``output_dir`` has no other's checkpoints.
 
     Every rank has to call it, with the folder held; all get the same.
@@ -106,22 +101,21 @@ def claim(args: TrainingArguments, resumed: Path | None, own: str | None = NEW) 
     Args:
         args: say where checkpoints are, and whether this rank sees them.
         resumed: the checkpoint that the run goes on from, or None.
-        own: id of a run that starts afresh once more in the same process, or `NEW`.
+        own: id of a run that starts afresh once more in the same process.
 
     Raises:
         UserError: on all ranks, with the names of another run's checkpoints.
     """
     if resumed is not None:
         own = folders.read_run_id(resumed)
-    elif own == NEW:
-        own = all_gather_object(uuid.uuid4().hex)[0]
+    own = all_gather_object(own or uuid.uuid4().hex)[0]
     with raise_on_all_ranks():
         if args.should_save:
             _refuse_others(Path(args.output_dir or "."), own, resumed)
     return own
 
 
-def _refuse_others(output_dir: Path, own: str | None, resumed: Path | None) -> None:
+def _refuse_others(output_dir: Path, own: str, resumed: Path | None) -> None:
     found = [folders.path_of(output_dir, step) for step in folders.steps(output_dir)]
     ids = {folder.name: folders.read_run_id(folder) for folder in found}
     # Beside the one that a run resumes from, one without an id may be its own, damaged.

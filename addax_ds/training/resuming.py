@@ -24,7 +24,7 @@ class ResumingMixin(SavingMixin):
     """Saves what a run needs to go on, and loads it, as overrides of Trainer's methods."""
 
     _progress: Progress | None = None
-    _loss_before: float | None = 0.0
+    _loss_before = 0.0
 
     @property
     def addax(self) -> Addax:
@@ -135,20 +135,16 @@ class ResumingMixin(SavingMixin):
             self.costs.resume(Costs(**self._progress.costs))
             self._progress = None
 
-    def _loss_total(self) -> float | None:
-        """Sum of the losses of all steps up to now; None if an older checkpoint lacks it."""
-        if self._loss_before is None:
-            return None
+    def _loss_total(self) -> float:
+        """Sum of the losses of all steps up to now."""
         return self._loss_before + self._total_loss_scalar + self._tr_loss.item()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        total = self._loss_total()
-        if total is not None:
-            # Trainer's ``train_loss`` is a mean over the steps since the resume; this one is over
-            # those before, too, and still there if none is left to train.
-            since = max(self.state.global_step - self._initial_global_step, 0.001)
-            mean = total / max(self.state.global_step, 1)
-            self._total_loss_scalar = mean * since - self._tr_loss.item()
+        # Trainer's ``train_loss`` is a mean over the steps since the resume; this one is over those
+        # before, too, and still there if none is left to train.
+        since = max(self.state.global_step - self._initial_global_step, 0.001)
+        mean = self._loss_total() / max(self.state.global_step, 1)
+        self._total_loss_scalar = mean * since - self._tr_loss.item()
         return super()._finalize_training(*args, **kwargs)
 
     def _free_gathered(self) -> None:

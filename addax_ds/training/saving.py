@@ -52,7 +52,7 @@ class SavingMixin(UploadingMixin):
     partition: Partition | None
     costs: CostMeter
     resumed_step: int = 0
-    _run_id: str | None = ownership.NEW
+    _run_id: str | None = None
 
     def __init__(
         self,
@@ -202,6 +202,7 @@ class SavingMixin(UploadingMixin):
                 for name, of_class in states.items()
             }
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            assert self._run_id is not None  # `train` claims one
             folders.write_run_id(folder, self._run_id)
 
     # ---- training from a checkpoint ------------------------------------------------------------

@@ -26,7 +26,7 @@ from addax_ds.optim.hyperparameters import HYPERPARAMETERS, Hyperparameters
 # The schedule is stepped without an optimizer's step, of which torch warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
-PROGRESS = Progress(2.5, 2)
+PROGRESS = Progress(loss_sum=2.5, loss_total=9.0, last_logged_step=2)
 RUN = Run(
     sharding="zero3",
     ranks=2,

@@ -42,7 +42,8 @@ def write(root: Path, ids: dict[int, str | None]) -> Path:
     for step, run_id in ids.items():
         folder = folders.path_of(root, step)
         folder.mkdir(parents=True)
-        folders.write_run_id(folder, run_id)
+        if run_id is not None:
+            folders.write_run_id(folder, run_id)
     return root
 
 
@@ -177,12 +178,6 @@ def test_a_run_from_the_start_has_an_id_of_its_own(tmp_path):
     assert ownership.claim(alone(tmp_path), None, found[0]) == found[0]
 
 
-def test_a_run_without_an_id_may_start_once_more_in_its_folder(tmp_path):
-    write(tmp_path, {2: None, 4: None})
-    own = ownership.claim(alone(tmp_path), tmp_path / "checkpoint-4")
-    assert ownership.claim(alone(tmp_path), None, own) is None
-
-
 @pytest.mark.parametrize("resumable", [True, False])
 @pytest.mark.parametrize("run_id", [OTHER, None])
 def test_a_run_from_the_start_leaves_a_used_folder_alone(run_id, resumable, tmp_path):
@@ -206,10 +201,8 @@ def test_a_run_from_the_start_leaves_a_used_folder_alone(run_id, resumable, tmp_
         (OWN, {2: OWN, 4: OWN}, []),
         (OWN, {2: OWN, 9: OTHER}, ["checkpoint-9"]),
         (OWN, {9: OTHER, 8: OWN, 7: OTHER}, ["checkpoint-9", "checkpoint-7"]),
-        # Damaged, or from an earlier version: it may be this run's.
+        # Damaged: it may be this run's.
         (OWN, {2: OWN, 9: None}, []),
-        (None, {2: None, 4: None}, []),
-        (None, {2: None, 4: OTHER}, ["checkpoint-4"]),
     ],
 )
 def test_a_run_that_goes_on_keeps_its_id_and_its_own_folder(resumed, there, refused, tmp_path):

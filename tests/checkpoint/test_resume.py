@@ -29,7 +29,7 @@ FILES = {
         {
             "optimizer": {"param_groups": []},
             "run": dataclasses.asdict(RUN),
-            "progress": dataclasses.asdict(Progress(0.0, 0)),
+            "progress": dataclasses.asdict(Progress(0.0, 0.0, 0)),
         }
     ).encode(),
     "scheduler.pt": b"schedule",
@@ -275,7 +275,7 @@ def test_a_folder_that_is_intact_but_no_checkpoint_of_addax(changed, message, tm
 
 
 def test_a_checkpoint_without_checksums_is_not_verified(tmp_path):
-    """As written before there were any, or by another program."""
+    """As another program writes it."""
     folder = write_all(tmp_path, (4,)) / "checkpoint-4"
     (folder / SEAL).unlink()
     with pytest.raises(

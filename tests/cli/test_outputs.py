@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from addax_ds import UserError
 from addax_ds.checkpoint import folders
-from addax_ds.checkpoint.atomic import SEAL, atomic_folder
 from addax_ds.cli import train
 from addax_ds.cli.outputs import Outputs
 from addax_ds.config import trials
@@ -245,16 +243,3 @@ def test_another_runs_checkpoints_are_neither_deleted_nor_continued(
     assert status == 0, said
     assert sorted(folders.steps(output)) == [4, 5]
     assert folders.read_run_id(output / "checkpoint-5") == run_id
-
-    # A checkpoint of an earlier version, in their folder and by their path.
-    old = tmp_path / "old"
-    with atomic_folder(old / "checkpoint-4", [0]) as staging:
-        for path in (output / "checkpoint-4").iterdir():
-            if path.name not in (folders.RUN_ID_NAME, SEAL):
-                shutil.copy(path, staging)
-    for resumed in (old / "checkpoint-4", True):
-        more = {"max_steps": 5, "save_total_limit": 1, "resume_from_checkpoint": resumed}
-        status, said = ended(flags(model, data, old, **more), capsys)
-        assert status == 0, said
-    assert folders.steps(old) == [5]
-    assert folders.read_run_id(old / "checkpoint-5") is None

@@ -85,7 +85,7 @@ def test_a_limit_of_one_keeps_the_best_checkpoint_and_those_of_others(tmp_path):
     first = trainer(tmp_path, **EVERY_STEP, **best)
     first.train()
     assert sorted(folders.steps(tmp_path)) == [1, 2, 3]
-    other = folders.path_of(tmp_path, 9)  # damaged, or from before there were ids
+    other = folders.path_of(tmp_path, 9)  # damaged
     other.mkdir()
     again = trainer(tmp_path, **EVERY_STEP, **best, save_total_limit=1, max_steps=5)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -334,16 +334,6 @@ def test_what_is_uploaded(tmp_path):
     assert "- optimizer: addax_ds, method addax, " in card
     assert ", alpha 0.25" in card
     assert "- zeroth_order_batch_size: 4 over all ranks\n- first_order_batch_size: 4 over" in card
-
-
-def test_a_trainer_without_an_id_may_train_once_more(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:  # as earlier versions wrote them
-        patch.setattr(folders, "write_run_id", lambda *_: None)
-        trainer(tmp_path, **EVERY_STEP).train()
-    again = trainer(tmp_path, **EVERY_STEP, max_steps=4)
-    again.train(resume_from_checkpoint=True)
-    again.train()
-    assert folders.read_run_id(tmp_path / "checkpoint-4") is None
 
 
 def test_what_is_not_to_be_saved_need_not_be_savable(tmp_path, monkeypatch):
