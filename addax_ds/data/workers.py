@@ -65,9 +65,7 @@ def in_order(
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _share_out(parts: Sequence[int], workers: dict[Connection, ForkProcess]) -> Iterator[T]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from addax_ds.utils.errors import UserError
-from addax_ds.utils.files import cache_folder
+from addax_ds.utils.files import cache_folder, sha256_of
 from addax_ds.utils.messages import shown
 
 SUFFIX = ".gguf"
@@ -88,11 +88,8 @@ def convert(source: str | Path, folder: str | Path) -> None:
 def _digest(source: Path) -> str:
     """Hash everything that decides what the converted folder holds."""
     versions = (importlib.metadata.version(name) for name in ("transformers", "gguf"))
-    digest = hashlib.sha256(repr((_RECIPE, *versions)).encode())
-    with source.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    parts = _RECIPE, *versions, sha256_of(source)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _convert_in_subprocess(source: Path, folder: Path) -> None:
