@@ -126,6 +126,7 @@ class _Sweeping(TrainerCallback):
 
     def _sweep(self) -> Sweep:
         trainer = self._trainer
+        trainer.settle_loss(trainer.model_wrapped, trainer.step_batches(0))
         with _put_back(trainer):
             before = self._loss()
         logger.info("Before: loss %.4f", before)

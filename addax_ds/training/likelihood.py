@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.models.auto import modeling_auto
 
 from addax_ds.data.datasets import as_examples
 from addax_ds.data.encoding import padding_token
@@ -66,6 +67,29 @@ def check_evaluations(args: TrainingArguments, dataset: Any) -> None:
         )
 
 
+# Models by what they are for; Transformers has them by name, without importing them.
+_OTHER_MODELS = (
+    modeling_auto.MODEL_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+)
+
+
+def _check_predicts_next_token(model: Any, trainer: str) -> None:
+    """Raise `UserError` for a model of Transformers that does not predict the next token."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    name = type(base).__name__
+    causal = name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    other = any(name in names.values() for names in _OTHER_MODELS) and not causal
+    if other or getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            f"{trainer} trains causal language models, and {name} is none: AddaxMixin gives an "
+            "Addax step to the Trainer of any model, class Mine(AddaxMixin, Trainer)"
+        )
+
+
 def _by_name(dataset: Any) -> Mapping[str, Any]:
     """Return the data sets of an evaluation; one without a name has none."""
     return dataset if isinstance(dataset, Mapping) else {"": dataset}
@@ -110,6 +134,7 @@ class LikelihoodMixin(_Steps):
                 "loss is the likelihood of the target tokens. Give compute_loss to a "
                 "transformers.Trainer, and the step to that: class Mine(AddaxMixin, MyTrainer)"
             )
+        _check_predicts_next_token(model, type(self).__name__)
         vocabulary = vocabulary_size(getattr(model, "config", None))
         self._pad_token_id = padding_token(kwargs.get("processing_class"), vocabulary)
         self._collates = kwargs.get("data_collator") is not None

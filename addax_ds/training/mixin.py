@@ -16,6 +16,7 @@ from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.optim.attach import attach
 from addax_ds.optim.hyperparameters import runs_twice_to_clip
 from addax_ds.optim.methods import IN_PLACE
+from addax_ds.optim.passes import evaluation_mode
 from addax_ds.planner.constants import FORWARD, first_order_units
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
@@ -25,6 +26,7 @@ from addax_ds.training.steps import StepMixin
 from addax_ds.training.worth import Worth
 from addax_ds.utils.dtypes import weights_dtype
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.generators import generators_kept
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class AddaxMixin(ResumingMixin, StepMixin):
     """
 
     methods = IN_PLACE
+    _is_loss_settled = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,9 +84,6 @@ class AddaxMixin(ResumingMixin, StepMixin):
                 f"{type(self).__name__} takes no activation_offloading: zeroth-order passes keep "
                 "no activations; --activation_checkpointing saves those of the first-order one"
             )
-        if not self.is_deepspeed_enabled:
-            # Accelerate would wrap a model on several ranks in DistributedDataParallel.
-            self.model._is_accelerate_prepared = True  # type: ignore[union-attr]
         self.add_callback(_EndOfStep(self))
         self.worth = Worth()
         self.desync = DesyncCheck(self.args.desync_check_steps)
@@ -135,7 +135,8 @@ class AddaxMixin(ResumingMixin, StepMixin):
         Under DeepSpeed the engine keeps its optimizer.
         """
         try:
-            yield
+            with self._as_prepared():
+                yield
         except BaseException:
             # Other ranks may be elsewhere, and the process is about to end; a notebook goes on.
             if self._holds_model() and self.args.world_size == 1:
@@ -144,6 +145,23 @@ class AddaxMixin(ResumingMixin, StepMixin):
         finally:
             if self._holds_model():
                 self.addax.sharding.detach()
+
+    @contextmanager
+    def _as_prepared(self) -> Iterator[None]:
+        """Keep Accelerate from wrapping the model: on several ranks, in DistributedDataParallel.
+
+        Not afterwards: another trainer may want that.
+        """
+        model = self.model
+        assert model is not None
+        if self.is_deepspeed_enabled or "_is_accelerate_prepared" in vars(model):
+            yield
+            return
+        vars(model)["_is_accelerate_prepared"] = True
+        try:
+            yield
+        finally:
+            vars(model).pop("_is_accelerate_prepared", None)
 
     def _holds_model(self) -> bool:
         return (
@@ -154,6 +172,7 @@ class AddaxMixin(ResumingMixin, StepMixin):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """One step of Algorithm 1; the weights are updated inside ``backward``."""
+        self.settle_loss(model, inputs)
         model.train()
         addax = self.addax
         self.desync.before_step(addax)
@@ -173,10 +192,47 @@ class AddaxMixin(ResumingMixin, StepMixin):
         means = (addax.first_order_loss, addax.zeroth_order_loss)
         return torch.tensor(next(m for m in means if m is not None), device=self.args.device)
 
+    def settle_loss(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Find out, once, whether the model's loss divides by the targets of the global batch.
+
+        Trainer assumes it of a model whose ``forward`` takes any keyword, and multiplies the loss
+        by the ranks. But that of a classifier, or of T5, is a mean over its own batch, and would be
+        as many times too large. So the losses of a batch for two numbers of targets are compared.
+        Every rank has to call it, between two steps.
+
+        Args:
+            model: see `micro_batch_loss`.
+            inputs: the batches of a step.
+        """
+        if self._is_loss_settled:
+            return
+        self._is_loss_settled = True
+        parts = self.args.world_size * self.settings.gradient_accumulation_steps
+        if parts == 1 or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
+            return
+        batches = next(inputs[stream] for stream in STREAMS if stream in inputs)
+        targets: Any = self._count_targets(batches)
+        if targets is None:
+            return
+        batch = self.prepare_micro_batch(batches[0])
+        losses = []
+        sharding = self.addax.sharding
+        with (
+            torch.no_grad(),
+            evaluation_mode(model),
+            sharding.forward_only(),
+            self.metrics_kept(),
+        ):
+            for number in (targets, 2 * targets):
+                with generators_kept(self.args.device):
+                    losses.append(self.computed_loss(model, batch, number))
+        if not any(all_gather_object(not torch.equal(*losses))):
+            self.model_accepts_loss_kwargs = False
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trainer's loop as passes without a backward."""
-        trained = self.optimizer is not None
-        with self.addax.sharding.forward_only() if trained else nullcontext():
+        passes = self.addax.sharding.forward_only() if self.optimizer is not None else nullcontext()
+        with self._as_prepared(), passes:
             return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -274,20 +274,35 @@ class StepMixin(SavingMixin):
             targets = self._count_targets(inputs[stream])
 
         def noted(number: int, batch: dict[str, Tensor]) -> Tensor:
-            # TRL's trainers collect metrics in compute_loss: not those of perturbed weights.
-            metrics = getattr(self, "_metrics", None)
-            if stream == "zeroth_order" and metrics is not None:
-                self._metrics = copy.deepcopy(metrics)
-            try:
+            # Metrics of perturbed weights are none of the training's.
+            with self.metrics_kept() if stream == "zeroth_order" else nullcontext():
                 loss = self.micro_batch_loss(model, batch, targets)
-            finally:
-                if metrics is not None:
-                    self._metrics = metrics
             self._losses.append((stream, number, loss.detach()))
             return loss
 
         batches = map(self.prepare_micro_batch, inputs[stream])
         return [partial(noted, number, batch) for number, batch in enumerate(batches)]
+
+    @contextmanager
+    def metrics_kept(self) -> Iterator[None]:
+        """Take back what the body adds to the metrics that TRL collects in ``compute_loss``."""
+        metrics = getattr(self, "_metrics", None)
+        if metrics is None:
+            yield
+            return
+        self._metrics = copy.deepcopy(metrics)
+        try:
+            yield
+        finally:
+            self._metrics = metrics
+
+    def computed_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
+        """Return what ``compute_loss`` returns; see `micro_batch_loss`."""
+        # The batch is read once more for the other side, and some trainers change their inputs.
+        inputs = self._prepare_inputs(dict(batch))
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=targets)
+        return loss
 
     def _count_targets(self, batches: list[dict[str, Any]]) -> Tensor | int | None:
         """Count the targets of all ranks as Trainer does, where the loss divides by them."""
@@ -314,10 +329,7 @@ class StepMixin(SavingMixin):
         """
         count = self.settings.gradient_accumulation_steps
         self.current_gradient_accumulation_steps = count
-        # The batch is read once more for the other side, and some trainers change their inputs.
-        inputs = self._prepare_inputs(dict(batch))
-        with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=targets)
+        loss = self.computed_loss(model, batch, targets)
         if loss.dtype in (torch.bfloat16, torch.float16):
             raise UserError(
                 f"{type(self).__name__}: compute_loss returns a loss in {loss.dtype}, in which the "

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     CLIPVisionConfig,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
@@ -15,10 +17,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from addax_ds import Addax, AddaxConfig, AddaxMixin, AddaxTrainer, UserError, attach
@@ -242,6 +248,49 @@ def test_a_model_is_free_when_its_trainer_has_trained(tmp_path):
     assert any(not torch.equal(w, trained[n]) for n, w in weights(model).items())
 
 
+def test_a_plain_trainer_gets_the_model_as_it_was(tmp_path):
+    """Accelerate gives it autocast, which it leaves out of a model that it takes for prepared."""
+    model, seen = tiny_model("llama"), []
+    addax = AddaxTrainer(model, config(tmp_path), train_dataset=columns(), eval_dataset=columns())
+    addax.evaluate()
+    addax.train()
+    model.lm_head.register_forward_hook(lambda module, given, logits: seen.append(logits.dtype))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, bf16=True, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    data = [{"input_ids": row["input_ids"]} for row in columns()]
+    Trainer(model, arguments, train_dataset=data, data_collator=collator).train()
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LlamaModel(LlamaConfig(**LLAMA)),
+        lambda: classifier(),
+        lambda: BertForMaskedLM(BertConfig(**BERT)),
+        lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1)),
+    ],
+    ids=["base", "classifier", "masked", "encoder-decoder"],
+)
+def test_a_model_that_predicts_no_next_token_is_refused(make, tmp_path):
+    model = make()
+    with pytest.raises(UserError, match=f"{type(model).__name__} is none: AddaxMixin gives"):
+        AddaxTrainer(model, config(tmp_path), train_dataset=columns())
+
+
+def test_predict_has_metrics_and_the_trainer_the_scores(tmp_path):
+    trainer = AddaxTrainer(tiny_model("opt"), config(tmp_path), train_dataset=columns())
+    found = trainer.predict(columns()[:4])
+    assert found.predictions is None
+    assert trainer.scores.shape[0] == 4
+    log_likelihood, targets = trainer.scores[:, 0].sum(), trainer.scores[:, 1].sum()
+    assert found.metrics["test_loss"] == pytest.approx(-log_likelihood / targets)
+
+
 class Fails(TrainerCallback):
     """Raises in the third step, before or after its backward."""
 
@@ -352,6 +401,7 @@ def loop(model: nn.Module, data: list[Any], collate: Any, lengths: Any, **more: 
     return weights(model), g0
 
 
+BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
 LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 64,
