@@ -1,5 +1,6 @@
 """`AddaxConfig`: every argument of a training, checked and settled when it is made."""
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any
@@ -151,7 +152,9 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
             given = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
         self.given_names: frozenset[str] = frozenset(given)
         source, config, where = self.deepspeed, None, "the DeepSpeed config"
-        if source:
+        if not source:
+            _check_accelerate()
+        else:
             config, where = load_ds_config(source)
             check_ds_config(config, where)
             warn_of_unused_keys(config, where)
@@ -196,6 +199,20 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
             raise UserError(
                 "DeepSpeed does not train fp16 weights on this device: use --bf16, or --sharding "
                 "fsdp2 without --deepspeed"
+            )
+
+
+def _check_accelerate() -> None:
+    """Raise `UserError` if Accelerate has been told to shard the model."""
+    for variable, instead in (
+        ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
+        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed zero3"),
+    ):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise UserError(
+                f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
+                "shard the model in its own way: use launch/accelerate.yaml of the repository, "
+                f"which starts ranks and nothing else, with {instead}"
             )
 
 

@@ -356,16 +356,6 @@ def _check_launcher(sharding: str | None, deepspeed: bool) -> type[Sharding]:
             "--deepspeed zero3 or --sharding fsdp2; or --sharding none, if it is meant.",
             _ranks(),
         )
-    for variable, flag in (
-        ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
-        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed zero3"),
-    ):
-        if os.environ.get(variable, "false").lower() in ("1", "true") and not deepspeed:
-            raise UserError(
-                f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
-                "shard the model in its own way: use launch/accelerate.yaml of the repository, "
-                f"which starts ranks and nothing else, with {flag}."
-            )
     return chosen
 
 
