@@ -547,6 +547,15 @@ def test_back_ends_that_do_not_fit_the_launcher(
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_accelerate_is_not_to_shard_a_model_of_python_either(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UserError, match=f"sets {name}, .* use launch/accelerate"):
+        AddaxConfig(str(tmp_path), learning_rate=1e-3)
+
+
 def test_a_json_that_is_not_there(launched: None) -> None:
     with pytest.raises(UserError, match=r"no DeepSpeed config absent\.json"):
         parse_arguments(["--deepspeed", "absent.json"])
