@@ -168,12 +168,15 @@ def _sums(losses: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
 
 
 def takes_positions(model: Any) -> bool:
-    """Return whether a model, wrapped or not, takes ``logits_to_keep``.
+    """Return whether a model, wrapped or not, takes positions as ``logits_to_keep``.
+
+    Some take just a number of last ones there, so its annotation has to name a tensor.
 
     Raises:
         UserError: if adapters put virtual tokens in front of the prompt, which moves all positions.
     """
-    return "logits_to_keep" in _parameters(model)
+    parameter = _parameters(model).get("logits_to_keep")
+    return parameter is not None and "Tensor" in str(parameter.annotation)
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:

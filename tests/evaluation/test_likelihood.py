@@ -190,6 +190,27 @@ def test_logits_at_target_positions_alone():
     assert seen == [1]
 
 
+class LastPositions(AllPositions):
+    """As code of before logits_to_keep could be a tensor, which one of one element passes for."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int = 0
+    ) -> SimpleNamespace:
+        logits = super().forward(input_ids, attention_mask).logits
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:, :])
+
+
+def test_a_model_that_takes_a_number_of_last_positions_gets_none():
+    model = tiny_model("llama").eval()
+    batch = pad(examples([9]), 0)
+    batch["labels"][:, :4] = batch["labels"][:, 5:] = -100
+    given = {**batch, **target_tensors(batch["labels"])}
+    expected = reference(model, batch["input_ids"][0], batch["labels"][0])
+    with torch.no_grad():
+        found = target_scores(LastPositions(model), given)
+    assert found[0].tolist() == pytest.approx(expected)
+
+
 def test_a_batch_without_targets_goes_through():
     model = tiny_model("opt").eval()
     batch = pad(examples([5]), 0)
