@@ -127,7 +127,7 @@ class Fsdp2(Sharding):
         self._fsdp_params: dict[Tensor, Any] = {}
         self._units: list[_Unit] = []
         infos = {info.parameter: info for info in self.infos}
-        self._groups = list(_param_groups(model))
+        self._groups = _param_groups(model)
         for group in self._groups:
             _check_group(group)
             for fsdp_param in group.fsdp_params:
@@ -342,10 +342,10 @@ def options_for(
     return options
 
 
-def _param_groups(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            yield from param_groups(module)
+def _param_groups(model: nn.Module) -> list[Any]:
+    """Return each group once: modules that were sharded as a list have one together."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return list(dict.fromkeys(group for module in sharded for group in param_groups(module)))
 
 
 def _check_group(group: Any) -> None:

@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from addax_ds import Addax, attach
 from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.sharding.modules import blocks
 from studies.collectives import CollectiveCounter
 from tests.support.cases import CASES, batches, mean_loss
-from tests.support.layouts import Attached, Run, flat_mesh
+from tests.support.layouts import Attached, Layout, Run, flat_mesh
 from tests.support.models import tiny_opt
 from tests.support.reference import Hyperparameters
 from tests.workers.attached_cases import LAYOUTS, train
@@ -92,6 +94,24 @@ def others(max_grad_norm: float) -> dict[str, Tensor]:
     return {name: p.grad.full_tensor() for name, p in rest}  # type: ignore[union-attr]
 
 
+# ---- sharded without `shard_model` -----------------------------------------------------------
+
+
+def listed(model: Any, h: Hyperparameters) -> Run:
+    """Shard the last norm together with the head, as Transformers does."""
+    mesh = flat_mesh()
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    tail = [model.model.decoder.final_layer_norm, model.lm_head]
+    fully_shard(tail, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    return Attached(model, h)
+
+
+SHARDED_BY_HAND = {"modules-in-a-list": listed}
+"""Ways to shard the model of the case "untied"."""
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 
@@ -163,6 +183,8 @@ def run_case(name: str) -> dict[Any, Any]:
         return {norm: others(norm) for norm in (0.0, 1e9)}
     if name == "memory":
         return {with_addax: memory(with_addax) for with_addax in (False, True)}
+    if name in SHARDED_BY_HAND:
+        return train(Layout(2, SHARDED_BY_HAND[name]), CASES["untied"])
     (layout,) = [layout for layout, names in CASES_BY_LAYOUT.items() if name in names]
     with copies_between_devices():
         return train(LAYOUTS[layout], CASES[name])
