@@ -129,9 +129,12 @@ class Fsdp2(Sharding):
         infos = {info.parameter: info for info in self.infos}
         self._groups = _param_groups(model)
         for group in self._groups:
+            for fsdp_param in group.fsdp_params:
+                _look_at_module(fsdp_param)
             _check_group(group)
             for fsdp_param in group.fsdp_params:
                 _check(fsdp_param)
+                _check_once(infos.get(fsdp_param.sharded_param), self._fsdp_params)
                 self._fsdp_params[fsdp_param.sharded_param] = fsdp_param
             own = [infos.get(fsdp_param.sharded_param) for fsdp_param in group.fsdp_params]
             self._units.append(_Unit([info for info in own if info is not None]))
@@ -348,6 +351,17 @@ def _param_groups(model: nn.Module) -> list[Any]:
     return list(dict.fromkeys(group for module in sharded for group in param_groups(module)))
 
 
+@torch.no_grad()
+def _look_at_module(fsdp_param: Any) -> None:
+    """Take the parameter that the module has now, as FSDP2 itself does at the first forward.
+
+    Transformers loads weights of a sharded model into new parameters.
+    """
+    place = fsdp_param._module_info
+    if isinstance(getattr(place.module, place.param_name), DTensor):
+        fsdp_param.reset_sharded_param()
+
+
 def _check_group(group: Any) -> None:
     if group.post_forward_mesh_info not in (None, group.mesh_info):
         raise UserError(
@@ -380,6 +394,15 @@ def _check(fsdp_param: Any) -> None:
             f"FSDP2 of torch {torch.__version__} hands over offloaded gradients before they have "
             "arrived in pinned memory: use torch 2.13 or later, or "
             "CPUOffloadPolicy(pin_memory=False)"
+        )
+
+
+def _check_once(info: ParameterInfo | None, fsdp_params: dict[Tensor, Any]) -> None:
+    if info is not None and info.parameter in fsdp_params:
+        raise UserError(
+            f"{info.name} is sharded twice, and each time a part of its gradient is reduced: it "
+            "was tied after fully_shard, as Transformers does with a distributed_config. Load the "
+            "model without one and call shard_model of addax_ds.sharding.fsdp2"
         )
 
 

@@ -34,6 +34,7 @@ SENTENCES = {
     "tensor_parallel": OTHER_PARALLELISM,
     "sharded_along_columns": "UserError: .* call fully_shard without shard_placement_fn",
     "left_out_of_sharding": "UserError: .*final_layer_norm.weight .* ignored_params",
+    "tied_after_sharding": "UserError: .*embed_tokens.weight is sharded twice.* call shard_model",
     "weights_of_two_dtypes": r"UserError: weights of torch\.bfloat16 and torch\.float32 are",
     "wrapped_in_ddp": r"UserError: .* DistributedDataParallel.* attach model\.module",
     "zero3_attached": r"UserError: .* partitioned by DeepSpeed: use deepspeed\.initialize",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from addax_ds import Addax, attach
@@ -108,7 +109,19 @@ def listed(model: Any, h: Hyperparameters) -> Run:
     return Attached(model, h)
 
 
-SHARDED_BY_HAND = {"modules-in-a-list": listed}
+def replaced(model: nn.Module, h: Hyperparameters) -> Run:
+    """Put other parameters in place after sharding, as Transformers does with loaded weights."""
+    shard_model(model, mesh=flat_mesh())
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            assert isinstance(old, DTensor)
+            loaded = distribute_tensor(old.full_tensor().detach(), old.device_mesh, old.placements)
+            setattr(module, name, nn.Parameter(loaded))
+            old.detach().zero_()
+    return Attached(model, h)
+
+
+SHARDED_BY_HAND = {"modules-in-a-list": listed, "parameters-replaced": replaced}
 """Ways to shard the model of the case "untied"."""
 
 

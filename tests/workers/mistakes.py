@@ -155,6 +155,14 @@ def left_out_of_sharding() -> None:
     fsdp2(model, H, ignored_params={model.model.decoder.final_layer_norm.weight})
 
 
+def tied_after_sharding() -> None:
+    model = tiny_opt(tied=False)
+    fully_shard(model.model.decoder.embed_tokens, mesh=flat_mesh())
+    fully_shard(model, mesh=flat_mesh())
+    model.lm_head.weight = model.model.decoder.embed_tokens.weight
+    addax_ds.attach(addax(model), model)
+
+
 def weights_of_two_dtypes() -> None:
     model = tiny_opt(dtype=torch.bfloat16)
     model.model.decoder.final_layer_norm.float()
@@ -199,6 +207,7 @@ MISTAKES: dict[str, Callable[[], None]] = {
             tensor_parallel,
             sharded_along_columns,
             left_out_of_sharding,
+            tied_after_sharding,
             weights_of_two_dtypes,
             wrapped_in_ddp,
             zero3_attached,
