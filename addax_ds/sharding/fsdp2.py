@@ -31,7 +31,7 @@ from addax_ds.sharding.base import (
     padded,
 )
 from addax_ds.sharding.fsdp2_versions import BEFORE_2_13, param_groups, reset_iter_state
-from addax_ds.sharding.modules import blocks, materialize
+from addax_ds.sharding.modules import materialize, separate_blocks
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,14 @@ logger = logging.getLogger(__name__)
 def shard_model(model: nn.Module, **options: Any) -> None:
     """Shard a model in place: each decoder layer by itself, and what is left with the root.
 
+    Layers that share parameters are left to the root, too: FSDP2 wants all owners of a parameter in
+    one group.
+
     Args:
         model: the model; its parameters may lie on the meta device.
         **options: passed to ``fully_shard`` (``mesh``, ``offload_policy``, ...).
     """
-    for block in blocks(model):
+    for block in separate_blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
 

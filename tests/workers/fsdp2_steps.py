@@ -24,7 +24,7 @@ from tests.workers.attached_cases import LAYOUTS, train
 from tests.workers.fsdp2_passes import copies_between_devices
 
 CASES_BY_LAYOUT = {
-    "fsdp2": ("checkpointing", "untied", "frozen", "unused", "weight-decay"),
+    "fsdp2": ("checkpointing", "untied", "frozen", "unused", "weight-decay", "shared-by-layers"),
     "fsdp2-offload": ("offload",),
 }
 
