@@ -420,7 +420,7 @@ class Addax(torch.optim.Optimizer):
         if self._sharding is None:
             raise RuntimeError(
                 "Addax is not attached to a model: call addax_ds.attach(optimizer, model), or give "
-                'DeepSpeed the optimizer by "type": "Addax"'
+                'DeepSpeed the optimizer by "type": "Addax" with ZeRO stage 3'
             )
         return self._sharding
 

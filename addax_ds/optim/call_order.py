@@ -62,7 +62,8 @@ def check_all_applied(sharding: Sharding) -> None:
         raise RuntimeError(
             f"{name} has a gradient that was not applied, because it was not reduced (no_sync, "
             "set_requires_gradient_sync, set_requires_all_reduce): each step is one backward "
-            "with reduction"
+            "with reduction. Or torch.distributed.checkpoint (get_optimizer_state_dict) has set it "
+            "to make optimizer state, of which Addax has none: save optimizer.state_dict()"
         )
 
 

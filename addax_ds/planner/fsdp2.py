@@ -54,11 +54,12 @@ class Fsdp2Pass(BackEndPass):
         self._replicated, self._kept = replicated, 0
         self._gloo = gloo and ranks > 1
         self._ranks, self._perturbed = ranks, perturbed
-        # Rotary embeddings in a list are blocks without parameters.
+        # Rotary embeddings in a list are blocks without parameters. Blocks that share parameters
+        # are left to the root.
         pairs = zip(shape.blocks, shape.block_parameters, strict=True)
-        blocks = [(module, parameters) for module, parameters in pairs if parameters]
+        blocks = [(module, own) for module, own in pairs if own and module in shape.separate]
         self._groups = {group: parameters for group, (_, parameters) in enumerate(blocks)}
-        in_blocks = {p for parameters in shape.block_parameters for p in parameters}
+        in_blocks = {p for parameters in self._groups.values() for p in parameters}
         self._groups[_ROOT] = tuple(p for p in range(len(shape.sizes)) if p not in in_blocks)
         self._shards = {g: fsdp2_shard(shape, ranks, ps) for g, ps in self._groups.items()}
         sizes = [numel * shape.itemsize for numel in shape.numels]

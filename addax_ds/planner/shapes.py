@@ -28,7 +28,7 @@ from transformers import (
     modeling_utils,
 )
 
-from addax_ds.sharding.modules import blocks, is_uniform
+from addax_ds.sharding.modules import blocks, is_uniform, separate_blocks
 from addax_ds.utils.dtypes import DTYPES
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.files import read_regular
@@ -74,6 +74,7 @@ class ModelShape:
         modules: of each module, in the order of ``model.modules()``, the parameters it owns itself.
         blocks: of each block (decoder layer), its own index among the modules.
         block_parameters: of each block, its parameters, those of its children included.
+        separate: those of the blocks that share no parameter with another module.
         uniform: those of the blocks that run the same modules for all data.
         vocabulary: number of rows of the logits' last dimension.
         positions: longest sequence, if there is a limit.
@@ -89,6 +90,7 @@ class ModelShape:
     modules: tuple[tuple[int, ...], ...]
     blocks: tuple[int, ...]
     block_parameters: tuple[tuple[int, ...], ...]
+    separate: frozenset[int]
     uniform: frozenset[int]
     vocabulary: int
     positions: int | None
@@ -226,6 +228,7 @@ def _shape(config: PreTrainedConfig, name: str, dtype: str) -> ModelShape:
         block_parameters=tuple(
             tuple(parameters[p] for p in layer.parameters()) for layer in layers
         ),
+        separate=frozenset(places[layer] for layer in separate_blocks(model)),
         uniform=frozenset(places[layer] for layer in layers if is_uniform(layer)),
         vocabulary=head.weight.shape[0],
         positions=getattr(limits, "max_position_embeddings", None),

@@ -31,7 +31,7 @@ from addax_ds.sharding.base import (
     padded,
 )
 from addax_ds.sharding.fsdp2_versions import BEFORE_2_13, param_groups, reset_iter_state
-from addax_ds.sharding.modules import blocks, materialize
+from addax_ds.sharding.modules import materialize, separate_blocks
 from addax_ds.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,14 @@ logger = logging.getLogger(__name__)
 def shard_model(model: nn.Module, **options: Any) -> None:
     """Shard a model in place: each decoder layer by itself, and what is left with the root.
 
+    Layers that share parameters are left to the root, too: FSDP2 wants all owners of a parameter in
+    one group.
+
     Args:
         model: the model; its parameters may lie on the meta device.
         **options: passed to ``fully_shard`` (``mesh``, ``offload_policy``, ...).
     """
-    for block in blocks(model):
+    for block in separate_blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
 
@@ -127,11 +130,14 @@ class Fsdp2(Sharding):
         self._fsdp_params: dict[Tensor, Any] = {}
         self._units: list[_Unit] = []
         infos = {info.parameter: info for info in self.infos}
-        self._groups = list(_param_groups(model))
+        self._groups = _param_groups(model)
         for group in self._groups:
+            for fsdp_param in group.fsdp_params:
+                _look_at_module(fsdp_param)
             _check_group(group)
             for fsdp_param in group.fsdp_params:
                 _check(fsdp_param)
+                _check_once(infos.get(fsdp_param.sharded_param), self._fsdp_params)
                 self._fsdp_params[fsdp_param.sharded_param] = fsdp_param
             own = [infos.get(fsdp_param.sharded_param) for fsdp_param in group.fsdp_params]
             self._units.append(_Unit([info for info in own if info is not None]))
@@ -342,10 +348,21 @@ def options_for(
     return options
 
 
-def _param_groups(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            yield from param_groups(module)
+def _param_groups(model: nn.Module) -> list[Any]:
+    """Return each group once: modules that were sharded as a list have one together."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return list(dict.fromkeys(group for module in sharded for group in param_groups(module)))
+
+
+@torch.no_grad()
+def _look_at_module(fsdp_param: Any) -> None:
+    """Take the parameter that the module has now, as FSDP2 itself does at the first forward.
+
+    Transformers loads weights of a sharded model into new parameters.
+    """
+    place = fsdp_param._module_info
+    if isinstance(getattr(place.module, place.param_name), DTensor):
+        fsdp_param.reset_sharded_param()
 
 
 def _check_group(group: Any) -> None:
@@ -380,6 +397,15 @@ def _check(fsdp_param: Any) -> None:
             f"FSDP2 of torch {torch.__version__} hands over offloaded gradients before they have "
             "arrived in pinned memory: use torch 2.13 or later, or "
             "CPUOffloadPolicy(pin_memory=False)"
+        )
+
+
+def _check_once(info: ParameterInfo | None, fsdp_params: dict[Tensor, Any]) -> None:
+    if info is not None and info.parameter in fsdp_params:
+        raise UserError(
+            f"{info.name} is sharded twice, and each time a part of its gradient is reduced: it "
+            "was tied after fully_shard, as Transformers does with a distributed_config. Load the "
+            "model without one and call shard_model of addax_ds.sharding.fsdp2"
         )
 
 

@@ -1,5 +1,6 @@
 """Modules of a model: its decoder layers, their names, and their memory."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,29 @@ def _elements_of_lists(module: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _elements_of_lists(child)
+
+
+def separate_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that share no parameter with another module (Zamba2's layers do)."""
+    own = of_one_block(model)
+    return [block for block in blocks(model) if own.issuperset(block.parameters())]
+
+
+def of_one_block(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that one block alone has, and no module outside the blocks."""
+    all_blocks = list(blocks(model))
+    users = Counter(parameter for block in all_blocks for parameter in block.parameters())
+    outside = _parameters_outside(model, set(all_blocks))
+    return {p for p, number in users.items() if number == 1 and p not in outside}
+
+
+def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that a module outside the blocks owns (a block may share one, when tied)."""
+    own = set(module.parameters(recurse=False))
+    for child in module.children():
+        if child not in blocks:
+            own |= _parameters_outside(child, blocks)
+    return own
 
 
 def is_uniform(block: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from addax_ds.distributed.collectives import get_world_size
 from addax_ds.sharding.base import OnGradients, ParameterInfo, Perturb, Sharding, hook_of_parameter
-from addax_ds.sharding.modules import blocks, materialize, modules_of
+from addax_ds.sharding.modules import blocks, materialize, modules_of, of_one_block
 from addax_ds.utils.errors import UserError
 
 
@@ -204,26 +204,10 @@ def _split_into_blocks(
     model: nn.Module, infos: list[ParameterInfo]
 ) -> tuple[list[tuple[nn.Module, list[ParameterInfo]]], list[ParameterInfo]]:
     """Return the blocks with the parameters that only they use, and the parameters left over."""
-    all_blocks = list(blocks(model))
-    users: dict[nn.Parameter, int] = {}
-    for block in all_blocks:
-        for parameter in block.parameters():
-            users[parameter] = users.get(parameter, 0) + 1
-    in_blocks = {p for block in all_blocks for p in block.parameters() if users[p] == 1}
-    elsewhere = _parameters_outside(model, set(all_blocks))
-    exclusive = in_blocks - elsewhere
+    exclusive = of_one_block(model)
     own = {info.parameter: info for info in infos if info.parameter in exclusive}
-    split = [(block, [own[p] for p in block.parameters() if p in own]) for block in all_blocks]
+    split = [(block, [own[p] for p in block.parameters() if p in own]) for block in blocks(model)]
     return split, [info for info in infos if info.parameter not in exclusive]
-
-
-def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
-    """Parameters that a module outside the blocks owns (a block may share one, when tied)."""
-    own = set(module.parameters(recurse=False))
-    for child in module.children():
-        if child not in blocks:
-            own |= _parameters_outside(child, blocks)
-    return own
 
 
 def _swap_out(infos: list[ParameterInfo], swapped: dict[ParameterInfo, Tensor], *_: Any) -> None:

@@ -24,6 +24,7 @@ SENTENCES = {
     "second_backward": SECOND_GRADIENT,
     "no_reduction": NOT_REDUCED,
     "no_reduction_over_replicas": NOT_REDUCED,
+    "state_for_torch_checkpoint": "RuntimeError: .*checkpoint .* save optimizer.state_dict",
     "gradient_from_before": THERE_BEFORE,
     "narrow_output": NARROW_LOSS,
     "sharded_after_attaching": "UserError: fully_shard was applied after .* shard first",
@@ -34,8 +35,10 @@ SENTENCES = {
     "tensor_parallel": OTHER_PARALLELISM,
     "sharded_along_columns": "UserError: .* call fully_shard without shard_placement_fn",
     "left_out_of_sharding": "UserError: .*final_layer_norm.weight .* ignored_params",
+    "tied_after_sharding": "UserError: .*embed_tokens.weight is sharded twice.* call shard_model",
     "weights_of_two_dtypes": r"UserError: weights of torch\.bfloat16 and torch\.float32 are",
     "wrapped_in_ddp": r"UserError: .* DistributedDataParallel.* attach model\.module",
+    "zero_stage_left_out": "RuntimeError: Addax is not attached .* with ZeRO stage 3",
     "zero3_attached": r"UserError: .* partitioned by DeepSpeed: use deepspeed\.initialize",
 }
 RANKS = dict.fromkeys(MISTAKES, 2) | dict.fromkeys(MISTAKES_OF_FOUR, 4)

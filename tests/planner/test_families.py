@@ -24,6 +24,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
+    Zamba2Config,
 )
 
 from addax_ds.data.examples import NO_LOSS
@@ -178,6 +179,25 @@ def test_a_block_without_parameters_is_no_group_of_fsdp2():
         blocks, parameters = zip(*(p for p in pairs if kept or p[1]), strict=True)
         cut = replace(shape, blocks=blocks, block_parameters=parameters)
         batch = Batch(2, 32, 32)
+        spec = StepSpec(cut, "addax", "fsdp2", 2, zeroth_order=batch, first_order=batch)
+        totals.append(step_memory(spec).total)
+    assert totals[0] == totals[1] > 0
+
+
+def test_a_block_that_shares_parameters_is_planned_with_the_root_of_fsdp2():
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    heads = {**GROUPED, "num_hidden_layers": 4, "n_mamba_heads": 4, "mamba_headdim": 32}
+    zamba = shape_of(Zamba2Config(**heads, layers_block_type=kinds, num_mem_blocks=1), "zamba2")
+    assert zamba.separate == {zamba.blocks[0], zamba.blocks[2]}
+    shape = shape_of(FAMILIES["llama"], "llama")
+    assert shape.separate == set(shape.blocks)
+    batch = Batch(2, 32, 32)
+    totals = []
+    for changed in (
+        {"separate": frozenset(shape.blocks[:1])},
+        {"blocks": shape.blocks[:1], "block_parameters": shape.block_parameters[:1]},
+    ):
+        cut = replace(shape, **changed)
         spec = StepSpec(cut, "addax", "fsdp2", 2, zeroth_order=batch, first_order=batch)
         totals.append(step_memory(spec).total)
     assert totals[0] == totals[1] > 0

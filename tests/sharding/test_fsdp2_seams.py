@@ -25,6 +25,9 @@ SOURCES: dict[Any, tuple[str, ...]] = {
         "self._sharded_param_data = padded_sharded_param.view(-1)",
         "sharded_param_data = self._sharded_param_data",  # what all_gather_inputs gathers
         "self.sharded_param = nn.Parameter(",
+        "self._module_info",
+        "new_param = getattr(module_info.module, module_info.param_name)",
+        "self.sharded_param = new_param",  # what reset_sharded_param is called for
         "self._unsharded_param = nn.Parameter(",
         "self.unsharded_accumulated_grad = ",
         "def free_unsharded_param(self)",

@@ -40,6 +40,7 @@ CASES = {
         model=FROZEN, zero_optimization={"stage3_param_persistence_threshold": 0}
     ),
     "unused": Case(model={"unused": True}),
+    "shared-by-layers": Case(model={"shared": True}),
     "weight-decay": Case(hyperparameters=Hyperparameters(weight_decay=0.3)),
     "ip-sgd": Case(hyperparameters=Hyperparameters(alpha=0.0)),
     "mezo": Case(hyperparameters=Hyperparameters(alpha=1.0, lr=1e-4)),

@@ -12,6 +12,7 @@ def tiny_opt(
     tied: bool = True,
     frozen: bool = False,
     unused: bool = False,
+    shared: bool = False,
     dropout: float = 0.0,
     vocabulary: int = VOCABULARY,
     dtype: torch.dtype = torch.float32,
@@ -41,6 +42,9 @@ def tiny_opt(
         model.model.decoder.embed_positions.weight.requires_grad_(False)
         model.model.decoder.layers[1].fc1.weight.requires_grad_(False)
         model.model.decoder.layers[1].self_attn.k_proj.bias.requires_grad_(False)
+    if shared:  # by the first layer and the last, as Zamba2's layers share
+        first, _, last = model.model.decoder.layers
+        last.self_attn, last.fc1.weight = first.self_attn, first.fc1.weight
     if unused:
         model.unused = nn.Linear(17, 5)
     return model.to(dtype)

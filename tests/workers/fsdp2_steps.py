@@ -8,20 +8,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from addax_ds import Addax, attach
 from addax_ds.sharding.fsdp2 import shard_model
+from addax_ds.sharding.modules import blocks
 from studies.collectives import CollectiveCounter
 from tests.support.cases import CASES, batches, mean_loss
-from tests.support.layouts import Attached, Run, flat_mesh
+from tests.support.layouts import Attached, Layout, Run, flat_mesh
 from tests.support.models import tiny_opt
 from tests.support.reference import Hyperparameters
 from tests.workers.attached_cases import LAYOUTS, train
 from tests.workers.fsdp2_passes import copies_between_devices
 
 CASES_BY_LAYOUT = {
-    "fsdp2": ("checkpointing", "untied", "frozen", "unused", "weight-decay"),
+    "fsdp2": ("checkpointing", "untied", "frozen", "unused", "weight-decay", "shared-by-layers"),
     "fsdp2-offload": ("offload",),
 }
 
@@ -90,6 +93,36 @@ def others(max_grad_norm: float) -> dict[str, Tensor]:
     optimizer.step()
     rest = [(n, p) for n, p in model.named_parameters() if p not in own and p.grad is not None]
     return {name: p.grad.full_tensor() for name, p in rest}  # type: ignore[union-attr]
+
+
+# ---- sharded without `shard_model` -----------------------------------------------------------
+
+
+def listed(model: Any, h: Hyperparameters) -> Run:
+    """Shard the last norm together with the head, as Transformers does."""
+    mesh = flat_mesh()
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    tail = [model.model.decoder.final_layer_norm, model.lm_head]
+    fully_shard(tail, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    return Attached(model, h)
+
+
+def replaced(model: nn.Module, h: Hyperparameters) -> Run:
+    """Put other parameters in place after sharding, as Transformers does with loaded weights."""
+    shard_model(model, mesh=flat_mesh())
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            assert isinstance(old, DTensor)
+            loaded = distribute_tensor(old.full_tensor().detach(), old.device_mesh, old.placements)
+            setattr(module, name, nn.Parameter(loaded))
+            old.detach().zero_()
+    return Attached(model, h)
+
+
+SHARDED_BY_HAND = {"modules-in-a-list": listed, "parameters-replaced": replaced}
+"""Ways to shard the model of the case "untied"."""
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -163,6 +196,8 @@ def run_case(name: str) -> dict[Any, Any]:
         return {norm: others(norm) for norm in (0.0, 1e9)}
     if name == "memory":
         return {with_addax: memory(with_addax) for with_addax in (False, True)}
+    if name in SHARDED_BY_HAND:
+        return train(Layout(2, SHARDED_BY_HAND[name]), CASES["untied"])
     (layout,) = [layout for layout, names in CASES_BY_LAYOUT.items() if name in names]
     with copies_between_devices():
         return train(LAYOUTS[layout], CASES[name])

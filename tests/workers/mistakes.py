@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -78,6 +79,13 @@ def no_reduction_over_replicas() -> None:
     run = fsdp2(tiny_opt(), H, mesh=hybrid_mesh)
     run.model.set_requires_all_reduce(False)
     run.train(partial(loss, run), partial(loss, run))
+
+
+def state_for_torch_checkpoint(start: Callable[..., Run]) -> None:
+    """Torch asks for state between two steps: it sets gradients of zero and calls step()."""
+    run = start(tiny_opt(), H)
+    run.train(partial(loss, run), partial(loss, run))
+    get_optimizer_state_dict(run.model, run.optimizer)
 
 
 def gradient_from_before(start: Callable[..., Run]) -> None:
@@ -155,6 +163,14 @@ def left_out_of_sharding() -> None:
     fsdp2(model, H, ignored_params={model.model.decoder.final_layer_norm.weight})
 
 
+def tied_after_sharding() -> None:
+    model = tiny_opt(tied=False)
+    fully_shard(model.model.decoder.embed_tokens, mesh=flat_mesh())
+    fully_shard(model, mesh=flat_mesh())
+    model.lm_head.weight = model.model.decoder.embed_tokens.weight
+    addax_ds.attach(addax(model), model)
+
+
 def weights_of_two_dtypes() -> None:
     model = tiny_opt(dtype=torch.bfloat16)
     model.model.decoder.final_layer_norm.float()
@@ -176,6 +192,15 @@ def zero3_attached() -> None:
     addax_ds.attach(addax(engine.module), engine.module)
 
 
+def zero_stage_left_out() -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "Addax", "params": {"lr": 0.1, "alpha": 0.5}},
+    }
+    model, optimizer, *_ = deepspeed.initialize(model=tiny_opt(), config=config)
+    optimizer.zeroth_order(lambda: mean_loss(model, rows()))
+
+
 MISTAKES: dict[str, Callable[[], None]] = {
     **{
         f"{mistake.__name__} {name}": partial(mistake, start)
@@ -185,6 +210,8 @@ MISTAKES: dict[str, Callable[[], None]] = {
     "second_backward unsharded": partial(second_backward, Attached),
     "second_backward fsdp2": partial(second_backward, fsdp2),
     "no_reduction fsdp2": partial(no_reduction, fsdp2),
+    "state_for_torch_checkpoint unsharded": partial(state_for_torch_checkpoint, Attached),
+    "state_for_torch_checkpoint fsdp2": partial(state_for_torch_checkpoint, fsdp2),
     "gradient_from_before unsharded": partial(gradient_from_before, Attached),
     "gradient_from_before fsdp2": partial(gradient_from_before, fsdp2),
     "narrow_output zeroth order": partial(narrow_output, False),
@@ -199,9 +226,11 @@ MISTAKES: dict[str, Callable[[], None]] = {
             tensor_parallel,
             sharded_along_columns,
             left_out_of_sharding,
+            tied_after_sharding,
             weights_of_two_dtypes,
             wrapped_in_ddp,
             zero3_attached,
+            zero_stage_left_out,
         )
     },
 }
