@@ -104,7 +104,8 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: AddaxCon
     digest = data_digest(data.train)
     planned, steps = None, None
     if data.train and args.settings.length_threshold == "auto":
-        planned = _plan_threshold(source, layout, data, args, resumed)
+        with patient(args.ddp_timeout):  # rank 0 plans, and others wait
+            planned = _plan_threshold(source, layout, data, args, resumed)
     with raise_on_all_ranks():  # the trainer does these, too, but with the model loaded
         check_evaluations(args, data.validation)
         if data.train:

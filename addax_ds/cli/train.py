@@ -43,7 +43,12 @@ from addax_ds.cli.results import (
 from addax_ds.cli.summary import Duration, announce, report
 from addax_ds.config.addax_config import AddaxConfig
 from addax_ds.config.arguments import DataArguments, ModelArguments, parse_arguments
-from addax_ds.distributed.collectives import limit_waiting, shutdown
+from addax_ds.distributed.collectives import (
+    limit_waiting,
+    patient,
+    raise_on_all_ranks,
+    shutdown,
+)
 from addax_ds.distributed.nodes import threads_of_rank
 from addax_ds.distributed.startup import launched_as_rank_zero
 from addax_ds.evaluation.scored_set import ScoredSet
@@ -108,8 +113,9 @@ def _finetune(
 ) -> dict[str, float]:
     prepared = prepare(model_args, data_args, args)
     data = prepared.data
-    if args.process_index == 0:
-        announce(prepared, args)
+    with patient(args.ddp_timeout), raise_on_all_ranks():  # rank 0 plans, and others wait
+        if args.process_index == 0:
+            announce(prepared, args)
     if data.train and args.push_to_hub:
         reach_hub(args)
     trainer = _make_trainer(prepared, model_args, args, trainer_class)

@@ -8,6 +8,9 @@ and add are fused.
 A launch covers any number of slices, by a table of their addresses in the GPU's memory. A thread
 has two counters, and each of them one element of a tile's eight rows. More would make wider loads,
 and need so many registers that few threads run at once, where arithmetic is what takes time.
+
+One direction, the usual case, has code of its own. Several are a loop at run time, so their number
+changes neither the time to compile nor the registers: unrolled, 32 took three minutes.
 """
 
 import functools
@@ -64,22 +67,25 @@ def fused(
     """See `addax_ds.kernels.fused`."""
     weight = slices[0].data
     with _device(weight):
+        place = weight.device, torch.cuda.current_stream().cuda_stream if weight.is_cuda else 0
         table, rows, programs = _table(
             b"".join([each.row for each in slices]),
             None if out is None else tuple(offsets(slices)),
             None if gradients is None else tuple(each.data_ptr() for each in gradients),
-            weight.device,
-            torch.cuda.current_stream().cuda_stream if weight.is_cuda else 0,
+            *place,
         )
         if programs == 0:
             return
+        directions = len(operation.c2)
+        several = _coefficients(operation.c2, *place) if directions > 1 else None
         seed_low, seed_high, _, *rest = _counter(operation.draw, STREAM_Z)
-        realised = bool(operation.c2) and operation.zo_eps != 0.0
+        realised = directions > 0 and operation.zo_eps != 0.0
         fused_kernel[(programs,)](
             *(table, rows, None if out is None else _as_integers(out), kept),
-            *(operation.c0, operation.c1, operation.c2 or (0.0,), operation.zo_eps),
+            *(operation.c0, operation.c1, operation.c2[0] if directions else 0.0),
+            *(several, directions, operation.zo_eps),
             *(seed_low, seed_high, *rest),
-            *(STREAM_ROUNDING, len(operation.c2), realised, operation.stochastic),
+            *(STREAM_ROUNDING, directions > 0, realised, operation.stochastic),
             *(_TYPES[weight.dtype], None if gradients is None else _TYPES[gradients[0].dtype]),
             BLOCK,
             **OPTIONS,
@@ -124,8 +130,25 @@ def _table(
         place = _slice(start, count)
         table.append((programs, address, offset, gradient, *place, _signed(parameter_id), index))
         programs += _grid(start, count)[0]
-    numbers = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True), len(table), programs
+    return _moved(torch.tensor(table, dtype=torch.int64), device), len(table), programs
+
+
+@functools.lru_cache(maxsize=1 << 4)
+def _coefficients(c2: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
+    """Return the coefficients of several directions on a device, copied once for a step.
+
+    Args:
+        c2: see `Operation`.
+        device: of the result.
+        stream: as of `_table`.
+    """
+    return _moved(torch.tensor(c2, dtype=torch.float32), device)
+
+
+def _moved(numbers: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
 
 
 def _device(tensor: Tensor) -> torch.cuda.device | nullcontext:
@@ -160,7 +183,7 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 
 _SCALARS = (
-    *("c0", "c1", "c2", "zo_eps", "first_tile", "skipped", "count"),
+    *("c0", "c1", "c2", "directions", "zo_eps", "first_tile", "skipped", "count"),
     *("seed_low", "seed_high", "parameter_id", "step", "probe_and_stream"),
 )
 
@@ -198,21 +221,26 @@ def fused_kernel(
     kept: tl.tensor | None,
     c0: tl.tensor,
     c1: tl.tensor,
-    c2: tl.tuple,
+    c2: tl.tensor,
+    several: tl.tensor | None,
+    directions: tl.tensor,
     zo_eps: tl.tensor,
     seed_low: tl.tensor,
     seed_high: tl.tensor,
     step: tl.tensor,
     probe_and_stream: tl.tensor,
     STREAM_ROUNDING: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
+    HAS_D: tl.constexpr,
     REALISED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """An `Operation` over slices; see `_table` and `_counter`. The type int16 stands for bf16."""
+    """An `Operation` over slices; see `_table` and `_counter`. The type int16 stands for bf16.
+
+    One direction has its coefficient in ``c2``; that of several are in the GPU's memory.
+    """
     program = tl.program_id(0)
     low, high = rows * 0, rows
     while high - low > 1:
@@ -238,14 +266,12 @@ def fused_kernel(
         gradient = tl.load(row + GRADIENTS).to(tl.pointer_type(GRADIENT)) + begin
     local = tl.arange(0, BLOCK)
     element = (local // LANES) * TILE + local % LANES
-    z_words = ()  # of all directions: static loops are unrolled, so tuples may grow in them
-    for k in tl.static_range(DIRECTIONS):
-        words = _words(local, first_tile, *draw, probe_and_stream + 2 * k)
-        z_words += (words,)  # type: ignore[assignment]
+    if HAS_D and several is None:
+        z_words = _words(local, first_tile, *draw, probe_and_stream)
     random_words = _words(local, first_tile, *draw, probe_and_stream | STREAM_ROUNDING)
     # All is read before anything is written: an update whose reads and writes took turns was up to
     # six times slower on an H100.
-    weights = ()
+    weights = ()  # static loops are unrolled, so tuples may grow in them
     gradients = ()
     for number in tl.static_range(8):
         at = element + LANES * number
@@ -253,31 +279,33 @@ def fused_kernel(
         weights += (_read_once(weight + at, mask),)  # type: ignore[assignment]
         if GRADIENT is not None:
             gradients += (_read_once(gradient + at, mask),)  # type: ignore[assignment]
+    if several is not None:
+        # -0, to which every number, -0 too, adds as it is. Of -0.0 `tl.full` would make 0.
+        zero = tl.full((BLOCK,), 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero)
+        for k in range(directions):
+            words = _words(local, first_tile, *draw, probe_and_stream + 2 * k)
+            sums = _plus(sums, words, weights, tl.load(several + k), zo_eps, REALISED)
     keeping = tl.zeros((BLOCK,), tl.int1)
     for i in tl.static_range(4):
-        z = ()
-        for k in tl.static_range(DIRECTIONS):
-            z += (_normals(z_words[k][i]),)  # type: ignore[assignment]
+        if HAS_D and several is None:
+            z = _normals(z_words[i])
         for half in tl.static_range(2):
             at = element + LANES * (2 * i + half)
             mask = (at >= lowest) & (at < end)
             stored = weights[2 * i + half]  # type: ignore[var-annotated]
             wide = _widen(stored)
             value = wide * c0
-            for k in tl.static_range(DIRECTIONS):
-                d = z[k][half]  # type: ignore[var-annotated]
-                if REALISED:
-                    d = _realised_difference(wide, d * zo_eps, stored.dtype)
-                if k == 0:  # noqa: SIM108 (there is no decrement yet)
-                    decrement = d * c2[k]
-                else:
-                    decrement = decrement + d * c2[k]
+            if several is not None:
+                decrement = sums[2 * i + half]
+            elif HAS_D:
+                decrement = _term(z[half], wide, stored.dtype, c2, zo_eps, REALISED)
             if GRADIENT is not None:
                 part = _widen(gradients[2 * i + half]) * c1
-                if DIRECTIONS > 0:
+                if HAS_D:
                     part = part + decrement
                 value = value - part
-            elif DIRECTIONS > 0:
+            elif HAS_D:
                 value = value - decrement
             if STOCHASTIC:
                 random = (random_words[i] >> 16) if half else (random_words[i] & 0xFFFF)
@@ -290,6 +318,42 @@ def fused_kernel(
     if kept is not None:
         mark = kept + tl.load(row + INDEX)
         tl.store(mark + tl.zeros((BLOCK,), tl.int32), 1, mask=keeping)
+
+
+@triton.jit
+def _plus(
+    sums: tl.tuple,
+    words: tl.tuple,
+    weights: tl.tuple,
+    coefficient: tl.tensor,
+    zo_eps: tl.tensor,
+    REALISED: tl.constexpr,
+) -> tl.tuple:
+    """The sums of eight rows and the terms of one more direction."""
+    longer = ()
+    for i in tl.static_range(4):
+        z = _normals(words[i])
+        for half in tl.static_range(2):
+            stored = weights[2 * i + half]
+            term = _term(z[half], _widen(stored), stored.dtype, coefficient, zo_eps, REALISED)
+            longer += (sums[2 * i + half] + term,)  # type: ignore[assignment]
+    return longer
+
+
+@triton.jit
+def _term(
+    z: tl.tensor,
+    weight: tl.tensor,
+    to: tl.constexpr,
+    coefficient: tl.tensor,
+    zo_eps: tl.tensor,
+    REALISED: tl.constexpr,
+) -> tl.tensor:
+    """The term of a direction, of weights that were widened from a type."""
+    if REALISED:
+        return _realised_difference(weight, z * zo_eps, to) * coefficient
+    else:
+        return z * coefficient
 
 
 @triton.jit

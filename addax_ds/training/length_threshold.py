@@ -19,7 +19,7 @@ from addax_ds.distributed.nodes import ranks_of_node
 from addax_ds.planner.constants import GB
 from addax_ds.planner.memory import Memory, StepSpec, step_memory
 from addax_ds.planner.threshold import largest_threshold
-from addax_ds.planner.trace import Batch
+from addax_ds.planner.trace import Batch, PlanError
 from addax_ds.sharding.layout import Layout
 from addax_ds.training.memory import free_memory, spec_of_run
 from addax_ds.utils.errors import UserError
@@ -95,7 +95,10 @@ def plan_threshold(
             except UserError as error:
                 raise UserError(f"{FLAG}: {error}: give a number of tokens") from error
             search = _Search(spec, examples, args, (budget, host), fixed)
-            plan = search.run(limit)
+            try:
+                plan = search.run(limit)
+            except PlanError as error:
+                raise UserError(f"{FLAG}: {error}, and give that number of tokens") from error
     found = all_gather_object(plan)[0]
     assert found is not None
     return found

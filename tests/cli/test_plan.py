@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers import MixtralConfig, OPTConfig
+from transformers import MixtralConfig, OPTConfig, RwkvConfig
 
 from addax_ds.cli.plan import main, plan
 from addax_ds.utils.errors import UserError
@@ -307,6 +307,19 @@ def test_mistakes_are_sentences(folder, capsys, words, message):
     with pytest.raises(SystemExit):
         main(["--model", folder, *WORDS, *words])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--recommend"]])
+def test_a_model_that_loops_over_tokens_is_refused_with_a_sentence(
+    more, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("addax_ds.planner.trace.MOST_OPERATIONS", 2000)
+    RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=301).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--model", str(tmp_path), *WORDS, *more])
+    said = capsys.readouterr()
+    assert "a model of type rwkv cannot be planned with 8 row(s) of " in said.err
+    assert not said.out
 
 
 def test_lengths_and_targets_are_those_of_a_training_file(tmp_path):

@@ -12,6 +12,8 @@ import torch
 from addax_ds.checkpoint.identity import Run
 from addax_ds.cli import summary, train
 from addax_ds.config.arguments import _check_launcher
+from addax_ds.distributed import collectives
+from addax_ds.planner.trace import trace
 from addax_ds.training.costs import Costs
 from tests.support.tiny import rows, write_model, write_rows
 
@@ -114,6 +116,33 @@ def test_a_run_names_its_back_end_widened_weights_and_rows_left_out(tmp_path, ca
         assert output.count(summary) == (short in more)
         assert (widened in output) == warned
         assert "Ranks: 1, sharding none: the whole model on each" in output
+
+
+@pytest.mark.usefixtures("program_alone")
+def test_a_model_that_cannot_be_planned_trains_and_ranks_wait_for_the_planner(
+    tmp_path, capsys, monkeypatch
+):
+    trace.cache_clear()
+    monkeypatch.setattr("addax_ds.planner.trace.MOST_OPERATIONS", 10)
+    waits: list[float] = []
+    monkeypatch.setattr(collectives, "limit_waiting", waits.append)
+    waited = []
+
+    def announce(*arguments: Any) -> None:
+        waited.append(waits[-1])
+        summary.announce(*arguments)
+
+    monkeypatch.setattr(train, "announce", announce)
+    flags = ["--method=addax-wa", "--learning_rate=0.1", "--max_steps=1", "--save_strategy=no"]
+    flags += [f"--model_name_or_path={write_model(tmp_path / 'model')}", "--report_to=none"]
+    flags += [f"--train_file={write_rows(tmp_path / 'rows.jsonl', rows(4, 4))}", "--use_cpu"]
+    flags += ["--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'output'}"]
+    train.main([*flags, "--ddp_timeout=77"])
+    said = capsys.readouterr().err
+    assert re.search(r"^Memory: not planned, .* cannot be planned with 2 row\(s\)", said, re.M)
+    assert "Trained 1 steps" in said
+    assert waited[0] > 24 * 3600
+    assert waits[-1] == 77
 
 
 @pytest.mark.usefixtures("program_alone")

@@ -32,6 +32,7 @@ KINDS = [
     (1, 1e-3, "same", True),  # Addax
     (1, 0.0, "fp32", False),  # Addax on fp32 weights
     (3, 1e-3, "fp32", True),  # from sums over micro-batches
+    (33, 1e-3, None, True),  # MeZO along many directions
 ]
 
 
@@ -54,7 +55,7 @@ def test_a_thousand_random_slices(dtype):
             Draw(rng.randrange(2**64), rng.randrange(2**32), rng.randrange(2**32)),
             c0=rng.choice((1.0, 0.99)),
             c1=0.0 if gradient is None else 1e-3,
-            c2=(1e-3, -2e-3, 0.0)[:directions],
+            c2=(11 * (1e-3, -2e-3, 0.0))[:directions],
             zo_eps=zo_eps,
             stochastic=stochastic and dtype != torch.float32,
         )

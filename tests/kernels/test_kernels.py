@@ -159,6 +159,26 @@ def check_fused(module: ModuleType, draw: Draw, start: int, count: int, rng: ran
     assert gradient is None or torch.equal(bits(gradient), bits(before)), case
 
 
+def check_many_directions(module: ModuleType) -> None:
+    """Compare sums over many directions with the reference, and those of nothing but -0."""
+    rng = random.Random(6)
+    for dtype, stochastic in ROUNDED:
+        for zo_eps, c1 in ((0.0, 0.1), (1e-3, 0.0)):
+            c2 = tuple(rng.choice((*COEFFICIENTS, -2e-3)) for _ in range(33))
+            operation = Operation(DRAW, 0.875, c1, c2, zo_eps, stochastic)
+            weight, gradient = (random_tensor(rng, 300, dtype) for _ in range(2))
+            results = torch.empty(2, 300, dtype=dtype)
+            for out, each in zip(results, (reference, module), strict=True):
+                fused(each, out, weight, gradient if c1 else None, operation, 5)
+            assert torch.equal(*bits(results)), (dtype, operation)
+    # Shifts that are rounded away leave d = 0 and terms of -0, and -0 - (-0) is 0.
+    weight, sums = torch.full((300,), -1e6), torch.ones(300)
+    for directions in (1, 2, 3):
+        operation = Operation(DRAW, c0=0.0, c2=directions * (-1.0,), zo_eps=1e-6)
+        fused(module, sums, weight, None, operation, 0)
+        assert not bits(sums).any(), directions
+
+
 def check_many_slices(module: ModuleType, number: int, seed: int) -> None:
     """Compare one call over slices of several parameters with the reference, one by one."""
     rng = random.Random(seed)
@@ -196,6 +216,11 @@ def check_many_slices(module: ModuleType, number: int, seed: int) -> None:
 def test_cpp_works_on_many_slices_at_once(build):
     check_many_slices(cpu, 100, seed=1)
     check_many_slices(reference, 5, seed=2)
+
+
+def test_cpp_sums_over_many_directions(build):
+    check_many_directions(cpu)
+    check_many_directions(reference)
 
 
 @pytest.mark.slow
@@ -470,8 +495,9 @@ def test_fp32_is_not_rounded_stochastically():
             "t.check_conversions(module); t.check_stochastic_rounding(module)\n"
             "t.check_overflowing_passes(module)\n"
         ),
+        "t.check_many_directions(module)\n",
     ],
-    ids=["slices", "roundings"],
+    ids=["slices", "roundings", "directions"],
 )
 def test_triton_equals_the_reference_under_the_interpreter(checks):
     code = (
@@ -520,17 +546,51 @@ def test_triton_compiles_without_fused_multiply_add(
     else:
         out = weight if kept is None else None  # both of these, with a gradient or without one
         types = {"table": "*i64", "out": out, "kept": kept}
-        types |= {"c0": "fp32", "c1": "fp32", "c2": directions * ("fp32",), "zo_eps": "fp32"}
-        constants = {"STREAM_ROUNDING": 1, "DIRECTIONS": directions}
+        types |= {"c0": "fp32", "c1": "fp32", "c2": "fp32", "zo_eps": "fp32"}
+        types |= {"several": "*fp32" if directions > 1 else None}
+        constants = {"STREAM_ROUNDING": 1, "HAS_D": directions > 0}
         constants |= {"REALISED": realised, "STOCHASTIC": stochastic}
         constants |= {"WEIGHT": element(weight), "GRADIENT": gradient and element(gradient)}
-        constants |= {name: None for name in ("out", "kept") if types[name] is None}
+        constants |= {name: None for name in ("out", "kept", "several") if types[name] is None}
         ptx = compiled(gpu.fused_kernel, types, constants, gpu.OPTIONS)
         if not realised and gradient is None:  # the search finds what Triton does by default
             fusing = compiled(gpu.fused_kernel, types, constants, {"enable_fp_fusion": True})
             assert re.search(r"\bfma\.rn\.f32", fusing)
     assert not re.search(r"\bfma\.|\.ftz|\bsqrt\.approx|\bmad\.rn", ptx)
     assert bool(re.search(r"\bsqrt\.rn\.f32", ptx)) == bool(directions)  # IP-SGD draws no z
+
+
+@needs_triton
+def test_triton_compiles_no_kernel_for_each_number_of_directions(monkeypatch):
+    """Unrolled, 32 directions took three minutes to compile, and 1024 are allowed."""
+    from addax_ds.kernels import gpu
+
+    kernel, launches = gpu.fused_kernel, []
+
+    class Launcher:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append(arguments)
+
+    monkeypatch.setattr(gpu, "fused_kernel", Launcher())
+    weight = torch.zeros(300)
+    for directions in (2, 16, 1024):
+        coefficients = tuple(range(1, directions + 1))
+        fused(gpu, weight, weight, None, Operation(DRAW, c2=coefficients, zo_eps=1e-3), 0)
+        given = dict(zip(kernel.arg_names, launches[-1], strict=True))
+        assert given["directions"] == directions
+        assert given["several"].tolist() == list(coefficients)
+    first, *others = [compiled_for(kernel, arguments) for arguments in launches]
+    assert all(other == first for other in others)
+
+
+def compiled_for(kernel: Any, arguments: tuple) -> list:
+    """What Triton compiles a launch for: types, and values unless it is told to ignore them."""
+    return [
+        value
+        if parameter.is_constexpr or not (isinstance(value, Tensor) or parameter.do_not_specialize)
+        else getattr(value, "dtype", type(value))
+        for parameter, value in zip(kernel.params, arguments, strict=True)
+    ]
 
 
 def element(pointer: str) -> Any:

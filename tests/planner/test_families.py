@@ -20,10 +20,14 @@ from transformers import (
     JetMoeConfig,
     LlamaConfig,
     Mamba2Config,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
+    Qwen3MoeConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
     Zamba2Config,
 )
 
@@ -33,7 +37,7 @@ from addax_ds.evaluation.likelihood import target_scores, target_tensors
 from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
 from addax_ds.planner.tape import Tape
-from addax_ds.planner.trace import Batch, Trace, trace
+from addax_ds.planner.trace import MOST_OPERATIONS, Batch, PlanError, Trace, trace
 from addax_ds.utils.errors import UserError
 from benchmarks.live import peak
 
@@ -207,6 +211,44 @@ def test_a_model_that_asks_for_values_is_refused_by_name():
     config = JetMoeConfig(**GROUPED, num_local_experts=4)
     with pytest.raises(UserError, match=r"small: .* type jetmoe .*, with 2 row\(s\) of 64 tokens"):
         trace(shape_of(config, "small"), Batch(2, 64, 1), backward=True)
+
+
+LOOPING: dict[str, PreTrainedConfig] = {
+    "rwkv": RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=301),
+    "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=301),
+    "recurrent_gemma": RecurrentGemmaConfig(
+        **{**HEADS, "num_hidden_layers": 3}, intermediate_size=128, lru_width=64
+    ),
+}
+DEEP: dict[str, PreTrainedConfig] = {
+    "llama of 405 billion": LlamaConfig(**GROUPED | {"num_hidden_layers": 126}),
+    "opt of 66 billion": OPTConfig(**HEADS | {"num_hidden_layers": 64}, word_embed_proj_dim=64),
+    "94 layers of 128 experts": Qwen3MoeConfig(
+        **GROUPED | {"num_hidden_layers": 94}, num_experts=128, moe_intermediate_size=32
+    ),
+}
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("family", LOOPING)
+def test_a_model_that_loops_over_tokens_is_refused_after_a_number_of_operations(
+    family, backward, monkeypatch
+):
+    """Its trace would take minutes, of as many operations as it has tokens."""
+    monkeypatch.setattr("addax_ds.planner.trace.MOST_OPERATIONS", 4000)
+    shape = shape_of(LOOPING[family], "small")
+    assert trace(shape, Batch(1, 8, 1), backward=backward).events
+    said = rf"small: .* {family} cannot be planned with 1 row\(s\) of 512 tokens.* more than 4000 "
+    with pytest.raises(PlanError, match=said):
+        trace(shape, Batch(1, 512, 1), backward=backward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DEEP)
+def test_a_deep_model_is_far_from_where_it_is_refused(family, monkeypatch):
+    monkeypatch.setattr("addax_ds.planner.trace.MOST_OPERATIONS", MOST_OPERATIONS // 5)
+    shape = shape_of(DEEP[family], "deep")
+    assert trace(shape, Batch(2, 1024, 1023), backward=True, checkpointing=True).events
 
 
 @pytest.mark.parametrize("backward", [True, False])

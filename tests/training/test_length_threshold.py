@@ -22,7 +22,7 @@ from addax_ds.data.partition import partition
 from addax_ds.optim.hyperparameters import Hyperparameters
 from addax_ds.planner.memory import StepSpec, step_memory
 from addax_ds.planner.shapes import shape_of
-from addax_ds.planner.trace import Batch
+from addax_ds.planner.trace import Batch, trace
 from addax_ds.sharding.layout import Layout
 from addax_ds.training import memory, rehearsal
 from addax_ds.training.length_threshold import AutoThreshold, dividing_lengths, plan_threshold
@@ -199,6 +199,14 @@ def test_a_model_that_cannot_be_planned_is_refused():
     config = SimpleNamespace(to_dict=dict, model_type="unheard-of", name_or_path="model")
     with pytest.raises(UserError, match=r"cannot build this model .*: give a number of tokens"):
         plan_threshold(config, None, Layout(), DATA, training_args())  # type: ignore[arg-type]
+
+
+def test_a_pass_that_cannot_be_planned_asks_for_a_number(monkeypatch):
+    trace.cache_clear()
+    monkeypatch.setattr("addax_ds.planner.trace.MOST_OPERATIONS", 10)
+    said = r"^--length_threshold auto: .* cannot be planned .*, and give that number of tokens$"
+    with pytest.raises(UserError, match=said):
+        planned(1.0)
 
 
 # ---- rehearsed, on every layout ----------------------------------------------------------------
