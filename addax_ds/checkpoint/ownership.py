@@ -100,7 +100,8 @@ def claim(args: TrainingArguments, resumed: Path | None, own: str | None = None)
 
     Args:
         args: say where checkpoints are, and whether this rank sees them.
-        resumed: the checkpoint that the run goes on from, or None.
+        resumed: the checkpoint that the run goes on from, or None. If it has no id, the run gets
+            a new one.
         own: id of a run that starts afresh once more in the same process.
 
     Raises:

@@ -204,15 +204,19 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
 
 def _check_accelerate() -> None:
     """Raise `UserError` if Accelerate has been told to shard the model."""
-    for variable, instead in (
-        ("ACCELERATE_USE_FSDP", "--sharding fsdp2"),
-        ("ACCELERATE_USE_DEEPSPEED", "--deepspeed zero3"),
+    for variable, cause, instead in (
+        ("ACCELERATE_USE_FSDP", "", "--sharding fsdp2"),
+        (
+            "ACCELERATE_USE_DEEPSPEED",  # which an Accelerator sets, too, for good
+            "or this process has trained under DeepSpeed before, ",
+            "--deepspeed zero3",
+        ),
     ):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise UserError(
-                f"the configuration of `accelerate launch` sets {variable}, and Accelerate would "
-                "shard the model in its own way: use launch/accelerate.yaml of the repository, "
-                f"which starts ranks and nothing else, with {instead}"
+                f"the configuration of `accelerate launch` sets {variable}, {cause}and Accelerate "
+                "would shard the model in its own way: use launch/accelerate.yaml of the "
+                f"repository, which starts ranks and nothing else, with {instead}"
             )
 
 

@@ -146,6 +146,7 @@ def _coefficients(c2: tuple[float, ...], device: torch.device, stream: int) -> T
 
 
 def _moved(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return numbers on a device; a GPU copies them from pinned memory, so nobody waits."""
     if device.type == "cuda":
         numbers = numbers.pin_memory()
     return numbers.to(device, non_blocking=True)
@@ -239,7 +240,7 @@ def fused_kernel(
 ) -> None:
     """An `Operation` over slices; see `_table` and `_counter`. The type int16 stands for bf16.
 
-    One direction has its coefficient in ``c2``; that of several are in the GPU's memory.
+    One direction has its coefficient in ``c2``; those of several are in the GPU's memory.
     """
     program = tl.program_id(0)
     low, high = rows * 0, rows

@@ -91,6 +91,7 @@ class ModelSource:
         with _refused(where if found else f"{where}: there is no such folder, nor a hub's model"):
             _check_folder(Path(path))
             config = AutoConfig.from_pretrained(path, **options)
+        with _refused(where):
             _check_causal(config)
             if not model_args.trust_remote_code:
                 _check_kernel(config)
@@ -333,8 +334,7 @@ def _check_causal(config: PreTrainedConfig) -> None:
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
         raise UserError(
-            f"its type is {config.model_type!r}, which is no causal language model; encoders and "
-            "encoder-decoders are not supported"
+            f"its type is {config.model_type!r}, of which Transformers has no causal language model"
         )
 
 

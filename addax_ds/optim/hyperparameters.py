@@ -129,7 +129,7 @@ class Hyperparameters:
     )
     zo_directions: int = _known(
         1,
-        # q directions make 2 q passes: more would be a mistake.
+        # q directions make 2 q passes; a number above 1024 is a mistake.
         accepts=lambda value: isinstance(value, Integral) and _number(value, 1, 1024),
         expected="an integer from 1 to 1024",
         zeroth_order=True,

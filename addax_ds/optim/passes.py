@@ -65,6 +65,19 @@ class IsolatedPasses:
         self._storing = stored if first else self._storing
 
 
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Surround passes with the weights as they are: eval mode, no autograd, nothing left behind."""
+    states = [ModuleState(module) for module in model.modules()]
+    try:
+        with torch.no_grad(), evaluation_mode(model), uncompiled(model):
+            yield
+    finally:
+        forget_casts()
+        for state in states:
+            state.restore()
+
+
 def forget_casts() -> None:
     """Empty the caches of torch that are keyed by parameter, as the weights have changed."""
     torch.clear_autocast_cache()

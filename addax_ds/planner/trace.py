@@ -35,10 +35,10 @@ from addax_ds.utils.errors import UserError
 from addax_ds.utils.extras import naming_extras
 
 MOST_OPERATIONS = 400_000
-"""Tensor operations of a pass, beyond which it is not planned. A number and no time, so that every
-machine plans the same. A block that is recomputed has 270 in OPT and 410 in Llama, its backward
-included, whatever its width and rows, and 800 with experts; the losses of 33 million logits have
-19. Of a model that loops over tokens a block may have 200 a token.
+"""Tensor operations of a pass, beyond which it is not planned. It is a number and not a time, so
+that every machine plans the same. A block that is recomputed has 270 in OPT and 410 in Llama, its
+backward included, whatever its width and rows, and 800 with experts; the losses of 33 million
+logits have 19. Of a model that loops over tokens a block may have 200 a token.
 """
 
 

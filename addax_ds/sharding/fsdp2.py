@@ -401,10 +401,11 @@ def _check(fsdp_param: Any) -> None:
 
 
 def _check_once(info: ParameterInfo | None, fsdp_params: dict[Tensor, Any]) -> None:
+    """Raise `UserError` for a parameter that two modules have sharded."""
     if info is not None and info.parameter in fsdp_params:
         raise UserError(
-            f"{info.name} is sharded twice, and each time a part of its gradient is reduced: it "
-            "was tied after fully_shard, as Transformers does with a distributed_config. Load the "
+            f"{info.name} is sharded twice, and each time a part of its gradient is reduced. It "
+            "was tied after fully_shard, as Transformers does with a distributed_config: load the "
             "model without one and call shard_model of addax_ds.sharding.fsdp2"
         )
 

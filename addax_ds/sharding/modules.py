@@ -37,7 +37,7 @@ def of_one_block(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
-    """Parameters that a module outside the blocks owns (a block may share one, when tied)."""
+    """Return the parameters that a module outside the blocks owns; a block may have one, too."""
     own = set(module.parameters(recurse=False))
     for child in module.children():
         if child not in blocks:

@@ -81,9 +81,14 @@ def _check_predicts_next_token(model: Any, trainer: str) -> None:
     """Raise `UserError` for a model of Transformers that does not predict the next token."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
     name = type(base).__name__
-    causal = name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if not type(base).__module__.startswith("transformers."):
+        return
+    # Some multimodal models are what their configuration stands for, and predict text.
+    causal = name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(
+        "ForConditionalGeneration"
+    )
     other = any(name in names.values() for names in _OTHER_MODELS) and not causal
-    if other or getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    if other or getattr(base.config, "is_encoder_decoder", False):
         raise UserError(
             f"{trainer} trains causal language models, and {name} is none: AddaxMixin gives an "
             "Addax step to the Trainer of any model, class Mine(AddaxMixin, Trainer)"

@@ -1,6 +1,7 @@
 """A Trainer with Addax: its loop as it is, another step inside it."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.optim.attach import attach
 from addax_ds.optim.hyperparameters import runs_twice_to_clip
 from addax_ds.optim.methods import IN_PLACE
-from addax_ds.optim.passes import evaluation_mode
+from addax_ds.optim.passes import isolated
 from addax_ds.planner.constants import FORWARD, first_order_units
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
@@ -150,7 +151,7 @@ class AddaxMixin(ResumingMixin, StepMixin):
     def _as_prepared(self) -> Iterator[None]:
         """Keep Accelerate from wrapping the model: on several ranks, in DistributedDataParallel.
 
-        Not afterwards: another trainer may want that.
+        The mark is removed afterwards, as another trainer may want the wrapping.
         """
         model = self.model
         assert model is not None
@@ -196,9 +197,10 @@ class AddaxMixin(ResumingMixin, StepMixin):
         """Find out, once, whether the model's loss divides by the targets of the global batch.
 
         Trainer assumes it of a model whose ``forward`` takes any keyword, and multiplies the loss
-        by the ranks. But that of a classifier, or of T5, is a mean over its own batch, and would be
-        as many times too large. So the losses of a batch for two numbers of targets are compared.
-        Every rank has to call it, between two steps.
+        by the ranks. The loss of a classifier, or of T5, is a mean over its own batch. Multiplied,
+        it would be too large by that factor. So the losses of a batch for two numbers of targets
+        are compared, in the first step with a loss that is finite and not 0. Every rank has to call
+        it, between two steps.
 
         Args:
             model: see `micro_batch_loss`.
@@ -206,28 +208,28 @@ class AddaxMixin(ResumingMixin, StepMixin):
         """
         if self._is_loss_settled:
             return
-        self._is_loss_settled = True
         parts = self.args.world_size * self.settings.gradient_accumulation_steps
         if parts == 1 or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
+            self._is_loss_settled = True
             return
         batches = next(inputs[stream] for stream in STREAMS if stream in inputs)
         targets: Any = self._count_targets(batches)
         if targets is None:
             return
         batch = self.prepare_micro_batch(batches[0])
-        losses = []
         sharding = self.addax.sharding
-        with (
-            torch.no_grad(),
-            evaluation_mode(model),
-            sharding.forward_only(),
-            self.metrics_kept(),
-        ):
+        losses = []
+        with sharding.forward_only(), isolated(sharding.model), self.metrics_kept():
             for number in (targets, 2 * targets):
                 with generators_kept(self.args.device):
-                    losses.append(self.computed_loss(model, batch, number))
-        if not any(all_gather_object(not torch.equal(*losses))):
+                    losses.append(float(self.computed_loss(model, batch, number)))
+        says = all(map(math.isfinite, losses)) and losses[0] != 0.0
+        found = all_gather_object(math.isclose(*losses, rel_tol=1e-3) if says else None)
+        means = [is_mean for is_mean in found if is_mean is not None]
+        self._is_loss_settled = bool(means)
+        if means and all(means):
             self.model_accepts_loss_kwargs = False
+            logger.info("The model's loss is a mean over its batch: losses are averaged")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trainer's loop as passes without a backward."""

@@ -298,6 +298,7 @@ class StepMixin(SavingMixin):
 
     def computed_loss(self, model: nn.Module, batch: dict[str, Any], targets: Any) -> Tensor:
         """Return what ``compute_loss`` returns; see `micro_batch_loss`."""
+        self.current_gradient_accumulation_steps = self.settings.gradient_accumulation_steps
         # The batch is read once more for the other side, and some trainers change their inputs.
         inputs = self._prepare_inputs(dict(batch))
         with self.compute_loss_context_manager():
@@ -327,14 +328,13 @@ class StepMixin(SavingMixin):
             UserError: the loss is not in fp32 or wider. The zeroth-order part is the difference of
                 two, which would be lost.
         """
-        count = self.settings.gradient_accumulation_steps
-        self.current_gradient_accumulation_steps = count
         loss = self.computed_loss(model, batch, targets)
         if loss.dtype in (torch.bfloat16, torch.float16):
             raise UserError(
                 f"{type(self).__name__}: compute_loss returns a loss in {loss.dtype}, in which the "
                 "difference of two losses is lost: let it reduce in fp32"
             )
+        count = self.settings.gradient_accumulation_steps
         return loss * count if self._loss_is_of_the_step(targets) else loss
 
     def _loss_is_of_the_step(self, targets: Any) -> bool:

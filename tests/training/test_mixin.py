@@ -1,5 +1,6 @@
 """Addax in trainers of any loss and data, against a loop that knows nothing of Trainer."""
 
+from functools import partial
 from typing import Any
 
 import datasets
@@ -30,6 +31,7 @@ from transformers import (
 from addax_ds import Addax, AddaxConfig, AddaxMixin, AddaxTrainer, UserError, attach
 from addax_ds.data.batches import StepSchedule
 from addax_ds.data.partition import partition
+from addax_ds.data.train_rows import pad
 from addax_ds.evaluation.scored_set import EvaluationSet
 from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer
 
@@ -533,6 +535,42 @@ def test_micro_batches_are_summed_as_trainer_does(tmp_path):
     parts = run(gradient_accumulation_steps=2)
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, rtol=1e-4, atol=2e-5)
+
+
+def test_a_batch_without_targets_does_not_say_how_the_loss_is_reduced(tmp_path):
+    """Its loss is 0, whatever it is divided by; the next step tells."""
+    trainer = AnyTrainer(
+        model=tiny_model("llama"),
+        args=config(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=1),
+        train_dataset=columns(),
+    )
+    trainer.create_optimizer()
+    known = {name: t for name, t in pad(examples(rows(0, 2)), 0).items() if name != "index"}
+    ignored = {**known, "labels": torch.full_like(known["labels"], -100)}
+    trainer.settle_loss(trainer.model, {"first_order": [ignored, known]})
+    assert trainer.model_accepts_loss_kwargs
+    trainer.model.forward = partial(mean_of_its_own, trainer.model.forward)
+    trainer.settle_loss(trainer.model, {"first_order": [known, known]})
+    assert not trainer.model_accepts_loss_kwargs
+
+
+def mean_of_its_own(forward: Any, num_items_in_batch: Any, **given: Any) -> Any:
+    return forward(**given)
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "Anything"])
+def test_a_model_of_one_s_own_may_have_any_name(name, tmp_path):
+    model = type(name, (OwnModel,), {})()
+    AddaxTrainer(model, config(tmp_path), train_dataset=columns()).train()
+
+
+class OwnModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("llama")
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.inner(input_ids=input_ids)
 
 
 def test_a_run_goes_on_from_a_checkpoint(tmp_path):
