@@ -13,7 +13,7 @@ then the difference of nothing, or has the wrong sign. Each kind is met here, fo
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import ismethod
 from itertools import chain
@@ -54,28 +54,29 @@ class IsolatedPasses:
         """Surround one pass, which sees perturbed weights and leaves nothing behind."""
         first = self._storing is None
         modules = list(self._sharding.model.modules()) if first else self._storing
-        states = [ModuleState(module) for module in modules or ()]
-        forget_casts()
-        try:
-            with self._sharding.perturbed(perturb):
-                yield
-        finally:
-            forget_casts()
-            stored = [state.module for state in states if state.restore()]
+        with _undone(modules or ()) as stored, self._sharding.perturbed(perturb):
+            yield
         self._storing = stored if first else self._storing
 
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
     """Surround passes with the weights as they are: eval mode, no autograd, nothing left behind."""
-    states = [ModuleState(module) for module in model.modules()]
+    with _undone(model.modules()), torch.no_grad(), evaluation_mode(model), uncompiled(model):
+        yield
+
+
+@contextmanager
+def _undone(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Take back what some modules store in the body; the list has those afterwards."""
+    states = [ModuleState(module) for module in modules]
+    stored: list[nn.Module] = []
+    forget_casts()
     try:
-        with torch.no_grad(), evaluation_mode(model), uncompiled(model):
-            yield
+        yield stored
     finally:
         forget_casts()
-        for state in states:
-            state.restore()
+        stored += [state.module for state in states if state.restore()]
 
 
 def forget_casts() -> None:
@@ -105,12 +106,12 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules_of(model):
             if module._compiled_call_impl is not None:
-                stack.enter_context(_replaced(module, "_compiled_call_impl", None))
+                stack.enter_context(replaced(module, "_compiled_call_impl", None))
             compiled = getattr(module, "forward", None)
             original = getattr(compiled, "_torchdynamo_orig_callable", None)
             if original is not None:
                 bound = MethodType(original, module) if ismethod(compiled) else original
-                stack.enter_context(_replaced(module, "forward", bound))
+                stack.enter_context(replaced(module, "forward", bound))
         wrapper = dynamo.OptimizedModule
         call = wrapper.__call__
         stack.callback(setattr, wrapper, "__call__", call)
@@ -119,7 +120,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Give a module another attribute of its own for a while."""
     attributes = vars(module)
     before = dict(attributes)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from addax_ds.optim.addax import Addax, unwrap
 from addax_ds.optim.attach import attach
 from addax_ds.optim.hyperparameters import runs_twice_to_clip
 from addax_ds.optim.methods import IN_PLACE
-from addax_ds.optim.passes import isolated
+from addax_ds.optim.passes import isolated, replaced
 from addax_ds.planner.constants import FORWARD, first_order_units
 from addax_ds.sharding.registry import back_end_of
 from addax_ds.training.desync import DesyncCheck
@@ -147,22 +147,15 @@ class AddaxMixin(ResumingMixin, StepMixin):
             if self._holds_model():
                 self.addax.sharding.detach()
 
-    @contextmanager
-    def _as_prepared(self) -> Iterator[None]:
+    def _as_prepared(self) -> AbstractContextManager[None]:
         """Keep Accelerate from wrapping the model: on several ranks, in DistributedDataParallel.
 
         The mark is removed afterwards, as another trainer may want the wrapping.
         """
-        model = self.model
-        assert model is not None
-        if self.is_deepspeed_enabled or "_is_accelerate_prepared" in vars(model):
-            yield
-            return
-        vars(model)["_is_accelerate_prepared"] = True
-        try:
-            yield
-        finally:
-            vars(model).pop("_is_accelerate_prepared", None)
+        assert self.model is not None
+        if self.is_deepspeed_enabled:
+            return nullcontext()
+        return replaced(self.model, "_is_accelerate_prepared", True)
 
     def _holds_model(self) -> bool:
         return (

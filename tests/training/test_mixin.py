@@ -13,11 +13,9 @@ from transformers import (
     BertForMaskedLM,
     CLIPVisionConfig,
     DataCollatorForLanguageModeling,
-    DataCollatorWithPadding,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForSequenceClassification,
     LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -33,6 +31,7 @@ from addax_ds.data.batches import StepSchedule
 from addax_ds.data.partition import partition
 from addax_ds.data.train_rows import pad
 from addax_ds.evaluation.scored_set import EvaluationSet
+from tests.support.classifier import LLAMA, classifier, padding
 from tests.support.tiny import examples, rows, tiny_model, tiny_tokenizer
 
 STEPS, BATCH, SEED = 10, 2, 3
@@ -404,25 +403,6 @@ def loop(model: nn.Module, data: list[Any], collate: Any, lengths: Any, **more: 
 
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
-LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-}
-
-
-def padding() -> DataCollatorWithPadding:
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token_id = 0
-    return DataCollatorWithPadding(tokenizer)
-
-
-def classifier() -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0))
 
 
 def classified() -> list[dict[str, Any]]:

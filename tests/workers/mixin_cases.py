@@ -11,17 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import (
-    DataCollatorWithPadding,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from addax_ds import AddaxConfig, AddaxMixin
 from addax_ds.sharding.fsdp2 import shard_model
-from tests.support.tiny import tiny_tokenizer
+from tests.support.classifier import classifier, padding
 from tests.workers.trainer_cases import gathered
 
 BATCH, STEPS = 4, 3
@@ -34,18 +28,7 @@ class ClassifierTrainer(AddaxMixin, Trainer):
 
 
 def write_model(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(folder / "model")
+    classifier().save_pretrained(folder / "model")
 
 
 def load(folder: Path) -> nn.Module:
@@ -58,12 +41,6 @@ def data() -> list[dict[str, Any]]:
         {"input_ids": torch.randint(1, 100, (n,), generator=draw).tolist(), "label": i % 3}
         for i, n in enumerate(LENGTHS)
     ]
-
-
-def collator() -> DataCollatorWithPadding:
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token_id = 0
-    return DataCollatorWithPadding(tokenizer)
 
 
 def run(folder: Path, sharding: str, world_size: int, micro_batches: int = 1) -> dict[str, Any]:
@@ -94,7 +71,7 @@ def run(folder: Path, sharding: str, world_size: int, micro_batches: int = 1) ->
     if sharding == "fsdp2":
         shard_model(model)
     trainer = ClassifierTrainer(
-        model=model, args=args, train_dataset=data(), data_collator=collator()
+        model=model, args=args, train_dataset=data(), data_collator=padding()
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "g0" in entry]
@@ -119,7 +96,7 @@ def run_plain_afterwards(folder: Path) -> tuple[bool, dict[str, Any]]:
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    rows = {"train_dataset": data(), "data_collator": collator()}
+    rows = {"train_dataset": data(), "data_collator": padding()}
     first = AddaxConfig(output_dir=str(folder / "first"), **common)
     ClassifierTrainer(model=model, args=first, **rows).train()
     plain = Trainer(
