@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from addax_ds.utils.command_line import Parser, mistakes_end_the_program
 from addax_ds.utils.errors import UserError
 from addax_ds.utils.signals import on_sigterm
+from studies.comparison.differences import draw_differences, read_differences
 from studies.comparison.report import write_report
 from studies.comparison.runner import Comparison, run
 from studies.comparison.study import STUDIES
@@ -27,8 +28,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--report", type=Path, help="folder to write comparison.json, .md and figures to, and stop"
     )
+    parser.add_argument(
+        "--differences",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="with --report: draw differences.png from these comparison.json files, and stop",
+    )
     with mistakes_end_the_program():
         args = parser.parse_args(argv)
+        if args.differences:
+            if not args.report:
+                raise UserError("--differences needs --report, the folder for differences.png")
+            differences = read_differences(args.differences)
+            args.report.mkdir(parents=True, exist_ok=True)
+            draw_differences(differences, args.report / "differences.png")
+            return
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     common = {
         "deepspeed": "ds_configs/zero3.json",

@@ -43,7 +43,7 @@ class Curve:
 
 def draw_curves(curves: list[Curve], path: Path, title: str) -> None:
     """Draw accuracy on dev against minutes of training."""
-    figure, axes = _figure(title, "training, minutes", "accuracy on dev")
+    figure, axes = new_figure(title, "training, minutes", "accuracy on dev")
     for curve, style in _styled(curves):
         minutes, accuracy = zip(*curve.points, strict=True)
         axes.plot(minutes, accuracy, "o-", markersize=4, **style)
@@ -67,7 +67,7 @@ def draw_costs(
         most_frequent: accuracy of the most frequent answer, which becomes a line, if it is known.
     """
     memory_label = "peak memory, GB (on a CPU the resident set of the process)"
-    figure, axes = _figure(title, memory_label, "accuracy on the test rows")
+    figure, axes = new_figure(title, memory_label, "accuracy on the test rows")
     for curve, style in _styled(curves):
         memory = [curve.peak_memory / 1e9] * len(curve.tests)
         axes.plot(memory, curve.tests, "o", **style)
@@ -97,8 +97,9 @@ def _styled(curves: list[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
         yield curve, style
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+def new_figure(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes]:
+    """Return an empty figure with labelled axes, ``height`` in inches."""
+    figure = Figure(figsize=(6.5, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_title(title)
