@@ -7,7 +7,7 @@ from addax_ds.optim.methods import Method
 # Seen from where the jobs run.
 _TASKS_FILE = "studies/comparison/tasks.py"
 LAUNCHER = "launch/train.py"
-_PEER, _COIN = "studies/comparison/peers.py", "studies/comparison/coin.py"
+_PEER = "studies/comparison/peers.py"
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,6 @@ _RECOMPUTED = replace(
     _IP_SGD_AT_BEST, variant="checkpointing", more=(("activation_checkpointing", "True"),)
 )
 _WHOLE = (_ADDAX_AT_BEST, _SHORT, _RECOMPUTED)
-# Is it what the long rows say, or the noise?
-_NOISE = replace(_ADDAX_AT_BEST, variant="coin", program=_COIN)
 
 # What a user would take instead of Addax to save memory.
 _LORA = (("lora_r", "16"), ("lora_target_modules", "all-linear"))
@@ -250,7 +248,7 @@ STUDIES: dict[str, Study] = {
         Study("multiemo-peers", "MULTIEMO", _CUT, _PEERS, (0, 1, 2), beside="multiemo"),
         Study("multiemo-0.5gb", "MULTIEMO", _UNCUT, _TIGHT, (0, 1, 2), memory_gb=0.5),
         Study("multiemo-1.2gb", "MULTIEMO", _UNCUT, _ROOMY, (0, 1, 2), memory_gb=1.2),
-        Study("coqa", "COQA", _UNCUT, (*_WHOLE, _NOISE), (0, 1, 2)),
+        Study("coqa", "COQA", _UNCUT, _WHOLE, (0, 1, 2)),
         Study("topical-chat", "TOPICAL_CHAT", _UNCUT, _WHOLE, (0, 1, 2)),
     )
 }
