@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import addax_ds
 from addax_ds.checkpoint import ownership, resume
 from addax_ds.checkpoint.adapters import check_adapters
 from addax_ds.checkpoint.identity import Run
@@ -35,6 +34,7 @@ from addax_ds.training.length_threshold import AutoThreshold, plan_threshold
 from addax_ds.training.likelihood import check_evaluations
 from addax_ds.training.steps import plan_steps
 from addax_ds.utils.dtypes import weights_dtype
+from addax_ds.utils.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -200,10 +200,10 @@ def check_same_arguments(model_args: ModelArguments, args: AddaxConfig) -> None:
 
 
 def _identity(model_args: ModelArguments, args: AddaxConfig) -> Iterator[tuple[str, str]]:
-    yield "version of addax_ds", addax_ds.__version__
+    for name, version in versions().items():
+        yield f"version of {name}", version
     code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
     yield "code of addax_ds", _digest(path.read_bytes() for path in code)
-    yield "version of torch", torch.__version__
     for name, value in {**args.to_dict(), **vars(model_args)}.items():
         if name not in _OF_ONE_RANK:
             yield f"--{name}", str(value)

@@ -90,7 +90,7 @@ class AddaxConfig(HyperparameterFlags, TrainingArguments):
     device_memory: float | None = flag(
         None,
         "GB (1e9 bytes) of a rank that tensors may take, for --length_threshold auto "
-        "(default: what is free, on a GPU less 4).",
+        "(default: what is free, less 4 on a GPU and 2 on a CPU).",
     )
     per_device_zo_batch_size: int | None = flag(
         None, "Rows of a zeroth-order micro-batch (default: --per_device_train_batch_size)."

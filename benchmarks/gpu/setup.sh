@@ -1,5 +1,6 @@
 # Sourced by part1.sh and part2.sh in the checkout's root; a second time it installs nothing.
 : "${OUT:?names the folder for what is measured}"
+mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cuda} ADDAX_CACHE=/tmp/addax_cache
 site=/tmp/gpukit_site
