@@ -53,7 +53,7 @@ def addax(shape: str, long: Tensor, short: Tensor) -> Contender:  # noqa: D103
     engine, optimizer = _engine(shape, {"optimizer": {"type": "Addax", "params": values}})
 
     def zeroth_order() -> float:
-        optimizer.zeroth_order(lambda: _loss(engine, long))
+        optimizer.measure(lambda: _loss(engine, long), None)
         return optimizer.optimizer.zeroth_order_loss
 
     return Contender({"zeroth_order": zeroth_order, "first_order": lambda: _train(engine, short)})

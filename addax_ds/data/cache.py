@@ -115,8 +115,8 @@ class Encoder:
 def _program() -> list[str]:
     """Return what makes tokens: versions of libraries, and a digest of the code up to them."""
     code = hashlib.sha256()
-    for room in (Path(__file__).parent, Path(reading.__file__).parent):
-        for path in sorted(room.glob("*.py")):
+    for package in (Path(__file__).parent, Path(reading.__file__).parent):
+        for path in sorted(package.glob("*.py")):
             code.update(path.read_bytes())
     return [*(version(name) for name in ("transformers", "tokenizers")), code.hexdigest()]
 

@@ -37,8 +37,8 @@ class MapDataset(Protocol):
         ...
 
 
-def check_rows_have_numbers(dataset: Any, name: str, why: str) -> None:
-    """Check that a data set is a `MapDataset`.
+def check_map_style(dataset: Any, name: str, why: str) -> None:
+    """Check that a data set is map-style (`MapDataset`).
 
     Raises:
         UserError: with ``why`` one is needed, and with what makes one of a data frame or a dict.

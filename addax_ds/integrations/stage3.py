@@ -78,10 +78,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         """See `Addax.measure`."""
         return self.optimizer.measure(zeroth_order, first_order)
 
-    def zeroth_order(self, closure: Closure) -> float:
-        """See `Addax.zeroth_order`."""
-        return self.optimizer.zeroth_order(closure)
-
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter) -> None:
         """Put a gradient into its bucket, which the first one makes: MeZO needs none.
 

@@ -41,7 +41,7 @@ class Slice:
         data: flat, contiguous; fp32, bf16 or fp16.
         parameter_id: 32 bits.
         start: flat index of the slice's first element in the unsharded parameter.
-        index: number of the parameter's mark for kept weights.
+        index: of the parameter's flag among those for skipped updates.
     """
 
     data: Tensor

@@ -83,14 +83,10 @@ class Addax(torch.optim.Optimizer):
     For bf16 and fp16 weights the update credits, in place of z, what the passes at +eps and -eps
     see of it after rounding (`addax_ds.optim.update`).
 
-    One step is ``zeroth_order(closure)``, then ``loss.backward()``, which updates each parameter as
-    soon as its gradient exists, then ``step()``, which updates what got no gradient. The weights
-    are all the state there is.
-
-    ``measure(zeroth_order, first_order)`` is the first two thirds of a step with everything that
-    this class knows to do: it averages both losses with one all-reduce, keeps a first-order loss
-    that is NaN or infinite from ``backward()``, accumulates gradients, scales the loss of fp16
-    weights and clips. ``zeroth_order`` leaves the first-order loss to the caller.
+    One step is ``loss = measure(zeroth_order, first_order)``, which takes two closures and runs
+    their forwards; then ``loss.backward()``, which updates each parameter as soon as its gradient
+    exists; then ``step()``, which updates what got no gradient. The weights are all the state there
+    is.
 
     No update that is NaN or infinite reaches a weight: an element whose new value would not be
     finite keeps its old one, and all ranks learn of it at the end of the step
@@ -186,20 +182,6 @@ class Addax(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
-    def zeroth_order(self, closure: Closure) -> float:
-        """Measure g0 with forward passes alone; the update itself follows during backward and step.
-
-        For training loops that compute the first-order loss themselves; see `measure` for the
-        passes, the errors and a step that is also safe from a first-order loss that is NaN.
-
-        Returns:
-            g0 (`StepReport.g0`), the same number on every rank; 0 if alpha is 0 (the closure is
-            then not called) or if a loss was NaN or infinite (the step then has no zeroth-order
-            part).
-        """
-        self.measure(closure, None)
-        return self._running.g0 if self._running else 0.0
-
     def measure(
         self,
         zeroth_order: Closure | Sequence[Closure] | None,
@@ -219,8 +201,9 @@ class Addax(torch.optim.Optimizer):
             zeroth_order: each returns this rank's loss of a zeroth-order micro-batch, in every
                 pass of `estimator`; not called if alpha is 0.
             first_order: each returns this rank's loss of a first-order micro-batch; not called if
-                alpha is 1, and None if the caller computes that loss. To clip a single micro-batch
-                its closure is called twice, with the same state of torch's random generators.
+                alpha is 1. To clip a single micro-batch its closure is called twice, with the same
+                state of torch's random generators. None if the caller computes that loss: it is
+                then neither clipped, scaled nor checked for NaN.
 
         Losses are scalars of fp32 or wider. They are averaged over ranks and micro-batches, so each
         should be a mean over as many examples as every other, or be scaled accordingly
@@ -247,7 +230,7 @@ class Addax(torch.optim.Optimizer):
             return None
         with self._measuring() as running:
             loss = running.measure(zeroth, first)
-        self.sharding.calls.passes_ended()
+        self.sharding.calls.gradient_arrived = False  # backwards of passes are not the last one
         if loss is None:
             self.sharding.calls.clear()  # no backward is to come
         if zeroth:
@@ -338,7 +321,7 @@ class Addax(torch.optim.Optimizer):
         self._non_finite.count(self.report.index, problems)
 
     def _on_gradients(self, shards: Sequence[Shard], gradients: Sequence[Tensor]) -> None:
-        self.sharding.calls.gradient_arrived()  # not every back end notes it itself
+        self.sharding.calls.gradient_arrived = True  # not every back end notes it itself
         self._begun_step().take(shards, gradients)
 
     def _begun_step(self) -> RunningStep:
@@ -350,9 +333,8 @@ class Addax(torch.optim.Optimizer):
         if self._running is None:
             if self.alpha > 0.0:
                 raise RuntimeError(
-                    f"alpha is {self.alpha}, but neither measure() nor zeroth_order() was called "
-                    "in this step, so it has no g0: call one before the first-order forward, or "
-                    "set alpha to 0"
+                    f"alpha is {self.alpha}, but measure() was not called in this step, so it has "
+                    "no g0: call it before the first-order forward, or set alpha to 0"
                 )
             check_loss_of_caller(self.alpha, self.max_grad_norm, self.loss_scale)
             self._running = self._new_step()

@@ -22,15 +22,15 @@ def check_passes_come_first(alpha: float, has_begun: bool, calls: Calls) -> None
     """
     if has_begun:
         raise RuntimeError(
-            "the zeroth-order passes have to come first in a step and once: call step() after "
-            "the backward, and zeroth_order() before the next first-order forward. If an "
-            "exception has ended the step: abandon()"
+            "measure() has to come first in a step and once: call step() after the backward, and "
+            "measure() before the next first-order forward. If an exception has ended the step: "
+            "abandon()"
         )
-    if alpha > 0.0 and calls.has_forward:
+    if alpha > 0.0 and calls.forward_ran:
         calls.clear()  # whoever calls again, as the message says, means it
         raise RuntimeError(
             "a forward with autograd ran since the last step, and the zeroth-order passes come "
-            "before it: its backward would see other weights. Call zeroth_order() first, and "
+            "before it: its backward would see other weights. Call measure() first, and "
             "put forwards that train nothing under torch.no_grad(). If that forward is not to "
             "be trained on, call again"
         )
@@ -79,8 +79,8 @@ def check_backward_ran(alpha: float, has_begun: bool, calls: Calls) -> None:
     Raises:
         RuntimeError: if it has not.
     """
-    is_expected = calls.has_forward or not has_begun
-    if alpha < 1.0 and is_expected and not calls.has_gradient:
+    is_expected = calls.forward_ran or not has_begun
+    if alpha < 1.0 and is_expected and not calls.gradient_arrived:
         raise RuntimeError(
             "no backward ran in this step: call backward() on what measure() returned, or on a "
             "first-order loss of your own, before step(). If an exception has ended it: "

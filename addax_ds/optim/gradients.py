@@ -57,7 +57,7 @@ class FirstOrder:
 
     @contextmanager
     def used_to(self, use: Use) -> Iterator[None]:
-        """Put the gradients that arrive in the body to another use than the update."""
+        """Accumulate, measure or refuse the gradients that arrive in the body; see `Use`."""
         self._use = use
         yield
         # Not after an exception: what still arrives of a step that is given up is not applied.

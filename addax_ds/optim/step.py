@@ -344,7 +344,7 @@ def _checked(loss: Tensor) -> Tensor:
         TypeError: if it is something else.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError("the closure of zeroth_order() has to return the loss as a scalar tensor")
+        raise TypeError("a closure has to return the loss as a scalar tensor")
     if not loss.is_floating_point() or torch.finfo(loss.dtype).bits < 32:
         raise TypeError(
             f"a pass returned a loss of type {loss.dtype}: g0 is a small difference of two losses "

@@ -97,7 +97,7 @@ def apply_update(
         step: the step with its measured ``coefficients``.
         decayed: whether weight decay applies to these parameters.
         kept: int32 tensor on the weights' device, whose element `Slice.index` is set to 1 if an
-            element of that slice stayed for that reason; None if nobody asks.
+            update in that slice was not finite and was skipped; None to record nothing.
     """
     narrow = slices[0].data.dtype != torch.float32
     c0 = 1.0 - step.lr * step.weight_decay if decayed else 1.0

@@ -39,7 +39,7 @@ class Option:
 
     Attributes:
         name: in words.
-        flags: what to give ``launch/train.py``; None for what this package does not train.
+        flags: what to give ``launch/train.py``; None for what is only named, and never recommended.
         total: bytes of a GPU.
         host: bytes of host memory of a node.
         fits: whether it fits into a GPU and, as far as that was stated, into host memory.
@@ -227,7 +227,7 @@ def _moved(spec: StepSpec) -> int:
     return round(rounds * (ranks - 1) / ranks * spec.shape.parameters * spec.shape.itemsize)
 
 
-# ---- ways of others ------------------------------------------------------------------------------
+# ---- named only ----------------------------------------------------------------------------------
 
 
 def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
@@ -248,7 +248,8 @@ def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
             f"LoRA (r {LORA_RANK}) with AdamW, checkpointing",
             _ADAMW_OF_ADAPTERS * adapters // ranks,
             gathers if rules.is_sharded else 0,
-            "At most so much: adapters alone are trained, whose states are small. PEFT has it",
+            "At most so much: only adapters are trained, whose states are small. Under ZeRO-3 "
+            "--method adamw --lora_r trains them",
         ),
         (
             "8-bit AdamW, checkpointing",

@@ -79,8 +79,8 @@ class Sharding(ABC):
         uses_deepspeed: whether ``--deepspeed`` configures it.
         is_sharded: whether a rank holds a part of the model.
         is_placed: whether the shards stay on the device where `lay_out` has put them.
-        loads_whole_on: ranks that need memory for the whole model where Transformers loads it;
-            None if each rank holds the whole model anyway.
+        loads_whole_on: in words, the ranks that hold the whole model while Transformers loads one
+            that cannot be read weight by weight; None if each rank holds it in any case.
         loads_with_collectives: whether Transformers partitions a model as it loads it.
         why_no_replicas: why ``--replicas`` cannot be given; None if `lay_out` and `shard_loaded`
             take a keyword ``replicas``, the number of copies of the weights, each sharded over
@@ -214,7 +214,8 @@ class Sharding(ABC):
             )
 
     def _note_forward(self, *_: Any) -> None:
-        self.calls.forward_ran()
+        # Without autograd it has no backward.
+        self.calls.forward_ran |= torch.is_grad_enabled()
 
     def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
         """Take the gradient that has just arrived away from a parameter.
@@ -222,7 +223,7 @@ class Sharding(ABC):
         Raises:
             UserError: if the parameter was frozen after its forward.
         """
-        self.calls.gradient_arrived()
+        self.calls.gradient_arrived = True
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             self.check_unchanged()

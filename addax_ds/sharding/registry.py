@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     Attributes:
         module: to import.
         class_name: of the `Sharding` in it.
-        engine: package that has been imported if any model is laid out by this back end.
+        engine: package without whose import no model can belong to this back end.
     """
 
     module: str

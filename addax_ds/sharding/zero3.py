@@ -169,7 +169,7 @@ class Zero3Sharding(Sharding):
         """
         if not self.is_attached:
             self.check_unchanged()
-        self.calls.gradient_arrived()
+        self.calls.gradient_arrived = True
         shards = [self._shard(self._infos_by_parameter[parameter]) for parameter in parameters]
         pairs = zip(shards, gradients, strict=True)
         self._waiting += (pair for pair in pairs if pair[0].data.numel())  # not padding alone
@@ -290,8 +290,8 @@ class Zero3Sharding(Sharding):
     def _keep_pace(self) -> None:
         """Let the gather that comes next wait for what was to compute when an earlier one began.
 
-        What a module has used is free for another gather once it has computed. The host waits for
-        gathers, and these for nothing: they would be far ahead, each in memory of its own.
+        Gathers wait for no compute of their own accord, so they would run ahead, and each would
+        hold memory: a module's becomes free only when the module has computed.
         """
         if get_accelerator().resolves_data_dependency():
             return
@@ -363,7 +363,8 @@ class Zero3Sharding(Sharding):
         Raises:
             UserError: under inference mode, if a backward is to come.
         """
-        if torch.is_inference_mode_enabled() and self.calls.awaits_backward:
+        awaits_backward = self.calls.forward_ran and not self.calls.gradient_arrived
+        if torch.is_inference_mode_enabled() and awaits_backward:
             raise UserError(
                 "under ZeRO-3 there is no forward in torch.inference_mode() between a forward and "
                 "its backward: use torch.no_grad(), or evaluate before measure() or after step()"

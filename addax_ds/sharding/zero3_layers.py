@@ -240,9 +240,9 @@ def _require_tensors(layer: Any, hook: Callable) -> Callable:
 def _mark_keyword_inputs(layer: Any, hook: Callable) -> Callable:
     """Return a hook that marks keyword inputs as well as positional ones.
 
-    Backward has left a layer when it has passed the last marked input. DeepSpeed marks positional
-    ones alone, so a layer called by keywords would stay gathered. A layer still stays gathered if
-    an input requires a gradient and gets none.
+    DeepSpeed releases a layer when backward reaches its last marked input. It marks positional ones
+    only, so a layer called by keywords would stay gathered. A layer still stays gathered if an
+    input requires a gradient and gets none.
     """
 
     def note(tensor: Tensor) -> Tensor:

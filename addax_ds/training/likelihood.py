@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from addax_ds.data.datasets import as_examples
 from addax_ds.data.encoding import padding_token
 from addax_ds.data.examples import NO_LOSS, Example, turn_ends_of
-from addax_ds.data.train_rows import EncodedRows, TrainRows, check_rows_have_numbers
+from addax_ds.data.train_rows import EncodedRows, TrainRows, check_map_style
 from addax_ds.distributed.collectives import all_gather_object
 from addax_ds.evaluation.likelihood import (
     model_inputs,
@@ -202,7 +202,7 @@ class LikelihoodMixin(_Steps):
                 made = EvaluationSet(self._examples(dataset, name))
                 self._evaluated[number] = dataset, self.template_time, made
             return made
-        check_rows_have_numbers(dataset, name, "ranks share out")
+        check_map_style(dataset, name, "ranks share out")
         made = EvaluationSet(self._examples(dataset, name))
         if any(dataset is each for each in _by_name(self.eval_dataset).values()):
             self._evaluated.append((dataset, self.template_time, made))

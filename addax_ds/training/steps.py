@@ -22,7 +22,7 @@ from addax_ds.data.partition import Lengths, Partition, partition
 from addax_ds.data.train_rows import (
     CollatedRows,
     TrainRows,
-    check_rows_have_numbers,
+    check_map_style,
     row_length,
 )
 from addax_ds.distributed.collectives import check_same_on_all_ranks
@@ -154,7 +154,7 @@ class StepMixin(SavingMixin):
         if dataset is None:
             return
         name = f"{type(self).__name__}: the training data"
-        check_rows_have_numbers(dataset, name, "streams by length need")
+        check_map_style(dataset, name, "streams by length need")
         rows = self.train_rows(dataset)
         # Ranks with other rows would take another number of steps, and wait for each other.
         check_same_on_all_ranks({"the training data": rows.digest})

@@ -11,7 +11,7 @@ from tests.workers.mistakes import MISTAKES, MISTAKES_OF_FOUR
 
 pytestmark = pytest.mark.slow
 
-BEFORE_ITS_BACKWARD = r"RuntimeError: a forward with autograd .* Call zeroth_order\(\) first"
+BEFORE_ITS_BACKWARD = r"RuntimeError: a forward with autograd .* Call measure\(\) first"
 SECOND_GRADIENT = "RuntimeError: model.* got a second gradient in one step"
 NOT_REDUCED = "RuntimeError: model.* has a gradient that was not applied, .* not reduced"
 THERE_BEFORE = "(UserError|RuntimeError): .* before the optimizer was attached"

@@ -6,7 +6,7 @@ import datasets
 import pandas
 import pytest
 
-from addax_ds.data.train_rows import CollatedRows, check_rows_have_numbers, row_length
+from addax_ds.data.train_rows import CollatedRows, check_map_style, row_length
 from addax_ds.utils.errors import UserError
 from tests.support.tiny import tiny_tokenizer
 
@@ -40,10 +40,10 @@ COLUMNS = {"prompt": ["w1", "w2"], "completion": ["w3", "w4"]}
 )
 def test_what_has_no_rows_by_number_is_told_how_to_get_them(dataset, said):
     with pytest.raises(UserError, match=f"the data is {said}"):
-        check_rows_have_numbers(dataset, "the data", "streams need")
+        check_map_style(dataset, "the data", "streams need")
 
 
 def test_rows_of_any_kind_have_numbers():
     rows = [{"text": "w1"}, {"text": "w2"}]
     for dataset in (rows, dict(enumerate(rows)), datasets.Dataset.from_list(rows)):
-        check_rows_have_numbers(dataset, "the data", "streams need")
+        check_map_style(dataset, "the data", "streams need")

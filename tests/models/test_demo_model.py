@@ -10,6 +10,7 @@ from addax_ds.data.train_rows import pad
 from addax_ds.models import demo
 from addax_ds.reading.records import prompt_completion
 from addax_ds.tasks import TASKS
+from tests.support.passes import measured_g0
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ def test_g0_correlates_with_the_gradient_along_z(folder, batch, slopes, dtype, l
     addax_ds.attach(optimizer, model)
     measured = []
     for _ in range(PROBES):
-        measured.append(optimizer.zeroth_order(lambda: model(**batch).loss))
+        measured.append(measured_g0(optimizer, lambda: model(**batch).loss))
         optimizer.step()
     correlation = torch.corrcoef(torch.tensor([measured, slopes]))[0, 1].item()
     print(f"{dtype}: correlation of g0 with <z, grad L> over {PROBES} probes: {correlation:.5f}")

@@ -13,6 +13,7 @@ from addax_ds import Addax, UserError, attach
 from addax_ds.optim.loss_scale import LossScale
 from addax_ds.optim.report import MAX_NON_FINITE_STEPS, NonFiniteError
 from addax_ds.sharding import base
+from tests.support.passes import measured_g0
 
 
 class Toy(nn.Module):
@@ -39,7 +40,7 @@ def toy(**options) -> tuple[Toy, Addax]:
 
 
 def one_step(model: Toy, optimizer: Addax) -> float:
-    g0 = optimizer.zeroth_order(lambda: model(X))
+    g0 = measured_g0(optimizer, lambda: model(X))
     model(X).backward()
     optimizer.step()
     return g0
@@ -58,7 +59,7 @@ def test_zeroth_order_must_come_first(finish):
     model, optimizer = toy()
     before = weights(model)
     with pytest.raises(
-        RuntimeError, match=r"neither measure\(\) nor zeroth_order\(\) was called .* set alpha to 0"
+        RuntimeError, match=r"measure\(\) was not called .* set alpha to 0"
     ):
         model(X).backward() if finish == "backward" else optimizer.step()
     assert same(weights(model), before)
@@ -66,23 +67,23 @@ def test_zeroth_order_must_come_first(finish):
 
 def test_zeroth_order_once_a_step():
     model, optimizer = toy()
-    optimizer.zeroth_order(lambda: model(X))
+    optimizer.measure(lambda: model(X), None)
     with pytest.raises(RuntimeError, match="first in a step and once"):
-        optimizer.zeroth_order(lambda: model(X))
+        optimizer.measure(lambda: model(X), None)
 
 
 def test_zeroth_order_after_a_backward():
     model, optimizer = toy()
-    optimizer.zeroth_order(lambda: model(X))
+    optimizer.measure(lambda: model(X), None)
     model(X).backward()
     with pytest.raises(RuntimeError, match="first in a step and once"):
-        optimizer.zeroth_order(lambda: model(X))
+        optimizer.measure(lambda: model(X), None)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_two_backwards_in_a_step(alpha):
     model, optimizer = toy(alpha=alpha)
-    optimizer.zeroth_order(lambda: model(X))
+    optimizer.measure(lambda: model(X), None)
     model(X).backward()
     with pytest.raises(RuntimeError, match=r"give measure\(\) one closure for each"):
         model(X).backward()
@@ -114,7 +115,7 @@ def test_a_step_of_nothing():
 
 def test_a_step_without_a_first_order_part_needs_no_backward():
     model, optimizer = toy()
-    optimizer.zeroth_order(lambda: model(X))
+    optimizer.measure(lambda: model(X), None)
     optimizer.step()
     optimizer.measure(lambda: model(X), lambda: model(X) * torch.nan)
     optimizer.step()
@@ -136,7 +137,7 @@ def test_neither_a_backward_nor_a_step_within_a_zeroth_order_pass(alpha):
         (optimizer.step, "within a"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            optimizer.zeroth_order(lambda inside=inside: inside() or model(X))
+            optimizer.measure(lambda inside=inside: inside() or model(X), None)
         optimizer.zero_grad()
         assert same(weights(model), before)
     assert one_step(model, optimizer) == one_step(twin, reference)
@@ -155,7 +156,7 @@ def test_a_parameter_that_was_replaced():
     model, optimizer = toy()
     model.layers[1].weight = nn.Parameter(torch.ones(4, 4))
     with pytest.raises(UserError, match=r"layers\.1\.weight was replaced by another"):
-        optimizer.zeroth_order(lambda: model(X))
+        optimizer.measure(lambda: model(X), None)
 
 
 @pytest.mark.parametrize("what", ["detached", "requires_grad"])
@@ -173,14 +174,14 @@ def test_a_change_between_backward_and_step(what):
 def test_a_closure_that_does_not_call_the_model():
     _, optimizer = toy()
     with pytest.raises(RuntimeError, match="read no trainable parameter"):
-        optimizer.zeroth_order(lambda: torch.tensor(1.0))
+        optimizer.measure(lambda: torch.tensor(1.0), None)
 
 
 def test_half_precision_loss():
     model, optimizer = toy()
     before = weights(model)
     with pytest.raises(TypeError, match=r"torch\.bfloat16.*Compute the loss in fp32"):
-        optimizer.zeroth_order(lambda: model(X).bfloat16())
+        optimizer.measure(lambda: model(X).bfloat16(), None)
     assert same(weights(model), before)
 
 
@@ -188,20 +189,20 @@ def test_half_precision_loss():
 def test_closure_has_to_return_a_scalar_tensor(loss):
     _, optimizer = toy()
     with pytest.raises(TypeError, match="scalar tensor"):
-        optimizer.zeroth_order(lambda: loss)
+        optimizer.measure(lambda: loss, None)
 
 
 def test_integer_loss():
     _, optimizer = toy()
     with pytest.raises(TypeError, match=r"torch\.int64"):
-        optimizer.zeroth_order(lambda: torch.tensor(1))
+        optimizer.measure(lambda: torch.tensor(1), None)
 
 
 def test_a_step_can_be_taken_after_a_refused_closure():
     model, optimizer = toy()
     twin, reference = toy()
     with pytest.raises(TypeError):
-        optimizer.zeroth_order(lambda: torch.ones(2))
+        optimizer.measure(lambda: torch.ones(2), None)
     assert one_step(model, optimizer) == one_step(twin, reference)
     assert same(weights(model), weights(twin))
 
@@ -216,7 +217,7 @@ def test_not_attached():
     model = Toy()
     optimizer = Addax(model.parameters(), lr=0.1, alpha=0.5)
     with pytest.raises(RuntimeError, match=r"addax_ds\.attach\(optimizer, model\)"):
-        optimizer.zeroth_order(lambda: model(X))
+        optimizer.measure(lambda: model(X), None)
     sgd = Addax(model.parameters(), lr=0.1, alpha=0.0)
     with pytest.raises(RuntimeError, match=r"addax_ds\.attach\(optimizer, model\)"):
         sgd.step()
@@ -268,7 +269,7 @@ def test_two_names_with_one_id(monkeypatch):
 
 def test_alpha_0_never_calls_the_closure():
     model, optimizer = toy(alpha=0.0)
-    assert optimizer.zeroth_order(lambda: 1 / 0) == 0.0
+    assert measured_g0(optimizer, lambda: 1 / 0) == 0.0
     before = weights(model)
     model(X).backward()
     optimizer.step()
@@ -292,7 +293,7 @@ def test_groups_have_their_own_learning_rate_and_decay():
     optimizer = Addax(groups, lr=0.1, alpha=1.0, seed=4)
     attach(optimizer, model)
     before, head = weights(model.layers), model.head.weight.detach().clone()
-    g0 = optimizer.zeroth_order(lambda: model(X))
+    g0 = measured_g0(optimizer, lambda: model(X))
     optimizer.step()
     assert same(weights(model.layers), before)
     z = addax_ds.gaussian(4, 0, "head.weight", 0, 4)
@@ -336,17 +337,17 @@ def test_non_finite_losses_skip_the_part_and_stop_after_ten_in_a_row(caplog):
         return model(X) * torch.inf
 
     for _ in range(MAX_NON_FINITE_STEPS - 1):
-        assert optimizer.zeroth_order(spoilt) == 0.0
+        assert measured_g0(optimizer, spoilt) == 0.0
         optimizer.step()
     assert same(weights(model), before)
     assert len(caplog.records) == MAX_NON_FINITE_STEPS - 1
-    one_good = optimizer.zeroth_order(lambda: model(X))
+    one_good = measured_g0(optimizer, lambda: model(X))
     optimizer.step()
     assert one_good != 0.0
     for _ in range(MAX_NON_FINITE_STEPS - 1):  # counted from the start again
-        optimizer.zeroth_order(spoilt)
+        optimizer.measure(spoilt, None)
         optimizer.step()
-    optimizer.zeroth_order(spoilt)
+    optimizer.measure(spoilt, None)
     with pytest.raises(NonFiniteError, match=r"10th step in a row.*lower the learning rate"):
         optimizer.step()
 
@@ -354,7 +355,7 @@ def test_non_finite_losses_skip_the_part_and_stop_after_ten_in_a_row(caplog):
 def test_one_infinite_loss_of_two_is_enough():
     model, optimizer = toy(alpha=1.0)
     losses = iter([torch.tensor(1.0), torch.tensor(torch.inf)])
-    assert optimizer.zeroth_order(lambda: 0 * model(X) + next(losses)) == 0.0
+    assert measured_g0(optimizer, lambda: 0 * model(X) + next(losses)) == 0.0
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -422,8 +423,8 @@ def test_a_step_can_be_given_up_after_a_backward_of_the_caller_s():
         NoMemory.apply(model(X)).backward()
     with pytest.raises(RuntimeError, match=r"no backward ran .*abandon\(\)"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match=r"have to come first .*abandon\(\)"):
-        optimizer.zeroth_order(lambda: model(X))
+    with pytest.raises(RuntimeError, match=r"has to come first .*abandon\(\)"):
+        optimizer.measure(lambda: model(X), None)
     optimizer.abandon()
     plain, other = toy()
     assert one_step(model, optimizer) == one_step(plain, other)
@@ -451,17 +452,17 @@ def test_a_compiled_closure_sees_perturbed_weights():
     plain, other = toy()
     compiled = torch.compile(lambda: model(X), backend="eager")
     for _ in range(2):
-        expected = other.zeroth_order(lambda: plain(X))
-        assert optimizer.zeroth_order(compiled) == expected != 0.0
+        expected = measured_g0(other, lambda: plain(X))
+        assert measured_g0(optimizer, compiled) == expected != 0.0
         for each in (optimizer, other):
             each.abandon()
     with torch.no_grad():
         compiled()
-    assert optimizer.zeroth_order(compiled) == expected
+    assert measured_g0(optimizer, compiled) == expected
     optimizer.abandon()
     # What a decorator has made of it is called, as it is another loss.
     halved = functools.wraps(compiled)(lambda: 0.5 * model(X))
-    assert optimizer.zeroth_order(halved) == pytest.approx(expected / 2)
+    assert measured_g0(optimizer, halved) == pytest.approx(expected / 2)
 
 
 def test_what_a_group_cannot_have_is_refused():
@@ -491,7 +492,7 @@ def test_a_stray_forward_is_named_once():
     model, optimizer = toy()
     model(X)
     with pytest.raises(RuntimeError, match=r"torch\.no_grad.*call again"):
-        optimizer.zeroth_order(lambda: model(X))
+        optimizer.measure(lambda: model(X), None)
     one_step(model, optimizer)
 
 
@@ -502,7 +503,7 @@ def test_a_model_has_one_optimizer_at_a_time():
     one_step(model, optimizer)  # the first one goes on
     optimizer.sharding.detach()
     with pytest.raises(UserError, match="was detached from the model: attach it again"):
-        optimizer.zeroth_order(lambda: model(X))
+        optimizer.measure(lambda: model(X), None)
     other = Addax(model.parameters(), lr=0.1, alpha=0.5)
     attach(other, model)
     one_step(model, other)

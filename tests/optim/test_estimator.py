@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import addax_ds
 from addax_ds.optim.estimator import Estimate, Estimator, Pass, TwoSidedDifference
+from tests.support.passes import measured_g0
 
 TARGET = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -95,7 +96,7 @@ def test_the_number_of_directions_may_change_between_two_steps():
     for directions in (1, 3, 2):
         optimizer.zo_directions = directions
         assert len(optimizer.estimator.passes) == 2 * directions
-        optimizer.zeroth_order(model)
+        optimizer.measure(model, None)
         optimizer.step()
         assert len(optimizer.report.projected_gradients) == directions
     optimizer.estimator = OneSidedDifference(2)
@@ -106,7 +107,7 @@ def test_the_number_of_directions_may_change_between_two_steps():
 def test_the_report_has_every_direction_and_the_norm_of_their_mean(directions):
     model, optimizer = attached(zo_directions=directions)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    g0 = optimizer.zeroth_order(model)
+    g0 = measured_g0(optimizer, model)
     optimizer.step()
     report = optimizer.report
     assert len(report.projected_gradients) == directions
@@ -124,7 +125,7 @@ def test_one_loss_of_four_that_is_not_finite_leaves_the_whole_part_out(caplog):
     model, optimizer = attached(zo_directions=2)
     before = [p.detach().clone() for p in model.parameters()]
     losses = iter([1.0, 2.0, 3.0, math.inf])
-    assert optimizer.zeroth_order(lambda: 0 * model() + next(losses)) == 0.0
+    assert measured_g0(optimizer, lambda: 0 * model() + next(losses)) == 0.0
     assert "zeroth-order losses inf: that part" in caplog.text  # not the three that are sound
     optimizer.step()
     assert optimizer.report.has_nonfinite
@@ -140,7 +141,7 @@ def test_an_estimator_of_ones_own_trains_like_its_float64_loop(directions):
     exact = {n: p.detach().double() for n, p in model.named_parameters()}
     start = exact["weight"]
     for step in range(10):
-        optimizer.zeroth_order(model)
+        optimizer.measure(model, None)
         optimizer.step()
         here = exact_loss(exact, exact, 0.0)
         update = dict.fromkeys(exact, 0.0)

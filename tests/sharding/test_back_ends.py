@@ -23,6 +23,7 @@ from addax_ds.sharding.zero3 import Zero3Sharding
 from addax_ds.utils.errors import UserError
 from tests.support.cases import mean_loss
 from tests.support.models import tiny_opt, token_batches
+from tests.support.passes import measured_g0
 from tests.support.tiny import tiny_model, write_model
 
 PACKAGE = Path(addax_ds.__file__).parent
@@ -75,7 +76,7 @@ def one_step(model: torch.nn.Module) -> tuple[float, list[torch.Tensor]]:
     def loss():
         return model(input_ids=ids, labels=ids).loss
 
-    g0 = optimizer.zeroth_order(loss)
+    g0 = measured_g0(optimizer, loss)
     loss().backward()
     optimizer.step()
     sharding.detach()

@@ -15,6 +15,7 @@ from addax_ds.optim.loss_scale import LossScale
 from addax_ds.optim.report import MAX_NON_FINITE_STEPS
 from tests.support.cases import CASES, Case, batches, mean_loss, trainable
 from tests.support.models import tiny_opt, token_batches
+from tests.support.passes import measured_g0
 from tests.support.reference import distance, norm
 
 
@@ -30,7 +31,7 @@ def train(case: Case) -> tuple[torch.nn.Module, list[float]]:
     model, optimizer = build(case)
     history = []
     for long, short in batches():
-        history.append(optimizer.zeroth_order(lambda x=long: mean_loss(model, x)))
+        history.append(measured_g0(optimizer, lambda x=long: mean_loss(model, x)))
         if case.hyperparameters.alpha < 1:
             mean_loss(model, short).backward()
         optimizer.step()
@@ -94,7 +95,7 @@ def test_limits_run_no_superfluous_pass(name, passes, backwards):
     parameter = model.model.decoder.layers[0].fc1.weight
     parameter.register_hook(lambda *_: counts.update(backward=counts["backward"] + 1))
     long, short = batches()[0]
-    optimizer.zeroth_order(lambda: mean_loss(model, long))
+    optimizer.measure(lambda: mean_loss(model, long), None)
     if CASES[name].hyperparameters.alpha < 1:
         mean_loss(model, short).backward()
     optimizer.step()
@@ -116,7 +117,7 @@ def test_passes_see_perturbed_weights_and_the_stored_ones_stay(dtype, options):
         seen.append(loss.item())
         return loss
 
-    g0 = optimizer.zeroth_order(closure)
+    g0 = measured_g0(optimizer, closure)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
     assert all(module.training for module in model.modules())
@@ -143,16 +144,16 @@ def test_weights_and_modes_survive_a_closure_that_raises():
         raise KeyError("on purpose")
 
     with pytest.raises(KeyError, match="on purpose"):
-        optimizer.zeroth_order(closure)
+        optimizer.measure(closure, None)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert modes == {n: module.training for n, module in model.named_modules()}
     # and inside a block, while its parameters are swapped
     hook = model.model.decoder.layers[1].fc2.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0]))
+        optimizer.measure(lambda: mean_loss(model, batches()[0][0]), None)
     hook.remove()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0])) != 0.0
+    assert measured_g0(optimizer, lambda: mean_loss(model, batches()[0][0])) != 0.0
 
 
 def test_perturbation_needs_one_block_more_not_a_second_model():
@@ -167,7 +168,7 @@ def test_perturbation_needs_one_block_more_not_a_second_model():
         peak = max(peak, extra)
 
     handles = [m.register_forward_pre_hook(measure) for m in model.modules()]
-    optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0]))
+    optimizer.measure(lambda: mean_loss(model, batches()[0][0]), None)
     for handle in handles:
         handle.remove()
     layers = [sum(p.numel() for p in la.parameters()) for la in model.model.decoder.layers]
@@ -198,7 +199,7 @@ def test_clipping_and_scaling_need_the_first_order_loss(options):
     addax_ds.attach(optimizer, model)
     ((long, short),) = token_batches(1)
     with pytest.raises(RuntimeError, match="measure"):
-        optimizer.zeroth_order(lambda: mean_loss(model, long).float())
+        optimizer.measure(lambda: mean_loss(model, long).float(), None)
     loss = optimizer.measure(
         lambda: mean_loss(model, long).float(), lambda: mean_loss(model, short).float()
     )
@@ -220,10 +221,10 @@ def test_overflows_without_a_scaled_loss_are_counted_like_any_other():
         return lambda: 0 * mean_loss(model, x).float() + next(values)
 
     for _ in range(MAX_NON_FINITE_STEPS - 1):
-        optimizer.zeroth_order(losses(iter([1e4, -1e4])))
+        optimizer.measure(losses(iter([1e4, -1e4])), None)
         optimizer.step()
         assert optimizer.report.has_nonfinite
-    optimizer.zeroth_order(losses(iter([1e4, -1e4])))
+    optimizer.measure(losses(iter([1e4, -1e4])), None)
     with pytest.raises(addax_ds.NonFiniteError, match=r"an update of .* that is not"):
         optimizer.step()
     assert optimizer.loss_scale.value == 2.0**16
@@ -257,7 +258,7 @@ def test_blocks_that_are_read_without_being_called_are_perturbed_too(read_table,
     model, x = Nested(), torch.randn(3, 8)
     optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=1.0, zo_eps=1e-2, seed=3)
     addax_ds.attach(optimizer, model)
-    g0 = optimizer.zeroth_order(lambda: model(x, read_table))
+    g0 = measured_g0(optimizer, lambda: model(x, read_table))
     optimizer.step()
     assert torch.equal(model.tables[0].weight, Nested().tables[0].weight) is not read_table
     explicit = []
@@ -269,7 +270,7 @@ def test_blocks_that_are_read_without_being_called_are_perturbed_too(read_table,
                 p.add_(z, alpha=sign * 1e-2)
             explicit.append(other(x, read_table).item())
     assert g0 == pytest.approx((explicit[0] - explicit[1]) / 2e-2, rel=1e-4)
-    optimizer.zeroth_order(lambda: model(x, read_table))
+    optimizer.measure(lambda: model(x, read_table), None)
     assert caplog.text.count("while no pass reads them: tables") == (0 if read_table else 1)
 
 
@@ -293,7 +294,7 @@ def test_freezing_after_attaching_is_an_error():
     model, optimizer = build(CASES["tied"])
     model.model.decoder.embed_tokens.weight.requires_grad_(False)
     with pytest.raises(addax_ds.UserError, match="requires_grad"):
-        optimizer.zeroth_order(lambda: mean_loss(model, batches()[0][0]))
+        optimizer.measure(lambda: mean_loss(model, batches()[0][0]), None)
 
 
 def test_groups_are_added_before_attaching():
@@ -314,7 +315,7 @@ def test_norms_of_a_step_weigh_each_group_with_its_own_rate():
     long, short = batches()[0]
     plain = tiny_opt()
     mean_loss(plain, short).backward()
-    g0 = optimizer.zeroth_order(lambda: mean_loss(model, long))
+    g0 = measured_g0(optimizer, lambda: mean_loss(model, long))
     mean_loss(model, short).backward()
     optimizer.step()
     squares = [p.grad.double().square().sum().item() for p in plain.parameters()]
@@ -371,7 +372,7 @@ def test_reads_in_passing_count_as_reads(caplog):
     optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=1.0, zo_eps=1e-2, seed=3)
     addax_ds.attach(optimizer, model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    g0 = optimizer.zeroth_order(lambda: model(x))
+    g0 = measured_g0(optimizer, lambda: model(x))
     explicit = []
     for sign in (1, -1):
         other = Borrowing().eval()
@@ -402,7 +403,7 @@ def test_a_vision_tower_is_left_alone_by_training_on_text():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     ids = torch.arange(12).view(2, 6)
     for _ in range(2):
-        optimizer.zeroth_order(lambda: mean_loss(model, ids))
+        optimizer.measure(lambda: mean_loss(model, ids), None)
         optimizer.step()
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import addax_ds
 from addax_ds.sharding.fsdp2 import shard_model
+from tests.support.passes import measured_g0
 from tests.support.rank_group import Lazy, RankGroup
 from tests.support.reference import Hyperparameters
 
@@ -22,11 +23,11 @@ Closure = Callable[[], Tensor]
 
 
 class Run:
-    """A model trained by Addax: ``zeroth_order``, ``backward``, ``step``, on any back end.
+    """A model trained by Addax: ``measure``, ``backward``, ``step``, on any back end.
 
     Attributes:
         model: what is called for a forward pass.
-        optimizer: what has ``zeroth_order``.
+        optimizer: what has ``measure``.
     """
 
     model: Any
@@ -43,7 +44,7 @@ class Run:
 
     def train(self, zeroth_order: Closure, first_order: Closure | None) -> float:
         """Take one step and return its g0; without ``first_order`` the step has no backward."""
-        g0 = self.optimizer.zeroth_order(zeroth_order)
+        g0 = measured_g0(self.optimizer, zeroth_order)
         if first_order is not None:
             self.backward(first_order())
         self.step()

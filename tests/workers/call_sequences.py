@@ -67,7 +67,7 @@ class Walk:
         self.loss = self.run.optimizer.measure(self.zeroth, self.first)
 
     def zeroth_order(self) -> None:
-        self.run.optimizer.zeroth_order(self.zeroth)
+        self.run.optimizer.measure(self.zeroth, None)
         self.loss = self.first() if self.alpha < 1 else None
 
     def backward(self) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 import addax_ds
 from tests.support.layouts import Run, fsdp2, hybrid_mesh
 from tests.support.models import tiny_opt, token_batches
+from tests.support.passes import measured_g0
 from tests.support.reference import Hyperparameters
 from tests.workers.parity import digest
 
@@ -112,7 +113,7 @@ def raises(run: Run, x: Tensor, where: str) -> bool:
     module = run.model.model.decoder.layers[1].fc1 if where == "forward" else run.model
     hook = module.register_forward_hook(lambda *_: 1 / 0)
     try:
-        run.optimizer.zeroth_order(lambda: local_loss(run.model, x))
+        run.optimizer.measure(lambda: local_loss(run.model, x), None)
     except ZeroDivisionError:
         return True
     finally:
@@ -141,7 +142,7 @@ def examine(case: dict[str, Any], interrupted: bool) -> dict[str, Any]:
 
         if interrupted and step > 0:
             found["raised"] += [raises(run, x, "forward"), raises(run, x, "end")]
-        found["g0"].append(run.optimizer.zeroth_order(closure))
+        found["g0"].append(measured_g0(run.optimizer, closure))
         found["unchanged"].append(digests(run) == before)
         found["training"] = all(module.training for module in model.modules())
         found["seen"].append(seen)

@@ -49,7 +49,7 @@ def order(alpha: float) -> dict[str, Any]:
         weights = run.weights()
         gradients.clear()
         with CollectiveCounter() as counter:
-            run.optimizer.zeroth_order(partial(mean_loss, model, my_rows(long)))
+            run.optimizer.measure(partial(mean_loss, model, my_rows(long)), None)
             passes = len(counter.calls)
             mean_loss(model, my_rows(short)).backward()
             run.step()

@@ -17,6 +17,7 @@ from torch import Tensor
 from addax_ds import kernels
 from tests.support.cases import mean_loss
 from tests.support.models import tiny_opt, token_batches
+from tests.support.passes import measured_g0
 from tests.workers.teardown import shut_down
 
 CASES: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def train(zero: dict[str, Any], alpha: float) -> dict[str, Any]:
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
     history = []
     for long, short in token_batches(STEPS):
-        history.append(optimizer.zeroth_order(lambda x=long: loss(engine, x)))
+        history.append(measured_g0(optimizer, lambda x=long: loss(engine, x)))
         if alpha < 1:
             engine.backward(loss(engine, short))
         engine.step()

@@ -127,7 +127,7 @@ def step(model: nn.Module, layout: str, dtype: torch.dtype) -> dict[str, Any]:
     def loss() -> Tensor:
         return engine(TOKENS, labels=TOKENS).loss.float()
 
-    optimizer.zeroth_order(loss)
+    optimizer.measure(loss, None)
     engine.backward(loss())
     engine.step()
     after = dict(whole(model))

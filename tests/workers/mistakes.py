@@ -48,7 +48,7 @@ def addax(model: nn.Module) -> addax_ds.Addax:
 def forward_before_zeroth_order(start: Callable[..., Run]) -> None:
     run = start(tiny_opt(), H)
     loss(run)
-    run.optimizer.zeroth_order(partial(loss, run))
+    run.optimizer.measure(partial(loss, run), None)
 
 
 def forward_before_zeroth_order_later(start: Callable[..., Run]) -> None:
@@ -58,13 +58,13 @@ def forward_before_zeroth_order_later(start: Callable[..., Run]) -> None:
         loss(run)
     run.train(partial(loss, run), partial(loss, run))
     forgotten = loss(run)
-    run.optimizer.zeroth_order(partial(loss, run))
+    run.optimizer.measure(partial(loss, run), None)
     del forgotten
 
 
 def second_backward(start: Callable[..., Run]) -> None:
     run = start(tiny_opt(), H)
-    run.optimizer.zeroth_order(partial(loss, run))
+    run.optimizer.measure(partial(loss, run), None)
     run.backward(loss(run))
     run.backward(loss(run))
 
@@ -115,7 +115,7 @@ def narrow_output(first_order: bool) -> None:
 def sharded_after_attaching() -> None:
     run = Attached(tiny_opt(), H)
     fully_shard(run.model, mesh=flat_mesh())
-    run.optimizer.zeroth_order(partial(loss, run))
+    run.optimizer.measure(partial(loss, run), None)
 
 
 def optimizer_made_before_sharding() -> None:
@@ -198,7 +198,7 @@ def zero_stage_left_out() -> None:
         "optimizer": {"type": "Addax", "params": {"lr": 0.1, "alpha": 0.5}},
     }
     model, optimizer, *_ = deepspeed.initialize(model=tiny_opt(), config=config)
-    optimizer.zeroth_order(lambda: mean_loss(model, rows()))
+    optimizer.measure(lambda: mean_loss(model, rows()), None)
 
 
 MISTAKES: dict[str, Callable[[], None]] = {

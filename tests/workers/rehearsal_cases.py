@@ -102,7 +102,7 @@ def state(run: Run) -> dict[str, Any]:
         "state": addax.state_dict()["addax"],
         "generator": torch.random.get_rng_state(),
         "unapplied": addax.sharding.unapplied_gradient(),
-        "forward": addax.sharding.calls.has_forward,
+        "forward": addax.sharding.calls.forward_ran,
     }
 
 

@@ -9,6 +9,7 @@ from deepspeed import comm
 
 import addax_ds
 from tests.support.cases import CASES, Case, batches, mean_loss
+from tests.support.passes import measured_g0
 from tests.workers.teardown import shut_down
 
 
@@ -50,7 +51,7 @@ def train(case: Case) -> dict:
         long, short = (x.chunk(world_size)[rank].to(engine.device) for x in (long, short))
         if comm.get_rank() == 0:
             print("step", index, flush=True)
-        history.append(optimizer.zeroth_order(lambda x=long: mean_loss(engine, x)))
+        history.append(measured_g0(optimizer, lambda x=long: mean_loss(engine, x)))
         if alpha < 1:
             engine.backward(mean_loss(engine, short))
         engine.step()
