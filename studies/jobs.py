@@ -18,6 +18,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 
+from addax_ds.utils.files import appearing
+
 LOG = "output.log"
 _ROOT = Path(__file__).parents[1]
 _POLL_S = 0.2
@@ -181,6 +183,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that appears when it is complete."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with appearing(path) as file:
+        file.write(f"{json.dumps(content, indent=1)}\n".encode())

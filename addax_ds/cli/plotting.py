@@ -1,7 +1,6 @@
 """Training curves as one picture, drawn from what ``transformers.Trainer`` logged."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from addax_ds.optim.methods import Method
+from addax_ds.utils.files import appearing
 
 # Blue, orange, green and grey that colour-blind readers tell apart (Okabe and Ito).
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
@@ -189,9 +189,5 @@ def _marks(
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with appearing(path) as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 from addax_ds import reading
 from addax_ds.data.arrow import SCHEMA, ArrowExamples, Shard, record_batch
-from addax_ds.data.cache_index import UNFINISHED, Index, appearing, identity_of, shard_name
+from addax_ds.data.cache_index import Index, identity_of, shard_name
 from addax_ds.data.encoding import Cuts, chunks, encode, learnt_ends
 from addax_ds.data.examples import Example, add_to_digest
 from addax_ds.data.workers import in_order, usable_cores
 from addax_ds.reading.clock import moments_read
 from addax_ds.reading.records import Record, Records
 from addax_ds.utils.errors import UserError
+from addax_ds.utils.files import UNFINISHED, appearing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

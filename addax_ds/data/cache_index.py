@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from addax_ds.data.encoding import Cuts
 from addax_ds.reading.records import log_unused
-from addax_ds.utils.files import sha256_of
+from addax_ds.utils.files import appearing, sha256_of
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"  # end of the name of a file that is being written
 _NAME = "index.jsonl"
 
 
@@ -107,16 +103,3 @@ def identity_of(path: Path) -> tuple[int, str]:
 def shard_name(shard: int) -> str:
     """Return the name of the file of a shard."""
     return f"{shard:05d}.arrow"
-
-
-@contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that gets its name when the body is done, and is removed if that fails."""
-    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -3,13 +3,18 @@
 import hashlib
 import json
 import os
+import socket
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from addax_ds.utils.messages import shown
+
+UNFINISHED = ".unfinished"
+"""End of the name of a file that is being written."""
 
 
 def cache_folder() -> Path:
@@ -27,6 +32,19 @@ def read_regular(path: Path, encoding: str) -> str:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is not a regular file")
     return path.read_text(encoding=encoding)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that gets its name when the body is done, and is removed if that fails."""
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -116,7 +116,7 @@ def test_failed_write_keeps_the_former_picture(tmp_path, monkeypatch):
     path.write_bytes(b"former")
 
     def fail(self, file, **_):
-        file.write_bytes(b"half a pict")
+        file.write(b"half a pict")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)

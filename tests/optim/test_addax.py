@@ -58,9 +58,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_zeroth_order_must_come_first(finish):
     model, optimizer = toy()
     before = weights(model)
-    with pytest.raises(
-        RuntimeError, match=r"measure\(\) was not called .* set alpha to 0"
-    ):
+    with pytest.raises(RuntimeError, match=r"measure\(\) was not called .* set alpha to 0"):
         model(X).backward() if finish == "backward" else optimizer.step()
     assert same(weights(model), before)
 
