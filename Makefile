@@ -1,7 +1,7 @@
 # `make demo` and `make test` install what they need on first use. Options:
 #   make demo ARGS="--seed 1"        flags appended to the demo's command
 #   make test ARGS="-k resume"       arguments for pytest; the same with test-quick
-#   make test-quick                  all rooms, without the tests that start processes
+#   make test-quick                  all packages, without the tests that start processes
 #   make test-all                    also more layouts, variants and kills: twice as long
 #   make bench                       the benchmarks, on a CPU
 #   make test-gpu                    what only a GPU can show

@@ -200,7 +200,8 @@ def check_same_arguments(model_args: ModelArguments, args: AddaxConfig) -> None:
 
 
 def _identity(model_args: ModelArguments, args: AddaxConfig) -> Iterator[tuple[str, str]]:
-    for name, version in versions().items():
+    # Metadata of a package need not name the build.
+    for name, version in {**versions(), "torch": torch.__version__}.items():
         yield f"version of {name}", version
     code = sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cpp")))
     yield "code of addax_ds", _digest(path.read_bytes() for path in code)

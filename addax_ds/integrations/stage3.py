@@ -23,7 +23,7 @@ from addax_ds.utils.errors import UserError
 class Stage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3 whose only model state is the partitioned weights.
 
-    `deepspeed.initialize` returns it as the optimizer, hence the two methods of `Addax`.
+    `deepspeed.initialize` returns it as the optimizer, hence `measure`, as `Addax` has it.
     """
 
     sharding: Zero3Sharding

@@ -202,8 +202,8 @@ class Addax(torch.optim.Optimizer):
                 pass of `estimator`; not called if alpha is 0.
             first_order: each returns this rank's loss of a first-order micro-batch; not called if
                 alpha is 1. To clip a single micro-batch its closure is called twice, with the same
-                state of torch's random generators. None if the caller computes that loss: it is
-                then neither clipped, scaled nor checked for NaN.
+                state of torch's random generators. None if the caller computes that loss: a NaN in
+                it is not caught, and clipping or a loss scale is refused.
 
         Losses are scalars of fp32 or wider. They are averaged over ranks and micro-batches, so each
         should be a mean over as many examples as every other, or be scaled accordingly

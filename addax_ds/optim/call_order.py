@@ -22,9 +22,9 @@ def check_passes_come_first(alpha: float, has_begun: bool, calls: Calls) -> None
     """
     if has_begun:
         raise RuntimeError(
-            "measure() has to come first in a step and once: call step() after the backward, and "
-            "measure() before the next first-order forward. If an exception has ended the step: "
-            "abandon()"
+            "the passes of a step have to come first in it and once: call step() after the "
+            "backward, and measure() before the next first-order forward. If an exception has "
+            "ended the step: abandon()"
         )
     if alpha > 0.0 and calls.forward_ran:
         calls.clear()  # whoever calls again, as the message says, means it

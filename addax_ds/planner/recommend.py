@@ -90,7 +90,7 @@ def options(request: Request) -> list[Option]:
     ways.append(_mezo(request, in_gpu))
     if offloads:
         ways.append(_mezo(request, in_host))
-    return [*ways, *_of_others(request, recomputed)]
+    return [*ways, *_named_only(request, recomputed)]
 
 
 def recommended(request: Request, ways: list[Option]) -> Option | None:
@@ -230,8 +230,8 @@ def _moved(spec: StepSpec) -> int:
 # ---- named only ----------------------------------------------------------------------------------
 
 
-def _of_others(request: Request, recomputed: Option) -> Iterator[Option]:
-    """Estimate, from IP-SGD with checkpointing, what other packages would need."""
+def _named_only(request: Request, recomputed: Option) -> Iterator[Option]:
+    """Estimate, from IP-SGD with checkpointing, what is named and never recommended."""
     spec = request.spec
     shape, rules = spec.shape, rules_of(spec.sharding)
     held = sum(rules.shards(shape, spec.sharded_over))

@@ -12,8 +12,9 @@ order     mixin              what it adds
 ========  =================  =====================================================================
 
 `AddaxMixin` brings 3 to 6 with it, and `AddaxTrainer` has all. `BaselineTrainer` (AdamW, SGD and
-the peers of studies) has 1 and 4 to 6. A method that several of them override runs in this order,
-each calling the next: ``train`` (2, 4, 5), ``evaluation_loop`` (1, 2, 4), ``log`` (2, 4),
-``_save_optimizer_state``, ``_prepare_for_training``, ``_finalize_training`` and ``_free_gathered``
-(3, 5), ``_take_time_of`` (4, 5).
+the peers of studies) has 1 and 4 to 6. Several extend these methods, in this order, each calling
+the next: ``train`` (2, 4, 5), ``evaluation_loop`` (1, 2, 4), ``log`` (2, 4),
+``_prepare_for_training`` and ``_finalize_training`` (3, 5), ``_take_time_of`` (4, 5). Others are
+replaced: ``_save_optimizer_state`` and ``_free_gathered`` of 5 by 3, the rows and the loss of a
+micro-batch of 4 by 1.
 """

@@ -47,8 +47,8 @@ class Sweep:
     Attributes:
         before: loss of the held batches with the weights as they are.
         losses: the same after `STEPS` steps, by learning rate, ascending; NaN and infinity stand
-            for what they say. It ends with the first rate that has not lowered the loss after one
-            that has.
+            for what they say. It ends with the first of these, or the first rate that has not
+            lowered the loss after one that has.
     """
 
     before: float

@@ -1,4 +1,4 @@
-"""Files of the user's, and the folder of the cache."""
+"""Files that are read, files that appear complete, and the folder of the cache."""
 
 import hashlib
 import json

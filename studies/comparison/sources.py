@@ -20,7 +20,7 @@ from typing import IO
 from filelock import FileLock
 
 from addax_ds.utils.errors import UserError
-from addax_ds.utils.files import appearing, cache_folder
+from addax_ds.utils.files import UNFINISHED, appearing, cache_folder
 
 _TIMEOUT_S = 180
 
@@ -59,6 +59,8 @@ class ArchiveMember:
             cached.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{cached}.lock"):
                 if not cached.is_file():
+                    for left in cached.parent.glob(f"{cached.name}.*{UNFINISHED}"):
+                        left.unlink()
                     with appearing(cached) as file:
                         file.write(self._fetch())
         return cached.read_text(encoding="utf-8", errors="replace")

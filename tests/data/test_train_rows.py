@@ -38,12 +38,12 @@ COLUMNS = {"prompt": ["w1", "w2"], "completion": ["w3", "w4"]}
         (iter([]), "a list_iterator, whose rows come one after the other; streams need a data set"),
     ],
 )
-def test_what_has_no_rows_by_number_is_told_how_to_get_them(dataset, said):
+def test_what_is_not_map_style_is_told_how_to_become_so(dataset, said):
     with pytest.raises(UserError, match=f"the data is {said}"):
         check_map_style(dataset, "the data", "streams need")
 
 
-def test_rows_of_any_kind_have_numbers():
+def test_map_style_rows_of_any_kind():
     rows = [{"text": "w1"}, {"text": "w2"}]
     for dataset in (rows, dict(enumerate(rows)), datasets.Dataset.from_list(rows)):
         check_map_style(dataset, "the data", "streams need")

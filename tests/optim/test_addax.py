@@ -66,7 +66,7 @@ def test_zeroth_order_must_come_first(finish):
 def test_zeroth_order_once_a_step():
     model, optimizer = toy()
     optimizer.measure(lambda: model(X), None)
-    with pytest.raises(RuntimeError, match="first in a step and once"):
+    with pytest.raises(RuntimeError, match="first in it and once"):
         optimizer.measure(lambda: model(X), None)
 
 
@@ -74,7 +74,7 @@ def test_zeroth_order_after_a_backward():
     model, optimizer = toy()
     optimizer.measure(lambda: model(X), None)
     model(X).backward()
-    with pytest.raises(RuntimeError, match="first in a step and once"):
+    with pytest.raises(RuntimeError, match="first in it and once"):
         optimizer.measure(lambda: model(X), None)
 
 
@@ -421,7 +421,7 @@ def test_a_step_can_be_given_up_after_a_backward_of_the_caller_s():
         NoMemory.apply(model(X)).backward()
     with pytest.raises(RuntimeError, match=r"no backward ran .*abandon\(\)"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match=r"has to come first .*abandon\(\)"):
+    with pytest.raises(RuntimeError, match=r"have to come first .*abandon\(\)"):
         optimizer.measure(lambda: model(X), None)
     optimizer.abandon()
     plain, other = toy()

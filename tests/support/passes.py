@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from addax_ds.optim.addax import unwrap
+
 
 def measured_g0(optimizer: Any, closure: Callable[[], Tensor]) -> float:
     """Begin a step whose first-order loss the caller computes, and return its g0.
@@ -14,5 +16,5 @@ def measured_g0(optimizer: Any, closure: Callable[[], Tensor]) -> float:
         closure: computes the zeroth-order loss.
     """
     optimizer.measure(closure, None)
-    begun = getattr(optimizer, "optimizer", optimizer)._running
+    begun = unwrap(optimizer)._running
     return begun.g0 if begun else 0.0

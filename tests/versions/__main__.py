@@ -28,7 +28,6 @@ TESTS = (
     "tests/training/test_trainer.py",
 )
 FLAGS = ("-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", "-m", "not exhaustive")
-BUILT_HERE = ("deepspeed",)  # as source, with the setuptools of this environment
 WITH_NEEDS = ("torch",)  # all other packages find theirs here
 
 
@@ -74,10 +73,8 @@ def _install(requirement: str, packages: Path) -> None:
     flags = ["-q", "--target", str(packages)]
     if name not in WITH_NEEDS:
         flags.append("--no-deps")
-    if name in BUILT_HERE:
-        flags.append("--no-build-isolation")
     pip = [sys.executable, "-m", "pip", "install", *flags, requirement]
-    subprocess.run(pip, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+    subprocess.run(pip, check=True)
 
 
 if __name__ == "__main__":
