@@ -150,14 +150,21 @@ def test_a_training_is_what_the_planner_was_asked_about(
     assert data.task in ("rte", "multirc")
 
 
-@pytest.mark.parametrize("command", TRAININGS, ids=" ".join)
+def method_of(command: list[str]) -> str:
+    return command[command.index("--method") + 1]
+
+
+PUBLISHED = [command for command in TRAININGS if method_of(command) in ("addax", "mezo")]
+
+
+@pytest.mark.parametrize("command", PUBLISHED, ids=" ".join)
 def test_batches_and_evaluations_are_the_published_ones(command: list[str], launched: None) -> None:
     gpus = int(command[2])
     _, _, args = parse_arguments(command[4:])
     first, zeroth = args.per_device_train_batch_size * gpus, args.per_device_zo_batch_size
     if args.method == "mezo":
         assert (first, args.max_steps, args.eval_steps, args.save_steps) == (16, 20000, 4000, 4000)
-    elif args.method == "addax":
+    else:
         assert args.max_steps == 1000
         assert zeroth is not None
         # 6 does not divide over four ranks.

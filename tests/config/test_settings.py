@@ -171,3 +171,10 @@ def test_batches_are_divided_in_arguments_settings_and_json() -> None:
     assert args.settings.gradient_accumulation_steps == args.gradient_accumulation_steps == 3
     assert args.hf_deepspeed_config.config["train_micro_batch_size_per_gpu"] == 2
     assert args.hf_deepspeed_config.config["gradient_accumulation_steps"] == 1
+
+
+def test_what_clipping_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    settled(max_grad_norm=0.0)
+    assert "twice" not in caplog.text
+    settled(max_grad_norm=1.0)
+    assert "first-order forward and backward twice" in caplog.text

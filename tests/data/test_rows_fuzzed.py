@@ -208,7 +208,7 @@ def test_one_bad_line_among_good_ones(path, kind, lines, data):
 
 # ---- chat ----------------------------------------------------------------------------------------
 
-ROLES = st.sampled_from(["user", "assistant", "system", "tool", "function"])
+ROLES = st.sampled_from(["user", "assistant", "system", "developer", "tool", "function"])
 WORDS = st.text("ab \u00e9", min_size=1, max_size=5).map(lambda text: f"x{text}")
 MESSAGE = st.fixed_dictionaries({"role": ROLES, "content": WORDS})
 ANY_MESSAGE = st.one_of(

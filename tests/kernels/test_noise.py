@@ -80,6 +80,24 @@ def test_bits_are_pinned():
     )
 
 
+def test_rounding_bits_are_pinned():
+    """Those of stochastic rounding, for the same reason; half a word of Philox for each element."""
+    draw = Draw(1234, 5, addax_ds.parameter_id("model.layers.0.weight"))
+    words = reference.random_words(draw, 100, 100_000, STREAM_ROUNDING, torch.device("cpu"))
+    bits = reference.rounding_bits(words, 100, 100_000)
+
+    def scalar(index: int) -> int:
+        tile, row, lane = index >> 7, (index >> 4) & 7, index & 15
+        counter = [tile * 16 + lane, draw.parameter_id, 5, 1]
+        word = philox_scalar(counter, [1234, 0])[row >> 1]
+        return word >> 16 if row % 2 else word & 0xFFFF
+
+    assert bits[:300].tolist() == [scalar(100 + i) for i in range(300)]
+    assert hashlib.sha256(bits.numpy().tobytes()).hexdigest() == (
+        "c71ad8849845eefddaa4982c4ff9ef59bfcc229450bc36d2aa8553531713bcf5"
+    )
+
+
 def test_any_slice_equals_that_part_of_the_whole():
     whole = addax_ds.gaussian(3, 4, "w", 0, 400_000)
     rng = np.random.default_rng(0)

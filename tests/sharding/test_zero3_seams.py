@@ -6,7 +6,7 @@ import deepspeed
 import pytest
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import parameter_offload, utils
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -126,10 +126,3 @@ def test_the_start_of_the_ranks_and_the_planner_still_have_their_names():
         "verbose",
     ]
     assert list(inspect.signature(zero3_linear_wrap).parameters) == ["input", "weight", "bias"]
-
-
-def test_importing_addax_ds_registers_the_optimizer():
-    import addax_ds
-
-    assert addax_ds.Addax in utils.ZERO_SUPPORTED_OPTIMIZERS
-    assert utils.ZERO_SUPPORTED_OPTIMIZERS.count(addax_ds.Addax) == 1

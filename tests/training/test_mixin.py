@@ -554,22 +554,21 @@ class OwnModel(nn.Module):
 
 
 def test_a_run_goes_on_from_a_checkpoint(tmp_path):
-    def make(**more: Any) -> AnyTrainer:
+    def make(train_dataset: Any) -> AnyTrainer:
         return AnyTrainer(
             model=classifier(),
-            args=config(tmp_path, save_strategy="steps", save_steps=4, **more),
-            train_dataset=classified(),
+            args=config(tmp_path, save_strategy="steps", save_steps=4),
+            train_dataset=train_dataset,
             data_collator=padding(),
         )
 
-    whole = make()
+    whole = make(classified())
     whole.train()
-    again = make()
+    again = make(classified())
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.resumed_step == 4
     assert_same(weights(again.model), weights(whole.model))
-    other = make()
-    other._steps.rows._digest = "0" * 16
+    other = make(classified()[::-1])
     with pytest.raises(UserError, match="the training data had the digest"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
@@ -596,6 +595,27 @@ def test_a_trainer_may_take_its_arguments_in_any_form(tmp_path):
     assert_same(*results)
 
 
+class Writing(TrainerCallback):
+    """Writes a weight between two steps, as a callback of the user's might."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).view(-1)[0].add_(1)
+
+
+def test_a_write_between_two_steps_stops_the_training(tmp_path):
+    trainer = AnyTrainer(
+        model=classifier(),
+        args=config(tmp_path, desync_check_steps=1),
+        train_dataset=classified(),
+        data_collator=padding(),
+        callbacks=[Writing()],
+    )
+    with pytest.raises(UserError, match="the weights changed between steps 1 and 2"):
+        trainer.train()
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 
@@ -607,6 +627,13 @@ class OwnStep(Trainer):
 class HalfLoss(Trainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(*args, **kwargs).bfloat16()
+
+
+@pytest.mark.parametrize("method", ["get_train_dataloader", "create_optimizer"])
+def test_a_trainer_with_a_method_that_the_step_replaces_is_refused(method):
+    own = type("Own", (Trainer,), {method: lambda self, *_: None})
+    with pytest.raises(UserError, match=f"Own has a {method} of its own"):
+        type("Mixed", (AddaxMixin, own), {})
 
 
 def test_what_an_addax_step_cannot_carry_is_refused_by_name(tmp_path):

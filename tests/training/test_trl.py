@@ -13,7 +13,8 @@ from tests.support.rank_group import Lazy, RankGroup
 from tests.support.reference import distance
 from tests.support.tiny import tiny_model
 
-trl_cases = pytest.importorskip("tests.workers.trl_cases")
+pytest.importorskip("trl")
+from tests.workers import trl_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("program_alone")]
 

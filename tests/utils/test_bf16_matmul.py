@@ -1,5 +1,7 @@
 """bf16 products in fp32: the sum that bf16 products are, also under autograd."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,15 +12,29 @@ SMALL = 2**-20
 """More than the order of 300 summands changes in fp32, before a sum near 1 is rounded to bf16."""
 
 
+class Recording:
+    """torch's kernel of an operation; notes the types that it is called with."""
+
+    def __init__(self, kernel: Any, seen: list[set[torch.dtype]]) -> None:
+        self._kernel, self._seen = kernel, seen
+
+    def call_boxed(self, keys: Any, *operands: Any, **scales: Any) -> Any:
+        self._seen.append({x.dtype for x in operands if isinstance(x, torch.Tensor)})
+        return self._kernel.call_boxed(keys, *operands, **scales)
+
+
 @pytest.fixture(autouse=True)
 def slow_cpu(monkeypatch):
-    """A CPU without bf16 products, whatever this one is, until the test ends."""
+    """A CPU without bf16 products, whatever this one is; yields the types that torch multiplied."""
+    seen: list[set[torch.dtype]] = []
+    torchs = bf16_matmul.get_kernel
+    monkeypatch.setattr(bf16_matmul, "get_kernel", lambda *name: Recording(torchs(*name), seen))
     monkeypatch.setattr(bf16_matmul, "_library", None)
     monkeypatch.setattr(bf16_matmul, "_cpu_has_bf16_products", lambda: False)
     bf16_matmul.multiply_in_fp32()
     library = bf16_matmul._library
     assert library is not None
-    yield
+    yield seen
     library._destroy()
 
 
@@ -35,7 +51,7 @@ def assert_rounded(product: torch.Tensor, exact: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("scales", [{}, {"beta": 0.5, "alpha": 2.0}])
-def test_products(batch, scales):
+def test_products(slow_cpu, batch, scales):
     torch.manual_seed(0)
     left, right, added = numbers(*batch, 5, 300), numbers(*batch, 300, 7), numbers(*batch, 5, 7)
     exact = left.double() @ right.double()
@@ -43,6 +59,8 @@ def test_products(batch, scales):
     add = torch.baddbmm if batch else torch.addmm
     whole = scales.get("beta", 1.0) * added.double() + scales.get("alpha", 1.0) * exact
     assert_rounded(add(added, left, right, **scales), whole)
+    assert slow_cpu.count({torch.float32}) >= 2  # besides the exact ones in float64
+    assert not any(torch.bfloat16 in types for types in slow_cpu)
 
 
 def test_a_layer_and_its_gradients():

@@ -189,6 +189,12 @@ HARMLESS = [
 """Calls that are legal everywhere."""
 
 
+def is_legal(walk: list[str]) -> bool:
+    """Return whether a walk is whole steps, with harmless calls in between."""
+    names = [name for name in walk if name not in HARMLESS]
+    return names == list(STEP) * (len(names) // len(STEP))
+
+
 def calls(seed: int) -> list[str]:
     """The calls of a walk: some steps, calls in between, and mostly a slip."""
     chance = random.Random(seed)

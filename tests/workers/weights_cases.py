@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from addax_ds.checkpoint.weights import fill, local_slices, save_weights
+from addax_ds import load_weights
+from addax_ds.checkpoint.weights import local_slices, save_weights
 from addax_ds.optim.addax import unwrap
 from tests.support.families import FAMILIES
 from tests.support.layouts import LAYOUTS
@@ -67,8 +68,7 @@ def pass_on(name: str, layout: str, source: Path, target: Path) -> dict[str, Any
     for _ in range(2):
         run.model(TOKENS)  # leaves the root, or ZeRO-3's small parameters, gathered
     with torch.no_grad():
-        fill(model, source / name)
-        unwrap(run.optimizer).sharding.weights_changed()
+        load_weights(unwrap(run.optimizer).sharding, source / name)
         logits = run.model(TOKENS).logits
     save_weights(model, target / name, max_file_size=MAX_FILE_SIZE)
     with torch.no_grad():
