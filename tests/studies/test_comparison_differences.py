@@ -84,7 +84,7 @@ def test_a_file_without_differences_is_refused(content, said, tmp_path):
         read_differences([path])
 
 
-def test_a_figure_needs_a_folder(capsys):
+def test_a_figure_needs_a_folder():
     with pytest.raises(SystemExit) as ended:
         main(["--differences", str(REPORTS[0])])
     assert ended.value.code != 0

